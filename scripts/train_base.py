@@ -1,0 +1,266 @@
+"""Train the embedded base's transformer: python scripts/train_base.py --out work/base --minutes 90
+
+Reads the bank of encoded grids (train_base_bank.py; shards may still be arriving), trains FLUX's
+transformer with both text encoders, keeps an average of the weights, and writes what it has every
+few minutes: a second call goes on from there. Progress is counted in samples; the draw of step k
+is a function of (seed, k). Axes: b batch, r rows, n tokens of a strip, c channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from visualcloze_deft import flow, grid
+
+WIDTH, HEADS = 256, 4
+DOUBLE, SINGLE = 1, 4
+TEXT = 64
+BATCH = 12
+LEARNING_RATE = 1e-3
+EXAMPLES = (0.3, 0.4, 0.3)
+KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
+CONTEXT_WEIGHT = 0.1  # what a token that is only to be copied counts in the loss
+AVERAGE = 0.9995
+SEED = 0
+CELL = 64
+
+
+class Base(nn.Module):
+    """Transformer and text encoders as one module, so that one optimiser trains them."""
+
+    def __init__(self, t5: T5Tokenizer, clip: CLIPTokenizer) -> None:
+        super().__init__()
+        self.transformer = FluxTransformer2DModel(
+            in_channels=384,
+            out_channels=64,
+            num_layers=DOUBLE,
+            num_single_layers=SINGLE,
+            attention_head_dim=WIDTH // HEADS,
+            num_attention_heads=HEADS,
+            joint_attention_dim=TEXT,
+            pooled_projection_dim=TEXT,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 28, 28),
+        )
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=TEXT,
+                intermediate_size=2 * TEXT,
+                projection_dim=TEXT,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        )
+        self.text_encoder_2 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=TEXT,
+                d_kv=32,
+                d_ff=2 * TEXT,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=t5.pad_token_id,
+                eos_token_id=t5.eos_token_id,
+            )
+        )
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear) and (".norm" in name or name.startswith("norm_out")):
+                nn.init.zeros_(module.weight)  # adaLN-zero: every block starts as the identity
+        nn.init.zeros_(self.transformer.proj_out.weight)
+
+    def forward(
+        self, tokens: Tensor, t: Tensor, guidance: Tensor, ids: Tensor, t5: Tensor, clip: Tensor
+    ) -> Tensor:
+        text = self.text_encoder_2(t5).last_hidden_state
+        return self.transformer(
+            hidden_states=tokens,
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=self.text_encoder(clip).pooler_output,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+
+
+class Bank:
+    """The encoded bundles that have arrived so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: set[Path] = set()
+        self.shards: list[dict[str, Tensor]] = []
+        self.notes: list[dict] = []
+
+    def refresh(self) -> None:
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.known):
+            self.known.add(path)
+            self.shards.append(load_file(path))
+            with safe_open(path, "pt") as file:
+                self.notes.extend(json.loads(file.metadata()["notes"]))
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        size = len(self.shards[0]["clean"])
+        return {name: parts[index % size] for name, parts in self.shards[index // size].items()}
+
+
+def draw(bank: Bank, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Step k's samples: clean, seen (b n 64), mask (b n), and prompts."""
+    rng = np.random.default_rng([SEED, step])
+    rows = 1 + int(rng.choice(len(EXAMPLES), p=EXAMPLES))
+    clean, seen, mask, prompts = [], [], [], []
+    for index in rng.integers(len(bank), size=BATCH):
+        chosen, order = bank.row(int(index)), torch.from_numpy(rng.permutation(4)[:rows])
+        complete = chosen["clean"][order]  # r n c
+        shown, hidden = complete.clone(), torch.zeros_like(chosen["mask"][order])
+        shown[-1], hidden[-1] = chosen["seen"][order[-1]], chosen["mask"][order[-1]]
+        clean.append(rearrange(complete, "r n c -> (r n) c"))
+        seen.append(rearrange(shown, "r n c -> (r n) c"))
+        mask.append(rearrange(hidden, "r n -> (r n)"))
+        note = bank.notes[index]
+        keep_task, keep_content = rng.random(2) < (KEEP_TASK, KEEP_CONTENT)
+        silent = rng.random() < DROP_TEXT
+        task = note["sentence"] if keep_task and not silent else ""
+        content = note["content"][order[-1]] if keep_content and not silent else ""
+        prompts.append(grid.prompt(rows, 2, task=task, content=content))
+    return torch.stack(clean).float(), torch.stack(seen).float(), torch.stack(mask).float(), prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--anneal", type=float, default=0, help="last minutes, learning rate to 0")
+    options = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("medium")
+    t5 = T5Tokenizer.from_pretrained(options.out / "tokenizer_2")
+    clip = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
+    base = Base(t5, clip)
+    print(sum(p.numel() for p in base.parameters()), "parameters")
+    average = {name: p.detach().clone() for name, p in base.named_parameters()}
+    optimiser = torch.optim.AdamW(
+        base.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    state, step, spent = options.out / "base_state.safetensors", 0, 0.0
+    if state.exists():
+        step, spent = restore(state, base, average, optimiser)
+    forward = torch.compile(base, dynamic=False)
+    bank = Bank(options.out / "bank")
+    bank.refresh()
+    begun = saved = time.monotonic()
+    log = (options.out / "base_log.jsonl").open("a", buffering=1)
+    curve: list[float] = []
+    bar = tqdm(desc="samples", initial=step * BATCH, unit="", mininterval=5)
+    while (elapsed := (time.monotonic() - begun) / 60) < options.minutes:
+        left = options.minutes - elapsed
+        rate = LEARNING_RATE * min(1, (step + 1) / 500, left / options.anneal if options.anneal else 1)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        clean, seen, mask, prompts = draw(bank, step)
+        random = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        noise = torch.randn(clean.shape, generator=random)
+        t = flow.logit_normal(torch.randn(BATCH, generator=random))
+        guidance = 1 + 39 * torch.rand(BATCH, generator=random) * (torch.rand(BATCH, generator=random) < 0.5)
+        rows = clean.shape[1] // ((CELL // 16) ** 2 * 2)
+        latents = grid.Latents(
+            clean=clean,
+            seen=seen,
+            mask=mask[..., None].expand(-1, -1, 256),
+            ids=grid.position_ids([(CELL, 2 * CELL)] * rows),
+        )
+        t5_ids = t5(prompts, padding="max_length", truncation=True, max_length=t5.model_max_length, return_tensors="pt").input_ids
+        clip_ids = clip(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = forward(
+                latents.inputs(flow.interpolate(clean, noise, t)), t, guidance, latents.ids, t5_ids, clip_ids
+            )
+        target = flow.velocity(clean, noise)
+        weight = mask + CONTEXT_WEIGHT * (1 - mask)
+        loss = flow.velocity_error(predicted, target, weight).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        if step % 4 == 0:
+            decay = min(AVERAGE, (step + 1) / (step + 40)) ** 4
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in base.parameters()], 1 - decay)
+        with torch.no_grad():
+            curve.append(flow.velocity_error(predicted.detach(), target, mask).mean().item())
+        bar.update(BATCH)
+        if step % 200 == 0:
+            minutes = spent + (time.monotonic() - begun) / 60
+            note = {"samples": step * BATCH, "target_error": round(float(np.mean(curve)), 4), "minutes": round(minutes, 2), "bundles": len(bank), "rate": rate}
+            log.write(json.dumps(note) + "\n")
+            bar.set_postfix(error=note["target_error"])
+            curve.clear()
+            bank.refresh()
+        if time.monotonic() - saved > 240:
+            saved = time.monotonic()
+            keep(state, base, average, optimiser, step, spent + (saved - begun) / 60)
+    keep(state, base, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
+
+
+def keep(
+    path: Path, base: Base, average: dict[str, Tensor], optimiser: torch.optim.Optimizer, step: int, minutes: float
+) -> None:
+    tensors = {"step": torch.tensor(step), "minutes": torch.tensor(minutes)}
+    for name, parameter in base.named_parameters():
+        moments = optimiser.state[parameter]
+        tensors |= {
+            f"weight.{name}": parameter.detach().contiguous(),
+            f"average.{name}": average[name],
+            f"first.{name}": moments["exp_avg"],
+            f"second.{name}": moments["exp_avg_sq"],
+        }
+    staged = path.with_suffix(".part")
+    save_file(tensors, staged)
+    staged.replace(path)
+
+
+def restore(
+    path: Path, base: Base, average: dict[str, Tensor], optimiser: torch.optim.Optimizer
+) -> tuple[int, float]:
+    saved = load_file(path)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(saved[f"weight.{name}"])
+            average[name].copy_(saved[f"average.{name}"])
+            optimiser.state[parameter] = {
+                "step": saved["step"].float(),
+                "exp_avg": saved[f"first.{name}"],
+                "exp_avg_sq": saved[f"second.{name}"],
+            }
+    return int(saved["step"]), float(saved["minutes"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""DEFT, PaRa and LoRA on a FLUX transformer, through peft: attach, group, save, load.
+
+The layers are peft's own; this module is the only place that names them, so that a faster layer
+can take their place without a change elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from visualcloze_deft.errors import UserError
+
+NAME = "default"  # peft's name for the adapter inside the model
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
+FLUX_LAYERS = (
+    r".*transformer_blocks\.\d+\."
+    r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|ff\.net\.(0\.proj|2)|ff_context\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+)
+
+
+class AdapterSettings(BaseModel):
+    """Which adapter, and how large."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
+    """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] | None = None
+    """Scale of what is injected, s = alpha / rank; 1 where not set. PaRa has none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    layers: str = FLUX_LAYERS
+    """Regular expression that a layer's whole name must match."""
+    p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate of DEFT's P relative to R's (the authors' 0.1). PaRa's P takes the full rate."""
+
+
+def peft_config(settings: AdapterSettings) -> PeftConfig:
+    if settings.method == "lora":
+        return LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha or settings.rank,
+            lora_dropout=settings.dropout,
+            target_modules=settings.layers,
+        )
+    return DeftConfig(
+        r=settings.rank,
+        alpha=settings.alpha,
+        deft_dropout=settings.dropout,
+        target_modules=settings.layers,
+        decomposition_method="relu" if settings.method == "deft-relaxed" else "qr",
+        para=settings.method == "para",
+    )
+
+
+def attach(transformer: FluxTransformer2DModel, settings: AdapterSettings, *, seed: int) -> None:
+    """Freeze `transformer` and add a trainable float32 adapter; DEFT and LoRA start as identity.
+
+    Raises `UserError` where no layer matches `settings.layers`.
+    """
+    pattern = re.compile(settings.layers)
+    linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    if not any(pattern.fullmatch(name) for name in linear):
+        raise UserError(
+            f"adapter.layers {settings.layers!r} matches no linear layer; names look like {linear[-2]}"
+        )
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(peft_config(settings), adapter_name=NAME)
+    for parameter in trainable(transformer).values():
+        parameter.data = parameter.data.float()  # master weights, also on a bfloat16 base
+
+
+def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their name in `transformer`."""
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(
+    transformer: nn.Module, settings: AdapterSettings, *, lr: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups: DEFT's P at `p_lr_ratio` times `lr`, all else at `lr`."""
+    slow = settings.method in ("deft", "deft-relaxed")
+    directions, others = [], []
+    for name, parameter in trainable(transformer).items():
+        (directions if slow and "deft_P" in name else others).append(parameter)
+    groups = [
+        {"params": directions, "lr": lr * settings.p_lr_ratio},
+        {"params": others, "lr": lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors in peft's file naming."""
+    found = get_peft_model_state_dict(transformer, adapter_name=NAME)
+    return {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in found.items()}
+
+
+def save(
+    transformer: FluxTransformer2DModel,
+    folder: Path,
+    *,
+    base: str,
+    tensors: dict[str, Tensor] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write peft's two files to `folder`, which must exist. `tensors`: `state` gathered before."""
+    config = transformer.peft_config[NAME].to_dict()
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    for key, value in config.items():
+        if isinstance(value, set):
+            config[key] = sorted(value)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+    save_file(tensors or state(transformer), folder / WEIGHTS, {"format": "pt", **(metadata or {})})
+
+
+def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool = False) -> None:
+    """Add the adapter saved in `folder` (peft's format) to `transformer`.
+
+    Raises `UserError` where files are missing or truncated, or made for another model or rank.
+    """
+    config = read_config(folder)
+    tensors = read_weights(folder)
+    config.inference_mode = not trainable
+    transformer.requires_grad_(False)
+    try:
+        transformer.add_adapter(config, adapter_name=NAME)
+    except ValueError as error:
+        raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
+    expected = state(transformer)
+    if set(expected) != set(tensors):
+        odd = sorted(set(expected) ^ set(tensors))
+        raise UserError(
+            f"adapter {folder}: made for another model; {len(odd)} of its layers and the model's "
+            f"do not pair, e.g. {odd[0]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"adapter {folder}: {name} has shape {tuple(tensor.shape)}, this model and rank "
+                f"{config.r} need {tuple(expected[name].shape)}"
+            )
+    set_peft_model_state_dict(
+        transformer, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, NAME
+    )
+
+
+def read_config(folder: Path) -> PeftConfig:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    kind = fields.get("peft_type")
+    if kind not in ("DEFT", "LORA"):
+        raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
+    return PeftConfig.from_peft_type(**fields)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"adapter {folder}: no {WEIGHTS} there")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or truncated ({error}); save or copy it again") from None
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What `save` wrote beside the tensors."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return dict(file.metadata() or {})

@@ -1,0 +1,167 @@
+"""The source `graph200k`: Graph200K as VisualCloze unpacks it, a `data.json` beside its pictures.
+
+A row: {"quality_assessment": {"objectConsistency": 4, ...} or null, "description": {"item": "...",
+"description_0": "..."} or null, "condition": {"target": "target/0_target.jpg", ...}}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visualcloze_deft.data.images import listing, read_image
+from visualcloze_deft.data.item import Item
+from visualcloze_deft.errors import UserError, nearest
+
+ROLES = {  # condition with one picture -> role
+    "target": "target",
+    "reference": "reference",
+    "ref": "reference",
+    "sam2_mask": "segmentation",
+    "uniformer": "uniformer",
+    "mask": "object_masks",  # one flat colour per object named; no black and white mask
+    "bbox": "boxes",
+    "foreground": "mask",  # white on black; the role "foreground" is cut out with it
+    "normal": "normal",
+    "depth": "depth",
+    "canny": "canny",
+    "hed": "hed",
+    "mlsd": "mlsd",
+    "openpose": "openpose",
+    "DepthEdit": "depth_edit",  # same depth, another subject and background
+}
+LISTS = {  # condition with lists of pictures -> list -> role of its first picture
+    "FillEdit": {"image_path": "before"},  # another subject in the place of the target's
+    "InstantStyle": {"image_path": "style_image", "style_path": "style_reference"},
+    "ReduxStyle": {"image_path": "redux_image", "style_path": "redux_reference"},
+}
+_UNREAD = {"qwen_2_5_meta"}  # names and corners of the boxes
+CONSISTENT = 3  # least objectConsistency of a reference (VisualCloze, arXiv 2504.07960)
+
+
+class Graph200K:
+    """The source `graph200k` at `root`, a folder with `data.json`, or that file itself."""
+
+    name = "graph200k"
+
+    def __init__(self, root: Path) -> None:
+        path = root / "data.json" if root.is_dir() else root
+        self.folder = path.parent
+        self.rows = read_rows(path)
+        self.roles = frozenset(role for row in self.rows for role in self._images(row))
+        for name in picture_names(self.rows[0]).values():
+            if not (self.folder / name).is_file():
+                raise UserError(
+                    f"{path}, item 0: no such file {self.folder / name}; "
+                    f"paths are relative to {path.name}, or absolute"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def item(self, index: int) -> Item:
+        row = self.rows[index]
+        return Item(key=f"graph200k {index}", images=self._images(row), texts=texts(row))
+
+    def _images(self, row: Mapping[str, Any]) -> dict[str, Callable[[], Image.Image]]:
+        paths = {role: self.folder / name for role, name in picture_names(row).items()}
+        images: dict[str, Callable[[], Image.Image]] = {
+            role: partial(read_image, path) for role, path in paths.items()
+        }
+        if "mask" in paths:
+            images["foreground"] = partial(cut_out, paths["target"], paths["mask"])
+        return images
+
+
+def picture_names(row: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> file name as it stands in the row."""
+    names: dict[str, str] = {}
+    for condition, value in row["condition"].items():
+        if condition in ROLES and value:
+            names[ROLES[condition]] = value
+        elif condition in LISTS and value:
+            names |= {role: value[key][0] for key, role in LISTS[condition].items()}
+    if "reference" in names and not _consistent(row):
+        del names["reference"]
+    return names
+
+
+def _consistent(row: Mapping[str, Any]) -> bool:
+    quality = row.get("quality_assessment") or {}
+    return bool(quality.get("objectConsistency", 0) >= CONSISTENT)
+
+
+def texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """The caption of the target and, where both subjects have names, the edit that leads to it.
+
+    FillEdit names the subject that was put into the target's place: the one `before` shows.
+    """
+    description = row.get("description") or {}
+    item = description.get("item") or ""
+    caption = f"{item} {description.get('description_0') or ''}".strip()
+    replaced = (row["condition"].get("FillEdit") or {}).get("name")
+    found = {"caption": caption} if caption else {}
+    if item and replaced:
+        found["instruction"] = f"replace the {replaced} with {item[0].lower()}{item[1:]}"
+    return found
+
+
+def cut_out(target: Path, mask: Path) -> Image.Image:
+    """The target where the mask is white, on white."""
+    image = read_image(target)
+    matte = read_image(mask).convert("L").resize(image.size)
+    return Image.composite(image, Image.new("RGB", image.size, "white"), matte)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The checked list in `data.json`."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; expected the data.json that unpacking Graph200K writes, "
+            f"found {listing(path.parent)}"
+        )
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: expected a list of items, found {str(rows)[:60]!r}")
+    for index, row in enumerate(rows):
+        _check(f"{path}, item {index}", row)
+    return rows
+
+
+def _check(where: str, row: object) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("condition"), dict):
+        raise UserError(f"{where}: expected an object with the key 'condition'")
+    for key in ("quality_assessment", "description"):
+        if not isinstance(row.get(key), dict | None):
+            raise UserError(f"{where}: {key} must be an object or null, not {row[key]!r}")
+    if not row["condition"].get("target"):
+        raise UserError(f"{where}: the condition 'target' is missing")
+    for name, value in row["condition"].items():
+        if name in LISTS:
+            _check_lists(f"{where}: {name}", value, LISTS[name])
+        elif name not in {*ROLES, *_UNREAD}:
+            known = {*ROLES, *LISTS, *_UNREAD}
+            raise UserError(f"{where}: unknown condition {name!r}; {nearest(name, known)}")
+        elif name in ROLES and not isinstance(value, str | None):
+            raise UserError(f"{where}: {name} must be a path or null, not {value!r}")
+
+
+def _check_lists(where: str, value: object, lists: Mapping[str, str]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be an object or null, not {value!r}")
+    for key in lists:
+        names = value.get(key)
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise UserError(f"{where}: {key} must be a list of paths, not {names!r}")

@@ -1,0 +1,120 @@
+"""Pictures on disk: which files of a folder are pictures, and reading one as 8-bit RGB.
+
+Whatever is wrong with a file, of any format and depth, ends in one `UserError` that names it.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from visualcloze_deft.errors import UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+LIMIT = 100_000_000  # pixels; read from the header, so that a bomb is never decoded
+_TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def read_image(path: Path) -> Image.Image:
+    """The upright RGB picture in `path`, fully decoded, the file closed.
+
+    Transparency is laid over white; 16 bits are scaled to 8, so that 65535 becomes 255.
+    """
+    with _opened(path) as image:
+        return _rgb(path, image)
+
+
+def read_crop(path: Path, box: Box, *, size: int) -> Image.Image:
+    """The part `box` of the upright picture in `path`, as `read_image` would give it.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where the part still has `size` pixels on its shorter side.
+    """
+    left, top, right, bottom = box
+    with _opened(path) as image:
+        width, height = image.size
+        shrink = max(int(min(right - left, bottom - top)) // size, 1)
+        image.draft(None, (-(-width // shrink), -(-height // shrink)))
+        scale = image.width / width
+        corner = round(left * scale), round(top * scale)
+        sides = round((right - left) * scale), round((bottom - top) * scale)
+        return _rgb(path, image).crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright picture in `path` (no TIFF), from its header alone."""
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return (height, width) if turned else (width, height)
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """The pictures in `folder` by stem, sorted; of hidden files, none."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise UserError(f"{path}: {found[path.stem].name} has the same stem; keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def listing(folder: Path) -> str:
+    """What `folder` holds, for the end of a message: its first names, or "nothing"."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}" if names else "nothing"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in `path`, its header read; what goes wrong in the block is a `UserError`."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not an image")
+    too_large = f"{path}: more than {LIMIT // 10**6} million pixels; scale it down first"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on metadata nobody reads here, and on size: see LIMIT
+            with Image.open(path) as image:
+                if image.width * image.height > LIMIT:
+                    raise UserError(too_large)
+                if not image.width * image.height:
+                    raise UserError(f"{path}: an image of {image.width} x {image.height} pixels")
+                yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except UnidentifiedImageError:
+        what = "not an image that can be read" if path.stat().st_size else "an empty file"
+        raise UserError(f"{path}: {what}") from None
+    except Image.DecompressionBombError:
+        raise UserError(too_large) from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+
+
+def _rgb(path: Path, image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        return _eight_bits(path, upright).convert("RGB")
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+
+
+def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path}: its values have no fixed range; save it with 8 or 16 bits")
+    return Image.fromarray((values / 257 + 0.5).astype(np.uint8))

@@ -1,0 +1,243 @@
+"""The source `insdet`: objects on a turntable, and scenes in which those objects stand in boxes.
+
+Objects/NNN_name/{images,masks}/001..024, views 15 degrees apart; Scenes/<level>/<place>/rgb_NNN.jpg
+with its boxes in Pascal VOC beside it, rgb_NNN.xml (InsDet, arXiv 2310.19257).
+"""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from visualcloze_deft.data.images import (
+    Box,
+    images_in,
+    listing,
+    picture_size,
+    read_crop,
+    read_image,
+)
+from visualcloze_deft.data.item import Item
+from visualcloze_deft.errors import UserError
+
+VIEWS = 24  # of a complete turn
+TURN = 3  # views, 45 degrees
+AROUND = 2.2  # side of a crop over the longer side of its box
+GROWN = 0.1  # of the longer side of a box: how far a hole reaches beyond it, on every side
+LIGHT_GREY = (219, 219, 219)
+MIDDLE_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A photo of one object, and where it has one, the mask that is white on the object."""
+
+    image: Path
+    mask: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """An object in two views."""
+
+    name: str
+    view: View
+    view_turned: View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A box of a scene picture, and an object that stands in it; `crop` holds the box."""
+
+    name: str
+    view: View
+    picture: Path
+    box: Box
+    crop: Box
+
+
+class InsDet:
+    """The source `insdet` at `root`: turned objects, then objects in scenes.
+
+    size: the side in pixels below which a crop of a scene keeps all the pixels of its picture.
+    """
+
+    name = "insdet"
+
+    def __init__(self, root: Path, *, size: int = 512) -> None:
+        if not (root / "Objects").is_dir():
+            found = f"found {listing(root)}" if root.is_dir() else "no such folder"
+            raise UserError(f"{root}: expected the folders Objects and Scenes; {found}")
+        self.size = size
+        views = read_views(root / "Objects")
+        turns = [turn for name in views for turn in turns_of(name, views[name])]
+        places = [
+            place
+            for path in sorted(root.glob("Scenes/*/*/*.xml"))
+            for place in read_places(path, views)
+        ]
+        self.pieces = [*turns, *places]
+        if not self.pieces:
+            raise UserError(
+                f"{root}: no object with two views in Objects/*/images, and no box with the name "
+                f"of one in Scenes/*/*/*.xml; found {listing(root / 'Objects')} in Objects"
+            )
+        self.roles = frozenset(
+            [*(["view", "view_turned"] if turns else []), *(["view", "hole", "target"] if places else [])]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def item(self, index: int) -> Item:
+        piece = self.pieces[index]
+        caption = f"a {label(piece.name)}"
+        view = partial(alone, piece.view)
+        if isinstance(piece, Turn):
+            return Item(
+                key=f"{piece.name} {piece.view.image.stem}",
+                images={"view": view, "view_turned": partial(alone, piece.view_turned)},
+                texts={"caption": caption},
+            )
+        scene = f"{piece.picture.parent.name}/{piece.picture.stem}"
+        return Item(
+            key=f"{scene} {piece.name} at {piece.box[0]:.0f}, {piece.box[1]:.0f}",
+            images={
+                "view": view,
+                "target": partial(read_crop, piece.picture, piece.crop, size=self.size),
+                "hole": partial(hole, piece, size=self.size),
+            },
+            texts={"caption": caption},
+        )
+
+
+def label(name: str) -> str:
+    """The words of an object's name.
+
+    >>> label("044_corgi_doll")
+    'corgi doll'
+    """
+    return name.partition("_")[2].replace("_", " ") or name
+
+
+def turns_of(name: str, views: list[View]) -> list[Turn]:
+    """Each view of an object with the one 45 degrees on; with the next where views are missing."""
+    step = TURN if len(views) == VIEWS else 1
+    return [
+        Turn(name=name, view=view, view_turned=views[(k + step) % len(views)])
+        for k, view in enumerate(views)
+        if len(views) > 1
+    ]
+
+
+def alone(view: View) -> Image.Image:
+    """The object on light grey in a square that just holds it; without a mask, the whole photo."""
+    image = read_image(view.image)
+    if view.mask is None:
+        return image
+    mask = read_image(view.mask).convert("L").point(lambda value: 255 * (value > 127), "L")
+    if mask.size != image.size:
+        raise UserError(f"{view.mask}: {mask.size} pixels, but its photo has {image.size}")
+    box = mask.getbbox()
+    if box is None:
+        raise UserError(f"{view.mask}: no white pixel, so no object")
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top)
+    square = Image.new("RGB", (side, side), LIGHT_GREY)
+    corner = (side - (right - left)) // 2, (side - (bottom - top)) // 2
+    square.paste(image.crop(box), corner, mask.crop(box))
+    return square
+
+
+def hole(place: Place, *, size: int) -> Image.Image:
+    """The crop of the scene with the box, grown on every side, filled with middle grey."""
+    image = read_crop(place.picture, place.crop, size=size)
+    left, top, right, bottom = place.box
+    scale = image.width / (place.crop[2] - place.crop[0])
+    grow = GROWN * max(right - left, bottom - top)
+    ImageDraw.Draw(image).rectangle(
+        (
+            math.floor((left - grow - place.crop[0]) * scale),
+            math.floor((top - grow - place.crop[1]) * scale),
+            math.ceil((right + grow - place.crop[0]) * scale),
+            math.ceil((bottom + grow - place.crop[1]) * scale),
+        ),
+        fill=MIDDLE_GREY,
+    )
+    return image
+
+
+def crop_around(box: Box, size: tuple[int, int]) -> Box:
+    """The square around `box`, moved into a picture of `size`; cut where the picture is smaller.
+
+    >>> crop_around((0, 40, 10, 50), (100, 100))
+    (0, 34, 22, 56)
+    """
+    side = round(AROUND * max(box[2] - box[0], box[3] - box[1]))
+    edges = []
+    for low, high, length in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
+        start = max(min(round((low + high - side) / 2), length - side), 0)
+        edges.append((start, min(start + side, length)))
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+
+
+def read_views(objects: Path) -> dict[str, list[View]]:
+    """The views of each object, in order."""
+    views: dict[str, list[View]] = {}
+    for folder in sorted(path for path in objects.iterdir() if (path / "images").is_dir()):
+        masks = images_in(folder / "masks") if (folder / "masks").is_dir() else {}
+        photos = images_in(folder / "images")
+        views[folder.name] = [View(image=photos[key], mask=masks.get(key)) for key in photos]
+    return views
+
+
+def read_places(path: Path, views: dict[str, list[View]]) -> list[Place]:
+    """The boxes in one VOC file whose object has views, with the square of scene around each."""
+    picture = path.with_suffix(".jpg")
+    if not picture.is_file():
+        raise UserError(f"{path}: its picture {picture.name} is missing")
+    root = _parse(path)
+    width, height = picture_size(picture)
+    said = tuple(_number(path, root, f"size/{side}") for side in ("width", "height"))
+    if said != (width, height):
+        raise UserError(
+            f"{path}: its boxes are for {said[0]:g} x {said[1]:g} pixels, "
+            f"but {picture.name} has {width} x {height}; save it upright, at the size annotated"
+        )
+    places = []
+    for element in root.iter("object"):
+        name = element.findtext("name", "").strip()
+        left, top, right, bottom = (
+            _number(path, element, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")
+        )
+        box = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise UserError(f"{path}: {name}: the box {left:g}, {top:g}, {right:g}, {bottom:g} is empty")
+        if views.get(name):
+            crop = crop_around(box, (width, height))
+            places.append(Place(name=name, view=views[name][0], picture=picture, box=box, crop=crop))
+    return places
+
+
+def _parse(path: Path) -> ET.Element:
+    """The XML in `path`. Entities, which can blow up in memory, are refused unread."""
+    source = path.read_bytes()
+    if b"<!DOCTYPE" in source or b"<!ENTITY" in source:
+        raise UserError(f"{path}: declares a document type; Pascal VOC needs none, remove it")
+    try:
+        return ET.fromstring(source)
+    except ET.ParseError as error:
+        raise UserError(f"{path}: not valid XML: {error}") from None
+
+
+def _number(path: Path, element: ET.Element, place: str) -> float:
+    value = element.findtext(place, "")
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{path}: {place} must be a number, found {value!r}") from None

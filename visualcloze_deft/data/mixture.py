@@ -1,0 +1,160 @@
+"""The mixture: example i, drawn from all tasks and sources, is a function of (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from visualcloze_deft import grid
+from visualcloze_deft.data.derive import DERIVED
+from visualcloze_deft.data.item import Item, Source
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.registry import Task
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Recipe(BaseModel):
+    """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: Annotated[tuple[float, ...], Field(min_length=1)] = (0.3, 0.4, 0.3)
+    """Weight of 0, 1, 2, ... in-context examples."""
+    hide_target: Probability = 0.5
+    """How often the task's own targets are hidden; otherwise one uniformly drawn column."""
+    keep_task: Probability = 0.8
+    keep_content: Probability = 0.8
+    drop_text: Probability = 0.1
+    """How often task and content sentence are both left out."""
+    shuffle_columns: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training sample: complete rows, the columns hidden in the last one, and the words."""
+
+    index: int
+    task: str
+    keys: tuple[str, ...]
+    rows: tuple[tuple[Image.Image, ...], ...]
+    hidden: tuple[bool, ...]
+    task_sentence: str
+    content: str
+
+    @property
+    def prompt(self) -> str:
+        rows, columns = len(self.rows), len(self.rows[0])
+        return grid.prompt(rows, columns, task=self.task_sentence, content=self.content)
+
+
+class Mixture:
+    """An endless sequence of examples of `tasks` drawn from `sources`.
+
+    weights: task name -> relative frequency (1 where not named). Raises `UserError` where a task
+    finds no source with its roles.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        sources: Sequence[Source],
+        *,
+        seed: int,
+        recipe: Recipe | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.tasks = dict(tasks)
+        self.seed = seed
+        self.recipe = recipe or Recipe()
+        self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}
+        given = [(weights or {}).get(name, 1.0) for name in self.tasks]
+        self.proportions = np.array(given) / sum(given)
+
+    def __getitem__(self, index: int) -> Example:
+        rng = np.random.default_rng([self.seed, index])
+        recipe = self.recipe
+        name = list(self.tasks)[rng.choice(len(self.tasks), p=self.proportions)]
+        task = self.tasks[name]
+        sources = self.serving[name]
+        source = sources[rng.integers(len(sources))]
+        counts = np.array(recipe.examples[: len(source)])  # no more rows than items
+        rows = 1 + int(rng.choice(len(counts), p=counts / counts.sum()))
+        items = draw_items(source, task, rows, rng)
+        order = self._order(task, rng)
+        if rng.random() < recipe.hide_target:
+            hidden = tuple(role in task.targets for role in order)
+        else:
+            hidden = tuple(np.arange(len(order)) == rng.integers(len(order)))
+        say_task, say_content = rng.random(2) < (recipe.keep_task, recipe.keep_content)
+        silent = rng.random() < recipe.drop_text
+        return Example(
+            index=index,
+            task=name,
+            keys=tuple(item.key for item in items),
+            rows=tuple(tuple(picture(item, role) for role in order) for item in items),
+            hidden=hidden,
+            task_sentence=task.sentence(order) if say_task and not silent else "",
+            content=content(task, items[-1]) if say_content and not silent else "",
+        )
+
+    def _order(self, task: Task, rng: np.random.Generator) -> tuple[str, ...]:
+        """Conditions, shuffled if the recipe says so, then targets."""
+        conditions = [role for role in task.roles if role not in task.targets]
+        if self.recipe.shuffle_columns:
+            conditions = [conditions[k] for k in rng.permutation(len(conditions))]
+        return (*conditions, *task.targets)
+
+
+def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
+    """The sources that have, or from which one can derive, every role of `task`."""
+    found = [source for source in sources if not missing(task, source.roles)]
+    if not found:
+        lacks = "; ".join(
+            f"{source.name} lacks {', '.join(sorted(missing(task, source.roles)))}"
+            for source in sources
+        )
+        raise UserError(f"task {task.name}: no data source has all its roles ({lacks})")
+    return found
+
+
+def missing(task: Task, roles: frozenset[str]) -> set[str]:
+    derived = set(DERIVED) if "target" in roles else set()
+    return set(task.roles) - roles - derived
+
+
+def draw_items(
+    source: Source, task: Task, count: int, rng: np.random.Generator
+) -> tuple[Item, ...]:
+    """`count` different items that have the task's roles."""
+    items: list[Item] = []
+    tried: set[int] = set()
+    while len(items) < count:
+        index = int(rng.integers(len(source)))
+        if index in tried:
+            if len(tried) == len(source):
+                break
+            continue
+        tried.add(index)
+        item = source.item(index)
+        if not missing(task, frozenset(item.images)):
+            items.append(item)
+    if not items:
+        raise UserError(f"{source.name}: no item has the roles of {task.name}: {task.roles}")
+    return tuple(items)
+
+
+def picture(item: Item, role: str) -> Image.Image:
+    """The item's picture in `role`, derived from its target where the source has none."""
+    if role in item.images:
+        return item.image(role)
+    return DERIVED[role](item.image("target"))
+
+
+def content(task: Task, item: Item) -> str:
+    return item.texts.get(task.content, "") if task.content else ""

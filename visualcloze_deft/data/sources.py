@@ -1,0 +1,44 @@
+"""The table of data sources, and the spec that opens one: "scenes", "scenes=N" or "name=PATH"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from visualcloze_deft.data.dreambooth import DreamBooth
+from visualcloze_deft.data.folder import Folder
+from visualcloze_deft.data.graph200k import Graph200K
+from visualcloze_deft.data.insdet import InsDet
+from visualcloze_deft.data.item import Source
+from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.errors import UserError, nearest
+
+
+def open_source(spec: str, *, size: int, seed: int) -> Source:
+    """The source named by `spec`.
+
+    size: the side in pixels its pictures are wanted at; seed: of what is made, not read.
+    """
+    name, _, argument = spec.partition("=")
+    if name not in SOURCES:
+        raise UserError(f"unknown data source {name!r}; {nearest(name, SOURCES)}")
+    if name != "scenes" and not argument:
+        raise UserError(f"data source {name!r} needs a path: {name}=PATH")
+    return SOURCES[name](argument, size, seed)
+
+
+def _scenes(count: str, size: int, seed: int) -> Source:
+    if not count:
+        return Scenes(size=size, seed=seed)
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"scenes={count}: the number of scenes must be a whole number above 0")
+    return Scenes(size=size, seed=seed, count=int(count))
+
+
+SOURCES: dict[str, Callable[[str, int, int], Source]] = {
+    "scenes": _scenes,
+    "folder": lambda path, _size, _seed: Folder(Path(path)),
+    "graph200k": lambda path, _size, _seed: Graph200K(Path(path)),
+    "dreambooth": lambda path, _size, _seed: DreamBooth(Path(path)),
+    "insdet": lambda path, size, _seed: InsDet(Path(path), size=size),
+}

@@ -1,0 +1,54 @@
+"""Rectified flow as FLUX is trained: a straight line from the clean latent (t = 0) to noise (t = 1).
+
+Axes: b batch, n tokens, c channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) clean + t noise, for (b, n, c) tokens and (b,) times."""
+    t = t[:, None, None]
+    return (1 - t) * clean + t * noise
+
+
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """dx/dt of the line, what the transformer predicts."""
+    return noise - clean
+
+
+def logit_normal(standard_normal: Tensor) -> Tensor:
+    """Training times in 0..1 from normal draws (Esser et al. 2024, section 3.1, m = 0, s = 1)."""
+    return torch.sigmoid(standard_normal)
+
+
+def velocity_error(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """(b,) mean squared error of each sample; `weight` (b, n) says what each token counts."""
+    error = (predicted.float() - target.float()).square().mean(dim=-1)
+    return (error * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def shift_of(tokens: int, *, base: float, maximum: float, base_tokens: int, max_tokens: int) -> float:
+    """FLUX's time shift mu for a sequence of `tokens` image tokens: linear in their number.
+
+    The four constants stand in the scheduler's config (base_shift, max_shift,
+    base_image_seq_len, max_image_seq_len).
+    """
+    slope = (maximum - base) / (max_tokens - base_tokens)
+    return base + slope * (tokens - base_tokens)
+
+
+def schedule(steps: int, mu: float) -> Tensor:
+    """(steps + 1,) times from 1 down to 0, shifted: exp(mu) / (exp(mu) + 1 / t - 1).
+
+    >>> schedule(2, 0.0)
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    shifted = math.exp(mu) / (math.exp(mu) + (1 / t - 1))
+    return torch.cat([shifted, torch.zeros(1, dtype=torch.float64)]).float()

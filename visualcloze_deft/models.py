@@ -1,0 +1,170 @@
+"""The models of FLUX.1-Fill as one value: loaded by hub id, from a folder, or the embedded base.
+
+Axes: b batch, l text tokens, d text width, c h w latents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from visualcloze_deft import flow
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.folders import BASE
+
+TINY = "tiny"
+FLUX_RESOLUTION = 384  # VisualCloze's first stage, for folders that name none
+MAX_TEXT_TOKENS = 512  # FLUX's T5 length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Component names as in diffusers. `resolution`: the side of a square cell in pixels."""
+
+    name: str
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    tokenizer_2: T5TokenizerFast
+    scheduler: FlowMatchEulerDiscreteScheduler
+    resolution: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """T5 tokens (b, l, d) and CLIP's pooled vector (b, d), without attention masks, as FLUX."""
+        length = min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
+        t5 = self.tokenizer_2(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.text_encoder_2.device)
+        clip = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(self.text_encoder.device)
+        text = self.text_encoder_2(t5).last_hidden_state
+        return text.to(self.device), self.text_encoder(clip).pooler_output.to(self.device)
+
+    @torch.no_grad()
+    def encode_pixels(self, strips: Tensor) -> Tensor:
+        """(b, 3, H, W) in -1..1 to (b, c, h, w): the mode, shifted and scaled as FLUX's latents."""
+        config = self.vae.config
+        latents = self.vae.encode(strips.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return (latents - config.shift_factor) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode_pixels`, in float32."""
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents).sample.float()
+
+    def times(self, steps: int, tokens: int) -> Tensor:
+        """The (steps + 1,) sampling times for a grid of `tokens` tokens."""
+        config = self.scheduler.config
+        mu = flow.shift_of(
+            tokens,
+            base=config.base_shift,
+            maximum=config.max_shift,
+            base_tokens=config.base_image_seq_len,
+            max_tokens=config.max_image_seq_len,
+        )
+        return flow.schedule(steps, mu)
+
+
+def load_models(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", lora: str | None = None
+) -> Models:
+    """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
+
+    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
+    Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
+    """
+    folder = BASE if name == TINY else name
+    check_folder(name)
+    try:
+        parts = {
+            part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).to(device).eval()
+            for part, kind in _NETWORKS.items()
+        }
+        rest = {
+            part: kind.from_pretrained(folder, subfolder=part) for part, kind in _OTHERS.items()
+        }
+    except OSError as error:
+        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+    transformer = parts["transformer"]
+    channels = transformer.config.in_channels, transformer.config.out_channels
+    if channels != (384, 64):
+        raise UserError(
+            f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
+            "channels; FLUX.1-Fill has 384 and 64 (FLUX.1-dev cannot complete grids)"
+        )
+    if lora is not None:
+        merge_lora(transformer, lora)
+    return Models(name=name, resolution=resolution_of(name), **parts, **rest)
+
+
+_NETWORKS = {
+    "transformer": FluxTransformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": T5EncoderModel,
+}
+_OTHERS = {
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": T5TokenizerFast,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def check_folder(name: str) -> None:
+    """Raise `UserError` if `name` can be no model: before any weight is read."""
+    path = BASE if name == TINY else Path(name)
+    if path.is_dir():
+        lacking = [p for p in (*_NETWORKS, *_OTHERS) if not (path / p).is_dir()]
+        if lacking:
+            raise UserError(
+                f"model folder {path}: no {', '.join(lacking)}; expected a diffusers folder of "
+                f"FLUX.1-Fill with {', '.join((*_NETWORKS, *_OTHERS))}"
+            )
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"unknown model {name!r}; give 'tiny', a diffusers folder or a hub id such as "
+            "black-forest-labs/FLUX.1-Fill-dev"
+        )
+
+
+def resolution_of(name: str) -> int:
+    """The cell side the model's `model_index.json` names, else FLUX's."""
+    path = (BASE if name == TINY else Path(name)) / "model_index.json"
+    if not path.is_file():
+        return FLUX_RESOLUTION
+    return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
+
+
+def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
+    """Add a diffusers FLUX LoRA into the transformer's weights, for good."""
+    try:
+        tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(lora, return_alphas=True)
+    except OSError as error:
+        raise UserError(f"LoRA {lora!r}: {str(error).splitlines()[0]}") from None
+    FluxLoraLoaderMixin.load_lora_into_transformer(
+        tensors, network_alphas=alphas, transformer=transformer, adapter_name="merged"
+    )
+    transformer.fuse_lora(adapter_names=["merged"])
+    transformer.unload_lora()
