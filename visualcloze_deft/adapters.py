@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,47 +32,34 @@ FLUX_LAYERS = (
 )
 
 
-class AdapterSettings(BaseModel):
-    """Which adapter, and how large."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
-    """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[int, Field(ge=1)] | None = None
-    """Scale of what is injected, s = alpha / rank; 1 where not set. PaRa has none."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: str = FLUX_LAYERS
-    """Regular expression that a layer's whole name must match."""
-    p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
-    """Learning rate of DEFT's P relative to R's (the authors' 0.1). PaRa's P takes the full rate."""
+def layers(settings: Adapter) -> str:
+    return FLUX_LAYERS if settings.layers == "flux" else settings.layers
 
 
-def peft_config(settings: AdapterSettings) -> PeftConfig:
+def peft_config(settings: Adapter) -> PeftConfig:
     if settings.method == "lora":
         return LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha or settings.rank,
             lora_dropout=settings.dropout,
-            target_modules=settings.layers,
+            target_modules=layers(settings),
         )
     return DeftConfig(
         r=settings.rank,
         alpha=settings.alpha,
         deft_dropout=settings.dropout,
-        target_modules=settings.layers,
+        target_modules=layers(settings),
         decomposition_method="relu" if settings.method == "deft-relaxed" else "qr",
         para=settings.method == "para",
     )
 
 
-def attach(transformer: FluxTransformer2DModel, settings: AdapterSettings, *, seed: int) -> None:
+def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int) -> None:
     """Freeze `transformer` and add a trainable float32 adapter; DEFT and LoRA start as identity.
 
     Raises `UserError` where no layer matches `settings.layers`.
     """
-    pattern = re.compile(settings.layers)
+    pattern = re.compile(layers(settings))
     linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     if not any(pattern.fullmatch(name) for name in linear):
         raise UserError(
@@ -92,7 +79,7 @@ def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(
-    transformer: nn.Module, settings: AdapterSettings, *, lr: float
+    transformer: nn.Module, settings: Adapter, *, lr: float
 ) -> list[dict[str, Any]]:
     """Optimiser groups: DEFT's P at `p_lr_ratio` times `lr`, all else at `lr`."""
     slow = settings.method in ("deft", "deft-relaxed")
@@ -104,6 +91,11 @@ def parameter_groups(
         {"params": others, "lr": lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+def file_name(name: str) -> str:
+    """The name in peft's file of the adapter parameter `name` of the model."""
+    return f"base_model.model.{name.replace(f'.{NAME}', '')}"
 
 
 def state(transformer: nn.Module) -> dict[str, Tensor]:

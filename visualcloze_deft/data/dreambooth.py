@@ -7,7 +7,7 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 
-from visualcloze_deft.data.images import images_in, listing, read_image
+from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.errors import UserError
 
@@ -31,7 +31,7 @@ class DreamBooth:
         self.classes = read_classes(subjects / CLASSES) if (subjects / CLASSES).exists() else {}
         self.pairs = [
             pair
-            for folder in sorted(path for path in subjects.iterdir() if path.is_dir())
+            for folder in folders_in(subjects)
             for pair in permutations(images_in(folder).values(), 2)
         ]
         if not self.pairs:

@@ -1,9 +1,9 @@
 """The source `folder`: a user's own pictures, paired by a table, by subfolder or by suffix.
 
-    rows.jsonl               {"depth": "a.png", "target": "b.png", "caption": "...", ...}
-                             {"task": "relighting", "images": ["x_0.jpg", "x_1.jpg"], "prompt": null}
-    depth/0001.png           target/0001.png           caption/0001.txt   instruction/0001.txt
-    0001_depth.png           0001_target.png           0001.txt           0001_instruction.txt
+rows.jsonl      {"depth": "a.png", "target": "b.png", "caption": "...", "instruction": "..."}
+                {"task": "relighting", "images": ["x_0.jpg", "x_1.jpg"], "prompt": null}
+subfolders      depth/0001.png  target/0001.png  caption/0001.txt  instruction/0001.txt
+suffixes        0001_depth.png  0001_target.png  0001.txt  0001_instruction.txt
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from visualcloze_deft.data.images import images_in, listing, read_image
+from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.errors import UserError, nearest
 
@@ -30,47 +29,37 @@ _SUFFIXED = re.compile(r"(.+?)_(view_turned|style_image|style_reference|image_\d
 _LAYOUTS = "a table *.jsonl, subfolders depth/0001.png, or suffixes 0001_depth.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What the folder holds of one item."""
-
-    key: str
-    images: Mapping[str, Path]
-    texts: Mapping[str, str]
-
-
 class Folder:
     """The source `folder` at `path`: a folder in one of the three layouts, or a .jsonl file."""
 
     name = "folder"
 
     def __init__(self, path: Path) -> None:
-        if path.suffix == ".jsonl" and path.is_file():
-            self.rows = read_table(path)
-        elif path.is_dir():
-            self.rows = read_folder(path)
+        if path.is_dir():
+            self.items = read_folder(path)
+        elif path.is_file() and path.suffix == ".jsonl":
+            self.items = read_table(path)
         else:
             raise UserError(f"{path}: no such folder or .jsonl file")
-        if not self.rows:
-            raise UserError(f"{path}: expected {_LAYOUTS}; found {listing(path.parent)}")
-        self.roles = frozenset(role for row in self.rows for role in row.images)
+        if not self.items:
+            found = listing(path) if path.is_dir() else "no row"
+            raise UserError(f"{path}: expected {_LAYOUTS}; found {found}")
+        self.roles = frozenset(role for item in self.items for role in item.images)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
     def item(self, index: int) -> Item:
-        row = self.rows[index]
-        images = {role: partial(read_image, path) for role, path in row.images.items()}
-        return Item(key=row.key, images=images, texts=row.texts)
+        return self.items[index]
 
 
-def read_folder(root: Path) -> list[Row]:
-    """The rows of the tables in `root`; without any, those of its subfolders or suffixes."""
+def read_folder(root: Path) -> list[Item]:
+    """The items of the tables in `root`; without any, those of its subfolders or suffixes."""
     tables = sorted(root.glob("*.jsonl"))
     if tables:
-        return [row for table in tables for row in read_table(table)]
+        return [item for table in tables for item in read_table(table)]
     by_stem: dict[str, dict[str, Path]] = defaultdict(dict)
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in folders_in(root):
         for stem, path in images_in(folder).items():
             by_stem[stem][folder.name] = path
     loose = images_in(root)
@@ -81,19 +70,19 @@ def read_folder(root: Path) -> list[Row]:
         if parts is None:
             raise UserError(f"{path}: expected a role at the end, such as {stem}_target")
         by_stem[parts[1]][parts[2]] = path
-    return [_paired(root, stem, images) for stem, images in sorted(by_stem.items())]
+    return [_paired(root, stem, paths) for stem, paths in sorted(by_stem.items())]
 
 
-def _paired(root: Path, stem: str, images: Mapping[str, Path]) -> Row:
-    if len(images) == 1 and "target" not in images:
-        [path] = images.values()
+def _paired(root: Path, stem: str, paths: Mapping[str, Path]) -> Item:
+    if len(paths) == 1 and "target" not in paths:
+        [path] = paths.values()
         raise UserError(f"{path}: stands alone; no other role has a picture called {stem!r}")
     texts = {}
     for name, places in TEXTS.items():
         for path in (root / place.format(stem) for place in places):
             if name not in texts and path.is_file():
                 texts[name] = _read_text(path)
-    return Row(key=stem, images=images, texts=texts)
+    return _item(stem, paths, texts)
 
 
 def _read_text(path: Path) -> str:
@@ -103,52 +92,58 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def read_table(path: Path) -> list[Row]:
-    """One row per line of a .jsonl file; paths are relative to the file."""
-    rows = []
+def read_table(path: Path) -> list[Item]:
+    """One item per line of a .jsonl file; paths are relative to the file."""
+    items = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
+            row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{where}: expected an object {{...}}, found {fields!r}")
-        names, texts = _edit(where, fields) if "images" in fields else _roles(where, fields)
-        images = {role: path.parent / name for role, name in names.items()}
-        for role, image in images.items():
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, {{...}}, not {row!r}")
+        names, texts = _edit(where, row) if "images" in row else _roles(where, row)
+        paths = {role: path.parent / name for role, name in names.items()}
+        for role, image in paths.items():
             if not image.is_file():
                 raise UserError(f"{where}: {role}: no such file {image}")
-        rows.append(Row(key=f"{path.name}:{number}", images=images, texts=texts))
-    return rows
+        items.append(_item(f"{path.name}:{number}", paths, texts))
+    return items
 
 
-def _roles(where: str, fields: Mapping[str, object]) -> tuple[dict[str, str], dict[str, str]]:
+def _item(key: str, paths: Mapping[str, Path], texts: Mapping[str, str]) -> Item:
+    images = {role: partial(read_image, path) for role, path in paths.items()}
+    return Item(key=key, images=images, texts=texts)
+
+
+def _roles(where: str, row: Mapping[str, object]) -> tuple[dict[str, str], dict[str, str]]:
     """File names and texts of a row whose keys are roles, "caption" and "instruction"."""
-    for key, value in fields.items():
+    for key, value in row.items():
         if not isinstance(value, str):
             kind = "text" if key in TEXTS else "the path of a picture"
             raise UserError(f"{where}: {key} must be {kind}, not {value!r}")
-    texts = {key: str(fields[key]) for key in TEXTS if key in fields}
-    names = {key: str(value) for key, value in fields.items() if key not in TEXTS}
+    texts = {key: str(row[key]) for key in TEXTS if key in row}
+    names = {key: str(value) for key, value in row.items() if key not in TEXTS}
     if not names:
         raise UserError(f"{where}: names no picture; expected e.g. {{'target': 'a.png'}}")
     return names, texts
 
 
-def _edit(where: str, fields: Mapping[str, object]) -> tuple[dict[str, str], dict[str, str]]:
+def _edit(where: str, row: Mapping[str, object]) -> tuple[dict[str, str], dict[str, str]]:
     """File names and texts of a row of "images" in order; the last one is the result."""
     known = ("task", "images", "prompt")
-    for key in fields:
+    for key in row:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r} beside 'images'; {nearest(key, known)}")
-    names, prompt = fields["images"], fields.get("prompt")
+    names, prompt = row["images"], row.get("prompt")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: images must be a list of paths, not {names!r}")
-    if prompt is not None and not isinstance(prompt, str):
-        raise UserError(f"{where}: prompt must be text or null, not {prompt!r}")
+    for key in ("task", "prompt"):
+        if not isinstance(row.get(key), str | None):
+            raise UserError(f"{where}: {key} must be text or null, not {row[key]!r}")
     before = ["before"] if len(names) == 2 else [f"image_{k}" for k in range(1, len(names))]
-    texts = {} if prompt is None else {"instruction": prompt, "caption": prompt}
+    texts = {"instruction": str(prompt), "caption": str(prompt)} if prompt else {}
     return dict(zip([*before, "target"], names, strict=True)), texts

@@ -41,6 +41,11 @@ LISTS = {  # condition with lists of pictures -> list -> role of its first pictu
     "ReduxStyle": {"image_path": "redux_image", "style_path": "redux_reference"},
 }
 _UNREAD = {"qwen_2_5_meta"}  # names and corners of the boxes
+_KNOWN = {*ROLES, *LISTS, *_UNREAD}
+_FIELDS: dict[str, dict[str, Any]] = {  # key of a row -> key in it -> what may stand there
+    "quality_assessment": {"objectConsistency": int | float | None},
+    "description": {"item": str | None, "description_0": str | None},
+}
 CONSISTENT = 3  # least objectConsistency of a reference (VisualCloze, arXiv 2504.07960)
 
 
@@ -50,10 +55,13 @@ class Graph200K:
     name = "graph200k"
 
     def __init__(self, root: Path) -> None:
+        if not root.exists():
+            raise UserError(f"{root}: no such folder")
         path = root / "data.json" if root.is_dir() else root
         self.folder = path.parent
         self.rows = read_rows(path)
-        self.roles = frozenset(role for row in self.rows for role in self._images(row))
+        roles = {role for row in self.rows for role in picture_names(row)}
+        self.roles = frozenset(roles | {"foreground"} if "mask" in roles else roles)
         for name in picture_names(self.rows[0]).values():
             if not (self.folder / name).is_file():
                 raise UserError(
@@ -66,16 +74,13 @@ class Graph200K:
 
     def item(self, index: int) -> Item:
         row = self.rows[index]
-        return Item(key=f"graph200k {index}", images=self._images(row), texts=texts(row))
-
-    def _images(self, row: Mapping[str, Any]) -> dict[str, Callable[[], Image.Image]]:
         paths = {role: self.folder / name for role, name in picture_names(row).items()}
         images: dict[str, Callable[[], Image.Image]] = {
             role: partial(read_image, path) for role, path in paths.items()
         }
         if "mask" in paths:
             images["foreground"] = partial(cut_out, paths["target"], paths["mask"])
-        return images
+        return Item(key=f"item {index}", images=images, texts=texts(row))
 
 
 def picture_names(row: Mapping[str, Any]) -> dict[str, str]:
@@ -93,7 +98,7 @@ def picture_names(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _consistent(row: Mapping[str, Any]) -> bool:
     quality = row.get("quality_assessment") or {}
-    return bool(quality.get("objectConsistency", 0) >= CONSISTENT)
+    return (quality.get("objectConsistency") or 0) >= CONSISTENT
 
 
 def texts(row: Mapping[str, Any]) -> dict[str, str]:
@@ -106,9 +111,13 @@ def texts(row: Mapping[str, Any]) -> dict[str, str]:
     caption = f"{item} {description.get('description_0') or ''}".strip()
     replaced = (row["condition"].get("FillEdit") or {}).get("name")
     found = {"caption": caption} if caption else {}
-    if item and replaced:
-        found["instruction"] = f"replace the {replaced} with {item[0].lower()}{item[1:]}"
+    if item and isinstance(replaced, str):
+        found["instruction"] = f"replace the {replaced} with {_in_sentence(item)}"
     return found
+
+
+def _in_sentence(words: str) -> str:
+    return f"{words[0].lower()}{words[1:]}".rstrip(".")
 
 
 def cut_out(target: Path, mask: Path) -> Image.Image:
@@ -120,8 +129,6 @@ def cut_out(target: Path, mask: Path) -> Image.Image:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The checked list in `data.json`."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder")
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; expected the data.json that unpacking Graph200K writes, "
@@ -141,23 +148,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _check(where: str, row: object) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("condition"), dict):
         raise UserError(f"{where}: expected an object with the key 'condition'")
-    for key in ("quality_assessment", "description"):
-        if not isinstance(row.get(key), dict | None):
-            raise UserError(f"{where}: {key} must be an object or null, not {row[key]!r}")
+    for key, fields in _FIELDS.items():
+        found = row.get(key) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"{where}: {key} must be an object or null, not {found!r}")
+        for field, kind in fields.items():
+            if not isinstance(found.get(field), kind):
+                raise UserError(f"{where}: {key}: {field} cannot be {found[field]!r}")
     if not row["condition"].get("target"):
         raise UserError(f"{where}: the condition 'target' is missing")
     for name, value in row["condition"].items():
         if name in LISTS:
             _check_lists(f"{where}: {name}", value, LISTS[name])
-        elif name not in {*ROLES, *_UNREAD}:
-            known = {*ROLES, *LISTS, *_UNREAD}
-            raise UserError(f"{where}: unknown condition {name!r}; {nearest(name, known)}")
+        elif name not in _KNOWN:
+            raise UserError(f"{where}: unknown condition {name!r}; {nearest(name, _KNOWN)}")
         elif name in ROLES and not isinstance(value, str | None):
             raise UserError(f"{where}: {name} must be a path or null, not {value!r}")
 
 
 def _check_lists(where: str, value: object, lists: Mapping[str, str]) -> None:
-    if value is None:
+    if not value:
         return
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object or null, not {value!r}")

@@ -29,6 +29,7 @@ def read_image(path: Path) -> Image.Image:
     Transparency is laid over white; 16 bits are scaled to 8, so that 65535 becomes 255.
     """
     with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         return _rgb(path, image)
 
 
@@ -45,7 +46,9 @@ def read_crop(path: Path, box: Box, *, size: int) -> Image.Image:
         scale = image.width / width
         corner = round(left * scale), round(top * scale)
         sides = round((right - left) * scale), round((bottom - top) * scale)
-        return _rgb(path, image).crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
+        ImageOps.exif_transpose(image, in_place=True)
+        part = image.crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
+        return _rgb(path, part)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -66,6 +69,12 @@ def images_in(folder: Path) -> dict[str, Path]:
             raise UserError(f"{path}: {found[path.stem].name} has the same stem; keep one of them")
         found[path.stem] = path
     return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The subfolders of `folder`, sorted; of hidden ones, none."""
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
 def listing(folder: Path) -> str:
@@ -104,13 +113,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _rgb(path: Path, image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode == "F" or upright.mode.startswith("I"):
-        return _eight_bits(path, upright).convert("RGB")
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(path, image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _eight_bits(path: Path, image: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ with its boxes in Pascal VOC beside it, rgb_NNN.xml (InsDet, arXiv 2310.19257).
 
 from __future__ import annotations
 
-import math
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from visualcloze_deft.data.images import (
     Box,
+    folders_in,
     images_in,
     listing,
     picture_size,
@@ -42,15 +42,6 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """An object in two views."""
-
-    name: str
-    view: View
-    view_turned: View
-
-
-@dataclass(frozen=True, kw_only=True)
 class Place:
     """A box of a scene picture, and an object that stands in it; `crop` holds the box."""
 
@@ -73,47 +64,51 @@ class InsDet:
         if not (root / "Objects").is_dir():
             found = f"found {listing(root)}" if root.is_dir() else "no such folder"
             raise UserError(f"{root}: expected the folders Objects and Scenes; {found}")
-        self.size = size
         views = read_views(root / "Objects")
-        turns = [turn for name in views for turn in turns_of(name, views[name])]
-        places = [
-            place
-            for path in sorted(root.glob("Scenes/*/*/*.xml"))
-            for place in read_places(path, views)
-        ]
-        self.pieces = [*turns, *places]
-        if not self.pieces:
+        self.items = [item for name in views for item in turned(name, views[name])]
+        for path in sorted(root.glob("Scenes/*/*/rgb_*.xml")):
+            self.items += [placed(place, size=size) for place in read_places(path, views)]
+        if not self.items:
             raise UserError(
                 f"{root}: no object with two views in Objects/*/images, and no box with the name "
-                f"of one in Scenes/*/*/*.xml; found {listing(root / 'Objects')} in Objects"
+                f"of one in Scenes/*/*/rgb_*.xml; Objects holds {listing(root / 'Objects')}"
             )
-        self.roles = frozenset(
-            [*(["view", "view_turned"] if turns else []), *(["view", "hole", "target"] if places else [])]
-        )
+        self.roles = frozenset(role for item in self.items for role in item.images)
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.items)
 
     def item(self, index: int) -> Item:
-        piece = self.pieces[index]
-        caption = f"a {label(piece.name)}"
-        view = partial(alone, piece.view)
-        if isinstance(piece, Turn):
-            return Item(
-                key=f"{piece.name} {piece.view.image.stem}",
-                images={"view": view, "view_turned": partial(alone, piece.view_turned)},
-                texts={"caption": caption},
-            )
-        scene = f"{piece.picture.parent.name}/{piece.picture.stem}"
-        return Item(
-            key=f"{scene} {piece.name} at {piece.box[0]:.0f}, {piece.box[1]:.0f}",
-            images={
-                "view": view,
-                "target": partial(read_crop, piece.picture, piece.crop, size=self.size),
-                "hole": partial(hole, piece, size=self.size),
-            },
-            texts={"caption": caption},
+        return self.items[index]
+
+
+def turned(name: str, views: list[View]) -> list[Item]:
+    """Each view of an object with the one 45 degrees on; with the next where views are missing."""
+    step = TURN if len(views) == VIEWS else 1
+    others = views[step:] + views[:step]
+    return [
+        Item(
+            key=f"{name} {view.image.stem}-{other.image.stem}",
+            images={"view": partial(alone, view), "view_turned": partial(alone, other)},
+            texts={"caption": f"a {label(name)}"},
         )
+        for view, other in zip(views, others, strict=True)
+        if view != other
+    ]
+
+
+def placed(place: Place, *, size: int) -> Item:
+    """An object, and a scene with and without it."""
+    scene = f"{place.picture.parent.name}/{place.picture.stem}"
+    return Item(
+        key=f"{scene} {place.name} at {place.box[0]:.0f}, {place.box[1]:.0f}",
+        images={
+            "view": partial(alone, place.view),
+            "target": partial(read_crop, place.picture, place.crop, size=size),
+            "hole": partial(hole, place, size=size),
+        },
+        texts={"caption": f"a {label(place.name)}"},
+    )
 
 
 def label(name: str) -> str:
@@ -123,16 +118,6 @@ def label(name: str) -> str:
     'corgi doll'
     """
     return name.partition("_")[2].replace("_", " ") or name
-
-
-def turns_of(name: str, views: list[View]) -> list[Turn]:
-    """Each view of an object with the one 45 degrees on; with the next where views are missing."""
-    step = TURN if len(views) == VIEWS else 1
-    return [
-        Turn(name=name, view=view, view_turned=views[(k + step) % len(views)])
-        for k, view in enumerate(views)
-        if len(views) > 1
-    ]
 
 
 def alone(view: View) -> Image.Image:
@@ -160,15 +145,10 @@ def hole(place: Place, *, size: int) -> Image.Image:
     left, top, right, bottom = place.box
     scale = image.width / (place.crop[2] - place.crop[0])
     grow = GROWN * max(right - left, bottom - top)
-    ImageDraw.Draw(image).rectangle(
-        (
-            math.floor((left - grow - place.crop[0]) * scale),
-            math.floor((top - grow - place.crop[1]) * scale),
-            math.ceil((right + grow - place.crop[0]) * scale),
-            math.ceil((bottom + grow - place.crop[1]) * scale),
-        ),
-        fill=MIDDLE_GREY,
-    )
+    x, y = left - grow - place.crop[0], top - grow - place.crop[1]
+    width, height = right - left + 2 * grow, bottom - top + 2 * grow
+    corners = (x * scale, y * scale, (x + width) * scale, (y + height) * scale)
+    ImageDraw.Draw(image).rectangle(tuple(map(round, corners)), fill=MIDDLE_GREY)
     return image
 
 
@@ -189,7 +169,9 @@ def crop_around(box: Box, size: tuple[int, int]) -> Box:
 def read_views(objects: Path) -> dict[str, list[View]]:
     """The views of each object, in order."""
     views: dict[str, list[View]] = {}
-    for folder in sorted(path for path in objects.iterdir() if (path / "images").is_dir()):
+    for folder in folders_in(objects):
+        if not (folder / "images").is_dir():
+            raise UserError(f"{folder}: expected the folder images in it; found {listing(folder)}")
         masks = images_in(folder / "masks") if (folder / "masks").is_dir() else {}
         photos = images_in(folder / "images")
         views[folder.name] = [View(image=photos[key], mask=masks.get(key)) for key in photos]
@@ -216,23 +198,25 @@ def read_places(path: Path, views: dict[str, list[View]]) -> list[Place]:
             _number(path, element, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")
         )
         box = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(f"{path}: {name}: the box {left:g}, {top:g}, {right:g}, {bottom:g} is empty")
+        if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
+            given = f"{left:g}, {top:g}, {right:g}, {bottom:g}"
+            raise UserError(f"{path}: {name}: no pixel of the box {given} lies in the picture")
         if views.get(name):
             crop = crop_around(box, (width, height))
-            places.append(Place(name=name, view=views[name][0], picture=picture, box=box, crop=crop))
+            view = views[name][0]
+            places.append(Place(name=name, view=view, picture=picture, box=box, crop=crop))
     return places
 
 
 def _parse(path: Path) -> ET.Element:
     """The XML in `path`. Entities, which can blow up in memory, are refused unread."""
-    source = path.read_bytes()
-    if b"<!DOCTYPE" in source or b"<!ENTITY" in source:
-        raise UserError(f"{path}: declares a document type; Pascal VOC needs none, remove it")
     try:
+        source = path.read_text(encoding="utf-8-sig")
+        if "<!DOCTYPE" in source or "<!ENTITY" in source:
+            raise UserError(f"{path}: declares a document type; Pascal VOC needs none, remove it")
         return ET.fromstring(source)
-    except ET.ParseError as error:
-        raise UserError(f"{path}: not valid XML: {error}") from None
+    except (OSError, UnicodeDecodeError, ET.ParseError) as error:
+        raise UserError(f"{path}: not valid XML in UTF-8: {error}") from None
 
 
 def _number(path: Path, element: ET.Element, place: str) -> float:

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from visualcloze_deft import grid
 from visualcloze_deft.data.derive import DERIVED
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.registry import Task
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class Recipe(BaseModel):
-    """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    examples: Annotated[tuple[float, ...], Field(min_length=1)] = (0.3, 0.4, 0.3)
-    """Weight of 0, 1, 2, ... in-context examples."""
-    hide_target: Probability = 0.5
-    """How often the task's own targets are hidden; otherwise one uniformly drawn column."""
-    keep_task: Probability = 0.8
-    keep_content: Probability = 0.8
-    drop_text: Probability = 0.1
-    """How often task and content sentence are both left out."""
-    shuffle_columns: bool = True
-
+from visualcloze_deft.settings import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Example:

@@ -1,0 +1,112 @@
+"""From drawn examples to what the transformer reads: encoded, noised, grouped by grid shape.
+
+Axes: b batch, n tokens, l text tokens, d text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visualcloze_deft import flow, grid
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.models import Models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One example in pixels, ready to be encoded."""
+
+    index: int
+    task: str
+    grid: grid.Grid
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Samples of one grid shape. noise: (b, n, 64); t: (b,); text: (b, l, d); pooled: (b, d)."""
+
+    indices: tuple[int, ...]
+    tasks: tuple[str, ...]
+    latents: grid.Latents
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    pooled: Tensor
+
+
+class Draws(Dataset[Drawn]):
+    """A mixture's examples in pixels: what reading processes compute."""
+
+    def __init__(self, mixture: Mixture, resolution: int) -> None:
+        self.mixture = mixture
+        self.resolution = resolution
+
+    def __getitem__(self, index: int) -> Drawn:
+        example = self.mixture[index]
+        built = grid.build(example.rows, resolution=self.resolution, hidden=example.hidden)
+        return Drawn(index=index, task=example.task, grid=built, prompt=example.prompt)
+
+
+def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> grid.Latents:
+    """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
+    they are not known (inference), `Latents.clean` is what is seen."""
+    shape = grids[0].shape
+    seen, complete, mask = [], [], []
+    for row in range(len(shape)):
+        shown = torch.stack([g.seen[row] for g in grids])
+        hidden = torch.stack([g.hidden[row] for g in grids])
+        seen.append(grid.pack(models.encode_pixels(shown)))
+        mask.append(grid.pack_mask(hidden.to(seen[-1])))
+        if clean and hidden.any():
+            strips = torch.stack([g.strips[row] for g in grids])
+            complete.append(grid.pack(models.encode_pixels(strips)))
+        else:
+            complete.append(seen[-1])
+    return grid.Latents(
+        clean=torch.cat(complete, dim=1),
+        seen=torch.cat(seen, dim=1),
+        mask=torch.cat(mask, dim=1),
+        ids=grid.position_ids(shape).to(seen[0].device),
+    )
+
+
+def encode(models: Models, drawn: Sequence[Drawn], *, seed: int) -> list[Group]:
+    """Encode a batch. Noise and time of example i are a function of (seed, i) alone."""
+    text, pooled = models.encode_text([d.prompt for d in drawn])
+    places: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for place, d in enumerate(drawn):
+        places.setdefault(d.grid.shape, []).append(place)
+    groups = []
+    for members in places.values():
+        latents = encode_grids(models, [drawn[k].grid for k in members], clean=True)
+        noise, t = zip(
+            *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index) for k in members),
+            strict=True,
+        )
+        groups.append(
+            Group(
+                indices=tuple(drawn[k].index for k in members),
+                tasks=tuple(drawn[k].task for k in members),
+                latents=latents,
+                noise=torch.stack(noise).to(latents.clean),
+                t=torch.stack(t).to(latents.clean.device),
+                text=text[members],
+                pooled=pooled[members],
+            )
+        )
+    return groups
+
+
+def draw_noise(shape: Sequence[int], seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Standard normal noise of `shape` and a logit-normal time, from (seed, index) alone."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> 1))
+    noise = torch.randn(tuple(shape), generator=generator)
+    return noise, flow.logit_normal(torch.randn((), generator=generator))

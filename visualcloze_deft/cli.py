@@ -1,0 +1,240 @@
+"""The command line. Heavy imports stand inside the commands: help and listings need no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from visualcloze_deft.errors import UserError, nearest
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Commands(click.Group):
+    """A group that knows what was meant by a mistyped command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="visualcloze-deft")
+def cli() -> None:
+    """Unified in-context image generation: show rows of images, the model fills the missing one.
+
+    \b
+    First steps:
+      vcdeft tasks list                           what grids it knows
+      vcdeft train --tasks all --zero 2           one DEFT adapter for all tasks
+      vcdeft infer --examples grid.json --adapter runs/demo/adapter
+    """
+
+
+@cli.command(context_settings=CONTEXT)
+@click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
+@click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
+@click.option("--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes.")
+@click.option("--tasks", help="'all', or names and groups joined by commas.")
+@click.option("--method", help="deft, deft-relaxed, para or lora.")
+@click.option("--rank", type=int, help="Rank of the adapter.")
+@click.option("--zero", help="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
+@click.option("--steps", type=int, help="Optimiser steps in all.")
+@click.option("--batch", type=int, help="Grids per process and step.")
+@click.option("--resolution", type=int, help="Side of a square cell in pixels.")
+@click.option("--lr", type=float, help="Learning rate.")
+@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option("--output", metavar="DIR", help="Run folder; default runs/demo.")
+@click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
+@click.option("--local-rank", "--local_rank", type=int, hidden=True, help="From deepspeed's launcher.")
+def train(
+    config: str | None,
+    data: tuple[str, ...],
+    overrides: tuple[str, ...],
+    resume: bool,
+    local_rank: int | None,
+    **options: Any,
+) -> None:
+    """Train one adapter for all tasks. Starts its own processes; also runs under torchrun,
+    accelerate launch and deepspeed.
+
+    \b
+    vcdeft train --tasks all --zero 2
+    vcdeft train --config flux-8gpu --data graph200k=/data/graph200k
+    vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
+    """
+    from visualcloze_deft.launch import already_launched, launch, process_count
+    from visualcloze_deft.rundir import SETTINGS, prepare
+    from visualcloze_deft.settings import load_run
+
+    if resume and config is None:
+        saved = Path(options["output"] or "runs/demo") / SETTINGS
+        config = str(saved) if saved.is_file() else None
+    names = {
+        "tasks": "data.tasks",
+        "method": "adapter.method",
+        "rank": "adapter.rank",
+        "resolution": "data.resolution",
+        "lr": "optimiser.lr",
+    }
+    given = [
+        f"{names.get(name, name)}={value}" for name, value in options.items() if value is not None
+    ]
+    if data:
+        given.append(f"data.sources={json.dumps(list(data))}")
+    run = load_run(config, [*given, *overrides])
+    if already_launched():
+        from visualcloze_deft.train import train as train_here
+
+        train_here(run, resume=resume)
+        return
+    processes = process_count(run.processes)
+    mixture = prepare(run, resume=resume)
+    describe_run(run, mixture, processes)
+    status = launch(sys.argv[1:], processes=processes)
+    if status:
+        raise SystemExit(status)
+    click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
+
+
+def describe_run(run: Any, mixture: Any, processes: int) -> None:
+    """The first lines of a run: what, on what, how."""
+    shares = ", ".join(
+        f"{name} {share:.0%}"
+        for name, share in zip(mixture.tasks, mixture.proportions, strict=True)
+    )
+    click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
+    click.echo(f"data     {', '.join(run.data.sources)}")
+    click.echo(f"tasks    {shares}")
+    click.echo(
+        f"training {run.steps} steps of {processes} x {run.batch} x {run.accumulate} grids, "
+        f"ZeRO-{run.zero}, into {run.output}"
+    )
+
+
+@cli.command(context_settings=CONTEXT)
+@click.option("--examples", required=True, metavar="FILE", help="Grid file (JSON).")
+@click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base, e.g. VisualCloze's.")
+@click.option("--adapter", metavar="DIR", help="Adapter folder, e.g. runs/demo/adapter.")
+@click.option("--output", default="outputs", show_default=True, metavar="DIR")
+@click.option("--seed", type=int, help="Replaces the seeds of the file.")
+@click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--guidance", type=float, default=30.0, show_default=True)
+@click.option("--resolution", type=click.IntRange(32, 2048), help="Default: the model's.")
+@click.option("--tasks-from", multiple=True, metavar="DIR", help="Your own task files.")
+def infer(
+    examples: str,
+    model: str,
+    lora: str | None,
+    adapter: str | None,
+    output: str,
+    seed: int | None,
+    steps: int,
+    guidance: float,
+    resolution: int | None,
+    tasks_from: tuple[str, ...],
+) -> None:
+    """Complete grids: generate what is null in the last row.
+
+    \b
+    {"task": "depth-to-image", "content_prompt": "a red mug on a table",
+     "rows": [["mug1_depth.png", "mug1.png"], ["mug2_depth.png", null]], "seed": 0}
+    """
+    from visualcloze_deft.infer import infer as run_infer
+
+    written = run_infer(
+        Path(examples),
+        Path(output),
+        model=model,
+        lora=lora,
+        adapter=Path(adapter) if adapter else None,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        resolution=resolution,
+        task_folders=tasks_from,
+    )
+    for path in written:
+        click.echo(path)
+
+
+@cli.group(cls=Commands, context_settings=CONTEXT)
+def tasks() -> None:
+    """List, show and preview tasks."""
+
+
+FOLDERS = click.option(
+    "--from", "folders", multiple=True, metavar="DIR", help="Your own task files, beside the shipped."
+)
+
+
+@tasks.command("list", context_settings=CONTEXT)
+@FOLDERS
+def list_tasks(folders: tuple[str, ...]) -> None:
+    """All tasks by group, with their columns; the last one is generated."""
+    from visualcloze_deft.registry import load_tasks
+
+    known = load_tasks(map(Path, folders))
+    group = ""
+    for task in known.values():
+        if task.group != group:
+            group = task.group
+            click.echo(click.style(group, bold=True))
+        click.echo(f"  {task.name:24}{' + '.join(task.roles[:-1])} -> {task.roles[-1]}")
+        click.echo(f"  {'':24}{task.summary}")
+
+
+@tasks.command("preview", context_settings=CONTEXT)
+@click.argument("name")
+@FOLDERS
+@click.option("--data", multiple=True, metavar="NAME=PATH", help="Source; default: scenes.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
+@click.option("--output", default="preview.png", show_default=True, metavar="FILE")
+def preview(
+    name: str,
+    folders: tuple[str, ...],
+    data: tuple[str, ...],
+    count: int,
+    seed: int,
+    resolution: int,
+    output: str,
+) -> None:
+    """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
+    from visualcloze_deft.preview import example_sheet
+    from visualcloze_deft.rundir import mixture_of
+    from visualcloze_deft.settings import Data, Run
+
+    settings = Data(
+        sources=data or ("scenes",), tasks=name, task_folders=folders, resolution=resolution
+    )
+    mixture = mixture_of(Run(data=settings, seed=seed))
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: no folder {path.parent}")
+    example_sheet([mixture[k] for k in range(count)]).save(path)
+    click.echo(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    try:
+        cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except UserError as error:
+        click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+    except click.UsageError as error:
+        click.echo(f"vcdeft: {error.format_message()}", err=True)
+        raise SystemExit(2) from None
+    except click.Abort:
+        raise SystemExit(130) from None

@@ -1,0 +1,99 @@
+"""What `vcdeft infer` does: a grid file in, images, contact sheets and their recipe out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from visualcloze_deft.adapters import WEIGHTS
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.gridfile import Request, read_requests
+from visualcloze_deft.pipeline import InContextPipeline
+from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.sheet import draw_grid
+
+
+def infer(
+    examples: Path,
+    output: Path,
+    *,
+    model: str,
+    lora: str | None,
+    adapter: Path | None,
+    seed: int | None,
+    steps: int,
+    guidance: float,
+    resolution: int | None,
+    task_folders: tuple[str, ...],
+) -> list[Path]:
+    """Complete every grid of `examples` into `output`; returns the images written.
+
+    For grid k: `k-TARGET.png`, `k-sheet.png` and `k.json`, which holds all that made them.
+    """
+    requests = read_requests(examples, load_tasks(map(Path, task_folders)), seed=seed)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {output}: not writable ({error.strerror})") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"output {output}: not writable")
+    pipe = InContextPipeline.from_pretrained(
+        model, adapter=adapter, lora=lora, task_folders=task_folders
+    )
+    shared = {
+        "model": model,
+        "model_lora": lora,
+        "adapter": str(adapter) if adapter else None,
+        "adapter_sha256": _digest(adapter / WEIGHTS) if adapter else None,
+        "steps": steps,
+        "guidance": guidance,
+        "resolution": resolution or pipe.models.resolution,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+    }
+    written = []
+    with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
+        for number, asked in enumerate(requests, 1):
+            images = pipe.complete(
+                asked, steps=steps, guidance=guidance, resolution=resolution, step=bar.update
+            )
+            written += write(output, f"{number:03d}", asked, images, shared)
+    return written
+
+
+def write(
+    output: Path, name: str, asked: Request, images: list[Image.Image], shared: dict[str, object]
+) -> list[Path]:
+    """One grid's files."""
+    paths = []
+    for column, image in zip(asked.targets, images, strict=True):
+        path = output / (f"{name}.png" if len(images) == 1 else f"{name}-{column + 1}.png")
+        image.save(path)
+        paths.append(path)
+    answers = iter(images)
+    last = [next(answers) if image is None else image for image in asked.rows[-1]]
+    made = [(len(asked.rows) - 1, column) for column in asked.targets]
+    title = " ".join(part for part in (asked.task_prompt, asked.content_prompt) if part)
+    draw_grid([*asked.rows[:-1], last], title=title, made=made, cell=192).save(
+        output / f"{name}-sheet.png"
+    )
+    recipe = {
+        "images": [path.name for path in paths],
+        "prompt": asked.prompt,
+        "task_prompt": asked.task_prompt,
+        "content_prompt": asked.content_prompt,
+        "seed": asked.seed,
+        **shared,
+    }
+    (output / f"{name}.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    return paths
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""The Python API: a model, maybe an adapter, and grids to complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from visualcloze_deft import adapters, grid, sample
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.gridfile import Request, read_requests, request
+from visualcloze_deft.models import TINY, Models, load_models
+from visualcloze_deft.registry import load_tasks
+
+
+class InContextPipeline:
+    """Completes grids of images.
+
+    >>> pipe = InContextPipeline.from_pretrained("tiny")  # doctest: +SKIP
+    >>> images = pipe(rows=[[a, b], [c, None]], task="depth-to-image")  # doctest: +SKIP
+    """
+
+    def __init__(self, models: Models, *, task_folders: Sequence[str | Path] = ()) -> None:
+        self.models = models
+        self.tasks = load_tasks(Path(folder) for folder in task_folders)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = TINY,
+        *,
+        adapter: str | Path | None = None,
+        lora: str | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        task_folders: Sequence[str | Path] = (),
+    ) -> InContextPipeline:
+        """`model`: "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
+
+        adapter: a folder in peft's format, e.g. RUN/adapter. lora: a diffusers FLUX LoRA merged
+        into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
+        float32. Raises `UserError` where something is missing or does not fit.
+        """
+        gpu = torch.cuda.is_available()
+        device = device or ("cuda" if gpu else "cpu")
+        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        if adapter is not None:
+            adapters.read_config(Path(adapter))
+        models = load_models(str(model), dtype=dtype, device=device, lora=lora)
+        if adapter is not None:
+            adapters.load(models.transformer, Path(adapter))
+            models.transformer.to(device)
+        return cls(models, task_folders=task_folders)
+
+    def __call__(
+        self,
+        file: str | Path | None = None,
+        *,
+        rows: Sequence[Sequence[Image.Image | None]] | None = None,
+        task: str | None = None,
+        task_prompt: str | None = None,
+        content_prompt: str | None = None,
+        seed: int | None = None,
+        steps: int = sample.STEPS,
+        guidance: float = sample.GUIDANCE,
+        resolution: int | None = None,
+    ) -> list[Image.Image]:
+        """The generated images, in the order of the grids and left to right in each.
+
+        Give a grid file, or `rows` of PIL images with None for what is to be generated in the
+        last one. The same seed gives the same image, whatever else is generated with it.
+        """
+        if (file is None) == (rows is None):
+            raise UserError("give either a grid file or rows, not both and not neither")
+        if file is not None:
+            requests = read_requests(Path(file), self.tasks, seed=seed)
+        else:
+            assert rows is not None
+            requests = [
+                request(
+                    [list(row) for row in rows],
+                    self.tasks,
+                    task=task,
+                    task_prompt=task_prompt,
+                    content_prompt=content_prompt,
+                    seed=seed or 0,
+                )
+            ]
+        return [
+            image
+            for asked in requests
+            for image in self.complete(asked, steps=steps, guidance=guidance, resolution=resolution)
+        ]
+
+    def complete(
+        self,
+        asked: Request,
+        *,
+        steps: int = sample.STEPS,
+        guidance: float = sample.GUIDANCE,
+        resolution: int | None = None,
+        step: Callable[[], object] = lambda: None,
+    ) -> list[Image.Image]:
+        """The images of one checked grid; `step` is called after every sampling step."""
+        built = grid.build(asked.rows, resolution=resolution or self.models.resolution)
+        (images,) = sample.generate(
+            self.models,
+            [built],
+            [asked.prompt],
+            seeds=[asked.seed],
+            steps=steps,
+            guidance=guidance,
+            step=step,
+        )
+        return images

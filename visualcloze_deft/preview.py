@@ -1,0 +1,68 @@
+"""Sheets of what a run trains on, and of what a model makes of it."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from visualcloze_deft import grid
+from visualcloze_deft.data.mixture import Example, Mixture, content, draw_items, picture
+from visualcloze_deft.models import Models
+from visualcloze_deft.registry import Task
+from visualcloze_deft.sample import GUIDANCE, generate
+from visualcloze_deft.sheet import draw_grid, draw_sheet
+
+HELD_OUT = 10_000_019  # index offset of sheets: examples that training does not reach
+STEPS = 20
+"""Steps of the sheets made while training."""
+
+
+def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
+    """A grid of `task` as inference sees it: its own targets hidden, all words said."""
+    import numpy as np
+
+    rng = np.random.default_rng([mixture.seed, HELD_OUT + index])
+    source = mixture.serving[task.name][0]
+    items = draw_items(source, task, min(rows, len(source)), rng)
+    return Example(
+        index=index,
+        task=task.name,
+        keys=tuple(item.key for item in items),
+        rows=tuple(tuple(picture(item, role) for role in task.roles) for item in items),
+        hidden=tuple(role in task.targets for role in task.roles),
+        task_sentence=task.sentence(),
+        content=content(task, items[-1]),
+    )
+
+
+def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:
+    """For every task a grid with the model's answer framed, and the truth beside it."""
+    pages = []
+    for index, task in enumerate(mixture.tasks.values()):
+        example = query_of(mixture, task, index=index)
+        built = grid.build(example.rows, resolution=resolution, hidden=example.hidden)
+        (made,) = generate(
+            models, [built], [example.prompt], seeds=[index], steps=STEPS, guidance=GUIDANCE
+        )
+        answers = iter(made)
+        last = [
+            next(answers) if hidden else image
+            for image, hidden in zip(example.rows[-1], example.hidden, strict=True)
+        ]
+        truth = [
+            image for image, hidden in zip(example.rows[-1], example.hidden, strict=True) if hidden
+        ]
+        rows = [*example.rows[:-1], [*last, *truth]]
+        framed = [(len(rows) - 1, c) for c, hidden in enumerate(example.hidden) if hidden]
+        words = f"{task.name}: {example.content}" if example.content else task.name
+        pages.append(draw_grid(rows, title=words, made=framed))
+    return draw_sheet(pages, columns=min(4, len(pages)))
+
+
+def example_sheet(examples: list[Example]) -> Image.Image:
+    """Training examples as they are drawn: hidden cells framed, the prompt above."""
+    pages = []
+    for example in examples:
+        last = len(example.rows) - 1
+        framed = [(last, c) for c, hidden in enumerate(example.hidden) if hidden]
+        pages.append(draw_grid(example.rows, title=example.prompt, made=framed))
+    return draw_sheet(pages, columns=min(4, len(pages)))

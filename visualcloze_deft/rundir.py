@@ -1,0 +1,134 @@
+"""A run folder that describes itself, and the checks that come before anything expensive."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from visualcloze_deft.data.mixture import Mixture, missing
+from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.registry import Task, load_tasks, select
+from visualcloze_deft.settings import Run, write_run
+
+SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
+PACKAGES = "torch diffusers transformers accelerate peft deepspeed visualcloze-deft".split()
+
+
+def mixture_of(run: Run) -> Mixture:
+    """The run's tasks over its sources. "all" means all tasks that the sources can serve."""
+    from visualcloze_deft.models import resolution_of as model_resolution
+
+    size = model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
+    sources = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    tasks = tasks_of(run)
+    if run.data.tasks == "all":
+        tasks = {
+            name: task
+            for name, task in tasks.items()
+            if any(not missing(task, source.roles) for source in sources)
+        }
+        if not tasks:
+            raise UserError(
+                f"no task can be made from {', '.join(run.data.sources)}: "
+                + "; ".join(f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources)
+            )
+    for name in run.data.weights:
+        if name not in tasks:
+            raise UserError(f"data.weights names {name!r}, which is not among the run's tasks")
+    return Mixture(
+        tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights
+    )
+
+
+def tasks_of(run: Run) -> dict[str, Task]:
+    known = load_tasks(Path(folder) for folder in run.data.task_folders)
+    return select(known, run.data.tasks)
+
+
+def resolution_of(run: Run, models: object) -> int:
+    """The cell side the run trains at."""
+    from visualcloze_deft.models import Models
+
+    assert isinstance(models, Models)
+    return models.resolution if run.data.resolution == "model" else run.data.resolution
+
+
+def prepare(run: Run, *, resume: bool) -> Mixture:
+    """Check all that can be checked without a model, then create or verify the run folder."""
+    from visualcloze_deft.checkpoint import newest
+    from visualcloze_deft.models import check_folder
+
+    check_folder(run.model)
+    mixture = mixture_of(run)
+    output = Path(run.output)
+    if resume:
+        newest(output / "checkpoints")
+        return mixture
+    if (output / SETTINGS).exists():
+        raise UserError(
+            f"output {output} holds another run; go on with --resume or choose another --output"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        describe(run, mixture, output)
+    except OSError as error:
+        raise UserError(f"output {output}: not writable ({error.strerror})") from None
+    return mixture
+
+
+def describe(run: Run, mixture: Mixture, output: Path) -> None:
+    """Write settings, task files, the mixture's proportions and versions into the run folder."""
+    tasks = output / "tasks"
+    tasks.mkdir(exist_ok=True)
+    for task in mixture.tasks.values():
+        shutil.copyfile(task.path, tasks / task.path.name)
+    proportions = dict(zip(mixture.tasks, mixture.proportions.tolist(), strict=True))
+    facts = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "task_proportions": proportions,
+    }
+    (output / VERSIONS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_run(run, output / SETTINGS)
+
+
+def adapter_metadata(run: Run, step: int) -> dict[str, str]:
+    """What the adapter file says of itself (safetensors metadata: text values only)."""
+    return {
+        "visualcloze_deft": _version("visualcloze-deft"),
+        "method": run.adapter.method,
+        "rank": str(run.adapter.rank),
+        "base_model": run.model,
+        "step": str(step),
+        "tasks": run.data.tasks,
+    }
+
+
+def keep_metrics_until(output: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will take again."""
+    path = output / METRICS
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
+    staged = path.with_suffix(".part")
+    staged.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(staged, path)
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut short by a kill
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

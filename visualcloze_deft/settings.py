@@ -1,0 +1,194 @@
+"""All settings of a run: files in TOML and dotted overrides become one frozen, checked value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.folders import CONFIGS
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Recipe(_Section):
+    """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
+
+    examples: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (
+        0.3,
+        0.4,
+        0.3,
+    )
+    """Weight of 0, 1, 2, ... in-context examples."""
+    hide_target: Probability = 0.5
+    """How often the task's own targets are hidden; otherwise one uniformly drawn column."""
+    keep_task: Probability = 0.8
+    """How often the task sentence is said."""
+    keep_content: Probability = 0.8
+    """How often the content sentence is said."""
+    drop_text: Probability = 0.1
+    """How often both are left out."""
+    shuffle_columns: bool = True
+    """Whether condition columns come in a random order."""
+
+
+class Data(_Section):
+    """What is trained on."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("scenes",)
+    """NAME or NAME=PATH each: scenes, folder, graph200k, dreambooth, insdet."""
+    tasks: str = "all"
+    """"all", or names and groups joined by commas. With "all", tasks without data are left out."""
+    task_folders: tuple[str, ...] = ()
+    """Folders with task files of your own, beside the shipped ones."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Task name -> how often it is drawn, relative to 1."""
+    resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
+    """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Reading processes per training process."""
+    recipe: Recipe = Recipe()
+
+
+class Adapter(_Section):
+    """Which adapter, and how large."""
+
+    method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
+    """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
+    rank: Positive = 16
+    alpha: Positive | None = None
+    """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    layers: Literal["flux"] | str = "flux"
+    """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
+    p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate of DEFT's P relative to R's (the authors' 0.1). PaRa's P takes the full rate."""
+
+
+class Optimiser(_Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 50
+    """Steps until the learning rate is reached."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip: Annotated[float, Field(gt=0)] = 2.0
+    """Largest gradient norm."""
+
+
+class Run(_Section):
+    """Everything `vcdeft train` needs; each field is `--set NAME=VALUE` on the command line."""
+
+    model: str = "tiny"
+    """"tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout."""
+    model_lora: str | None = None
+    """A FLUX LoRA merged into the base before training, e.g. VisualCloze's released one."""
+    output: str = "runs/demo"
+    steps: Positive = 1000
+    batch: Positive = 8
+    """Grids per process and step."""
+    accumulate: Positive = 1
+    """Batches whose gradients are summed before a step."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """0: one per GPU, or two on a machine without GPU."""
+    zero: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    context_weight: Probability = 1.0
+    """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
+    guidance: float = 1.0
+    """Guidance the model is told in training; VisualCloze's 1."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    save_every: Positive = 200
+    """Steps between checkpoints."""
+    sheet_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between sample sheets; 0: only at the end."""
+    data: Data = Data()
+    adapter: Adapter = Adapter()
+    optimiser: Optimiser = Optimiser()
+
+
+def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
+    """A run file (a path, or the name of a shipped one) with `a.b=value` overrides on top."""
+    fields = read_toml(find_config(file)) if file else {}
+    for override in overrides:
+        _put(fields, override)
+    return parse_run(fields, where=file or "command line")
+
+
+def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
+    try:
+        return Run.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"{where}: unknown setting {place!r}; {nearest(place, setting_names())}"
+            ) from None
+        raise UserError(f"{where}: {place} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def write_run(run: Run, path: Path) -> None:
+    path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def find_config(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in CONFIGS.glob("*.toml")}
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"run file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _put(fields: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value`; the value is read as TOML, and as plain text where it is none."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override!r}: expected NAME=VALUE, e.g. optimiser.lr=1e-4")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = name.strip().split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise UserError(f"--set {override!r}: {section} is no section")
+    fields[last] = value
