@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 
 import deepspeed
 import torch
+import transformers
 from accelerate import PartialState
-from accelerate.tracking import TensorBoardTracker
 from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -28,6 +29,7 @@ from diffusers import FluxTransformer2DModel
 from peft.tuners.deft.layer import DeftLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, checkpoint, flow, rundir
@@ -109,6 +111,7 @@ def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
 
 def train(run: Run, *, resume: bool) -> None:
     """Train as `run` says, in every process of the launched group. Files land in `run.output`."""
+    quiet()
     cpu = not torch.cuda.is_available()
     process = PartialState(cpu=cpu)
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
@@ -138,11 +141,18 @@ def train(run: Run, *, resume: bool) -> None:
     loop = Loop(run=run, models=models, engine=engine, share=share, output=output)
     if share.rank == 0:
         rundir.keep_metrics_until(output, first)
-        loop.tracker = TensorBoardTracker(output.name, logging_dir=output / "tensorboard")
+        loop.writer = SummaryWriter(output / "tensorboard", purge_step=first + 1)
     loop.run_steps(mixture, first)
     loop.finish(mixture)
     process.wait_for_everyone()
     process.destroy_process_group()
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and deprecation notices out of the training output."""
+    transformers.utils.logging.disable_progress_bar()
+    deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 
 def base_dtype(run: Run, *, cpu: bool) -> torch.dtype:
@@ -215,11 +225,23 @@ def torch_optimiser(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def link_moments(engine: Any) -> None:
+    """Show DeepSpeed where each parameter's moments lie in the flat optimiser state.
+
+    ZeRO-1 and -2 do so by themselves after the first group's first step, which leaves the later
+    groups unlinked (DeepSpeed 0.19).
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def gather_moments(engine: Any) -> dict[str, Tensor]:
     """The whole optimiser state by parameter name; every process must call it."""
+    link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     found = {}
     for name, parameter in adapters.trainable(engine.module.transformer).items():
@@ -254,6 +276,7 @@ def restore_moments(engine: Any, start: Checkpoint) -> None:
                 "step": steps.clone(),
                 **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
             }
+    link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     for name, parameter in adapters.trainable(engine.module.transformer).items():
         for kind in MOMENT_NAMES:
@@ -276,7 +299,7 @@ class Loop:
         self.share = share
         self.output = output
         self.resolution = rundir.resolution_of(run, models)
-        self.tracker: TensorBoardTracker | None = None
+        self.writer: SummaryWriter | None = None
 
     def run_steps(self, mixture: Mixture, first: int) -> None:
         run, share = self.run, self.share
@@ -352,11 +375,11 @@ class Loop:
         }
         with (self.output / rundir.METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        assert self.tracker is not None
-        self.tracker.log(
-            {"loss": loss, "lr": line["lr"], **{f"task/{k}": v for k, v in line["tasks"].items()}},
-            step=step,
-        )
+        assert self.writer is not None
+        curves = {"loss": loss, "lr": line["lr"]}
+        curves |= {f"task/{name}": value for name, value in line["tasks"].items()}
+        for name, value in curves.items():
+            self.writer.add_scalar(name, value, step)
         bar.update(1)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
@@ -403,8 +426,8 @@ class Loop:
 
     def finish(self, mixture: Mixture) -> None:
         self.sheet(mixture, self.run.steps)
-        if self.tracker is not None:
-            self.tracker.finish()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def _as_list(drawn: list[Drawn]) -> list[Drawn]:
