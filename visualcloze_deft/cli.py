@@ -177,6 +177,11 @@ FOLDERS = click.option(
 )
 
 
+DATA = click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
+)
+
+
 @tasks.command("list", context_settings=CONTEXT)
 @FOLDERS
 def list_tasks(folders: tuple[str, ...]) -> None:
@@ -196,7 +201,7 @@ def list_tasks(folders: tuple[str, ...]) -> None:
 @tasks.command("preview", context_settings=CONTEXT)
 @click.argument("name")
 @FOLDERS
-@click.option("--data", multiple=True, metavar="NAME=PATH", help="Source; default: scenes.")
+@DATA
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
@@ -212,18 +217,56 @@ def preview(
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
     from visualcloze_deft.preview import example_sheet
+
+    mixture = preview_mixture(name, folders, data, seed, resolution)
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: no folder {path.parent}")
+    example_sheet([mixture[k] for k in range(count)]).save(path)
+    click.echo(path)
+
+
+@tasks.command("example", context_settings=CONTEXT)
+@click.argument("name")
+@FOLDERS
+@DATA
+@click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Per task.")
+@click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
+@click.option("--output", default="grids", show_default=True, metavar="DIR")
+def example(
+    name: str,
+    folders: tuple[str, ...],
+    data: tuple[str, ...],
+    count: int,
+    rows: int,
+    seed: int,
+    resolution: int,
+    output: str,
+) -> None:
+    """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
+    from visualcloze_deft.preview import query_of, write_grids
+
+    mixture = preview_mixture(name, folders, data, seed, resolution)
+    wanted = [
+        query_of(mixture, task, index=k, rows=rows)
+        for task in mixture.tasks.values()
+        for k in range(count)
+    ]
+    click.echo(write_grids(wanted, Path(output)))
+
+
+def preview_mixture(
+    name: str, folders: tuple[str, ...], data: tuple[str, ...], seed: int, resolution: int
+) -> Any:
     from visualcloze_deft.rundir import mixture_of
     from visualcloze_deft.settings import Data, Run
 
     settings = Data(
         sources=data or ("scenes",), tasks=name, task_folders=folders, resolution=resolution
     )
-    mixture = mixture_of(Run(data=settings, seed=seed))
-    path = Path(output)
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: no folder {path.parent}")
-    example_sheet([mixture[k] for k in range(count)]).save(path)
-    click.echo(path)
+    return mixture_of(Run(data=settings, seed=seed))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

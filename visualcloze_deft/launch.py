@@ -32,6 +32,9 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(
         part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part
     )
+    environment["PATH"] = os.pathsep.join(  # ninja, with which DeepSpeed builds, lies beside python
+        [str(Path(sys.executable).parent), environment.get("PATH", "")]
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "visualcloze_deft", *arguments]
     return subprocess.run(command, env=environment, check=False).returncode

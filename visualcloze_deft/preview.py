@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
@@ -18,8 +23,6 @@ STEPS = 20
 
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
     """A grid of `task` as inference sees it: its own targets hidden, all words said."""
-    import numpy as np
-
     rng = np.random.default_rng([mixture.seed, HELD_OUT + index])
     source = mixture.serving[task.name][0]
     items = draw_items(source, task, min(rows, len(source)), rng)
@@ -66,3 +69,30 @@ def example_sheet(examples: list[Example]) -> Image.Image:
         framed = [(last, c) for c, hidden in enumerate(example.hidden) if hidden]
         pages.append(draw_grid(example.rows, title=example.prompt, made=framed))
     return draw_sheet(pages, columns=min(4, len(pages)))
+
+
+def write_grids(examples: Iterable[Example], folder: Path) -> Path:
+    """The pictures of `examples` and a grid file for `vcdeft infer`; the truth stays beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, example in enumerate(examples, 1):
+        rows: list[list[str | None]] = []
+        for r, row in enumerate(example.rows):
+            names: list[str | None] = []
+            for c, image in enumerate(row):
+                hidden = r == len(example.rows) - 1 and example.hidden[c]
+                name = f"{number:03d}-{'truth' if hidden else f'{r + 1}{c + 1}'}.png"
+                image.save(folder / name)
+                names.append(None if hidden else name)
+            rows.append(names)
+        entries.append(
+            {
+                "task": example.task,
+                "content_prompt": example.content or None,
+                "rows": rows,
+                "seed": example.index,
+            }
+        )
+    path = folder / "grid.json"
+    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    return path

@@ -30,6 +30,8 @@ class Recipe(_Section):
         0.3,
     )
     """Weight of 0, 1, 2, ... in-context examples."""
+    run_length: Positive = 16
+    """Consecutive training examples with one number of rows: batches need not be torn apart."""
     hide_target: Probability = 0.5
     """How often the task's own targets are hidden; otherwise one uniformly drawn column."""
     keep_task: Probability = 0.8
@@ -78,7 +80,7 @@ class Adapter(_Section):
 class Optimiser(_Section):
     """AdamW and its schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = 50
@@ -96,7 +98,7 @@ class Run(_Section):
     model_lora: str | None = None
     """A FLUX LoRA merged into the base before training, e.g. VisualCloze's released one."""
     output: str = "runs/demo"
-    steps: Positive = 1000
+    steps: Positive = 700
     batch: Positive = 8
     """Grids per process and step."""
     accumulate: Positive = 1

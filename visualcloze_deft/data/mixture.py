@@ -63,9 +63,7 @@ class Mixture:
         task = self.tasks[name]
         sources = self.serving[name]
         source = sources[rng.integers(len(sources))]
-        counts = np.array(recipe.examples[: len(source)])  # no more rows than items
-        rows = 1 + int(rng.choice(len(counts), p=counts / counts.sum()))
-        items = draw_items(source, task, rows, rng)
+        items = draw_items(source, task, self._rows(index), rng)
         order = self._order(task, rng)
         if rng.random() < recipe.hide_target:
             hidden = tuple(role in task.targets for role in order)
@@ -82,6 +80,12 @@ class Mixture:
             task_sentence=task.sentence(order) if say_task and not silent else "",
             content=content(task, items[-1]) if say_content and not silent else "",
         )
+
+    def _rows(self, index: int) -> int:
+        """How many rows example `index` has, one number for each run of `run_length`."""
+        weights = np.array(self.recipe.examples)
+        rng = np.random.default_rng([self.seed, index // self.recipe.run_length, 1])
+        return 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
 
     def _order(self, task: Task, rng: np.random.Generator) -> tuple[str, ...]:
         """Conditions, shuffled if the recipe says so, then targets."""
@@ -111,7 +115,7 @@ def missing(task: Task, roles: frozenset[str]) -> set[str]:
 def draw_items(
     source: Source, task: Task, count: int, rng: np.random.Generator
 ) -> tuple[Item, ...]:
-    """`count` different items that have the task's roles."""
+    """`count` different items that have the task's roles; fewer where the source has no more."""
     items: list[Item] = []
     tried: set[int] = set()
     while len(items) < count:

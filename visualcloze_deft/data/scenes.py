@@ -120,12 +120,17 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 def caption(scene: Scene) -> str:
     """E.g. 'a red striped ball, a blue cube on a yellow floor, green wall'."""
     things = ", ".join(named(thing) for thing in scene.things)
-    return f"{things} on a {scene.room.floor} floor, {scene.room.wall} wall"
+    floor = scene.room.floor
+    return f"{things} on {article(floor)} {floor} floor, {scene.room.wall} wall"
 
 
 def named(thing: Thing) -> str:
     words = describe(thing)
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    return f"{article(words)} {words}"
+
+
+def article(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"
 
 
 def describe(thing: Thing) -> str:

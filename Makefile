@@ -1,0 +1,29 @@
+# make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
+# make test: set up and run the tests.   make check: ruff and mypy.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check setup
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/vcdeft train --tasks all --zero 2 --output runs/demo
+	$(BIN)/vcdeft tasks example all --output runs/demo/grids
+	$(BIN)/vcdeft infer --examples runs/demo/grids/grid.json --adapter runs/demo/adapter --output runs/demo/images
+	@echo "look at runs/demo/images/*-sheet.png and runs/demo/sheets"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
