@@ -71,7 +71,7 @@ def train(
     vcdeft train --config flux-8gpu --data graph200k=/data/graph200k
     vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
     """
-    from visualcloze_deft.launch import already_launched, launch, process_count
+    from visualcloze_deft.launch import already_launched, launch, prepared, process_count
     from visualcloze_deft.rundir import SETTINGS, prepare
     from visualcloze_deft.settings import load_run
 
@@ -94,10 +94,10 @@ def train(
     if already_launched():
         from visualcloze_deft.train import train as train_here
 
-        train_here(run, resume=resume)
+        train_here(run, resume=resume, prepared=prepared())
         return
     processes = process_count(run.processes)
-    mixture = prepare(run, resume=resume)
+    mixture = prepare(run, processes=processes, resume=resume)
     describe_run(run, mixture, processes)
     status = launch(sys.argv[1:], processes=processes)
     if status:

@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CPU_PROCESSES = 2
+PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 
 
 def already_launched() -> bool:
     """Whether torchrun, accelerate or deepspeed started this process as one of a group."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def prepared() -> bool:
+    """Whether this process's launcher is ours, which has checked settings and made the folder."""
+    return PREPARED in os.environ
 
 
 def process_count(wanted: int) -> int:
@@ -29,6 +35,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
     """Run `vcdeft ARGUMENTS` in `processes` processes; returns the exit status."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **cpu_environment()}
+    environment[PREPARED] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(
         part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part
     )

@@ -5,10 +5,8 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -19,9 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from visualcloze_deft import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
+from visualcloze_deft.modelfolder import TINY, check_folder, resolution_of
 
-TINY = "tiny"
-FLUX_RESOLUTION = 384  # VisualCloze's first stage, for folders that name none
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
 
 
@@ -131,31 +128,6 @@ _OTHERS = {
     "tokenizer_2": T5TokenizerFast,
     "scheduler": FlowMatchEulerDiscreteScheduler,
 }
-
-
-def check_folder(name: str) -> None:
-    """Raise `UserError` if `name` can be no model: before any weight is read."""
-    path = BASE if name == TINY else Path(name)
-    if path.is_dir():
-        lacking = [p for p in (*_NETWORKS, *_OTHERS) if not (path / p).is_dir()]
-        if lacking:
-            raise UserError(
-                f"model folder {path}: no {', '.join(lacking)}; expected a diffusers folder of "
-                f"FLUX.1-Fill with {', '.join((*_NETWORKS, *_OTHERS))}"
-            )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"unknown model {name!r}; give 'tiny', a diffusers folder or a hub id such as "
-            "black-forest-labs/FLUX.1-Fill-dev"
-        )
-
-
-def resolution_of(name: str) -> int:
-    """The cell side the model's `model_index.json` names, else FLUX's."""
-    path = (BASE if name == TINY else Path(name)) / "model_index.json"
-    if not path.is_file():
-        return FLUX_RESOLUTION
-    return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
 
 
 def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:

@@ -9,9 +9,12 @@ import platform
 import shutil
 from pathlib import Path
 
+from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.mixture import Mixture, missing
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import check_folder
+from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.registry import Task, load_tasks, select
 from visualcloze_deft.settings import Run, write_run
 
@@ -21,9 +24,7 @@ PACKAGES = "torch diffusers transformers accelerate peft deepspeed visualcloze-d
 
 def mixture_of(run: Run) -> Mixture:
     """The run's tasks over its sources. "all" means all tasks that the sources can serve."""
-    from visualcloze_deft.models import resolution_of as model_resolution
-
-    size = model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
+    size = resolution_of(run)
     sources = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
     tasks = tasks_of(run)
     if run.data.tasks == "all":
@@ -50,24 +51,24 @@ def tasks_of(run: Run) -> dict[str, Task]:
     return select(known, run.data.tasks)
 
 
-def resolution_of(run: Run, models: object) -> int:
+def resolution_of(run: Run) -> int:
     """The cell side the run trains at."""
-    from visualcloze_deft.models import Models
-
-    assert isinstance(models, Models)
-    return models.resolution if run.data.resolution == "model" else run.data.resolution
+    return model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
 
 
-def prepare(run: Run, *, resume: bool) -> Mixture:
+def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check all that can be checked without a model, then create or verify the run folder."""
-    from visualcloze_deft.checkpoint import newest
-    from visualcloze_deft.models import check_folder
-
     check_folder(run.model)
     mixture = mixture_of(run)
+    items = sum(len(source) for source in mixture.sources)
+    if items < processes:
+        raise UserError(
+            f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
+            "name more data or fewer --processes"
+        )
     output = Path(run.output)
     if resume:
-        newest(output / "checkpoints")
+        check_resumed(run, newest(output / "checkpoints")[0].progress, processes)
         return mixture
     if (output / SETTINGS).exists():
         raise UserError(
@@ -79,6 +80,19 @@ def prepare(run: Run, *, resume: bool) -> Mixture:
     except OSError as error:
         raise UserError(f"output {output}: not writable ({error.strerror})") from None
     return mixture
+
+
+def check_resumed(run: Run, progress: Progress, processes: int) -> None:
+    """Raise `UserError` unless the run goes on with the examples where it stopped."""
+    batch = processes * run.batch * run.accumulate
+    if (batch, run.seed) != (progress.global_batch, progress.seed):
+        raise UserError(
+            f"--resume: the run takes {progress.global_batch} grids a step with seed "
+            f"{progress.seed}; now it would take {batch} with seed {run.seed}. Choose --batch, "
+            "--processes and accumulate so that their product stays"
+        )
+    if run.steps < progress.step:
+        raise UserError(f"--resume: the run is at step {progress.step}, --steps is {run.steps}")
 
 
 def describe(run: Run, mixture: Mixture, output: Path) -> None:

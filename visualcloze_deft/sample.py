@@ -34,6 +34,28 @@ def denoise(
     return x
 
 
+def velocity_of(
+    models: Models, latents: grid.Latents, text: Tensor, pooled: Tensor, *, guidance: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The transformer as a function of noisy tokens (b, n, 64) and one time in 0..1."""
+    transformer = models.transformer
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        predicted: Tensor = transformer(
+            hidden_states=latents.inputs(x).to(transformer.dtype),
+            timestep=t.expand(len(x)).to(transformer.dtype),
+            guidance=torch.full((len(x),), guidance, device=x.device),
+            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            img_ids=latents.ids,
+            return_dict=False,
+        )[0]
+        return predicted.float()
+
+    return velocity
+
+
 @torch.inference_mode()
 def generate(
     models: Models,
@@ -50,39 +72,20 @@ def generate(
     Noise is drawn on the CPU from each grid's own seed, so that neither the batch nor the device
     decides what an image shows.
     """
-    transformer = models.transformer
     latents = encode_grids(models, grids, clean=False)
     text, pooled = models.encode_text(prompts)
-    noise = torch.stack(
-        [
-            torch.randn(latents.seen.shape[1:], generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-    ).to(latents.seen)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(latents.seen.shape[1:], generator=draw) for draw in draws])
+    noise = noise.to(latents.seen.device)
     times = models.times(steps, noise.shape[1]).to(noise.device)
+    velocity = velocity_of(models, latents, text, pooled, guidance=guidance)
+    final = denoise(velocity, noise, times, step=step)
+    query = models.decode_latents(grid.unpack(final, grids[0].shape)[-1])
+    return [hidden_cells(pixels, g) for pixels, g in zip(query, grids, strict=True)]
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        predicted: Tensor = transformer(
-            hidden_states=latents.inputs(x).to(transformer.dtype),
-            timestep=t.expand(len(x)).to(transformer.dtype),
-            guidance=torch.full((len(x),), guidance, device=x.device),
-            pooled_projections=pooled,
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            img_ids=latents.ids,
-            return_dict=False,
-        )[0]
-        return predicted.float()
 
-    final = denoise(velocity, noise.float(), times, step=step)
-    query = grid.unpack(final, grids[0].shape)[-1]
-    return [
-        [
-            grid.to_image(cell)
-            for cell, hidden in zip(
-                grid.cells(pixels, g.widths[-1]), grid.cells(g.hidden[-1], g.widths[-1]), strict=True
-            )
-            if hidden.any()
-        ]
-        for pixels, g in zip(models.decode_latents(query), grids, strict=True)
-    ]
+def hidden_cells(pixels: Tensor, built: grid.Grid) -> list[Image.Image]:
+    """The hidden cells of a decoded (3, h, w) query strip as images."""
+    widths = built.widths[-1]
+    pairs = zip(grid.cells(pixels, widths), grid.cells(built.hidden[-1], widths), strict=True)
+    return [grid.to_image(cell) for cell, hidden in pairs if hidden.any()]

@@ -109,8 +109,11 @@ def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(run: Run, *, resume: bool) -> None:
-    """Train as `run` says, in every process of the launched group. Files land in `run.output`."""
+def train(run: Run, *, resume: bool, prepared: bool) -> None:
+    """Train as `run` says, in every process of the launched group. Files land in `run.output`.
+
+    prepared: whether the launcher has checked everything and made the run folder.
+    """
     quiet()
     cpu = not torch.cuda.is_available()
     process = PartialState(cpu=cpu)
@@ -122,6 +125,9 @@ def train(run: Run, *, resume: bool) -> None:
         batch=run.batch,
         accumulate=run.accumulate,
     )
+    if share.rank == 0 and not prepared:
+        rundir.prepare(run, processes=share.world, resume=resume)
+    process.wait_for_everyone()
     mixture = rundir.mixture_of(run)
     models = load_models(
         run.model,
@@ -129,7 +135,7 @@ def train(run: Run, *, resume: bool) -> None:
         device=str(process.device),
         lora=run.model_lora,
     )
-    start = latest(output, share, run) if resume else None
+    start = latest(output, share) if resume else None
     if start is None:
         adapters.attach(models.transformer, run.adapter, seed=run.seed)
     else:
@@ -161,7 +167,7 @@ def base_dtype(run: Run, *, cpu: bool) -> torch.dtype:
     return torch.float32 if cpu or not torch.cuda.is_bf16_supported() else torch.bfloat16
 
 
-def latest(output: Path, share: Share, run: Run) -> Checkpoint:
+def latest(output: Path, share: Share) -> Checkpoint:
     """The newest good checkpoint; the same answer in every process."""
     found, warnings = checkpoint.newest(output / "checkpoints")
     if share.rank == 0:
@@ -298,7 +304,7 @@ class Loop:
         self.engine = engine
         self.share = share
         self.output = output
-        self.resolution = rundir.resolution_of(run, models)
+        self.resolution = rundir.resolution_of(run)
         self.writer: SummaryWriter | None = None
 
     def run_steps(self, mixture: Mixture, first: int) -> None:

@@ -50,6 +50,7 @@ class Mixture:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.tasks = dict(tasks)
+        self.sources = tuple(sources)
         self.seed = seed
         self.recipe = recipe or Recipe()
         self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}

@@ -1,0 +1,179 @@
+"""Adapters: the formulas, what trains, and the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visualcloze_deft import adapters
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.settings import Adapter
+
+METHODS = ["deft", "deft-relaxed", "para", "lora"]
+
+
+@pytest.fixture
+def transformer(micro_model: Path) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 8, 384),
+        "timestep": torch.rand(2),
+        "guidance": torch.ones(2),
+        "pooled_projections": torch.randn(2, 16),
+        "encoder_hidden_states": torch.randn(2, 3, 16),
+        "txt_ids": torch.zeros(3, 3),
+        "img_ids": torch.rand(8, 3).round(),
+    }
+
+
+def run(transformer: FluxTransformer2DModel) -> Tensor:
+    return transformer(**inputs(), return_dict=False)[0]
+
+
+def perturb(transformer: FluxTransformer2DModel) -> None:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapters.trainable(transformer).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("method", ["deft", "deft-relaxed", "lora"])
+def test_an_attached_adapter_changes_nothing_yet(
+    transformer: FluxTransformer2DModel, method: str
+) -> None:
+    before = run(transformer)
+    adapters.attach(transformer, Adapter(method=method, rank=4), seed=0)
+    torch.testing.assert_close(run(transformer), before, atol=1e-5, rtol=1e-5)
+
+
+def test_para_removes_a_subspace_at_once(transformer: FluxTransformer2DModel) -> None:
+    before = run(transformer)
+    adapters.attach(transformer, Adapter(method="para", rank=4), seed=0)
+    assert not torch.allclose(run(transformer), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_adapter_matrix_gets_a_gradient_and_nothing_else_does(
+    transformer: FluxTransformer2DModel, method: str
+) -> None:
+    adapters.attach(transformer, Adapter(method=method, rank=4), seed=0)
+    perturb(transformer)  # LoRA's A has no gradient while B is zero
+    run(transformer).square().sum().backward()
+    names = adapters.trainable(transformer)
+    assert all("deft_" in name or "lora_" in name for name in names)
+    unused = "to_add_out|ff_context"  # the last block's text stream does not reach the output
+    for name, parameter in names.items():
+        if not any(part in name for part in unused.split("|")):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("method", ["deft", "deft-relaxed", "para"])
+def test_a_layer_computes_the_papers_formula(
+    transformer: FluxTransformer2DModel, method: str
+) -> None:
+    """arXiv 2509.22793: (I - Q Q^T) W + s Q R, with P and relu(P) for Q where relaxed."""
+    settings = Adapter(method=method, rank=4, alpha=8 if method != "para" else None)
+    adapters.attach(transformer, settings, seed=0)
+    perturb(transformer)
+    layer = transformer.single_transformer_blocks[0].proj_mlp
+    p, w = layer.deft_P["default"], layer.base_layer.weight
+    q = p if method == "deft-relaxed" else torch.linalg.qr(p)[0]
+    right = torch.relu(p) if method == "deft-relaxed" else q
+    adapted = w - q @ (right.T @ w)
+    if method != "para":
+        adapted = adapted + 8 / 4 * q @ layer.deft_R["default"]
+    x = torch.randn(5, w.shape[1])
+    expected = x @ adapted.T + layer.base_layer.bias
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_p_learns_at_a_tenth_of_rs_rate(transformer: FluxTransformer2DModel) -> None:
+    adapters.attach(transformer, Adapter(rank=4), seed=0)
+    slow, full = adapters.parameter_groups(transformer, Adapter(rank=4), lr=1e-3)
+    assert (slow["lr"], full["lr"]) == (pytest.approx(1e-4), 1e-3)
+    ids = {id(p) for n, p in adapters.trainable(transformer).items() if "deft_P" in n}
+    assert {id(p) for p in slow["params"]} == ids
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_adapter_gives_the_same_output_here_and_in_plain_peft(
+    micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path, method: str
+) -> None:
+    adapters.attach(transformer, Adapter(method=method, rank=4), seed=0)
+    perturb(transformer)
+    transformer.eval()
+    adapters.save(transformer, tmp_path, base="micro")
+    here = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer").eval()
+    adapters.load(here, tmp_path)
+    torch.testing.assert_close(run(here), run(transformer))
+
+    plain = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer").eval()
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(wrapped(**inputs(), return_dict=False)[0], run(transformer))
+    assert PeftConfig.from_pretrained(tmp_path).r == 4
+
+
+def test_the_file_says_what_it_holds(transformer: FluxTransformer2DModel, tmp_path: Path) -> None:
+    adapters.attach(transformer, Adapter(rank=4), seed=0)
+    adapters.save(transformer, tmp_path, base="micro", metadata={"method": "deft"})
+    assert adapters.metadata(tmp_path)["method"] == "deft"
+    assert all("deft_" in name for name in load_file(tmp_path / adapters.WEIGHTS))
+
+
+def break_truncate(folder: Path) -> None:
+    path = folder / adapters.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_rank(folder: Path) -> None:
+    path = folder / adapters.CONFIG
+    path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
+
+
+def break_layers(folder: Path) -> None:
+    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / adapters.WEIGHTS)
+
+
+def break_method(folder: Path) -> None:
+    path = folder / adapters.CONFIG
+    path.write_text(path.read_text().replace('"DEFT"', '"IA3"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (break_truncate, "truncated"),
+        (break_rank, "shape"),
+        (break_layers, "another model"),
+        (break_method, "IA3"),
+    ],
+)
+def test_a_bad_adapter_is_refused_by_name(
+    micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path, damage, words: str
+) -> None:
+    adapters.attach(transformer, Adapter(rank=4), seed=0)
+    adapters.save(transformer, tmp_path, base="micro")
+    damage(tmp_path)
+    fresh = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
+    with pytest.raises(UserError, match=words):
+        adapters.load(fresh, tmp_path)
+
+
+def test_layers_that_match_nothing_are_refused(transformer: FluxTransformer2DModel) -> None:
+    with pytest.raises(UserError, match="matches no linear layer"):
+        adapters.attach(transformer, Adapter(layers="nothing"), seed=0)

@@ -1,0 +1,190 @@
+"""Training with real processes: agreement, resumption, survival."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from visualcloze_deft import adapters, rundir
+from visualcloze_deft.batch import Draws, encode
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import load_run
+from visualcloze_deft.train import GridLoss, Share, learning_rate_factor
+
+STEPS = 6
+
+
+def arguments(model: Path, output: Path, *more: str) -> list[str]:
+    base = ["train", "--model", str(model), "--tasks", "depth-to-image,novel-view", "--rank", "4"]
+    base += ["--steps", str(STEPS), "--batch", "2", "--output", str(output), "--lr", "0.01"]
+    return [*base, "--set", "optimiser.warmup=2", "--set", "save_every=2", *more]
+
+
+def vcdeft(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "visualcloze_deft", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def losses(output: Path) -> list[float]:
+    lines = (output / rundir.METRICS).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def adapter_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / adapters.WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def two_processes(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "zero2"
+    done = vcdeft(*arguments(micro_model, output, "--zero", "2"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def test_zero2_on_two_processes_follows_plain_training(
+    micro_model: Path, two_processes: Path
+) -> None:
+    run = load_run(str(two_processes / rundir.SETTINGS))
+    models = load_models(str(micro_model))
+    adapters.attach(models.transformer, run.adapter, seed=run.seed)
+    groups = adapters.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
+    optimiser = torch.optim.AdamW(groups, betas=run.optimiser.betas, weight_decay=0.0)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    loss_of = GridLoss(models.transformer, context_weight=1.0, guidance=1.0)
+    draws = Draws(rundir.mixture_of(run), models.resolution)
+    plain = []
+    for step in range(STEPS):
+        factor = learning_rate_factor(step, STEPS, run.optimiser)
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        drawn = [draws[index] for index in range(step * 4, step * 4 + 4)]
+        loss = loss_of(encode(models, drawn, seed=run.seed)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters.trainable(models.transformer).values(), 2.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        plain.append(loss.item())
+    assert losses(two_processes) == pytest.approx(plain, rel=1e-5)
+    for name, tensor in adapters.state(models.transformer).items():
+        torch.testing.assert_close(adapter_of(two_processes)[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_training_moves_p_and_r(micro_model: Path, two_processes: Path) -> None:
+    models = load_models(str(micro_model))
+    run = load_run(str(two_processes / rundir.SETTINGS))
+    adapters.attach(models.transformer, run.adapter, seed=run.seed)
+    start, end = adapters.state(models.transformer), adapter_of(two_processes)
+    moved = {n: (end[n] - start[n]).abs().max().item() for n in start}
+    reached = [n for n in moved if "to_add_out" not in n and "ff_context" not in n]
+    assert min(moved[n] for n in reached) > 0
+    assert {n.rsplit("_", 1)[1] for n in reached} == {"P", "R"}
+
+
+def test_a_run_folder_describes_itself(two_processes: Path) -> None:
+    assert (two_processes / rundir.SETTINGS).is_file()
+    assert {p.stem for p in (two_processes / "tasks").iterdir()} == {"depth-to-image", "novel-view"}
+    assert "torch" in json.loads((two_processes / rundir.VERSIONS).read_text())
+    assert list((two_processes / "sheets").glob("*.png"))
+    assert list((two_processes / "tensorboard").iterdir())
+    last = json.loads((two_processes / rundir.METRICS).read_text().splitlines()[-1])
+    assert set(last["tasks"]) <= {"depth-to-image", "novel-view"}
+
+
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(two_processes: Path) -> None:
+    newest = sorted((two_processes / "checkpoints").iterdir())[-1]
+    names = load_file(newest / adapters.WEIGHTS)
+    adapter = sum(t.numel() for t in names.values())
+    moments = sum(t.numel() for t in load_file(newest / "optimiser.safetensors").values())
+    assert moments == 2 * adapter
+    assert not list(newest.glob("*.pt"))
+
+
+def test_another_run_is_not_overwritten(micro_model: Path, two_processes: Path) -> None:
+    before = adapter_of(two_processes)
+    refused = vcdeft(*arguments(micro_model, two_processes))
+    assert refused.returncode == 2
+    assert "holds another run" in refused.stderr
+    assert all(torch.equal(before[n], t) for n, t in adapter_of(two_processes).items())
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "visualcloze_deft", *arguments(micro_model, output, "--zero", "2")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((output / "checkpoints").glob("step-*"))
+    assert not (output / "adapter").exists()
+    resumed = vcdeft("train", "--output", str(output), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert losses(output) == losses(two_processes)
+    expected = adapter_of(two_processes)
+    assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--zero", "3"),
+        ("--zero", "3", "--method", "lora", "--set", "checkpointing=true"),
+        ("--zero", "1", "--processes", "1", "--set", "accumulate=2"),
+    ],
+)
+def test_other_ways_to_run_train_and_save(
+    micro_model: Path, two_processes: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    output = tmp_path / "run"
+    done = vcdeft(*arguments(micro_model, output, *options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "lora" not in options:  # the same examples in the same order: the same losses
+        assert losses(output) == pytest.approx(losses(two_processes), rel=1e-4)
+    assert len(adapter_of(output)) > 0
+
+
+def test_it_runs_unchanged_under_torchrun(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "visualcloze_deft", *arguments(micro_model, output, "--zero", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(output) == losses(two_processes)
+
+
+def test_every_example_is_seen_once_whatever_the_number_of_processes() -> None:
+    for world, batch, accumulate in [(1, 8, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2)]:
+        seen = [
+            index
+            for rank in range(world)
+            for indices in Share(
+                rank=rank, world=world, batch=batch, accumulate=accumulate
+            ).indices(3, 5)
+            for index in indices
+        ]
+        assert sorted(seen) == list(range(24, 40))

@@ -1,0 +1,37 @@
+"""The wheel holds tasks, configs and the base, and finds them from anywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    place = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import visualcloze_deft; assert visualcloze_deft.__file__.startswith(sys.argv[1])\n"
+        "from visualcloze_deft.registry import load_tasks\n"
+        "from visualcloze_deft.settings import load_run\n"
+        "from visualcloze_deft.modelfolder import check_folder, resolution_of\n"
+        "check_folder('tiny')\n"
+        "print(len(load_tasks()), load_run('flux-8gpu').processes, resolution_of('tiny'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(place)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    tasks, processes, resolution = done.stdout.split()
+    assert int(tasks) == len(list((ROOT / "tasks").glob("*.toml")))
+    assert (processes, resolution) == ("8", "64")
