@@ -114,7 +114,9 @@ def examples_matter(models: Models, mixture: Mixture, count: int, steps: int) ->
         right = [query_of(mixture, mixture.tasks[name], index=k) for k in range(count)]
         right = [replace(e, task_sentence="", content="") for e in right]
         wrong = [
-            replace(e, rows=(query_of(mixture, mixture.tasks[other], index=e.index).rows[0], e.rows[-1]))
+            replace(
+                e, rows=(query_of(mixture, mixture.tasks[other], index=e.index).rows[0], e.rows[-1])
+            )
             for e in right
         ]
         truths = [truth_of(e) for e in right]
@@ -152,11 +154,20 @@ def sheet(results: dict) -> Image.Image:
     pages = []
     for name, found in results.items():
         for k, example in enumerate(found["examples"][:2]):
-            shown = [i for i, hidden in zip(example.rows[-1], example.hidden, strict=True) if not hidden]
+            shown = [
+                i for i, hidden in zip(example.rows[-1], example.hidden, strict=True) if not hidden
+            ]
             row = [*shown, found["made"][0][k], found["made"][1][k], truth_of(example)]
             last = (1, len(shown)), (1, len(shown) + 1)
             title = f"{name}: {example.content}" if example.content else name
-            pages.append(draw_grid([example.rows[0], row], title=f"{title} | base, adapter, truth", made=last, cell=96))
+            pages.append(
+                draw_grid(
+                    [example.rows[0], row],
+                    title=f"{title} | base, adapter, truth",
+                    made=last,
+                    cell=96,
+                )
+            )
     return draw_sheet(pages, columns=4)
 
 
@@ -171,10 +182,18 @@ def markdown(results: dict, examples: dict, text: dict, note: str) -> str:
             f"| {name} | {p['copy']:.1f} | {p['constant']:.1f} | {p['base']:.1f} | **{p['adapter']:.1f}** "
             f"| {p['vae']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
         )
-    lines += ["", note, "", "| what is taken away | right | wrong | margin (95 %) |", "|---|---|---|---|"]
+    lines += [
+        "",
+        note,
+        "",
+        "| what is taken away | right | wrong | margin (95 %) |",
+        "|---|---|---|---|",
+    ]
     for name, found in [*examples.items(), ("editing, another scene's instruction", text)]:
         mean, low, high = found["margin"]
-        lines.append(f"| {name} | {found['right']:.1f} | {found['wrong']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |")
+        lines.append(
+            f"| {name} | {found['right']:.1f} | {found['wrong']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -53,7 +53,9 @@ def main() -> None:
     ).to(torch.float16)
     shutil.rmtree(BASE, ignore_errors=True)
     pipe.save_pretrained(BASE, safe_serialization=True)
-    shutil.copyfile(options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model")
+    shutil.copyfile(
+        options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model"
+    )
     last = json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
     (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())

@@ -21,7 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from visualcloze_deft import flow, grid
 
@@ -181,14 +188,18 @@ def main() -> None:
     bar = tqdm(desc="samples", initial=step * BATCH, unit="", mininterval=5)
     while (elapsed := (time.monotonic() - begun) / 60) < options.minutes:
         left = options.minutes - elapsed
-        rate = LEARNING_RATE * min(1, (step + 1) / 500, left / options.anneal if options.anneal else 1)
+        rate = LEARNING_RATE * min(
+            1, (step + 1) / 500, left / options.anneal if options.anneal else 1
+        )
         for group in optimiser.param_groups:
             group["lr"] = rate
         clean, seen, mask, prompts = draw(bank, step)
         random = torch.Generator().manual_seed(SEED * 1_000_003 + step)
         noise = torch.randn(clean.shape, generator=random)
         t = flow.logit_normal(torch.randn(BATCH, generator=random))
-        guidance = 1 + 39 * torch.rand(BATCH, generator=random) * (torch.rand(BATCH, generator=random) < 0.5)
+        guidance = 1 + 39 * torch.rand(BATCH, generator=random) * (
+            torch.rand(BATCH, generator=random) < 0.5
+        )
         rows = clean.shape[1] // ((CELL // 16) ** 2 * 2)
         latents = grid.Latents(
             clean=clean,
@@ -196,11 +207,24 @@ def main() -> None:
             mask=mask[..., None].expand(-1, -1, 256),
             ids=grid.position_ids([(CELL, 2 * CELL)] * rows),
         )
-        t5_ids = t5(prompts, padding="max_length", truncation=True, max_length=t5.model_max_length, return_tensors="pt").input_ids
-        clip_ids = clip(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        t5_ids = t5(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=t5.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        clip_ids = clip(
+            prompts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.autocast("cpu", torch.bfloat16):
             predicted = forward(
-                latents.inputs(flow.interpolate(clean, noise, t)), t, guidance, latents.ids, t5_ids, clip_ids
+                latents.inputs(flow.interpolate(clean, noise, t)),
+                t,
+                guidance,
+                latents.ids,
+                t5_ids,
+                clip_ids,
             )
         target = flow.velocity(clean, noise)
         weight = mask + CONTEXT_WEIGHT * (1 - mask)
@@ -212,13 +236,21 @@ def main() -> None:
         step += 1
         if step % 4 == 0:
             decay = min(AVERAGE, (step + 1) / (step + 40)) ** 4
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in base.parameters()], 1 - decay)
+            torch._foreach_lerp_(
+                list(average.values()), [p.detach() for p in base.parameters()], 1 - decay
+            )
         with torch.no_grad():
             curve.append(flow.velocity_error(predicted.detach(), target, mask).mean().item())
         bar.update(BATCH)
         if step % 200 == 0:
             minutes = spent + (time.monotonic() - begun) / 60
-            note = {"samples": step * BATCH, "target_error": round(float(np.mean(curve)), 4), "minutes": round(minutes, 2), "bundles": len(bank), "rate": rate}
+            note = {
+                "samples": step * BATCH,
+                "target_error": round(float(np.mean(curve)), 4),
+                "minutes": round(minutes, 2),
+                "bundles": len(bank),
+                "rate": rate,
+            }
             log.write(json.dumps(note) + "\n")
             bar.set_postfix(error=note["target_error"])
             curve.clear()
@@ -230,7 +262,12 @@ def main() -> None:
 
 
 def keep(
-    path: Path, base: Base, average: dict[str, Tensor], optimiser: torch.optim.Optimizer, step: int, minutes: float
+    path: Path,
+    base: Base,
+    average: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    minutes: float,
 ) -> None:
     tensors = {"step": torch.tensor(step), "minutes": torch.tensor(minutes)}
     for name, parameter in base.named_parameters():

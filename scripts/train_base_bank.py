@@ -85,7 +85,9 @@ def main() -> None:
         if path.exists():
             continue
         clean, seen, masks, notes = [], [], [], []
-        for index in tqdm(range(shard * BUNDLES, (shard + 1) * BUNDLES), desc=path.name, miniters=50):
+        for index in tqdm(
+            range(shard * BUNDLES, (shard + 1) * BUNDLES), desc=path.name, miniters=50
+        ):
             grids, note = bundle(index, tasks, source)
             strips = [g.strips[0] for g in grids] + [g.seen[0] for g in grids]
             latents = vae.encode(torch.stack(strips)).latent_dist.mode()
@@ -93,7 +95,9 @@ def main() -> None:
             tokens = grid.pack(latents).half()
             clean.append(tokens[:ROWS])
             seen.append(tokens[ROWS:])
-            masks.append(torch.stack([g.hidden[0] for g in grids])[:, :, ::16, ::16].flatten(1).bool())
+            masks.append(
+                torch.stack([g.hidden[0] for g in grids])[:, :, ::16, ::16].flatten(1).bool()
+            )
             notes.append(note)
         tensors = {"clean": clean, "seen": seen, "mask": masks}
         staged = path.with_suffix(f".{first}.part")

@@ -22,7 +22,9 @@ from visualcloze_deft.data.derive import blurred, gray
 from visualcloze_deft.data.scenes import Scenes
 
 WIDTHS = (16, 32, 48, 48)
-ROLES = "target target target reference before depth normal segmentation canny view hole mask".split()
+ROLES = (
+    ["target", "target", "target", "reference", "before", "depth", "normal", "segmentation", "canny", "view", "hole", "mask"]
+)
 KL_WEIGHT = 1e-3  # on the mean over latent values: low, so that edges stay sharp
 LEARNING_RATE = 4e-3  # AdamW on norms and biases; kernels take Muon at ten times this
 BATCH = 4  # many small steps: in equal time 4 beat 8, and Muon beat AdamW (docs/lab-log.md)
@@ -182,14 +184,20 @@ def main() -> None:
             saved = time.monotonic()
             keep(vae, state, seen)
         bar.update(int(time.monotonic() - start) - bar.n)
-        bar.set_postfix(l1=f"{error.item():.3f}", mse=f"{square.item():.4f}", kl=f"{kl.item():.2f}", strips=seen)
+        bar.set_postfix(
+            l1=f"{error.item():.3f}", mse=f"{square.item():.4f}", kl=f"{kl.item():.2f}", strips=seen
+        )
     keep(vae, state, seen)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     with torch.no_grad():
         check = np.stack([strip(cells, np.random.default_rng([2, i])) for i in range(256)])
-        latents = vae.encode(torch.from_numpy(check).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mode()
+        latents = vae.encode(
+            torch.from_numpy(check).permute(0, 3, 1, 2).float() / 127.5 - 1
+        ).latent_dist.mode()
     print("latent mean and deviation per channel", latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    vae.register_to_config(
+        scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
+    )
     vae.save_pretrained(options.out / "vae")
 
 

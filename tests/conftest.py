@@ -1,20 +1,51 @@
-"""Shared by the tests: no hub, a CPU accelerator where there is no GPU, a random micro model."""
+"""What several test files share: pictures on disk, grid files and a refused command line."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-@pytest.fixture(scope="session")
-def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from micro_model import write_micro_model
+@pytest.fixture
+def grid_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a grid file of two good rows beside the pictures a.png and b.png.
 
-    return write_micro_model(tmp_path_factory.mktemp("models") / "micro")
+    Keywords replace or add keys; one positional argument replaces the whole content.
+    """
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+
+    def write(*content: object, **keys: object) -> Path:
+        good = {"task": "depth-to-image", "rows": [["a.png", "b.png"], ["a.png", None]]}
+        path = tmp_path / "grid.json"
+        path.write_text(json.dumps(content[0] if content else good | keys), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `vcdeft ARGUMENTS`, which must end in exit code 2 and one line on stderr: that line."""
+    from visualcloze_deft.cli import main
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        line = capsys.readouterr().err.rstrip("\n")
+        assert ended.value.code == 2
+        assert line.startswith("vcdeft: ")
+        assert "\n" not in line
+        return line
+
+    return run

@@ -41,7 +41,7 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
     task, content = "From depth to photo.", "a red ball"
     seen_by_them: list[torch.Tensor] = []
 
-    def keep(_pipe, _step, _time, tensors):  # noqa: ANN001, ANN202
+    def keep(_pipe, _step, _time, tensors):
         seen_by_them.append(tensors["latents"])
         return tensors
 

@@ -40,7 +40,9 @@ def cli() -> None:
 @cli.command(context_settings=CONTEXT)
 @click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
 @click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
-@click.option("--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes.")
+@click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
+)
 @click.option("--tasks", help="'all', or names and groups joined by commas.")
 @click.option("--method", help="deft, deft-relaxed, para or lora.")
 @click.option("--rank", type=int, help="Rank of the adapter.")
@@ -54,7 +56,9 @@ def cli() -> None:
 @click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
-@click.option("--local-rank", "--local_rank", type=int, hidden=True, help="From deepspeed's launcher.")
+@click.option(
+    "--local-rank", "--local_rank", type=int, hidden=True, help="From deepspeed's launcher."
+)
 def train(
     config: str | None,
     data: tuple[str, ...],
@@ -173,7 +177,11 @@ def tasks() -> None:
 
 
 FOLDERS = click.option(
-    "--from", "folders", multiple=True, metavar="DIR", help="Your own task files, beside the shipped."
+    "--from",
+    "folders",
+    multiple=True,
+    metavar="DIR",
+    help="Your own task files, beside the shipped.",
 )
 
 

@@ -33,7 +33,9 @@ def velocity_error(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum(dim=1) / weight.sum(dim=1)
 
 
-def shift_of(tokens: int, *, base: float, maximum: float, base_tokens: int, max_tokens: int) -> float:
+def shift_of(
+    tokens: int, *, base: float, maximum: float, base_tokens: int, max_tokens: int
+) -> float:
     """FLUX's time shift mu for a sequence of `tokens` image tokens: linear in their number.
 
     The four constants stand in the scheduler's config (base_shift, max_shift,

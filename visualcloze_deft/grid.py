@@ -119,9 +119,7 @@ def check_rows(rows: Sequence[Row]) -> None:
         raise UserError("the grid shows no image at all; give at least one")
 
 
-def build(
-    rows: Sequence[Row], *, resolution: int, hidden: Sequence[bool] | None = None
-) -> Grid:
+def build(rows: Sequence[Row], *, resolution: int, hidden: Sequence[bool] | None = None) -> Grid:
     """Rows of images to a `Grid`. A row takes its size from its first image.
 
     `hidden` marks the columns to hide in the last row; by default those that are None. A query

@@ -97,9 +97,7 @@ def read_requests(path: Path, tasks: Mapping[str, Task], *, seed: int | None) ->
     return requests
 
 
-def _read_entry(
-    entry: Any, folder: Path, tasks: Mapping[str, Task], seed: int | None
-) -> Request:
+def _read_entry(entry: Any, folder: Path, tasks: Mapping[str, Task], seed: int | None) -> Request:
     if not isinstance(entry, dict):
         raise UserError(f"expected an object with the key 'rows', found {entry!r}")
     for key, value in entry.items():

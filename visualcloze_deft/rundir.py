@@ -19,7 +19,7 @@ from visualcloze_deft.registry import Task, load_tasks, select
 from visualcloze_deft.settings import Run, write_run
 
 SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
-PACKAGES = "torch diffusers transformers accelerate peft deepspeed visualcloze-deft".split()
+PACKAGES = ["torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed", "visualcloze-deft"]
 
 
 def mixture_of(run: Run) -> Mixture:
@@ -41,9 +41,7 @@ def mixture_of(run: Run) -> Mixture:
     for name in run.data.weights:
         if name not in tasks:
             raise UserError(f"data.weights names {name!r}, which is not among the run's tasks")
-    return Mixture(
-        tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights
-    )
+    return Mixture(tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights)
 
 
 def tasks_of(run: Run) -> dict[str, Task]:

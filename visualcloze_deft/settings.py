@@ -169,7 +169,9 @@ def find_config(name: str) -> Path:
     shipped = {file.stem: file for file in CONFIGS.glob("*.toml")}
     if name in shipped:
         return shipped[name]
-    raise UserError(f"run file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}")
+    raise UserError(
+        f"run file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}"
+    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

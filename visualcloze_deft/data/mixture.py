@@ -15,6 +15,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.registry import Task
 from visualcloze_deft.settings import Recipe
 
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One training sample: complete rows, the columns hidden in the last one, and the words."""

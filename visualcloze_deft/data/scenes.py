@@ -71,8 +71,7 @@ class Scenes:
 
     name = "scenes"
     roles = frozenset(
-        "target depth normal canny segmentation foreground background reference before "
-        "view view_turned mask hole".split()
+        ["target", "depth", "normal", "canny", "segmentation", "foreground", "background", "reference", "before", "view", "view_turned", "mask", "hole"]
     )
 
     def __init__(self, *, size: int, seed: int = 0, count: int = 1_000_000) -> None:
@@ -267,7 +266,9 @@ class _Pictures:
         return self._scene().segment == self.scene.subject
 
     def _keep(self, where: NDArray[np.bool_]) -> Image.Image:
-        return Image.fromarray(np.where(where[..., None], np.array(self.target()), 255).astype("u1"))
+        return Image.fromarray(
+            np.where(where[..., None], np.array(self.target()), 255).astype("u1")
+        )
 
     def _turntable(self, turn: float) -> Image.Image:
         thing = self.scene.things[self.scene.subject]

@@ -1,0 +1,132 @@
+"""A checkpoint is there whole or not at all, and a damaged one costs no more than itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from visualcloze_deft.checkpoint import MOMENTS, PROGRESS, Progress, newest, publish, save
+from visualcloze_deft.errors import UserError
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, examples=8 * step, seed=3, global_batch=8)
+
+
+def moments(step: int) -> dict[str, torch.Tensor]:
+    return {"a.exp_avg": torch.full((2, 3), float(step)), "b.exp_avg": torch.arange(4.0)}
+
+
+def saved(folder: Path, *steps: int) -> list[Path]:
+    return [
+        save(folder, progress(step), moments(step), lambda at: write(at / ADAPTER, b"weights"))
+        for step in steps
+    ]
+
+
+def write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    [folder] = saved(tmp_path, 5)
+    found, warnings = newest(tmp_path)
+    assert warnings == []
+    assert found.folder == folder
+    assert found.progress == progress(5)
+    assert (found.folder / ADAPTER).read_bytes() == b"weights"
+    read = found.moments()
+    assert set(read) == set(moments(5))
+    assert all(torch.equal(read[name], tensor) for name, tensor in moments(5).items())
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    folders = saved(tmp_path, 1, 9, 10)
+    assert sorted(tmp_path.iterdir()) == folders[1:]
+    assert newest(tmp_path)[0].progress == progress(10)
+
+
+def test_newest_goes_by_number_also_beyond_a_million_steps(tmp_path: Path) -> None:
+    saved(tmp_path, 999_998, 999_999, 1_000_000)
+    assert newest(tmp_path)[0].progress == progress(1_000_000)
+
+
+@pytest.mark.parametrize("name", [MOMENTS, PROGRESS, ADAPTER])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda path: write(path, b""),
+        lambda path: write(path, path.read_bytes()[:-5]),
+        lambda path: write(path, bytes(path.stat().st_size)),
+        lambda path: write(path, b"null"),
+        lambda path: write(path, b"[]"),
+    ],
+    ids=["gone", "empty", "cut", "zeros", "null", "list"],
+)
+def test_a_damaged_newest_gives_way_to_an_older_one_with_a_warning(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    older, last = saved(tmp_path, 1, 2)
+    damage(last / name)
+    found, [warning] = newest(tmp_path)
+    assert found.folder == older
+    assert found.progress == progress(1)
+    assert str(last) in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize("steps", [(), (1, 2)], ids=["none", "all damaged"])
+def test_without_a_good_checkpoint_the_folder_is_named(
+    tmp_path: Path, steps: tuple[int, ...]
+) -> None:
+    for folder in saved(tmp_path, *steps):
+        (folder / MOMENTS).unlink()
+    with pytest.raises(UserError, match="no good checkpoint") as raised:
+        newest(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "2 damaged" in str(raised.value) or not steps
+
+
+def test_a_folder_that_is_not_there_has_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no good checkpoint"):
+        newest(tmp_path / "gone")
+
+
+def interrupted(folder: Path) -> None:
+    write(folder / ADAPTER, b"half")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_save_leaves_no_checkpoint_and_does_not_disturb_the_next(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, progress(2), moments(2), interrupted)
+    assert newest(tmp_path)[0].progress == progress(1)
+    saved(tmp_path, 2)
+    found, warnings = newest(tmp_path)
+    assert (found.progress, warnings) == (progress(2), [])
+    assert (found.folder / ADAPTER).read_bytes() == b"weights"
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    [folder] = saved(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == [folder]
+    assert newest(tmp_path)[0].progress == progress(2)
+
+
+def test_publish_replaces_a_folder_and_all_that_it_held(tmp_path: Path) -> None:
+    final, staging = tmp_path / "adapter", tmp_path / ".adapter.part"
+    for folder, name in ((final, "old"), (staging, "new")):
+        folder.mkdir()
+        write(folder / name, b"")
+    publish(staging, final)
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "new"]

@@ -1,0 +1,264 @@
+"""The mixture draws what the recipe says, and example i is a function of (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.mixture import Example, Mixture
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.registry import Task
+from visualcloze_deft.settings import Recipe
+
+DRAWS = 600
+SLACK = 0.08  # four standard deviations of a frequency over so many draws
+
+
+def task(name: str = "mix", roles: str = "a b target", **changes: Any) -> Task:
+    columns = {role: f"the {role}" for role in roles.split()}
+    fields: dict[str, Any] = {
+        "group": "g",
+        "summary": "",
+        "targets": (roles.split()[-1],),
+        "instruction": " to ".join(f"{{{role}}}" for role in columns),
+        "content": "caption",
+        "path": Path(),
+    }
+    return Task(name=name, columns=columns, **fields | changes)
+
+
+class Flat:
+    """A source of `count` items whose pictures are flat: red tells the item, green the role.
+
+    poor: items that have no picture but `target`.
+    """
+
+    def __init__(
+        self, count: int = 50, *, roles: str = "a b target", name: str = "flat", poor: int = 0
+    ) -> None:
+        self.name = name
+        self.count = count
+        self.roles = frozenset(roles.split())
+        self.poor = poor
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, index: int) -> Item:
+        roles = ["target"] if index < self.poor else sorted(self.roles)
+        images = {
+            role: partial(Image.new, "RGB", (16, 16), (index, len(role), ord(role[0])))
+            for role in roles
+        }
+        texts = {"caption": f"caption {index}", "instruction": f"instruction {index}"}
+        return Item(key=f"{self.name} {index}", images=images, texts=texts)
+
+
+def mixture(
+    *tasks: Task, sources: tuple[Flat, ...] = (Flat(),), seed: int = 0, **recipe: Any
+) -> Mixture:
+    tasks = tasks or (task(),)
+    named = {one.name: one for one in tasks}
+    return Mixture(named, sources, seed=seed, recipe=Recipe(**{"run_length": 1, **recipe}))
+
+
+def drawn(*tasks: Task, count: int = DRAWS, **settings: Any) -> list[Example]:
+    mixed = mixture(*tasks, **settings)
+    return [mixed[index] for index in range(count)]
+
+
+def content_of(example: Example) -> Mapping[str, object]:
+    pictures = [image.tobytes() for row in example.rows for image in row]
+    return {**vars(example), "rows": pictures}
+
+
+def share(examples: list[Example], holds: Any) -> float:
+    return sum(bool(holds(example)) for example in examples) / len(examples)
+
+
+def about(value: float) -> Any:
+    return pytest.approx(value, abs=SLACK)
+
+
+def test_an_example_is_a_function_of_seed_and_index_in_whatever_order_it_is_asked() -> None:
+    tasks = task(), task("other", "b target")
+    forward, backward = mixture(*tasks), mixture(*tasks)
+    first = [content_of(forward[index]) for index in range(30)]
+    last = [content_of(backward[index]) for index in reversed(range(30))]
+    assert first == last[::-1]
+    assert content_of(forward[5]) == content_of(forward[5])
+
+
+def test_another_seed_draws_another_sequence() -> None:
+    keys = [[mixture(seed=seed)[index].keys for index in range(20)] for seed in (0, 1)]
+    assert keys[0] != keys[1]
+
+
+def test_rows_are_as_frequent_as_the_recipe_says() -> None:
+    rows = Counter(len(example.rows) for example in drawn())
+    assert set(rows) == {1, 2, 3}
+    for count, frequency in ((1, 0.3), (2, 0.4), (3, 0.3)):
+        assert rows[count] / DRAWS == about(frequency)
+
+
+def test_consecutive_examples_of_one_run_have_one_number_of_rows() -> None:
+    rows = [len(example.rows) for example in drawn(run_length=4, count=400)]
+    runs = [rows[k : k + 4] for k in range(0, 400, 4)]
+    assert all(len(set(run)) == 1 for run in runs)
+    assert set(rows) == {1, 2, 3}
+
+
+def test_a_row_is_one_item_and_no_item_comes_twice_in_a_grid() -> None:
+    for example in drawn(sources=(Flat(4),)):
+        assert len(set(example.keys)) == len(example.keys) == len(example.rows)
+        for key, row in zip(example.keys, example.rows, strict=True):
+            assert {f"flat {image.getpixel((0, 0))[0]}" for image in row} == {key}
+
+
+def test_a_source_with_fewer_items_than_rows_gives_all_it_has() -> None:
+    assert max(len(example.rows) for example in drawn(sources=(Flat(2),), count=50)) == 2
+
+
+def test_targets_are_hidden_half_of_the_time_and_else_one_column_at_random() -> None:
+    two = task("two", "a b c target", targets=("c", "target"))
+    examples = drawn(two, sources=(Flat(roles="a b c target"),))
+    hidden = Counter(example.hidden for example in examples)
+    assert hidden.pop((False, False, True, True)) / DRAWS == about(0.5)
+    assert len(hidden) == 4
+    for columns, count in hidden.items():
+        assert sum(columns) == 1
+        assert count / DRAWS == about(0.125)
+
+
+def test_with_certainty_only_the_targets_are_hidden() -> None:
+    assert {example.hidden for example in drawn(hide_target=1.0, count=50)} == {
+        (False, False, True)
+    }
+
+
+def test_every_example_hides_something_and_shows_something() -> None:
+    assert all(any(e.hidden) and not all(e.hidden) for e in drawn(task(roles="a target")))
+
+
+def roles_of(example: Example) -> tuple[str, ...]:
+    greens = {len(role): role for role in ("a", "bb", "target")}
+    return tuple(greens[image.getpixel((0, 0))[1]] for image in example.rows[-1])
+
+
+def test_conditions_are_shuffled_and_targets_stay_last() -> None:
+    orders = Counter(
+        map(roles_of, drawn(task(roles="a bb target"), sources=(Flat(roles="a bb target"),)))
+    )
+    assert set(orders) == {("a", "bb", "target"), ("bb", "a", "target")}
+    assert orders["a", "bb", "target"] / DRAWS == about(0.5)
+
+
+def test_columns_keep_the_order_of_the_task_where_the_recipe_says_so() -> None:
+    source = Flat(roles="a bb target")
+    examples = drawn(task(roles="a bb target"), sources=(source,), shuffle_columns=False, count=50)
+    assert {roles_of(example) for example in examples} == {("a", "bb", "target")}
+
+
+def test_the_sentence_follows_the_columns() -> None:
+    source = Flat(roles="a bb target")
+    for example in drawn(task(roles="a bb target"), sources=(source,), count=100):
+        if example.task_sentence:
+            for place, role in enumerate(roles_of(example), 1):
+                assert f"the {role} [IMAGE{place}]" in example.task_sentence
+
+
+def test_the_words_are_those_of_the_query() -> None:
+    for example in drawn(count=100):
+        number = example.keys[-1].split()[-1]
+        assert example.content in ("", f"caption {number}")
+    for example in drawn(task(content="instruction"), count=100):
+        assert example.content in ("", f"instruction {example.keys[-1].split()[-1]}")
+    assert {example.content for example in drawn(task(content=""), count=20)} == {""}
+
+
+def test_text_is_left_out_as_often_as_the_recipe_says() -> None:
+    examples = drawn()
+    assert share(examples, lambda e: e.task_sentence) == about(0.9 * 0.8)
+    assert share(examples, lambda e: e.content) == about(0.9 * 0.8)
+    assert share(examples, lambda e: e.task_sentence and e.content) == about(0.9 * 0.64)
+    assert share(examples, lambda e: not e.task_sentence and not e.content) == about(0.136)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"drop_text": 1.0}, (False, False)),
+        ({"drop_text": 0.0, "keep_task": 1.0, "keep_content": 0.0}, (True, False)),
+        ({"drop_text": 0.0, "keep_task": 0.0, "keep_content": 1.0}, (False, True)),
+    ],
+    ids=["silent", "task", "content"],
+)
+def test_words_can_be_switched_on_and_off(
+    recipe: dict[str, float], said: tuple[bool, bool]
+) -> None:
+    assert {(bool(e.task_sentence), bool(e.content)) for e in drawn(count=30, **recipe)} == {said}
+
+
+def test_the_prompt_starts_with_the_layout() -> None:
+    for example in drawn(count=20):
+        rows, columns = len(example.rows), len(example.rows[0])
+        assert example.prompt.startswith(f"A grid layout with {rows} rows and {columns} columns")
+        assert example.task_sentence in example.prompt
+        assert example.content in example.prompt
+
+
+def test_tasks_are_drawn_alike_or_by_their_weights() -> None:
+    tasks = {name: task(name) for name in ("x", "y", "z")}
+    alike = Mixture(tasks, [Flat()], seed=0)
+    weighted = Mixture(tasks, [Flat()], seed=0, weights={"x": 2, "y": 0})
+    assert alike.proportions.tolist() == pytest.approx([1 / 3] * 3)
+    assert weighted.proportions.tolist() == pytest.approx([2 / 3, 0, 1 / 3])
+    counts = Counter(weighted[index].task for index in range(DRAWS))
+    assert counts["x"] / DRAWS == about(2 / 3)
+    assert counts["y"] == 0
+
+
+def test_weights_that_leave_no_task_are_refused() -> None:
+    with pytest.raises(UserError, match="weights"):
+        Mixture({"x": task("x")}, [Flat()], seed=0, weights={"x": 0})
+
+
+def test_all_sources_that_serve_a_task_are_drawn_from() -> None:
+    sources = Flat(name="one"), Flat(name="two"), Flat(roles="target", name="poor")
+    counts = Counter(e.keys[0].split()[0] for e in drawn(sources=sources))
+    assert set(counts) == {"one", "two"}
+    assert counts["one"] / DRAWS == about(0.5)
+
+
+def test_an_item_without_the_roles_is_passed_over() -> None:
+    for example in drawn(sources=(Flat(6, poor=4),), count=100):
+        assert set(example.keys) <= {"flat 4", "flat 5"}
+
+
+def test_a_source_whose_items_all_lack_a_role_is_named() -> None:
+    with pytest.raises(UserError, match="flat: no item has the roles of mix"):
+        mixture(sources=(Flat(5, poor=5),))[0]
+
+
+def test_roles_that_follow_from_the_target_need_no_source() -> None:
+    example = drawn(task(roles="gray target"), sources=(Flat(roles="target"),), count=1)[0]
+    gray, target = (example.rows[0][k].getpixel((0, 0)) for k in (0, 1))
+    assert len(set(gray)) == 1 != len(set(target))
+
+
+def test_a_task_without_source_is_named_with_what_is_lacking() -> None:
+    sources = Flat(name="one"), Flat(roles="a", name="two")
+    with pytest.raises(UserError, match=r"task deep: .*one lacks depth; two lacks depth, target"):
+        mixture(task("deep", "depth target"), sources=sources)
+
+
+def test_derived_roles_need_the_target() -> None:
+    with pytest.raises(UserError, match=r"task gray: .*flat lacks gray"):
+        mixture(task("gray", "gray b"), sources=(Flat(roles="b"),))

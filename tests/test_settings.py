@@ -1,0 +1,198 @@
+"""Settings: every value is checked, every mistake is named, and what is written reads back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.folders import CONFIGS
+from visualcloze_deft.settings import Run, load_run, parse_run, setting_names, write_run
+
+
+def test_without_file_and_overrides_all_is_default() -> None:
+    assert load_run(None) == Run()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_run_file_is_found_by_name_and_by_path(path: Path) -> None:
+    assert load_run(path.stem) == load_run(str(path))
+
+
+def test_the_run_file_tiny_says_what_happens_without_one() -> None:
+    assert load_run("tiny") == Run()
+
+
+OVERRIDES = {
+    "steps=20": 20,
+    "optimiser.lr=1e-4": 1e-4,
+    "optimiser.lr=1": 1.0,
+    "checkpointing=true": True,
+    "data.recipe.shuffle_columns=false": False,
+    "model=/models/flux": "/models/flux",
+    'model="quoted words"': "quoted words",
+    "model_lora=owner/name": "owner/name",
+    "data.tasks=depth-to-image, novel-view": "depth-to-image, novel-view",
+    "output=a=b": "a=b",
+    "data.resolution=128": 128,
+    "data.resolution=model": "model",
+    "zero=3": 3,
+    "adapter.method=para": "para",
+    "adapter.alpha=8": 8,
+    'data.sources=["scenes=9", "folder=/a b"]': ("scenes=9", "folder=/a b"),
+    "optimiser.betas=[0.8, 0.9]": (0.8, 0.9),
+    "data.recipe.examples=[1]": (1.0,),
+    "data.weights={novel-view = 2}": {"novel-view": 2.0},
+}
+
+
+@pytest.mark.parametrize(("override", "value"), OVERRIDES.items(), ids=OVERRIDES)
+def test_an_override_sets_its_setting_and_nothing_else(override: str, value: object) -> None:
+    found: object = load_run(None, [override])
+    default: object = Run()
+    *sections, last = override.partition("=")[0].split(".")
+    for section in sections:
+        found, default = getattr(found, section), getattr(default, section)
+    assert vars(found) == {**vars(default), last: value}
+
+
+def test_the_last_override_wins_also_over_the_file() -> None:
+    assert load_run("tiny", ["steps=3", "steps=4"]).steps == 4
+
+
+def test_a_weight_is_set_by_the_name_of_its_task() -> None:
+    run = load_run(None, ["data.weights.novel-view=2", "data.weights.deblurring=0.5"])
+    assert run.data.weights == {"novel-view": 2, "deblurring": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=1", "unknown setting 'step'; did you mean steps"),
+        ("optimiser.lrr=1", "unknown setting 'optimiser.lrr'; did you mean optimiser.lr"),
+        ("optimizer.lr=1", "unknown setting 'optimizer'; did you mean optimiser.lr"),
+        ("data.recipe.hide_targets=1", "did you mean data.recipe.hide_target"),
+        ("data.recipe.=1", "unknown setting 'data.recipe.'"),
+        ("=1", "unknown setting ''; known: "),
+    ],
+)
+def test_an_unknown_setting_is_met_with_the_nearest(override: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_run(None, [override])
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "setting", "value"),
+    [
+        ("steps=many", "steps", "'many'"),
+        ("steps=0", "steps", "0"),
+        ("steps=1.5", "steps", "1.5"),
+        ("batch=-1", "batch", "-1"),
+        ("zero=5", "zero", "5"),
+        ("seed=-1", "seed", "-1"),
+        ("checkpointing=perhaps", "checkpointing", "'perhaps'"),
+        ("context_weight=2", "context_weight", "2"),
+        ("precision=float16", "precision", "'float16'"),
+        ("model=[1]", "model", "[1]"),
+        ("optimiser.lr=fast", "optimiser.lr", "'fast'"),
+        ("optimiser.lr=0", "optimiser.lr", "0"),
+        ("optimiser.lr=nan", "optimiser.lr", "nan"),
+        ("optimiser.lr=inf", "optimiser.lr", "inf"),
+        ("guidance=nan", "guidance", "nan"),
+        ("optimiser.betas=[0.9]", "optimiser.betas.1", "[0.9]"),
+        ("optimiser.betas=[0.9, 2]", "optimiser.betas.1", "2"),
+        ("adapter.method=dora", "adapter.method", "'dora'"),
+        ("adapter.rank=0", "adapter.rank", "0"),
+        ("data=5", "data", "5"),
+        ("data.sources=scenes", "data.sources", "'scenes'"),
+        ("data.sources=[]", "data.sources", "[]"),
+        ("data.resolution=100", "data.resolution", "100"),
+        ("data.resolution=large", "data.resolution", "'large'"),
+        ("data.weights.novel-view=-1", "data.weights.novel-view", "-1"),
+        ("data.recipe.examples=[]", "data.recipe.examples", "[]"),
+        ("data.recipe.examples=[0, 0]", "data.recipe.examples", "[0, 0]"),
+        ("data.recipe.keep_task=1.1", "data.recipe.keep_task", "1.1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_setting(override: str, setting: str, value: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_run(None, [override])
+    assert f"{setting} = {value}: " in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "--set 'steps': expected NAME=VALUE"),
+        ("data.tasks.depth=1", "tasks"),
+        ("steps.x=1", "steps"),
+    ],
+)
+def test_an_override_of_the_wrong_form_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_run("tiny", [override])
+    assert message in str(raised.value)
+
+
+def test_a_setting_inside_a_value_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("steps = 5")
+    with pytest.raises(UserError, match=r"--set 'steps\.x=1': steps is no section"):
+        load_run(str(tmp_path / "run.toml"), ["steps.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"steps = ", "not valid TOML"),
+        (b"\xff", "not valid TOML"),
+        (b"stepps = 5", "unknown setting 'stepps'; did you mean steps"),
+        (b"[adapter]\nmethod = 'deff'", "adapter.method = 'deff'"),
+    ],
+)
+def test_a_bad_run_file_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as raised:
+        load_run(str(path))
+    assert str(raised.value).startswith(f"{path}: ")
+    assert message in str(raised.value)
+
+
+def test_an_unknown_run_file_is_met_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"run file 'flux-8gpus': .* did you mean flux-8gpu"):
+        load_run("flux-8gpus")
+
+
+def test_a_written_run_reads_back_equal(tmp_path: Path) -> None:
+    run = load_run(
+        None,
+        [
+            "model_lora=owner/name",
+            'output=C:\\runs "new" ü',
+            "optimiser.lr=3.3e-7",
+            "adapter.alpha=3",
+            "data.resolution=96",
+            'data.weights={"odd.name" = 0.1}',
+            'data.task_folders=["one", "two"]',
+        ],
+    )
+    for written in (run, Run()):
+        write_run(written, tmp_path / "settings.toml")
+        assert load_run(str(tmp_path / "settings.toml")) == written
+
+
+def test_all_settings_are_named_once_and_all_names_are_settings() -> None:
+    names = setting_names()
+    assert len(names) == len(set(names))
+    for name in names:
+        value: object = Run()
+        for part in name.split("."):
+            value = getattr(value, part)
+
+
+def test_a_run_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_run({}, where="here").steps = 3  # type: ignore[misc]
