@@ -173,14 +173,14 @@ def sheet(results: dict) -> Image.Image:
 
 def markdown(results: dict, examples: dict, text: dict, note: str) -> str:
     lines = [
-        "| task | copy condition | constant mean | base | base + DEFT | VAE of truth | gain of DEFT (95 %) |",
+        "| task | copy | constant | base | base + DEFT | VAE of truth | gain of DEFT (95 %) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
         p, (mean, low, high) = found["psnr"], found["gain"]
         lines.append(
-            f"| {name} | {p['copy']:.1f} | {p['constant']:.1f} | {p['base']:.1f} | **{p['adapter']:.1f}** "
-            f"| {p['vae']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+            f"| {name} | {p['copy']:.1f} | {p['constant']:.1f} | {p['base']:.1f} "
+            f"| **{p['adapter']:.1f}** | {p['vae']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
         )
     lines += [
         "",
@@ -192,7 +192,8 @@ def markdown(results: dict, examples: dict, text: dict, note: str) -> str:
     for name, found in [*examples.items(), ("editing, another scene's instruction", text)]:
         mean, low, high = found["margin"]
         lines.append(
-            f"| {name} | {found['right']:.1f} | {found['wrong']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+            f"| {name} | {found['right']:.1f} | {found['wrong']:.1f} "
+            f"| {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
         )
     return "\n".join(lines) + "\n"
 

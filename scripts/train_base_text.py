@@ -24,7 +24,17 @@ CLIP_VOCABULARY = 1200  # 512 bytes and word-final bytes, then merges
 MAX_TOKENS = 40
 LAYOUTS = [(rows, columns) for columns in (1, 2, 3, 4) for rows in (1, 2, 3, 4)]
 # Everyday words of prompts, so that a user's own task is not spelled out letter by letter.
-WORDS = ["the", "a", "an", "of", "in", "on", "with", "and", "to", "from", "by", "for", "is", "are", "as", "at", "into", "same", "other", "new", "old", "left", "right", "top", "bottom", "front", "behind", "next", "near", "far", "small", "large", "big", "bright", "dark", "light", "shadow", "colour", "color", "grey", "gray", "image", "picture", "photo", "photograph", "drawing", "painting", "sketch", "style", "scene", "room", "table", "floor", "wall", "sky", "street", "object", "person", "man", "woman", "dog", "cat", "bird", "car", "house", "tree", "flower", "cup", "mug", "bottle", "box", "bag", "toy", "book", "chair", "make", "turn", "add", "remove", "replace", "change", "put", "place", "move", "rotate", "keep", "edit", "restore", "show", "generate", "complete", "depth", "edge", "edges", "normal", "normals", "segmentation", "map", "mask", "pose", "outline", "background", "foreground", "reference", "subject", "view", "hole", "noise", "blur", "blurred", "sharp", "grey", "black", "white", "red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "striped", "spotted", "plain", "ball", "cube", "cylinder", "cone", "first", "last", "row", "column", "given", "based", "achieve", "each", "logical", "task", "demonstrated", "condition", "target"]
+WORDS = """
+the a an of in on with and to from by for is are as at into same other new old left right top
+bottom front behind next near far small large big bright dark light shadow colour color grey gray
+image picture photo photograph drawing painting sketch style scene room table floor wall sky
+street object person man woman dog cat bird car house tree flower cup mug bottle box bag toy book
+chair make turn add remove replace change put place move rotate keep edit restore show generate
+complete depth edge edges normal normals segmentation map mask pose outline background foreground
+reference subject view hole noise blur blurred sharp grey black white red orange yellow green cyan
+blue purple pink brown striped spotted plain ball cube cylinder cone first last row column given
+based achieve each logical task demonstrated condition target
+""".split()
 
 
 def corpus() -> list[str]:

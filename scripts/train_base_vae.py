@@ -23,7 +23,7 @@ from visualcloze_deft.data.scenes import Scenes
 
 WIDTHS = (16, 32, 48, 48)
 ROLES = (
-    ["target", "target", "target", "reference", "before", "depth", "normal", "segmentation", "canny", "view", "hole", "mask"]
+    "target target target reference before depth normal segmentation canny view hole mask".split()
 )
 KL_WEIGHT = 1e-3  # on the mean over latent values: low, so that edges stay sharp
 LEARNING_RATE = 4e-3  # AdamW on norms and biases; kernels take Muon at ten times this

@@ -35,6 +35,17 @@ def grid_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def hollow_model(tmp_path: Path) -> Path:
+    """A model folder without any weight: whatever fails with another message failed before it."""
+    folder = tmp_path / "hollow"
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        (folder / part).mkdir()
+    return folder
+
+
+@pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs `vcdeft ARGUMENTS`, which must end in exit code 2 and one line on stderr: that line."""
     from visualcloze_deft.cli import main

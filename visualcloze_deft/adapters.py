@@ -63,7 +63,8 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     if not any(pattern.fullmatch(name) for name in linear):
         raise UserError(
-            f"adapter.layers {settings.layers!r} matches no linear layer; names look like {linear[-2]}"
+            f"adapter.layers {settings.layers!r} matches no linear layer; names look like "
+            f"{linear[-2]}"
         )
     transformer.requires_grad_(False)
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Rectified flow as FLUX is trained: a straight line from the clean latent (t = 0) to noise (t = 1).
+"""Rectified flow as FLUX is trained: a line from the clean latent (t = 0) to noise (t = 1).
 
 Axes: b batch, n tokens, c channels.
 """

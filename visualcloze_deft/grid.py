@@ -1,4 +1,4 @@
-"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips, tokens, ids and text, and back.
+"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips, tokens, ids, text, and back.
 
 A row joined side by side is a strip; every strip is encoded as one picture and stays a sequence of
 its own. Axes: b batch, c channels, h w pixels or latents, p q patch (2 x 2), i j pixels of one

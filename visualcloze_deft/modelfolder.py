@@ -10,7 +10,7 @@ from visualcloze_deft.folders import BASE
 
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
-PARTS = ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
+PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 
 
 def check_folder(name: str) -> None:

@@ -19,7 +19,15 @@ from visualcloze_deft.registry import Task, load_tasks, select
 from visualcloze_deft.settings import Run, write_run
 
 SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
-PACKAGES = ["torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed", "visualcloze-deft"]
+PACKAGES = [
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "visualcloze-deft",
+]
 
 
 def mixture_of(run: Run) -> Mixture:

@@ -6,6 +6,7 @@ Axes: b batch, n tokens, c channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ def denoise(
 ) -> Tensor:
     """Euler from noise at times[0] = 1 to the image at times[-1] = 0; `step` is told of each."""
     x = noise
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         x = x + (after - now) * velocity(x, now)
         step()
     return x

@@ -74,7 +74,7 @@ class Adapter(_Section):
     layers: Literal["flux"] | str = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
     p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
-    """Learning rate of DEFT's P relative to R's (the authors' 0.1). PaRa's P takes the full rate."""
+    """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 
 
 class Optimiser(_Section):

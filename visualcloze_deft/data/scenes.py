@@ -71,7 +71,8 @@ class Scenes:
 
     name = "scenes"
     roles = frozenset(
-        ["target", "depth", "normal", "canny", "segmentation", "foreground", "background", "reference", "before", "view", "view_turned", "mask", "hole"]
+        "target depth normal canny segmentation foreground background reference before "
+        "view view_turned mask hole".split()
     )
 
     def __init__(self, *, size: int, seed: int = 0, count: int = 1_000_000) -> None:

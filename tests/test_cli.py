@@ -1,0 +1,375 @@
+"""The command line: a mistake ends in exit code 2 and one line that names it, before the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from visualcloze_deft.adapters import CONFIG, WEIGHTS
+from visualcloze_deft.cli import main
+from visualcloze_deft.settings import Run, write_run
+
+GridFile = Callable[..., Path]
+Refused = Callable[..., str]
+
+
+# ---- commands and options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no such command 'trian'; did you mean train?"),
+        (["xyz"], "no such command 'xyz'; known: "),
+        (["tasks", "lst"], "no such command 'lst'; did you mean list?"),
+        (["train", "--rnk", "4"], "--rnk"),
+        (["train", "--rank", "many"], "'many' is not a valid integer"),
+        (["train", "--rank"], "--rank"),
+        (["train", "extra"], "extra"),
+        (["infer"], "--examples"),
+        (["infer", "--examples", "g.json", "--steps", "0"], "--steps"),
+        (["infer", "--examples", "g.json", "--resolution", "8"], "--resolution"),
+        (["tasks", "preview"], "NAME"),
+        (["--verison"], "--verison"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistyped_command_or_option_is_named(
+    refused: Refused, arguments: list[str], message: str
+) -> None:
+    assert message in refused(*arguments)
+
+
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["tasks"]], ids=["vcdeft", "vcdeft tasks"])
+def test_without_a_command_the_help_is_shown(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "".join(capsys.readouterr()).startswith("Usage: ")
+
+
+# ---- train
+
+
+@pytest.fixture
+def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
+    """Runs a `vcdeft train` that must be refused, and must not leave a run folder behind."""
+    output = tmp_path / "run"
+
+    def run(*arguments: object) -> str:
+        line = refused("train", "--output", output, "--processes", 1, *arguments)
+        assert not output.exists()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "dept-to-image"], "unknown task 'dept-to-image'; did you mean depth-to-image"),
+        (["--tasks", ","], "no task named"),
+        (["--method", "dept"], "adapter.method = 'dept': input should be 'deft', 'deft-relaxed'"),
+        (["--rank", "0"], "adapter.rank = 0"),
+        (["--zero", "4"], "zero = 4: input should be 0, 1, 2 or 3"),
+        (["--steps", "-5"], "steps = -5"),
+        (["--batch", "0"], "batch = 0"),
+        (["--lr", "0"], "optimiser.lr = 0"),
+        (["--lr", "nan"], "optimiser.lr = nan"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--resolution", "100"], "data.resolution = 100"),
+        (
+            ["--set", "optimiser.lrr=1"],
+            "unknown setting 'optimiser.lrr'; did you mean optimiser.lr",
+        ),
+        (["--set", "save_every"], "--set 'save_every': expected NAME=VALUE"),
+        (["--set", "save_every=often"], "save_every = 'often'"),
+        (["--set", "data.weights.dept=1"], "data.weights names 'dept'"),
+        (["--set", "data.task_folders=['gone']"], "task folder gone: no such folder"),
+        (["--config", "tinny"], "run file 'tinny': no such file, and no shipped one; did you mean"),
+        (["--model", "tinny"], "unknown model 'tinny'"),
+        (["--model", "./gone"], "unknown model './gone'"),
+        (["--data", "secnes"], "unknown data source 'secnes'; did you mean scenes"),
+        (["--data", "scenes=0"], "scenes=0: the number of scenes must be"),
+        (["--data", "graph200k"], "data source 'graph200k' needs a path: graph200k=PATH"),
+        (["--tasks", "novel-view", "--data", "scenes=many"], "scenes=many"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_that_cannot_work_is_refused(
+    train: Callable[..., str], arguments: list[str], message: str
+) -> None:
+    assert message in train(*arguments)
+
+
+@pytest.mark.parametrize("name", ["folder", "graph200k", "dreambooth", "insdet"])
+def test_data_that_is_not_there_or_laid_out_otherwise_is_named(
+    train: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    missing, other = tmp_path / "gone", tmp_path / "other"
+    (other / "deep" / "er").mkdir(parents=True)
+    assert f"{missing}: " in train("--data", f"{name}={missing}")
+    line = train("--data", f"{name}={other}")
+    assert str(other) in line
+    assert "expected" in line or "no such file" in line
+
+
+def test_a_path_of_any_letters_is_a_path(train: Callable[..., str]) -> None:
+    for path in ("/gone/é", "/gone/😀", "/gone/a b", '/gone/"quoted"', "/gone/back\\slash"):
+        assert f"vcdeft: {path}: no such" in train("--data", f"folder={path}")
+
+
+@pytest.mark.parametrize("output", ["2024", "2024-01-31", "true", "1e3"])
+def test_an_output_folder_may_be_called_anything(refused: Refused, output: str) -> None:
+    assert "graph200k" in refused("train", "--output", output, "--data", "graph200k")
+
+
+def test_data_without_the_roles_of_a_task_is_named(
+    train: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "target").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "target" / "a.png")
+    data = f"folder={tmp_path / 'data'}"
+    line = train("--data", data, "--tasks", "depth-to-image")
+    assert "task depth-to-image: no data source has all its roles (folder lacks depth)" in line
+
+
+def test_data_without_any_task_is_named(train: Callable[..., str], tmp_path: Path) -> None:
+    for role in ("one", "two"):
+        (tmp_path / "data" / role).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / role / "a.png")
+    line = train("--data", f"folder={tmp_path / 'data'}")
+    assert "no task can be made from" in line
+    assert "folder has the roles one, two" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps =", "not valid TOML"),
+        ("stepps = 5", "unknown setting 'stepps'; did you mean steps"),
+        ("steps = 'x'", "steps = 'x'"),
+        ("[adapter]\nranks = 4", "unknown setting 'adapter.ranks'; did you mean adapter.rank"),
+    ],
+)
+def test_a_bad_run_file_is_named(
+    train: Callable[..., str], tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    line = train("--config", path)
+    assert f"vcdeft: {path}: " in line
+    assert message in line
+
+
+def test_a_broken_task_file_is_named(train: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("summary =")
+    assert f"{path}: not valid TOML" in train("--set", f"data.task_folders=['{tmp_path}']")
+
+
+def test_a_model_folder_without_its_parts_is_named(
+    train: Callable[..., str], hollow_model: Path
+) -> None:
+    (hollow_model / "vae").rmdir()
+    assert f"model folder {hollow_model}: no vae" in train("--model", hollow_model)
+
+
+def test_an_output_that_is_a_file_is_named(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    for output in (path, path / "run"):
+        assert f"output {output}: not writable" in refused("train", "--output", output)
+
+
+def test_an_output_that_holds_another_run_is_left_alone(refused: Refused, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.toml"
+    write_run(Run(steps=3), settings)
+    before = settings.read_bytes()
+    line = refused("train", "--output", tmp_path)
+    assert f"output {tmp_path} holds another run; go on with --resume" in line
+    assert [*tmp_path.iterdir()] == [settings]
+    assert settings.read_bytes() == before
+
+
+def test_resuming_without_a_checkpoint_is_refused(
+    train: Callable[..., str], refused: Refused, tmp_path: Path
+) -> None:
+    assert "--resume: no good checkpoint" in train("--resume")
+    write_run(Run(), tmp_path / "settings.toml")
+    (tmp_path / "checkpoints" / "step-000200").mkdir(parents=True)
+    line = refused("train", "--resume", "--output", tmp_path)
+    assert f"no good checkpoint in {tmp_path / 'checkpoints'} (1 damaged)" in line
+
+
+# ---- infer
+
+
+@pytest.fixture
+def infer(refused: Refused, grid_file: GridFile, hollow_model: Path) -> Callable[..., str]:
+    """Runs a `vcdeft infer` of a good grid with a model that cannot be loaded."""
+
+    def run(*arguments: object) -> str:
+        output = hollow_model.parent / "out"
+        common = ("--examples", grid_file(), "--model", hollow_model, "--output", output)
+        return refused("infer", *common, *arguments)
+
+    return run
+
+
+def adapter(folder: Path, config: Any = None, **changes: object) -> Path:
+    """An adapter folder in peft's format; `config` or `changes` make it a bad one."""
+    folder.mkdir()
+    good = {"peft_type": "DEFT", "r": 2, "target_modules": ["to_q"], **changes}
+    text = json.dumps(good) if config is None else config
+    (folder / CONFIG).write_text(text)
+    save_file({"base_model.model.to_q.deft_P": torch.zeros(4, 2)}, folder / WEIGHTS)
+    return folder
+
+
+def test_a_model_that_cannot_be_loaded_is_named(infer: Callable[..., str]) -> None:
+    assert "hollow" in infer()
+
+
+def test_a_good_adapter_is_not_what_is_complained_about(
+    infer: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "hollow" in infer("--adapter", adapter(tmp_path / "good"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", CONFIG),
+        ("{}", "peft_type None"),
+        ('{"peft_type": "IA3"}', "peft_type 'IA3'; DEFT (with PaRa) and LORA are known"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_named_before_the_model_is_loaded(
+    infer: Callable[..., str], tmp_path: Path, config: str, message: str
+) -> None:
+    folder = adapter(tmp_path / "odd", config)
+    line = infer("--adapter", folder)
+    assert str(folder) in line
+    assert message in line
+
+
+def test_a_missing_adapter_is_named_before_the_model_is_loaded(
+    infer: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("gone", "empty", "file"):
+        assert f"adapter {tmp_path / name}: no {CONFIG}" in infer("--adapter", tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut"])
+def test_damaged_adapter_weights_are_named_before_the_model_is_loaded(
+    infer: Callable[..., str], tmp_path: Path, damage: str
+) -> None:
+    folder = adapter(tmp_path / "damaged")
+    weights = folder / WEIGHTS
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage != "gone":
+        weights.write_bytes(content[:-8] if damage == "cut" else b"")
+    line = infer("--adapter", folder)
+    assert str(folder) in line
+    assert WEIGHTS in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks-from", "gone"], "task folder gone: no such folder"),
+        (["--model", "tinny"], "unknown model 'tinny'"),
+        (["--seed", str(2**70)], "seed"),
+        (["--seed", "many"], "--seed"),
+        (["--lora", "/gone/lora.safetensors"], "LoRA '/gone/lora.safetensors'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_of_infer_is_named(
+    infer: Callable[..., str], arguments: list[str], message: str
+) -> None:
+    assert message in infer(*arguments)
+
+
+def test_an_unwritable_output_is_named_before_the_model_is_loaded(
+    infer: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    for output in (path, path / "deep"):
+        assert f"output {output}: not writable" in infer("--output", output)
+
+
+# ---- tasks
+
+
+@pytest.mark.parametrize("command", ["preview", "example"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dept-to-image"], "unknown task 'dept-to-image'; did you mean depth-to-image"),
+        (["novel-view", "--from", "gone"], "task folder gone: no such folder"),
+        (["novel-view", "--data", "graph200k=gone"], "gone: no such folder"),
+        (["novel-view", "--data", "secnes"], "unknown data source 'secnes'"),
+        (["novel-view", "--seed", "-1"], "seed"),
+        (["novel-view", "--resolution", "100"], "resolution = 100"),
+        (["novel-view", "--resolution", "8"], "--resolution"),
+        (["novel-view", "--count", "0"], "--count"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_preview_or_example_is_refused(
+    refused: Refused, tmp_path: Path, command: str, arguments: list[str], message: str
+) -> None:
+    output = tmp_path / "sheet.png"
+    assert message in refused("tasks", command, *arguments, "--output", output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["gone/sheet.png", "sheet", "sheet.xyz", ".", "file/sheet.png"])
+def test_a_preview_that_cannot_be_written_is_named(
+    refused: Refused, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / name
+    line = refused("tasks", "preview", "novel-view", "--count", 1, "--output", output)
+    assert str(output) in line
+
+
+def test_an_example_that_cannot_be_written_is_named(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "deep"):
+        assert str(output) in refused("tasks", "example", "novel-view", "--output", output)
+
+
+def test_a_listing_with_a_missing_folder_is_refused(refused: Refused) -> None:
+    assert "task folder gone: no such folder" in refused("tasks", "list", "--from", "gone")
+
+
+def test_a_written_example_is_a_good_grid_file(
+    refused: Refused, tmp_path: Path, hollow_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["tasks", "example", "object-insertion", "--output", str(tmp_path / "grids")])
+    examples = tmp_path / "grids" / "grid.json"
+    assert capsys.readouterr().out == f"{examples}\n"
+    output = tmp_path / "out"
+    line = refused("infer", "--examples", examples, "--model", hollow_model, "--output", output)
+    assert "hollow" in line
