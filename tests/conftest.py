@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from visualcloze_deft.modelfolder import PARTS
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,10 +40,8 @@ def grid_file(tmp_path: Path) -> Callable[..., Path]:
 def hollow_model(tmp_path: Path) -> Path:
     """A model folder without any weight: whatever fails with another message failed before it."""
     folder = tmp_path / "hollow"
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+    for part in PARTS:
         (folder / part).mkdir(parents=True)
-    for part in ("tokenizer", "tokenizer_2"):
-        (folder / part).mkdir()
     return folder
 
 

@@ -188,6 +188,14 @@ def test_a_model_folder_without_its_parts_is_named(
     assert f"model folder {hollow_model}: no vae" in train("--model", hollow_model)
 
 
+def test_a_model_folder_with_a_broken_index_is_named(
+    train: Callable[..., str], hollow_model: Path
+) -> None:
+    for content in ("{", "[]", '{"resolution": "large"}'):
+        (hollow_model / "model_index.json").write_text(content)
+        assert f"{hollow_model / 'model_index.json'}: " in train("--model", hollow_model)
+
+
 def test_an_output_that_is_a_file_is_named(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("")

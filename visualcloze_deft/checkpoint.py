@@ -81,7 +81,7 @@ def publish(staging: Path, final: Path) -> None:
 
 def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The newest undamaged checkpoint, and a line about each newer one that is damaged."""
-    warnings = []
+    warnings: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return Checkpoint(folder=path, progress=_check(path)), warnings

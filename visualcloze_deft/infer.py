@@ -46,7 +46,7 @@ def infer(
     pipe = InContextPipeline.from_pretrained(
         model, adapter=adapter, lora=lora, task_folders=task_folders
     )
-    shared = {
+    shared: dict[str, object] = {
         "model": model,
         "model_lora": lora,
         "adapter": str(adapter) if adapter else None,

@@ -11,7 +11,8 @@ from PIL import Image
 from visualcloze_deft import adapters, grid, sample
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.models import TINY, Models, load_models
+from visualcloze_deft.modelfolder import TINY
+from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.registry import load_tasks
 
 

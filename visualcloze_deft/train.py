@@ -330,7 +330,7 @@ class Loop:
             for group in torch_optimiser(self.engine).param_groups:
                 group["lr"] = group["full_lr"] * factor
             began = time.monotonic()
-            losses = {}
+            losses: dict[int, tuple[str, float]] = {}
             for _ in range(run.accumulate):
                 losses |= self.backward(next(batches))
                 self.engine.step()
@@ -371,19 +371,20 @@ class Loop:
         for _, (task, error) in sorted(merged.items()):
             by_task.setdefault(task, []).append(error)
         loss = sum(error for _, error in merged.values()) / len(merged)
+        means = {task: sum(found) / len(found) for task, found in sorted(by_task.items())}
         line = {
             "step": step,
             "examples": step * self.share.global_batch,
             "loss": loss,
             "lr": self.run.optimiser.lr * factor,
             "seconds": round(seconds, 4),
-            "tasks": {task: sum(found) / len(found) for task, found in sorted(by_task.items())},
+            "tasks": means,
         }
         with (self.output / rundir.METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         assert self.writer is not None
-        curves = {"loss": loss, "lr": line["lr"]}
-        curves |= {f"task/{name}": value for name, value in line["tasks"].items()}
+        curves = {"loss": loss, "lr": self.run.optimiser.lr * factor}
+        curves |= {f"task/{task}": mean for task, mean in means.items()}
         for name, value in curves.items():
             self.writer.add_scalar(name, value, step)
         bar.update(1)
