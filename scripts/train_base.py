@@ -37,10 +37,10 @@ DOUBLE, SINGLE = 1, 4
 TEXT = 64
 BATCH = 12
 LEARNING_RATE = 1e-3
-EXAMPLES = (0.3, 0.4, 0.3)
+EXAMPLES = (0.65, 0.28, 0.07)  # single rows teach the most per second: fewest tokens to copy
 KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
 CONTEXT_WEIGHT = 0.1  # what a token that is only to be copied counts in the loss
-AVERAGE = 0.9995
+AVERAGE = 0.999
 SEED = 0
 CELL = 64
 

@@ -84,8 +84,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups: DEFT's P at `p_lr_ratio` times `lr`, all else at `lr`."""
     slow = settings.method in ("deft", "deft-relaxed")
-    directions: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    directions, others = [], []
     for name, parameter in trainable(transformer).items():
         (directions if slow and "deft_P" in name else others).append(parameter)
     groups = [
@@ -163,7 +162,7 @@ def read_config(folder: Path) -> PeftConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    kind = fields.get("peft_type")
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind not in ("DEFT", "LORA"):
         raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
     return PeftConfig.from_peft_type(**fields)

@@ -61,7 +61,7 @@ def save(
     sums = {path.name: _digest(path) for path in sorted(staging.iterdir())}
     (staging / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
     publish(staging, final)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    for old in _by_step(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
@@ -81,17 +81,21 @@ def publish(staging: Path, final: Path) -> None:
 
 def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The newest undamaged checkpoint, and a line about each newer one that is damaged."""
-    warnings: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    warnings = []
+    for path in reversed(_by_step(folder)):
         try:
             return Checkpoint(folder=path, progress=_check(path)), warnings
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.append(f"checkpoint {path} is damaged ({error}); using an older one")
     damaged = f" ({len(warnings)} damaged)" if warnings else ""
     raise UserError(
         f"--resume: no good checkpoint in {folder}{damaged}; start again without --resume "
         "and with another --output"
     )
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _check(path: Path) -> Progress:

@@ -46,7 +46,7 @@ def cli() -> None:
 @click.option("--tasks", help="'all', or names and groups joined by commas.")
 @click.option("--method", help="deft, deft-relaxed, para or lora.")
 @click.option("--rank", type=int, help="Rank of the adapter.")
-@click.option("--zero", help="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
+@click.option("--zero", type=int, help="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
 @click.option("--steps", type=int, help="Optimiser steps in all.")
 @click.option("--batch", type=int, help="Grids per process and step.")
 @click.option("--resolution", type=int, help="Side of a square cell in pixels.")
@@ -59,7 +59,9 @@ def cli() -> None:
 @click.option(
     "--local-rank", "--local_rank", type=int, hidden=True, help="From deepspeed's launcher."
 )
+@click.pass_obj
 def train(
+    arguments: Sequence[str],
     config: str | None,
     data: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -90,10 +92,13 @@ def train(
         "lr": "optimiser.lr",
     }
     given = [
-        f"{names.get(name, name)}={value}" for name, value in options.items() if value is not None
+        f"{names.get(name, name)}="
+        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+        for name, value in options.items()
+        if value is not None
     ]
     if data:
-        given.append(f"data.sources={json.dumps(list(data))}")
+        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
     run = load_run(config, [*given, *overrides])
     if already_launched():
         from visualcloze_deft.train import train as train_here
@@ -103,7 +108,7 @@ def train(
     processes = process_count(run.processes)
     mixture = prepare(run, processes=processes, resume=resume)
     describe_run(run, mixture, processes)
-    status = launch(sys.argv[1:], processes=processes)
+    status = launch(arguments, processes=processes)
     if status:
         raise SystemExit(status)
     click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
@@ -228,6 +233,8 @@ def preview(
 
     mixture = preview_mixture(name, folders, data, seed, resolution)
     path = Path(output)
+    if path.suffix != ".png" or path.is_dir():
+        raise UserError(f"--output {path}: give a file that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no folder {path.parent}")
     example_sheet([mixture[k] for k in range(count)]).save(path)
@@ -269,20 +276,24 @@ def preview_mixture(
     name: str, folders: tuple[str, ...], data: tuple[str, ...], seed: int, resolution: int
 ) -> Any:
     from visualcloze_deft.rundir import mixture_of
-    from visualcloze_deft.settings import Data, Run
+    from visualcloze_deft.settings import parse_run
 
-    settings = Data(
-        sources=data or ("scenes",), tasks=name, task_folders=folders, resolution=resolution
-    )
-    return mixture_of(Run(data=settings, seed=seed))
+    wanted = {"tasks": name, "task_folders": folders, "resolution": resolution}
+    if data:
+        wanted["sources"] = data
+    return mixture_of(parse_run({"data": wanted, "seed": seed}, where="command line"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     try:
-        cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
         click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         raise SystemExit(2) from None
     except click.UsageError as error:
         click.echo(f"vcdeft: {error.format_message()}", err=True)

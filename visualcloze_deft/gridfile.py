@@ -56,6 +56,8 @@ def request(
 ) -> Request:
     """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself."""
     grid.check_rows(rows)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be between 0 and 2**63 - 1, not {seed}")
     if task is not None:
         if task not in tasks:
             raise UserError(f"unknown task {task!r}; {nearest(task, tasks)}")
@@ -82,7 +84,7 @@ def read_requests(path: Path, tasks: Mapping[str, Task], *, seed: int | None) ->
         raise UserError(f"examples {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"examples {path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     entries = content if isinstance(content, list) else [content]
     if not entries:

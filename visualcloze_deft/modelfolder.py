@@ -35,4 +35,13 @@ def resolution_of(name: str) -> int:
     path = (BASE if name == TINY else Path(name)) / "model_index.json"
     if not path.is_file():
         return FLUX_RESOLUTION
-    return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no index of a model: {error}") from None
+
+
+def check_lora(name: str) -> None:
+    """Raise `UserError` if `name` is neither a file, a folder nor possibly a hub id."""
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"LoRA {name!r}: no such file or folder, and no hub id")

@@ -134,7 +134,7 @@ def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
     """Add a diffusers FLUX LoRA into the transformer's weights, for good."""
     try:
         tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(lora, return_alphas=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"LoRA {lora!r}: {str(error).splitlines()[0]}") from None
     FluxLoraLoaderMixin.load_lora_into_transformer(
         tensors, network_alphas=alphas, transformer=transformer, adapter_name="merged"

@@ -11,7 +11,7 @@ from PIL import Image
 from visualcloze_deft import adapters, grid, sample
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.modelfolder import TINY
+from visualcloze_deft.modelfolder import TINY, check_lora
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.registry import load_tasks
 
@@ -47,8 +47,11 @@ class InContextPipeline:
         gpu = torch.cuda.is_available()
         device = device or ("cuda" if gpu else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        if lora is not None:
+            check_lora(lora)
         if adapter is not None:
             adapters.read_config(Path(adapter))
+            adapters.read_weights(Path(adapter))
         models = load_models(str(model), dtype=dtype, device=device, lora=lora)
         if adapter is not None:
             adapters.load(models.transformer, Path(adapter))

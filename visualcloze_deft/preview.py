@@ -11,6 +11,7 @@ from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.data.mixture import Example, Mixture, content, draw_items, picture
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.registry import Task
 from visualcloze_deft.sample import GUIDANCE, generate
@@ -73,7 +74,10 @@ def example_sheet(examples: list[Example]) -> Image.Image:
 
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:
     """The pictures of `examples` and a grid file for `vcdeft infer`; the truth stays beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: not writable ({error.strerror})") from None
     entries = []
     for number, example in enumerate(examples, 1):
         rows: list[list[str | None]] = []

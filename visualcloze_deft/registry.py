@@ -15,6 +15,7 @@ from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import TASKS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+CONTENTS = ("", "caption", "instruction")
 _KEYS = {"summary": str, "group": str, "instruction": str, "content": str, "columns": dict}
 
 
@@ -71,6 +72,10 @@ def read_task(path: Path) -> Task:
             raise UserError(f"{path}: the key {key!r} is missing")
         if not isinstance(fields[key], kind):
             raise UserError(f"{path}: {key} must be a {_WORDS[kind]}, not {fields[key]!r}")
+    if fields["content"] not in CONTENTS:
+        raise UserError(
+            f"{path}: content {fields['content']!r}; {nearest(fields['content'], CONTENTS)}"
+        )
     if not NAME.fullmatch(path.stem):
         raise UserError(f"{path}: a task name has small letters, digits and '-' only")
     columns = fields["columns"]
@@ -80,10 +85,12 @@ def read_task(path: Path) -> Task:
         if not isinstance(phrase, str):
             raise UserError(f"{path}: columns.{role} must be text, not {phrase!r}")
     targets = fields.get("targets", [list(columns)[-1]])
-    if not isinstance(targets, list) or not targets:
-        raise UserError(f"{path}: targets must be a list of roles, not {targets!r}")
+    if not isinstance(targets, list) or not targets or len({*map(str, targets)}) < len(targets):
+        raise UserError(f"{path}: targets must be a list of different roles, not {targets!r}")
+    if re.search(r"[{}]", re.sub(r"{[^{}]*}", "", fields["instruction"])):
+        raise UserError(f"{path}: instruction has a brace without its pair")
     for role in [*targets, *re.findall(r"{(.*?)}", fields["instruction"])]:
-        if role not in columns:
+        if not isinstance(role, str) or role not in columns:
             raise UserError(f"{path}: {role!r} is no column; {nearest(str(role), columns)}")
     if len(targets) == len(columns):
         raise UserError(f"{path}: every column is a target; leave at least one condition")
@@ -125,6 +132,8 @@ def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, Task]:
             chosen[name] = tasks[name]
         elif name in groups:
             chosen.update({k: task for k, task in tasks.items() if task.group == name})
+        elif name == "all":
+            chosen.update(tasks)
         else:
             raise UserError(f"unknown task {name!r}; {nearest(name, {*tasks, *groups, 'all'})}")
     if not chosen:

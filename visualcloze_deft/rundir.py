@@ -13,7 +13,7 @@ from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.mixture import Mixture, missing
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.modelfolder import check_folder
+from visualcloze_deft.modelfolder import check_folder, check_lora
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.registry import Task, load_tasks, select
 from visualcloze_deft.settings import Run, write_run
@@ -65,6 +65,8 @@ def resolution_of(run: Run) -> int:
 def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check all that can be checked without a model, then create or verify the run folder."""
     check_folder(run.model)
+    if run.model_lora is not None:
+        check_lora(run.model_lora)
     mixture = mixture_of(run)
     items = sum(len(source) for source in mixture.sources)
     if items < processes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
@@ -18,17 +18,25 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("at least one must be above 0")
+    return weights
 
 
 class Recipe(_Section):
     """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
 
-    examples: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (
-        0.3,
-        0.4,
-        0.3,
-    )
+    examples: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...],
+        Field(min_length=1),
+        AfterValidator(_some_positive),
+    ] = (0.3, 0.4, 0.3)
     """Weight of 0, 1, 2, ... in-context examples."""
     run_length: Positive = 16
     """Consecutive training examples with one number of rows: batches need not be torn apart."""
@@ -138,7 +146,8 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
         return Run.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        loc = [str(part) for part in first["loc"]]
+        place = ".".join(loc[:2] if loc[:2] == ["data", "resolution"] else loc)
         if first["type"] == "extra_forbidden":
             raise UserError(
                 f"{where}: unknown setting {place!r}; {nearest(place, setting_names())}"

@@ -87,8 +87,6 @@ def listing(folder: Path) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture in `path`, its header read; what goes wrong in the block is a `UserError`."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not an image")
     too_large = f"{path}: more than {LIMIT // 10**6} million pixels; scale it down first"
     try:
         with warnings.catch_warnings():
@@ -101,6 +99,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 yield image
     except UserError:
         raise
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not an image") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except UnidentifiedImageError:

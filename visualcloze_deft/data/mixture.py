@@ -56,6 +56,8 @@ class Mixture:
         self.recipe = recipe or Recipe()
         self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}
         given = [(weights or {}).get(name, 1.0) for name in self.tasks]
+        if not any(given):
+            raise UserError("data.weights: every task has weight 0")
         self.proportions = np.array(given) / sum(given)
 
     def __getitem__(self, index: int) -> Example:
