@@ -60,3 +60,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return run
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random FLUX.1-Fill of a few thousand parameters in the real folder format."""
+    from micro_model import write_micro_model
+
+    return write_micro_model(tmp_path_factory.mktemp("models") / "micro")
