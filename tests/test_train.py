@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -131,12 +131,13 @@ def test_a_killed_run_resumes_to_the_same_adapter(
         [sys.executable, "-m", "visualcloze_deft", *arguments(micro_model, output, "--zero", "2")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    for running in psutil.process_iter(["cmdline"]):  # launcher and both ranks
+        if str(output) in (running.info["cmdline"] or []):
+            running.kill()
     process.wait()
     assert list((output / "checkpoints").glob("step-*"))
     assert not (output / "adapter").exists()
@@ -188,3 +189,26 @@ def test_every_example_is_seen_once_whatever_the_number_of_processes() -> None:
             for index in indices
         ]
         assert sorted(seen) == list(range(24, 40))
+
+
+def test_a_mistake_that_only_the_processes_find_is_one_line(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    done = vcdeft(*arguments(micro_model, tmp_path / "run", "--set", "adapter.layers=nothing"))
+    assert done.returncode == 2
+    assert "matches no linear layer" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bfloat16_base_trains_a_float32_adapter(micro_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = vcdeft(*arguments(micro_model, output, "--set", "precision=bfloat16"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {t.dtype for t in adapter_of(output).values()} == {torch.float32}
+    assert all(loss == loss for loss in losses(output))
+
+
+def test_resuming_with_another_global_batch_is_refused(two_processes: Path) -> None:
+    refused = vcdeft("train", "--output", str(two_processes), "--resume", "--batch", "3")
+    assert refused.returncode == 2
+    assert "4 grids a step" in refused.stderr

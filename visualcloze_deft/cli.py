@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                3
+            )  # all processes find the same mistake: the first one says it and ends them
         click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None
     except click.exceptions.NoArgsIsHelpError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,19 +33,43 @@ def process_count(wanted: int) -> int:
 
 
 def launch(arguments: Sequence[str], *, processes: int) -> int:
-    """Run `vcdeft ARGUMENTS` in `processes` processes; returns the exit status."""
+    """Run `vcdeft ARGUMENTS` in `processes` processes of this machine; returns the exit status.
+
+    The first process that fails ends the others; its exit status is the answer.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.update(environment(processes))  # the started processes inherit it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "visualcloze_deft", *arguments)
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)  # a signal's is negative
+    return 0
+
+
+def environment(processes: int) -> dict[str, str]:
+    """What the started processes need to find in their environment."""
     threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **cpu_environment()}
-    environment[PREPARED] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(
-        part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part
-    )
-    environment["PATH"] = os.pathsep.join(  # ninja, with which DeepSpeed builds, lies beside python
-        [str(Path(sys.executable).parent), environment.get("PATH", "")]
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "visualcloze_deft", *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    here, python = Path(__file__).parents[1], Path(sys.executable).parent
+    found = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
+        # ninja, with which DeepSpeed builds its operations, lies beside python
+        "PATH": os.pathsep.join(filter(None, [str(python), os.environ.get("PATH")])),
+        PREPARED: "1",
+    }
+    return found | cpu_environment()
 
 
 def cpu_environment() -> dict[str, str]:

@@ -75,7 +75,7 @@ class Adapter(_Section):
 
     method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
     """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
-    rank: Positive = 16
+    rank: Positive = 32
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
