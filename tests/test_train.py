@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
+from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
 from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import GridLoss, Share, learning_rate_factor
+from visualcloze_deft.train import Share, learning_rate_factor
 
 STEPS = 6
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft.tuners.deft.layer import DeftLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -77,6 +78,11 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their name in `transformer`."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def deft_layers(transformer: nn.Module) -> list[DeftLayer]:
+    """The DEFT and PaRa layers, which read their base layer's weight themselves."""
+    return [layer for layer in transformer.modules() if isinstance(layer, DeftLayer)]
 
 
 def parameter_groups(

@@ -1,7 +1,7 @@
 """The training loop: one adapter for all tasks, under DeepSpeed, on one process or many.
 
 Step s of a run sees examples s * G .. (s + 1) * G - 1 (G: grids of all processes and
-accumulated batches), whatever the number of processes. Axes: b batch, n tokens.
+accumulated batches), whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -19,58 +19,25 @@ import deepspeed
 import torch
 import transformers
 from accelerate import PartialState
-from deepspeed.runtime.zero.partition_parameters import register_external_parameter
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-)
-from diffusers import FluxTransformer2DModel
-from peft.tuners.deft.layer import DeftLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, flow, rundir
-from visualcloze_deft.batch import Drawn, Draws, Group, encode
+from visualcloze_deft import adapters, checkpoint, rundir
+from visualcloze_deft.batch import Drawn, Draws, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.engine import (
+    gather_adapter,
+    gather_moments,
+    restore_moments,
+    start_engine,
+    torch_optimiser,
+)
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
-
-
-class GridLoss(nn.Module):
-    """The transformer with its loss: one call takes a whole batch of groups, as engines like it."""
-
-    def __init__(
-        self, transformer: FluxTransformer2DModel, *, context_weight: float, guidance: float
-    ) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.context_weight = context_weight
-        self.guidance = guidance
-
-    def forward(self, groups: Sequence[Group]) -> Tensor:
-        """(b,) the loss of each sample, group after group."""
-        return torch.cat([self.errors(group) for group in groups])
-
-    def errors(self, group: Group) -> Tensor:
-        latents, dtype = group.latents, self.transformer.dtype
-        noisy = flow.interpolate(latents.clean, group.noise, group.t)
-        predicted = self.transformer(
-            hidden_states=latents.inputs(noisy).to(dtype),
-            timestep=group.t.to(dtype),
-            guidance=torch.full_like(group.t, self.guidance),
-            pooled_projections=group.pooled,
-            encoder_hidden_states=group.text,
-            txt_ids=torch.zeros(group.text.shape[1], 3, device=noisy.device),
-            img_ids=latents.ids,
-            return_dict=False,
-        )[0]
-        weight = latents.is_target + self.context_weight * (1 - latents.is_target)
-        return flow.velocity_error(predicted, flow.velocity(latents.clean, group.noise), weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,123 +141,6 @@ def latest(output: Path, share: Share) -> Checkpoint:
         for line in warnings:
             tqdm.write(line)
     return found
-
-
-def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
-    """DeepSpeed's engine around the transformer and AdamW over the adapter."""
-    if run.checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if run.zero == 3:
-        register_external(transformer)
-    module = GridLoss(transformer, context_weight=run.context_weight, guidance=run.guidance)
-    settings = run.optimiser
-    optimiser = torch.optim.AdamW(
-        adapters.parameter_groups(transformer, run.adapter, lr=settings.lr),
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
-    for group in optimiser.param_groups:
-        group["full_lr"] = group["lr"]
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimiser,
-        model_parameters=adapters.trainable(transformer).values(),
-        config=deepspeed_config(run),
-        dist_init_required=False,
-    )
-    return engine
-
-
-def register_external(transformer: nn.Module) -> None:
-    """Let ZeRO-3 know that peft's DEFT layers read their base layer's weight and bias themselves.
-
-    Without this DeepSpeed frees the bias before the layer adds it (peft 0.21, DeepSpeed 0.19).
-    """
-    for layer in transformer.modules():
-        if isinstance(layer, DeftLayer):
-            for parameter in layer.get_base_layer().parameters():
-                register_external_parameter(layer, parameter)
-
-
-def deepspeed_config(run: Run) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": run.batch,
-        "gradient_accumulation_steps": run.accumulate,
-        "gradient_clipping": run.optimiser.clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": run.zero},
-        "steps_per_print": 10**9,
-    }
-
-
-def torch_optimiser(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW inside: ZeRO wraps it, stage 0 does not."""
-    zero = engine.zero_optimization_stage() > 0
-    inner: torch.optim.Optimizer = engine.optimizer.optimizer if zero else engine.optimizer
-    return inner
-
-
-def link_moments(engine: Any) -> None:
-    """Show DeepSpeed where each parameter's moments lie in the flat optimiser state.
-
-    ZeRO-1 and -2 do so by themselves after the first group's first step, which leaves the later
-    groups unlinked (DeepSpeed 0.19).
-    """
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-
-
-def gather_moments(engine: Any) -> dict[str, Tensor]:
-    """The whole optimiser state by parameter name; every process must call it."""
-    link_moments(engine)
-    stage0 = engine.zero_optimization_stage() == 0
-    found = {}
-    for name, parameter in adapters.trainable(engine.module.transformer).items():
-        for kind in MOMENT_NAMES:
-            if stage0:
-                moment = torch_optimiser(engine).state[parameter][kind]
-            else:
-                moment = safe_get_full_optimizer_state(parameter, kind)
-            found[f"{kind}.{name}"] = moment.detach().cpu().clone()
-    return found
-
-
-def gather_adapter(engine: Any) -> dict[str, Tensor]:
-    """The adapter's float32 tensors under peft's file names; every process must call it."""
-    transformer = engine.module.transformer
-    if engine.zero_optimization_stage() == 0:
-        return adapters.state(transformer)
-    return {
-        adapters.file_name(name): safe_get_full_fp32_param(parameter).detach().cpu().clone()
-        for name, parameter in adapters.trainable(transformer).items()
-    }
-
-
-def restore_moments(engine: Any, start: Checkpoint) -> None:
-    """Put back what `gather_moments` found, under any ZeRO stage and number of processes."""
-    saved = start.moments()
-    optimiser = torch_optimiser(engine)
-    steps = torch.tensor(float(start.progress.step))
-    for group in optimiser.param_groups:
-        for flat in group["params"]:
-            optimiser.state[flat] = {
-                "step": steps.clone(),
-                **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
-            }
-    link_moments(engine)
-    stage0 = engine.zero_optimization_stage() == 0
-    for name, parameter in adapters.trainable(engine.module.transformer).items():
-        for kind in MOMENT_NAMES:
-            value = saved[f"{kind}.{name}"]
-            if stage0:
-                optimiser.state[parameter][kind].copy_(value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, kind)
 
 
 class Loop:
