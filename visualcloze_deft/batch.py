@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.models import Models
+from visualcloze_deft.settings import Times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,9 @@ def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> 
     )
 
 
-def encode(models: Models, drawn: Sequence[Drawn], *, seed: int) -> list[Group]:
+def encode(
+    models: Models, drawn: Sequence[Drawn], *, seed: int, times: Times = "logit-normal"
+) -> list[Group]:
     """Encode a batch. Noise and time of example i are a function of (seed, i) alone."""
     text, pooled = models.encode_text([d.prompt for d in drawn])
     places: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -87,7 +90,7 @@ def encode(models: Models, drawn: Sequence[Drawn], *, seed: int) -> list[Group]:
     for members in places.values():
         latents = encode_grids(models, [drawn[k].grid for k in members], clean=True)
         noise, t = zip(
-            *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index) for k in members),
+            *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
             strict=True,
         )
         groups.append(
@@ -104,9 +107,11 @@ def encode(models: Models, drawn: Sequence[Drawn], *, seed: int) -> list[Group]:
     return groups
 
 
-def draw_noise(shape: Sequence[int], seed: int, index: int) -> tuple[Tensor, Tensor]:
-    """Standard normal noise of `shape` and a logit-normal time, from (seed, index) alone."""
+def draw_noise(shape: Sequence[int], seed: int, index: int, times: Times) -> tuple[Tensor, Tensor]:
+    """Standard normal noise of `shape` and a time in 0..1, from (seed, index) alone."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> 1))
     noise = torch.randn(tuple(shape), generator=generator)
+    if times == "uniform":
+        return noise, torch.rand((), generator=generator)
     return noise, flow.logit_normal(torch.randn((), generator=generator))

@@ -86,6 +86,8 @@ def train(
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
+    if config is None and options["model"] in (None, "tiny"):
+        config = "tiny"
     names = {
         "tasks": "data.tasks",
         "method": "adapter.method",

@@ -17,6 +17,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+Times = Literal["logit-normal", "uniform"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -88,7 +91,7 @@ class Adapter(_Section):
 class Optimiser(_Section):
     """AdamW and its schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = 50
@@ -106,7 +109,7 @@ class Run(_Section):
     model_lora: str | None = None
     """A FLUX LoRA merged into the base before training, e.g. VisualCloze's released one."""
     output: str = "runs/demo"
-    steps: Positive = 700
+    steps: Positive = 1000
     batch: Positive = 8
     """Grids per process and step."""
     accumulate: Positive = 1
@@ -123,6 +126,8 @@ class Run(_Section):
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
     guidance: float = 1.0
     """Guidance the model is told in training; VisualCloze's 1."""
+    times: Times = "logit-normal"
+    """How training times are drawn; "uniform" sees more of the noisiest ones."""
     seed: Annotated[int, Field(ge=0)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""
@@ -138,7 +143,7 @@ def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
     fields = read_toml(find_config(file)) if file else {}
     for override in overrides:
         _put(fields, override)
-    return parse_run(fields, where=file or "command line")
+    return parse_run(fields, where="settings")
 
 
 def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:

@@ -194,7 +194,7 @@ class Loop:
 
     def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
         """Gradients of one batch; task and loss by example index."""
-        groups = encode(self.models, drawn, seed=self.run.seed)
+        groups = encode(self.models, drawn, seed=self.run.seed, times=self.run.times)
         errors = self.engine(groups)
         self.engine.backward(errors.mean())
         order = [index for group in groups for index in group.indices]
