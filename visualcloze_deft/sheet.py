@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
+TITLE_LINES = 5
 
 Cells = Sequence[Sequence[Image.Image | None]]
 
@@ -21,7 +22,7 @@ def draw_grid(
     """
     font = ImageFont.load_default(size=11)
     width = max(len(row) for row in rows) * (cell + GAP) + GAP
-    lines = textwrap.wrap(title, max(width // 6, 12))
+    lines = textwrap.wrap(title, max(width // 6, 12), max_lines=TITLE_LINES, placeholder=" ...")
     top = GAP + 14 * len(lines)
     page = Image.new("RGB", (width, top + len(rows) * (cell + GAP) + GAP), PAPER)
     pen = ImageDraw.Draw(page)
@@ -35,9 +36,11 @@ def draw_grid(
                 pen.text((x + cell // 2 - 4, y + cell // 2 - 7), "?", fill=MARK, font=font)
                 continue
             shown = enlarge(image, cell)
-            page.paste(shown, (x + (cell - shown.width) // 2, y + (cell - shown.height) // 2))
+            left, upper = x + (cell - shown.width) // 2, y + (cell - shown.height) // 2
+            page.paste(shown, (left, upper))
             if (r, c) in made:
-                pen.rectangle((x - 2, y - 2, x + cell + 1, y + cell + 1), outline=MARK, width=2)
+                frame = (left - 2, upper - 2, left + shown.width + 1, upper + shown.height + 1)
+                pen.rectangle(frame, outline=MARK, width=2)
     return page
 
 
