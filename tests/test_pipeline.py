@@ -177,3 +177,9 @@ def test_flux_dev_is_refused_with_the_reason(tmp_path: Path) -> None:
 def test_a_folder_without_its_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="transformer, vae"):
         load_models(str(tmp_path))
+
+
+def test_words_that_do_not_fit_are_named(pipe: InContextPipeline) -> None:
+    assert pipe.models.cut_text("a red ball") == ""
+    long = "red ball " * 40 + "green cone"
+    assert pipe.models.cut_text(long).endswith("green cone")

@@ -59,6 +59,8 @@ def infer(
     written = []
     with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
         for number, asked in enumerate(requests, 1):
+            if cut := pipe.models.cut_text(asked.prompt):
+                tqdm.write(f"grid {number}: the model does not read the end of its text: {cut}")
             images = pipe.complete(
                 asked, steps=steps, guidance=guidance, resolution=resolution, step=bar.update
             )

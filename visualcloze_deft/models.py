@@ -40,14 +40,23 @@ class Models:
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    def text_length(self) -> int:
+        """T5 tokens of a prompt; longer ones are cut, shorter ones padded."""
+        return min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
+
+    def cut_text(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit into `text_length` tokens, or ""."""
+        tokens = self.tokenizer_2(prompt, verbose=False).input_ids
+        return str(self.tokenizer_2.decode(tokens[self.text_length - 1 : -1]))
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T5 tokens (b, l, d) and CLIP's pooled vector (b, d), without attention masks, as FLUX."""
-        length = min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
         t5 = self.tokenizer_2(
             list(prompts),
             padding="max_length",
-            max_length=length,
+            max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.text_encoder_2.device)
