@@ -53,6 +53,10 @@ def main() -> None:
     ).to(torch.float16)
     shutil.rmtree(BASE, ignore_errors=True)
     pipe.save_pretrained(BASE, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):  # stored in half, computed in single precision
+        config = BASE / part / "config.json"
+        fields = json.loads(config.read_text()) | {"dtype": "float32"}
+        config.write_text(json.dumps(fields, indent=2))
     shutil.copyfile(
         options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model"
     )
