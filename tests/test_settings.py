@@ -8,7 +8,7 @@ import pytest
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import CONFIGS
-from visualcloze_deft.settings import Run, load_run, parse_run, setting_names, write_run
+from visualcloze_deft.settings import Run, config_for, load_run, parse_run, setting_names, write_run
 
 
 def test_without_file_and_overrides_all_is_default() -> None:
@@ -20,8 +20,10 @@ def test_a_shipped_run_file_is_found_by_name_and_by_path(path: Path) -> None:
     assert load_run(path.stem) == load_run(str(path))
 
 
-def test_the_run_file_tiny_says_what_happens_without_one() -> None:
-    assert load_run("tiny") == Run()
+def test_the_small_base_brings_its_run_file_and_other_models_do_not() -> None:
+    assert config_for(None) == config_for("tiny") == "tiny"
+    assert load_run("tiny").model == "tiny"
+    assert load_run(config_for("some/model")) == Run()
 
 
 OVERRIDES = {

@@ -90,7 +90,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups: DEFT's P at `p_lr_ratio` times `lr`, all else at `lr`."""
     slow = settings.method in ("deft", "deft-relaxed")
-    directions, others = [], []
+    directions: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in trainable(transformer).items():
         (directions if slow and "deft_P" in name else others).append(parameter)
     groups = [

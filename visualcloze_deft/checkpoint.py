@@ -81,7 +81,7 @@ def publish(staging: Path, final: Path) -> None:
 
 def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The newest undamaged checkpoint, and a line about each newer one that is damaged."""
-    warnings = []
+    warnings: list[str] = []
     for path in reversed(_by_step(folder)):
         try:
             return Checkpoint(folder=path, progress=_check(path)), warnings

@@ -64,6 +64,7 @@ def cli() -> None:
 @click.pass_obj
 def train(
     arguments: Sequence[str],
+    /,
     config: str | None,
     data: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -81,13 +82,12 @@ def train(
     """
     from visualcloze_deft.launch import already_launched, launch, prepared, process_count
     from visualcloze_deft.rundir import SETTINGS, prepare
-    from visualcloze_deft.settings import load_run
+    from visualcloze_deft.settings import config_for, load_run
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
-    if config is None and options["model"] in (None, "tiny"):
-        config = "tiny"
+    config = config or config_for(options["model"])
     names = {
         "tasks": "data.tasks",
         "method": "adapter.method",

@@ -143,7 +143,7 @@ def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
     fields = read_toml(find_config(file)) if file else {}
     for override in overrides:
         _put(fields, override)
-    return parse_run(fields, where="settings")
+    return parse_run(fields, where=file or "command line")
 
 
 def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
@@ -174,6 +174,11 @@ def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]
 
 def write_run(run: Run, path: Path) -> None:
     path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def config_for(model: str | None) -> str | None:
+    """The shipped run file that holds where none is named: the small base has settings of its own."""
+    return "tiny" if model in (None, "tiny") else None
 
 
 def find_config(name: str) -> Path:

@@ -142,7 +142,9 @@ def _room_hits(origin: Floats, rays: Floats) -> tuple[Floats, Floats, NDArray[np
     to_wall = (WALL_Z - origin[2]) / np.maximum(rays[:, 2], 1e-6)
     to_floor = np.where(rays[:, 1] < -1e-6, -origin[1] / np.minimum(rays[:, 1], -1e-6), np.inf)
     floor = to_floor < to_wall
-    normal = np.where(floor[:, None], np.float32([0, 1, 0]), np.float32([0, 0, -1]))
+    normal = np.where(
+        floor[:, None], np.array([0, 1, 0], np.float32), np.array([0, 0, -1], np.float32)
+    )
     return np.where(floor, to_floor, to_wall), normal, np.where(floor, FLOOR, WALL)
 
 
@@ -259,7 +261,7 @@ def _albedo(
     albedo = np.empty_like(points)
     wall = segment == WALL
     fade = 0.85 + 0.15 * np.clip(points[wall, 1:2] / 4, 0, 1)
-    albedo[wall] = np.float32(COLOURS[room.wall]) * fade
+    albedo[wall] = np.array(COLOURS[room.wall], np.float32) * fade
     floor = segment == FLOOR
     x, z = points[floor, 0], points[floor, 2]
     if room.floor_texture == "checkered":
@@ -268,10 +270,13 @@ def _albedo(
         dark = np.floor(x / 0.7) % 2
     else:
         dark = np.zeros_like(x)
-    albedo[floor] = np.float32(COLOURS[room.floor]) * (1 - 0.28 * dark)[:, None]
+    albedo[floor] = np.array(COLOURS[room.floor], np.float32) * (1 - 0.28 * dark)[:, None]
     for k, thing in enumerate(things):
         mine = segment == k
-        local = _to_local(thing, points[mine] - np.float32([thing.x, 0, thing.z])) / thing.size
+        local = (
+            _to_local(thing, points[mine] - np.array([thing.x, 0, thing.z], np.float32))
+            / thing.size
+        )
         first, second = COLOURS[thing.colour], _second(thing.colour)
         albedo[mine] = np.where(_pattern(thing.texture, local)[:, None], second, first)
     return albedo
