@@ -177,7 +177,7 @@ def write_run(run: Run, path: Path) -> None:
 
 
 def config_for(model: str | None) -> str | None:
-    """The shipped run file that holds where none is named: the small base has settings of its own."""
+    """The shipped run file that holds where none is named: the small base has its own."""
     return "tiny" if model in (None, "tiny") else None
 
 
