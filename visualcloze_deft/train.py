@@ -84,6 +84,9 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     quiet()
     cpu = not torch.cuda.is_available()
     process = PartialState(cpu=cpu)
+    # Its shared-memory operation is for inference; building it needs a compiler and leaves a lock
+    # behind when killed, on which every later start would wait for ever (DeepSpeed 0.19).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
     output = Path(run.output)
     share = Share(
