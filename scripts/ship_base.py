@@ -60,6 +60,10 @@ def main() -> None:
     shutil.copyfile(
         options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model"
     )
+    vae = BASE / "vae" / "config.json"
+    fields = json.loads(vae.read_text())
+    fields.pop("_name_or_path", None)  # a path of the machine that trained it
+    vae.write_text(json.dumps(fields, indent=2))
     last = json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
     (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())
