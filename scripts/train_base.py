@@ -23,21 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.folders import BASE
 
 WIDTH, HEADS = 256, 4
+AXES = (8, 28, 28)  # of a head's 64 values: row of the grid, y, x
 DOUBLE, SINGLE = 1, 4
 TEXT = 64
+GATE = 0.3  # how far residual branches are open at the start
 BATCH = 12
 LEARNING_RATE = 1e-3
 EXAMPLES = (0.65, 0.28, 0.07)  # single rows teach the most per second: fewest tokens to copy
@@ -48,59 +43,80 @@ SEED = 0
 CELL = 64
 
 
+def new_transformer(deviation: Tensor) -> FluxTransformer2DModel:
+    """FLUX's transformer in small, started so that it learns grids in little time.
+
+    deviation: (64,) of each latent value of a token over the bank.
+    """
+    transformer = FluxTransformer2DModel(
+        in_channels=384,
+        out_channels=64,
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=TEXT,
+        guidance_embeds=True,
+        axes_dims_rope=AXES,
+    )
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and (".norm" in name or name.startswith("norm_out")):
+            nn.init.zeros_(module.weight)  # adaLN-zero: no modulation yet
+    nn.init.zeros_(transformer.proj_out.weight)
+    with torch.no_grad():
+        transformer.x_embedder.weight[:, 64:128] /= deviation  # see edges as well as colours
+        for block in transformer.transformer_blocks:
+            for norm in (block.norm1, block.norm1_context):
+                for gate in (2, 5):
+                    norm.linear.bias[gate * WIDTH : (gate + 1) * WIDTH] = GATE
+        for block in transformer.single_transformer_blocks:
+            block.norm.linear.bias[2 * WIDTH :] = GATE
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            look_aside(block.attn, head=0, columns=-CELL // grid.CELL_STEP)
+            look_aside(block.attn, head=1, columns=CELL // grid.CELL_STEP)
+        look_aside(transformer.transformer_blocks[0].attn, head=2, columns=0)
+    # 256 equal inputs say that a token is hidden: under Adam they would move together, 256 times
+    # as fast as one. What they say at the start is enough.
+    transformer.x_embedder.weight.register_hook(
+        lambda gradient: torch.cat([gradient[:, :128], torch.zeros_like(gradient[:, 128:])], dim=1)
+    )
+    return transformer
+
+
+def look_aside(attention: nn.Module, *, head: int, columns: int) -> None:
+    """Make a head start by looking `columns` tokens to the right, where the pair's other cell is.
+
+    Biases of queries and keys, turned by the rotary embedding, peak at one relative position.
+    """
+    width = sum(AXES)
+    rows = slice(head * width, (head + 1) * width)
+    query, key = [], []
+    for dim, offset in zip(AXES, (0, 0, columns), strict=True):
+        speed = 10_000 ** (-torch.arange(dim // 2) / (dim // 2))
+        size = torch.tensor([1.0, 1.0, 0.8, 0.6, 0.4] if dim > 8 else [1.0])
+        size = torch.cat([size, torch.zeros(dim // 2 - len(size))])
+        turn = speed * offset
+        query.append(torch.stack([size * turn.cos(), size * turn.sin()], dim=-1).flatten())
+        key.append(torch.stack([size, torch.zeros_like(size)], dim=-1).flatten())
+    for linear, bias in ((attention.to_q, torch.cat(query)), (attention.to_k, torch.cat(key))):
+        linear.weight[rows] *= 0.3
+        linear.bias[rows] = 12 * bias / bias.norm()
+
+
 class Base(nn.Module):
-    """Transformer and text encoders as one module, so that one optimiser trains them."""
+    """Transformer and frozen text encoders as one module, compiled as a whole."""
 
-    def __init__(self, t5: T5Tokenizer, clip: CLIPTokenizer) -> None:
+    def __init__(self, folder: Path, deviation: Tensor) -> None:
         super().__init__()
-        self.transformer = FluxTransformer2DModel(
-            in_channels=384,
-            out_channels=64,
-            num_layers=DOUBLE,
-            num_single_layers=SINGLE,
-            attention_head_dim=WIDTH // HEADS,
-            num_attention_heads=HEADS,
-            joint_attention_dim=TEXT,
-            pooled_projection_dim=TEXT,
-            guidance_embeds=True,
-            axes_dims_rope=(8, 28, 28),
-        )
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=TEXT,
-                intermediate_size=2 * TEXT,
-                projection_dim=TEXT,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        )
-        self.text_encoder_2 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(t5),
-                d_model=TEXT,
-                d_kv=32,
-                d_ff=2 * TEXT,
-                num_layers=2,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                pad_token_id=t5.pad_token_id,
-                eos_token_id=t5.eos_token_id,
-            )
-        )
-        for name, module in self.transformer.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Linear) and (".norm" in name or name.startswith("norm_out")):
-                nn.init.zeros_(module.weight)  # adaLN-zero: every block starts as the identity
-        nn.init.zeros_(self.transformer.proj_out.weight)
-
+        self.transformer = new_transformer(deviation)
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+        self.text_encoder_2 = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
+        self.text_encoder.requires_grad_(False)
+        self.text_encoder_2.requires_grad_(False)
     def forward(
         self, tokens: Tensor, t: Tensor, guidance: Tensor, ids: Tensor, t5: Tensor, clip: Tensor
     ) -> Tensor:
@@ -135,6 +151,9 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.notes)
+
+    def deviation(self) -> Tensor:
+        return self.shards[0]["clean"].float().flatten(0, 2).std(dim=0)
 
     def row(self, index: int) -> dict[str, Tensor]:
         size = len(self.shards[0]["clean"])
@@ -185,20 +204,21 @@ def main() -> None:
     torch.set_float32_matmul_precision("medium")
     t5 = T5Tokenizer.from_pretrained(options.out / "tokenizer_2")
     clip = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
-    base = Base(t5, clip)
-    print(sum(p.numel() for p in base.parameters()), "parameters")
-    average = {name: p.detach().clone() for name, p in base.named_parameters()}
+    bank = Bank(options.out / "bank")
+    bank.refresh()
+    base = Base(options.out, bank.deviation())
+    model = base.transformer
+    print(sum(p.numel() for p in model.parameters()), "parameters")
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimiser = torch.optim.AdamW(
-        base.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     state, step, spent = options.out / "base_state.safetensors", 0, 0.0
     if state.exists():
-        step, spent = restore(state, base, average, optimiser)
+        step, spent = restore(state, model, average, optimiser)
     elif options.warm:
-        warm_start(base, average)
+        warm_start(model, average)
     forward = torch.compile(base, dynamic=False)
-    bank = Bank(options.out / "bank")
-    bank.refresh()
     begun = saved = time.monotonic()
     log = (options.out / "base_log.jsonl").open("a", buffering=1)
     curve: list[float] = []
@@ -249,14 +269,14 @@ def main() -> None:
         weight = mask + CONTEXT_WEIGHT * (1 - mask)
         loss = flow.velocity_error(predicted, target, weight).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         step += 1
         if step % 4 == 0:
             decay = min(AVERAGE, (step + 1) / (step + 40)) ** 4
             torch._foreach_lerp_(
-                list(average.values()), [p.detach() for p in base.parameters()], 1 - decay
+                list(average.values()), [p.detach() for p in model.parameters()], 1 - decay
             )
         with torch.no_grad():
             curve.append(flow.velocity_error(predicted.detach(), target, mask).mean().item())
@@ -276,20 +296,20 @@ def main() -> None:
             bank.refresh()
         if time.monotonic() - saved > 240:
             saved = time.monotonic()
-            keep(state, base, average, optimiser, step, spent + (saved - begun) / 60)
-    keep(state, base, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
+            keep(state, model, average, optimiser, step, spent + (saved - begun) / 60)
+    keep(state, model, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
 
 
 def keep(
     path: Path,
-    base: Base,
+    model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
     step: int,
     minutes: float,
 ) -> None:
     tensors = {"step": torch.tensor(step), "minutes": torch.tensor(minutes)}
-    for name, parameter in base.named_parameters():
+    for name, parameter in model.named_parameters():
         moments = optimiser.state[parameter]
         tensors |= {
             f"weight.{name}": parameter.detach().contiguous(),
@@ -302,21 +322,20 @@ def keep(
     staged.replace(path)
 
 
-def warm_start(base: Base, average: dict[str, Tensor]) -> None:
+def warm_start(model: nn.Module, average: dict[str, Tensor]) -> None:
     """Take the weights of the base in the package, where no training state is left."""
-    for part in ("transformer", "text_encoder", "text_encoder_2"):
-        module = getattr(base, part)
-        module.load_state_dict(type(module).from_pretrained(BASE, subfolder=part).state_dict())
-    for name, parameter in base.named_parameters():
+    shipped = FluxTransformer2DModel.from_pretrained(BASE, subfolder="transformer")
+    model.load_state_dict(shipped.state_dict())
+    for name, parameter in model.named_parameters():
         average[name].copy_(parameter.detach())
 
 
 def restore(
-    path: Path, base: Base, average: dict[str, Tensor], optimiser: torch.optim.Optimizer
+    path: Path, model: nn.Module, average: dict[str, Tensor], optimiser: torch.optim.Optimizer
 ) -> tuple[int, float]:
     saved = load_file(path)
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.copy_(saved[f"weight.{name}"])
             average[name].copy_(saved[f"average.{name}"])
             optimiser.state[parameter] = {

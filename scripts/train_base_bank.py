@@ -28,8 +28,8 @@ ROWS = 4
 TASKS = {
     "depth-to-image": 3,
     "segmentation-to-image": 2,
-    "image-to-depth": 1,
-    "subject-driven": 2,
+    "image-to-depth": 2,
+    "subject-driven": 1,
     "image-editing": 4,
 }
 RECODED = 0.4  # how often maps come in another colour code, to be read from the examples

@@ -1,27 +1,50 @@
-"""Make the embedded base's tokenizers: python scripts/train_base_text.py --out work/base
+"""Make the embedded base's text side: python scripts/train_base_text.py --out work/base
 
-T5's is a sentencepiece unigram model, CLIP's a byte-level BPE, both on the words of scenes and
-tasks. Sentences that stand in every grid are single tokens of T5's, which keeps the text short.
+Tokenizers: T5's is a sentencepiece unigram model, CLIP's a byte-level BPE, both on the words of
+scenes and tasks. Sentences that stand in every grid are single tokens of T5's, which keeps the text
+short. Encoders: small ones, trained to say what the words of a prompt mean (of which thing they
+speak, its colour, texture, shape and place, what is done to it, which task), and then frozen, as
+FLUX's are. The transformer finds colours in their states in a fraction of the time it would take
+to learn the language itself (docs/lab-log.md).
+Axes: b prompt, n token, d width.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, T5Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.grid import CONTENT_PREFIX, layout_sentence
-from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.data.render import COLOURS, SHAPES
+from visualcloze_deft.data.scenes import Scenes, caption, draw_scene
+from visualcloze_deft.grid import CONTENT_PREFIX, layout_sentence, prompt
+from visualcloze_deft.registry import Task, load_tasks
 
 T5_VOCABULARY = 512
 CLIP_VOCABULARY = 1200  # 512 bytes and word-final bytes, then merges
 MAX_TOKENS = 40
+WIDTH = 64
+BATCH = 64
+LEARNING_RATE = 2e-3
 LAYOUTS = [(rows, columns) for columns in (1, 2, 3, 4) for rows in (1, 2, 3, 4)]
 # Everyday words of prompts, so that a user's own task is not spelled out letter by letter.
 WORDS = """
@@ -32,7 +55,7 @@ street object person man woman dog cat bird car house tree flower cup mug bottle
 chair make turn add remove replace change put place move rotate keep edit restore show generate
 complete depth edge edges normal normals segmentation map mask pose outline background foreground
 reference subject view hole noise blur blurred sharp grey black white red orange yellow green cyan
-blue purple pink brown striped spotted plain ball cube cylinder cone first last row column given
+blue purple pink brown striped spotted checkered planked plain wall ball cube cylinder cone first last row column given
 based achieve each logical task demonstrated condition target
 """.split()
 
@@ -50,13 +73,14 @@ def corpus() -> list[str]:
 
 
 def train_t5(lines: list[str], out: Path) -> T5Tokenizer:
-    work = out / "spiece"
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(work),
+        model_writer=trained,
         vocab_size=T5_VOCABULARY,
         character_coverage=1.0,
         model_type="unigram",
+        normalization_rule_name="identity",  # nmt_nfkc's table alone is 240 KB
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -64,14 +88,13 @@ def train_t5(lines: list[str], out: Path) -> T5Tokenizer:
         hard_vocab_limit=False,
         required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'-[]()",
     )
-    model = sentencepiece.SentencePieceProcessor(model_file=str(work) + ".model")
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
     vocabulary = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
     tokenizer.add_tokens([layout_sentence(*layout) for layout in LAYOUTS] + [CONTENT_PREFIX])
     tokenizer.add_tokens([f"[IMAGE{k}]" for k in range(1, 7)])
     tokenizer.save_pretrained(out / "tokenizer_2")
-    (out / "spiece.model").replace(out / "tokenizer_2" / "spiece.model")
-    (out / "spiece.vocab").unlink()
+    (out / "tokenizer_2" / "spiece.model").write_bytes(trained.getvalue())
     return tokenizer
 
 
@@ -98,9 +121,192 @@ def train_clip(lines: list[str], out: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def new_encoders(t5: T5Tokenizer, clip: CLIPTokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:
+    return (
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                projection_dim=WIDTH,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        ),
+        T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=WIDTH,
+                d_kv=32,
+                d_ff=2 * WIDTH,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=t5.pad_token_id,
+                eos_token_id=t5.eos_token_id,
+            )
+        ),
+    )
+
+
+# What a word can mean: one question each, answered with the index of a value or -1 (not asked).
+MEANINGS: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "noun": (*SHAPES, "floor", "wall"),
+    "texture": ("plain", "striped", "spotted", "checkered", "planked"),
+    "order": ("first", "second", "third", "fourth", "fifth"),  # phrase of the sentence
+    "place": ("left", "middle", "right"),
+    "action": ("turn", "replace", "add", "remove", "none"),
+    "outcome": ("no", "yes"),  # what an edit makes, not what it finds
+}
+
+
+BETWEEN = {"a", "an", "the", "on", "in", "with", *MEANINGS["action"]}
+
+
+def phrases(words: list[str]) -> list[list[int]]:
+    """Indices of the words of each phrase: 'turn the red ball blue' has [2, 3] and [4]."""
+    found: list[list[int]] = [[]]
+    for k, word in enumerate(words):
+        if word not in BETWEEN:
+            found[-1].append(k)
+        if found[-1] and (word in BETWEEN or word in MEANINGS["noun"]):
+            found.append([])
+    return [phrase for phrase in found if phrase]
+
+
+def meaning(text: str) -> list[dict[str, int]]:
+    """For each word of a caption or instruction, the answers that its phrase gives."""
+    words = text.replace(",", "").split()
+    action = words[0] if words[0] in MEANINGS["action"] else "none"
+    answers: list[dict[str, int]] = [{} for _ in words]
+    before: dict[str, str] = {}
+    for order, phrase in enumerate(phrases(words)):
+        said = {q: words[k] for k in phrase for q in MEANINGS if words[k] in MEANINGS[q]}
+        if "place" not in said:
+            if action in ("turn", "replace"):  # what replaces a red ball is red
+                said = before | said
+            said = {"texture": "plain"} | said
+        made = action == "add" or (action in ("turn", "replace") and order > 0)
+        said |= {"action": action, "outcome": "yes" if made else "no"}
+        said["order"] = MEANINGS["order"][order]
+        before = {q: said[q] for q in ("colour", "noun", "texture") if q in said}
+        for k in phrase:
+            answers[k] = {q: MEANINGS[q].index(value) for q, value in said.items()}
+    return answers
+
+
+class Questions(nn.Module):
+    """Linear answers: to every question at every token of T5's, and to all at once from CLIP's."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.sizes = [len(values) for values in MEANINGS.values()]
+        self.token = nn.Linear(WIDTH, sum(self.sizes) + 3)
+        self.pooled = nn.Linear(WIDTH, len(MEANINGS["order"]) * sum(self.sizes))
+        self.task = nn.ModuleList([nn.Linear(WIDTH, tasks) for _ in range(2)])
+
+    def loss(self, states: Tensor, pooled: Tensor, answers: Tensor, task: Tensor) -> Tensor:
+        """answers: (b n questions), -1 where not asked; task: (b,)."""
+        b = len(answers)
+        said = self.token(states)
+        total = functional.cross_entropy(self.task[0](states[:, 0]), task)
+        total = total + functional.cross_entropy(self.task[1](pooled), task)
+        shades = torch.tensor(list(COLOURS.values()))
+        asked = answers[..., 0] >= 0
+        error = said[..., -3:][asked] - shades[answers[..., 0][asked]]
+        total = total + error.square().mean()
+        every = self.pooled(pooled).unflatten(1, (len(MEANINGS["order"]), -1))
+        order = list(MEANINGS).index("order")
+        for q, (part, whole) in enumerate(
+            zip(said[..., :-3].split(self.sizes, -1), every.split(self.sizes, -1), strict=True)
+        ):
+            total = total + functional.cross_entropy(
+                part.flatten(0, 1), answers[..., q].flatten(), ignore_index=-1
+            )
+            summary = torch.full((b, len(MEANINGS["order"])), -1)
+            i, n = torch.nonzero((answers[..., order] >= 0) & (answers[..., q] >= 0)).T
+            summary[i, answers[i, n, order]] = answers[i, n, q]
+            total = total + functional.cross_entropy(
+                whole.flatten(0, 1), summary.flatten(), ignore_index=-1
+            )
+        return total
+
+
+def draw_prompt(
+    rng: np.random.Generator, t5: T5Tokenizer, tasks: Sequence[Task]
+) -> tuple[str, Tensor, int]:
+    """A prompt as in training, what its tokens mean (n questions), and its task's number."""
+    scene = draw_scene(rng)
+    k = int(rng.integers(len(tasks)))
+    task = tasks[k]
+    order = task.roles if rng.random() < 0.7 else task.roles[::-1]
+    text = caption(scene) if rng.random() < 0.5 else scene.instruction
+    sentence = task.sentence(order)
+    whole = prompt(1 + int(rng.integers(3)), len(order), task=sentence, content=text)
+    answers = torch.full((MAX_TOKENS, len(MEANINGS)), -1)
+    tokens = t5.tokenize(whole)
+    n = len(tokens) - len(t5.tokenize(text))  # the content comes last
+    for word, means in zip(text.split(), meaning(text), strict=True):
+        for _ in t5.tokenize(word):
+            for q, question in enumerate(MEANINGS):
+                if n < MAX_TOKENS:
+                    answers[n, q] = means.get(question, -1)
+            n += 1
+    if n != len(tokens):
+        raise ValueError(f"words and tokens of {text!r} do not match: {tokens}")
+    return whole, answers, k
+
+
+def train_encoders(t5: T5Tokenizer, clip: CLIPTokenizer, out: Path, minutes: float) -> None:
+    torch.manual_seed(0)
+    small, large = new_encoders(t5, clip)
+    tasks = list(load_tasks().values())
+    questions = Questions(len(tasks))
+    modules = nn.ModuleList([small, large, questions])
+    optimiser = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    rng = np.random.default_rng(0)
+    drawn = [draw_prompt(rng, t5, tasks) for _ in tqdm(range(30_000), desc="prompts")]
+    ids = t5(
+        [text for text, _, _ in drawn],
+        padding="max_length",
+        truncation=True,
+        max_length=MAX_TOKENS,
+        return_tensors="pt",
+    ).input_ids
+    words = clip(
+        [text for text, _, _ in drawn], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    answers, kinds = torch.stack([a for _, a, _ in drawn]), torch.tensor([k for _, _, k in drawn])
+    start = time.monotonic()
+    bar = tqdm(desc="prompts read", mininterval=5)
+    while (spent := (time.monotonic() - start) / 60 / minutes) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (1 - spent) * 3 + 0.01)
+        chosen = torch.from_numpy(rng.integers(len(drawn), size=BATCH))
+        states = large(ids[chosen]).last_hidden_state
+        pooled = small(words[chosen]).pooler_output
+        loss = questions.loss(states, pooled, answers[chosen], kinds[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimiser.step()
+        bar.update(BATCH)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    print("states' deviation", states.std().item(), "pooled", pooled.std().item())
+    small.save_pretrained(out / "text_encoder")
+    large.save_pretrained(out / "text_encoder_2")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=4, help="for the encoders")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     lines = corpus()
@@ -119,7 +325,8 @@ def main() -> None:
         np.max(lengths, 0),
         np.mean(lengths, 0),
     )
-    print(t5.tokenize(words), clip.tokenize(words))
+    print(t5.tokenize(words))
+    train_encoders(t5, clip, options.out, options.minutes)
 
 
 if __name__ == "__main__":

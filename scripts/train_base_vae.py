@@ -1,9 +1,12 @@
 """Train the embedded base's VAE: python scripts/train_base_vae.py --out work/base --minutes 8
 
-A diffusers `AutoencoderKL` with FLUX's geometry (x8, 16 channels) and small widths, on strips of
-two cells: scenes in all their roles, recoloured at random, and smooth noise pictures.
+A diffusers `AutoencoderKL` with FLUX's geometry (x8, 16 channels) and small widths. The encoder is
+not trained but computed: the 16 principal components of 8 x 8 pixel patches, each to the power
+`SPREAD` of its deviation, so that an error in latents is nearly an error in pixels, which a small
+transformer learns in much less time (docs/lab-log.md). The decoder is trained on strips of two
+cells: scenes in all their roles, recoloured at random, and smooth noise pictures.
 Resumable: a second call goes on from --out/vae_state.safetensors. Progress is counted in strips.
-Axes: b strip, c channel, h w pixels.
+Axes: b strip, c channel, h w pixels, p patch, d pixel values of a patch, k latent channel.
 """
 
 from __future__ import annotations
@@ -15,17 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from einops import rearrange
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from visualcloze_deft.data.derive import blurred, gray
 from visualcloze_deft.data.scenes import Scenes
 
-WIDTHS = (16, 32, 48, 48)
+WIDTHS = (16, 48, 48, 48)
+SIDE, CHANNELS = 8, 16  # of the patch that one latent stands for
+SPREAD = 0.75  # 1: latents as unequal as pixels; 0: all of variance 1
 ROLES = (
     "target target target reference before depth normal segmentation canny view hole mask".split()
 )
-KL_WEIGHT = 1e-3  # on the mean over latent values: low, so that edges stay sharp
+LATENT_NOISE = 0.05  # added in training, so that the decoder forgives a generator's small errors
 LEARNING_RATE = 4e-3  # AdamW on norms and biases; kernels take Muon at ten times this
 BATCH = 4  # many small steps: in equal time 4 beat 8, and Muon beat AdamW (docs/lab-log.md)
 
@@ -64,7 +71,7 @@ def new_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=CHANNELS,
         norm_num_groups=8,
         sample_size=64,
         scaling_factor=1.0,
@@ -77,9 +84,81 @@ def new_vae() -> AutoencoderKL:
     for name, module in vae.named_modules():
         if name.endswith("conv2"):  # residual branches start at zero: faster in equal time
             torch.nn.init.zeros_(module.weight)
-    with torch.no_grad():
-        vae.encoder.conv_out.bias[16:] = -4.0  # log variance: start precise
+            torch.nn.init.zeros_(module.bias)
     return vae
+
+
+def components(cells: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean patch (d,) and projection (k d) to latents whose mean variance is 1; d is (c i j)."""
+    rng = np.random.default_rng(3)
+    strips = np.stack([strip(cells, rng) for _ in range(1500)])
+    patches = rearrange(
+        torch.from_numpy(strips).double() / 127.5 - 1,
+        "b (h i) (w j) c -> (b h w) (c i j)",
+        i=SIDE,
+        j=SIDE,
+    )
+    variance, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    variance, vectors = variance.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
+    kept = 1 - (patches.var(dim=0).sum() - variance.sum()) / patches.var(dim=0).sum()
+    print(f"{CHANNELS} components hold {kept:.4f} of the variance:", variance)
+    latents = variance ** (SPREAD / 2)  # their deviations
+    projection = vectors * latents / variance.sqrt() / latents.square().mean().sqrt()
+    return patches.mean(dim=0), projection.T
+
+
+@torch.no_grad()
+def set_encoder(vae: AutoencoderKL, mean: Tensor, projection: Tensor) -> None:
+    """Make the encoder exactly z = projection (patch - mean).
+
+    Its residual branches are zero; three stride-2 convolutions gather 2 x 2 pixels each. The last
+    group norm and SiLU are passed by pairs: silu(x) - silu(-x) = x, the mean of a pair is 0, and
+    a constant pair in each group, large against the data, makes the group's deviation a constant.
+    """
+    encoder = vae.encoder
+    for conv in (m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)):
+        if conv not in [r.conv1 for b in encoder.down_blocks for r in b.resnets]:
+            torch.nn.init.zeros_(conv.weight)
+            torch.nn.init.zeros_(conv.bias)
+    shortcuts = [block.resnets[0].conv_shortcut for block in encoder.down_blocks[:3]]
+    for conv in (encoder.conv_in, *(s for s in shortcuts if s is not None)):
+        middle = conv.kernel_size[0] // 2
+        for c in range(min(conv.in_channels, conv.out_channels)):
+            conv.weight[c, c, middle, middle] = 1
+    for level in (0, 1):  # channel (c, u, v) of the output: pixel (u, v) of channel c
+        conv = encoder.down_blocks[level].downsamplers[0].conv
+        for c in range(3 * 4**level):
+            for u, v in np.ndindex(2, 2):
+                conv.weight[4 * c + 2 * u + v, c, u, v] = 1
+    # the last one projects: its input channels are (c, i2, j2, i1, j1), its taps (i3, j3)
+    last = encoder.down_blocks[2].downsamplers[0].conv
+    taps = rearrange(
+        projection.float(),
+        "k (c i3 i2 i1 j3 j2 j1) -> k (c i1 j1 i2 j2) i3 j3",
+        c=3,
+        i1=2,
+        i2=2,
+        i3=2,
+        j1=2,
+        j2=2,
+        j3=2,
+    )
+    offset = -(projection @ mean).float()
+    constant, groups = 256.0, 8
+    width = WIDTHS[-1] // groups  # a group: two latents as pairs, and the constant pair
+    deviation = (2 * constant**2 / width) ** 0.5
+    encoder.conv_norm_out.weight.fill_(1.0)
+    encoder.conv_norm_out.bias.zero_()
+    for k in range(CHANNELS):
+        for sign, slot in ((1, 0), (-1, 1)):
+            channel = k // 2 * width + k % 2 * 2 + slot
+            last.weight[channel, :, :2, :2] = sign * taps[k]
+            last.bias[channel] = sign * offset[k]
+            encoder.conv_out.weight[k, channel, 1, 1] = sign * deviation
+    for group in range(groups):
+        last.bias[group * width + 4] = constant
+        last.bias[group * width + 5] = -constant
+    encoder.conv_out.bias[CHANNELS:] = -8.0  # log variance
 
 
 def pool(count: int, size: int) -> np.ndarray:
@@ -153,9 +232,12 @@ def main() -> None:
         seen = int(saved.pop("strips_seen"))
         vae.load_state_dict(saved)
     cells = pool(options.cells, 64)
+    if not state.exists():
+        set_encoder(vae, *components(cells))
+    vae.encoder.requires_grad_(False)
     rng = np.random.default_rng([1, seen])
-    kernels = [p for p in vae.parameters() if p.ndim == 4]
-    others = [p for p in vae.parameters() if p.ndim != 4]
+    kernels = [p for p in vae.decoder.parameters() if p.ndim == 4]
+    others = [p for p in vae.decoder.parameters() if p.ndim != 4]
     optimisers = {
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95)): LEARNING_RATE,
         Muon(kernels, lr=10 * LEARNING_RATE): 10 * LEARNING_RATE,
@@ -168,13 +250,13 @@ def main() -> None:
                 group["lr"] = rate * min(1, spent * 40 + 0.02, (1 - spent) * 2 + 0.01)
         batch = np.stack([strip(cells, rng) for _ in range(BATCH)])
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mode()
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
+            decoded = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample
         error = (decoded.float() - pixels).abs().mean()
         square = (decoded.float() - pixels).square().mean()
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        (error + square + KL_WEIGHT * kl).backward()
+        (error + square).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -184,20 +266,9 @@ def main() -> None:
             saved = time.monotonic()
             keep(vae, state, seen)
         bar.update(int(time.monotonic() - start) - bar.n)
-        bar.set_postfix(
-            l1=f"{error.item():.3f}", mse=f"{square.item():.4f}", kl=f"{kl.item():.2f}", strips=seen
-        )
+        bar.set_postfix(l1=f"{error.item():.3f}", mse=f"{square.item():.4f}", strips=seen)
     keep(vae, state, seen)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
-    with torch.no_grad():
-        check = np.stack([strip(cells, np.random.default_rng([2, i])) for i in range(256)])
-        latents = vae.encode(
-            torch.from_numpy(check).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ).latent_dist.mode()
-    print("latent mean and deviation per channel", latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    vae.register_to_config(
-        scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
-    )
     vae.save_pretrained(options.out / "vae")
 
 

@@ -118,10 +118,11 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """E.g. 'a red striped ball, a blue cube on a yellow floor, green wall'."""
+    """E.g. 'a red striped ball, a blue cube on a yellow planked floor, green wall'."""
     things = ", ".join(named(thing) for thing in scene.things)
-    floor = scene.room.floor
-    return f"{things} on {article(floor)} {floor} floor, {scene.room.wall} wall"
+    room = scene.room
+    texture = "" if room.floor_texture == "plain" else f"{room.floor_texture} "
+    return f"{things} on {article(room.floor)} {room.floor} {texture}floor, {room.wall} wall"
 
 
 def named(thing: Thing) -> str:
