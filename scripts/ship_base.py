@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, VisualClozePipeline
 from safetensors import safe_open
-from train_base import CELL, Base
-from transformers import CLIPTokenizer, T5Tokenizer
+from train_base import CELL, new_transformer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from visualcloze_deft.folders import BASE
 
@@ -29,9 +29,9 @@ def main() -> None:
     options = parser.parse_args()
     t5 = T5Tokenizer.from_pretrained(options.out / "tokenizer_2")
     clip = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
-    base = Base(t5, clip)
+    transformer = new_transformer(torch.ones(64))
     with safe_open(options.out / "base_state.safetensors", "pt") as file, torch.no_grad():
-        for name, parameter in base.named_parameters():
+        for name, parameter in transformer.named_parameters():
             parameter.copy_(file.get_tensor(f"average.{name}"))
     pipe = VisualClozePipeline(
         # FLUX.1-Fill-dev's scheduler settings
@@ -44,11 +44,11 @@ def main() -> None:
             shift=3.0,
         ),
         vae=AutoencoderKL.from_pretrained(options.out / "vae"),
-        text_encoder=base.text_encoder,
+        text_encoder=CLIPTextModel.from_pretrained(options.out / "text_encoder"),
         tokenizer=clip,
-        text_encoder_2=base.text_encoder_2,
+        text_encoder_2=T5EncoderModel.from_pretrained(options.out / "text_encoder_2"),
         tokenizer_2=t5,
-        transformer=base.transformer,
+        transformer=transformer,
         resolution=CELL,
     ).to(torch.float16)
     shutil.rmtree(BASE, ignore_errors=True)
@@ -60,10 +60,10 @@ def main() -> None:
     shutil.copyfile(
         options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model"
     )
-    vae = BASE / "vae" / "config.json"
-    fields = json.loads(vae.read_text())
-    fields.pop("_name_or_path", None)  # a path of the machine that trained it
-    vae.write_text(json.dumps(fields, indent=2))
+    for config in BASE.glob("*/config.json"):
+        fields = json.loads(config.read_text())
+        fields.pop("_name_or_path", None)  # a path of the machine that trained it
+        config.write_text(json.dumps(fields, indent=2))
     last = json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
     (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())

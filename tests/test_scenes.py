@@ -187,7 +187,8 @@ def test_a_caption_names_the_things_from_left_to_right_and_the_room() -> None:
             [word for word in (one.colour, one.texture, one.shape) if word != "plain"]
             for one in sorted(scene.things, key=lambda one: one.x)
         ]
-        assert floor.split()[1:] == [scene.room.floor, "floor"]
+        textured = [scene.room.floor, scene.room.floor_texture, "floor"]
+        assert floor.split()[1:] == [word for word in textured if word != "plain"]
         assert wall == f"{scene.room.wall} wall"
         assert all(("an" if w.split()[1][0] in "aeiou" else "a") == w.split()[0] for w in others)
 
