@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--scenes", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

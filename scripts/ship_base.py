@@ -66,7 +66,9 @@ def main() -> None:
         config.write_text(json.dumps(fields, indent=2))
     with safe_open(options.out / "vae_state.safetensors", "pt") as file:
         strips = int(file.get_tensor("strips_seen"))
-    last = {"strips": strips} | json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
+    last = {"strips": strips} | json.loads(
+        (options.out / "base_log.jsonl").read_text().splitlines()[-1]
+    )
     (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())
     print(f"{BASE}: {size / 1e6:.2f} MB, {last}")

@@ -117,6 +117,7 @@ class Base(nn.Module):
         self.text_encoder_2 = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
         self.text_encoder.requires_grad_(False)
         self.text_encoder_2.requires_grad_(False)
+
     def forward(
         self, tokens: Tensor, t: Tensor, guidance: Tensor, ids: Tensor, t5: Tensor, clip: Tensor
     ) -> Tensor:

@@ -55,8 +55,8 @@ street object person man woman dog cat bird car house tree flower cup mug bottle
 chair make turn add remove replace change put place move rotate keep edit restore show generate
 complete depth edge edges normal normals segmentation map mask pose outline background foreground
 reference subject view hole noise blur blurred sharp grey black white red orange yellow green cyan
-blue purple pink brown striped spotted checkered planked plain wall ball cube cylinder cone first last row column given
-based achieve each logical task demonstrated condition target
+blue purple pink brown striped spotted checkered planked plain wall ball cube cylinder cone
+first last row column given based achieve each logical task demonstrated condition target
 """.split()
 
 
