@@ -168,13 +168,25 @@ def test_other_ways_to_run_train_and_save(
     assert len(adapter_of(output)) > 0
 
 
-def test_it_runs_unchanged_under_torchrun(
-    micro_model: Path, two_processes: Path, tmp_path: Path
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2 -m",
+    "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 "
+    "--mixed_precision=no --dynamo_backend=no --main_process_port=29611 -m",
+    "deepspeed": "deepspeed.launcher.runner --num_accelerators=2 --master_port=29612 --module",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_it_runs_unchanged_under_other_launchers(
+    micro_model: Path, two_processes: Path, tmp_path: Path, launcher: str
 ) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "visualcloze_deft", *arguments(micro_model, output, "--zero", "2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "visualcloze_deft"]
+    command += arguments(micro_model, output, "--zero", "2")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(output) == losses(two_processes)
 

@@ -28,6 +28,7 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="visualcloze-deft")
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # DeepSpeed's launcher
 def cli() -> None:
     """Unified in-context image generation: show rows of images, the model fills the missing one.
 
