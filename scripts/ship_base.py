@@ -53,22 +53,16 @@ def main() -> None:
     ).to(torch.float16)
     shutil.rmtree(BASE, ignore_errors=True)
     pipe.save_pretrained(BASE, safe_serialization=True)
-    for part in ("text_encoder", "text_encoder_2"):  # stored in half, computed in single precision
-        config = BASE / part / "config.json"
-        fields = json.loads(config.read_text()) | {"dtype": "float32"}
-        config.write_text(json.dumps(fields, indent=2))
     shutil.copyfile(
         options.out / "tokenizer_2" / "spiece.model", BASE / "tokenizer_2" / "spiece.model"
     )
     for config in BASE.glob("*/config.json"):
         fields = json.loads(config.read_text())
         fields.pop("_name_or_path", None)  # a path of the machine that trained it
+        if config.parent.name.startswith("text_encoder"):  # stored in half, computed in single
+            fields["dtype"] = "float32"
         config.write_text(json.dumps(fields, indent=2))
-    with safe_open(options.out / "vae_state.safetensors", "pt") as file:
-        strips = int(file.get_tensor("strips_seen"))
-    last = {"strips": strips} | json.loads(
-        (options.out / "base_log.jsonl").read_text().splitlines()[-1]
-    )
+    last = json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
     (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())
     print(f"{BASE}: {size / 1e6:.2f} MB, {last}")

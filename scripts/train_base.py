@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from train_base_text import WIDTH as TEXT
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from visualcloze_deft import flow, grid
@@ -31,7 +32,6 @@ from visualcloze_deft.folders import BASE
 WIDTH, HEADS = 256, 4
 AXES = (8, 28, 28)  # of a head's 64 values: row of the grid, y, x
 DOUBLE, SINGLE = 1, 4
-TEXT = 64
 GATE = 0.3  # how far residual branches are open at the start
 BATCH = 12
 LEARNING_RATE = 1e-3
@@ -64,8 +64,8 @@ def new_transformer(deviation: Tensor) -> FluxTransformer2DModel:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Linear) and (".norm" in name or name.startswith("norm_out")):
-            nn.init.zeros_(module.weight)  # adaLN-zero: no modulation yet
+            if ".norm" in name or name.startswith("norm_out"):
+                nn.init.zeros_(module.weight)  # adaLN-zero: no modulation yet
     nn.init.zeros_(transformer.proj_out.weight)
     with torch.no_grad():
         transformer.x_embedder.weight[:, 64:128] /= deviation  # see edges as well as colours
@@ -128,7 +128,7 @@ class Base(nn.Module):
             guidance=guidance,
             pooled_projections=self.text_encoder(clip).pooler_output,
             encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3),
+            txt_ids=torch.zeros(text.shape[1], 3, device=text.device),
             img_ids=ids,
             return_dict=False,
         )[0]
@@ -199,7 +199,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--anneal", type=float, default=0, help="last minutes, learning rate to 0")
-    parser.add_argument("--warm", action="store_true", help="start from the shipped base")
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="start from the shipped transformer; needs its other parts: cp -r the base to --out",
+    )
     options = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("medium")
@@ -207,7 +211,8 @@ def main() -> None:
     clip = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
     bank = Bank(options.out / "bank")
     bank.refresh()
-    base = Base(options.out, bank.deviation())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = Base(options.out, bank.deviation()).to(device)
     model = base.transformer
     print(sum(p.numel() for p in model.parameters()), "parameters")
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -257,16 +262,17 @@ def main() -> None:
         clip_ids = clip(
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = forward(
-                latents.inputs(flow.interpolate(clean, noise, t)),
-                t,
-                guidance,
-                latents.ids,
-                t5_ids,
-                clip_ids,
-            )
-        target = flow.velocity(clean, noise)
+        inputs = (
+            latents.inputs(flow.interpolate(clean, noise, t)),
+            t,
+            guidance,
+            latents.ids,
+            t5_ids,
+            clip_ids,
+        )
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = forward(*(tensor.to(device) for tensor in inputs))
+        target, mask = flow.velocity(clean, noise).to(device), mask.to(device)
         weight = mask + CONTEXT_WEIGHT * (1 - mask)
         loss = flow.velocity_error(predicted, target, weight).mean()
         loss.backward()
@@ -340,9 +346,9 @@ def restore(
             parameter.copy_(saved[f"weight.{name}"])
             average[name].copy_(saved[f"average.{name}"])
             optimiser.state[parameter] = {
-                "step": saved["step"].float(),
-                "exp_avg": saved[f"first.{name}"],
-                "exp_avg_sq": saved[f"second.{name}"],
+                "step": saved["step"].float().to(parameter.device),
+                "exp_avg": saved[f"first.{name}"].to(parameter.device),
+                "exp_avg_sq": saved[f"second.{name}"].to(parameter.device),
             }
     return int(saved["step"]), float(saved["minutes"])
 

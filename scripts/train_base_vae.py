@@ -6,7 +6,7 @@ not trained but computed: the 16 principal components of 8 x 8 pixel patches, ea
 transformer learns in much less time (docs/lab-log.md). The decoder is trained on strips of two
 cells: scenes in all their roles, recoloured at random, and smooth noise pictures.
 Resumable: a second call goes on from --out/vae_state.safetensors. Progress is counted in strips.
-Axes: b strip, c channel, h w pixels, p patch, d pixel values of a patch, k latent channel.
+Axes: b strip, c channel, h w pixels, d pixel values of a patch, k latent channel.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def set_encoder(vae: AutoencoderKL, mean: Tensor, projection: Tensor) -> None:
     a constant pair in each group, large against the data, makes the group's deviation a constant.
     """
     encoder = vae.encoder
-    for conv in (m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)):
-        if conv not in [r.conv1 for b in encoder.down_blocks for r in b.resnets]:
+    for conv in encoder.modules():
+        if isinstance(conv, torch.nn.Conv2d):
             torch.nn.init.zeros_(conv.weight)
             torch.nn.init.zeros_(conv.bias)
     shortcuts = [block.resnets[0].conv_shortcut for block in encoder.down_blocks[:3]]

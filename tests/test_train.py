@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -171,8 +172,8 @@ def test_other_ways_to_run_train_and_save(
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node=2 -m",
     "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 "
-    "--mixed_precision=no --dynamo_backend=no --main_process_port=29611 -m",
-    "deepspeed": "deepspeed.launcher.runner --num_accelerators=2 --master_port=29612 --module",
+    "--mixed_precision=no --dynamo_backend=no --main_process_port={port} -m",
+    "deepspeed": "deepspeed.launcher.runner --num_accelerators=2 --master_port={port} --module",
 }
 
 
@@ -181,7 +182,10 @@ def test_it_runs_unchanged_under_other_launchers(
     micro_model: Path, two_processes: Path, tmp_path: Path, launcher: str
 ) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "visualcloze_deft"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = LAUNCHERS[launcher].format(port=free.getsockname()[1]).split()
+    command = [sys.executable, "-m", *words, "visualcloze_deft"]
     command += arguments(micro_model, output, "--zero", "2")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
