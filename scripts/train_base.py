@@ -35,6 +35,7 @@ DOUBLE, SINGLE = 1, 4
 GATE = 0.3  # how far residual branches are open at the start
 BATCH = 12
 LEARNING_RATE = 1e-3
+WIDE = 0.3  # how often a grid has three columns
 EXAMPLES = (0.65, 0.28, 0.07)  # single rows teach the most per second: fewest tokens to copy
 KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
 CONTEXT_WEIGHT = 0.1  # what a token that is only to be copied counts in the loss
@@ -135,30 +136,31 @@ class Base(nn.Module):
 
 
 class Bank:
-    """The encoded bundles that have arrived so far."""
+    """The encoded bundles that have arrived so far, by how many columns their rows have."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.known: set[Path] = set()
-        self.shards: list[dict[str, Tensor]] = []
-        self.notes: list[dict] = []
+        self.bundles: dict[int, list[dict]] = {2: [], 3: []}
 
     def refresh(self) -> None:
         for path in sorted(set(self.folder.glob("*.safetensors")) - self.known):
             self.known.add(path)
-            self.shards.append(load_file(path))
+            shard = load_file(path)
             with safe_open(path, "pt") as file:
-                self.notes.extend(json.loads(file.metadata()["notes"]))
+                notes = json.loads(file.metadata()["notes"])
+            columns = shard["clean"].shape[2] // (CELL // grid.CELL_STEP) ** 2
+            for k, note in enumerate(notes):
+                tensors = {name: parts[k] for name, parts in shard.items()}
+                self.bundles[columns].append(tensors | note)
 
     def __len__(self) -> int:
-        return len(self.notes)
+        return sum(map(len, self.bundles.values()))
 
     def deviation(self) -> Tensor:
-        return self.shards[0]["clean"].float().flatten(0, 2).std(dim=0)
-
-    def row(self, index: int) -> dict[str, Tensor]:
-        size = len(self.shards[0]["clean"])
-        return {name: parts[index % size] for name, parts in self.shards[index // size].items()}
+        """(64,) of each latent value of a token."""
+        some = [bundle["clean"].float().flatten(0, 1) for bundle in self.bundles[2][:250]]
+        return torch.cat(some).std(dim=0)
 
 
 def draw_times(random: torch.Generator) -> Tensor:
@@ -172,26 +174,33 @@ def draw_times(random: torch.Generator) -> Tensor:
     return torch.where(torch.rand(BATCH, generator=random) < 0.5, noisy, uniform)
 
 
-def draw(bank: Bank, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Step k's samples: clean, seen (b n 64), mask (b n), and prompts."""
+def draw(bank: Bank, step: int) -> tuple[grid.Latents, list[str]]:
+    """Step k's samples as tokens, and their prompts."""
     rng = np.random.default_rng([SEED, step])
     rows = 1 + int(rng.choice(len(EXAMPLES), p=EXAMPLES))
+    columns = 3 if rng.random() < WIDE and bank.bundles[3] else 2
     clean, seen, mask, prompts = [], [], [], []
-    for index in rng.integers(len(bank), size=BATCH):
-        chosen, order = bank.row(int(index)), torch.from_numpy(rng.permutation(4)[:rows])
+    for index in rng.integers(len(bank.bundles[columns]), size=BATCH):
+        chosen = bank.bundles[columns][index]
+        order = torch.from_numpy(rng.permutation(4)[:rows])
         complete = chosen["clean"][order]  # r n c
         shown, hidden = complete.clone(), torch.zeros_like(chosen["mask"][order])
         shown[-1], hidden[-1] = chosen["seen"][order[-1]], chosen["mask"][order[-1]]
         clean.append(rearrange(complete, "r n c -> (r n) c"))
         seen.append(rearrange(shown, "r n c -> (r n) c"))
         mask.append(rearrange(hidden, "r n -> (r n)"))
-        note = bank.notes[index]
         keep_task, keep_content = rng.random(2) < (KEEP_TASK, KEEP_CONTENT)
         silent = rng.random() < DROP_TEXT
-        task = note["sentence"] if keep_task and not silent else ""
-        content = note["content"][order[-1]] if keep_content and not silent else ""
-        prompts.append(grid.prompt(rows, 2, task=task, content=content))
-    return torch.stack(clean).float(), torch.stack(seen).float(), torch.stack(mask).float(), prompts
+        task = chosen["sentence"] if keep_task and not silent else ""
+        content = chosen["content"][order[-1]] if keep_content and not silent else ""
+        prompts.append(grid.prompt(rows, columns, task=task, content=content))
+    latents = grid.Latents(
+        clean=torch.stack(clean).float(),
+        seen=torch.stack(seen).float(),
+        mask=torch.stack(mask).float()[..., None].expand(-1, -1, 256),
+        ids=grid.position_ids([(CELL, columns * CELL)] * rows),
+    )
+    return latents, prompts
 
 
 def main() -> None:
@@ -238,19 +247,12 @@ def main() -> None:
         )
         for group in optimiser.param_groups:
             group["lr"] = rate
-        clean, seen, mask, prompts = draw(bank, step)
+        latents, prompts = draw(bank, step)
         random = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        noise = torch.randn(clean.shape, generator=random)
+        noise = torch.randn(latents.clean.shape, generator=random)
         t = draw_times(random)
         guidance = 1 + 39 * torch.rand(BATCH, generator=random) * (
             torch.rand(BATCH, generator=random) < 0.5
-        )
-        rows = clean.shape[1] // ((CELL // 16) ** 2 * 2)
-        latents = grid.Latents(
-            clean=clean,
-            seen=seen,
-            mask=mask[..., None].expand(-1, -1, 256),
-            ids=grid.position_ids([(CELL, 2 * CELL)] * rows),
         )
         t5_ids = t5(
             prompts,
@@ -263,7 +265,7 @@ def main() -> None:
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         inputs = (
-            latents.inputs(flow.interpolate(clean, noise, t)),
+            latents.inputs(flow.interpolate(latents.clean, noise, t)),
             t,
             guidance,
             latents.ids,
@@ -272,7 +274,8 @@ def main() -> None:
         )
         with torch.autocast(device.type, torch.bfloat16):
             predicted = forward(*(tensor.to(device) for tensor in inputs))
-        target, mask = flow.velocity(clean, noise).to(device), mask.to(device)
+        target = flow.velocity(latents.clean, noise).to(device)
+        mask = latents.is_target.to(device)
         weight = mask + CONTEXT_WEIGHT * (1 - mask)
         loss = flow.velocity_error(predicted, target, weight).mean()
         loss.backward()

@@ -79,7 +79,12 @@ def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> 
 
 
 def encode(
-    models: Models, drawn: Sequence[Drawn], *, seed: int, times: Times = "logit-normal"
+    models: Models,
+    drawn: Sequence[Drawn],
+    *,
+    seed: int,
+    times: Times = "logit-normal",
+    time_shift: float = 1.0,
 ) -> list[Group]:
     """Encode a batch. Noise and time of example i are a function of (seed, i) alone."""
     text, pooled = models.encode_text([d.prompt for d in drawn])
@@ -99,7 +104,7 @@ def encode(
                 tasks=tuple(drawn[k].task for k in members),
                 latents=latents,
                 noise=torch.stack(noise).to(latents.clean),
-                t=torch.stack(t).to(latents.clean.device),
+                t=flow.shift(torch.stack(t), time_shift).to(latents.clean.device),
                 text=text[members],
                 pooled=pooled[members],
             )

@@ -45,12 +45,16 @@ def shift_of(
     return base + slope * (tokens - base_tokens)
 
 
+def shift(t: Tensor, factor: float) -> Tensor:
+    """Times moved towards the noise: s t / (1 + (s - 1) t), Esser et al. 2024, equation 23."""
+    return factor * t / (1 + (factor - 1) * t)
+
+
 def schedule(steps: int, mu: float) -> Tensor:
-    """(steps + 1,) times from 1 down to 0, shifted: exp(mu) / (exp(mu) + 1 / t - 1).
+    """(steps + 1,) times from 1 down to 0, shifted by the factor exp(mu).
 
     >>> schedule(2, 0.0)
     tensor([1.0000, 0.5000, 0.0000])
     """
-    t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    shifted = math.exp(mu) / (math.exp(mu) + (1 / t - 1))
-    return torch.cat([shifted, torch.zeros(1, dtype=torch.float64)]).float()
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift(t, math.exp(mu)).float()

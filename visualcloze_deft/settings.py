@@ -128,6 +128,9 @@ class Run(_Section):
     """Guidance the model is told in training; VisualCloze's 1."""
     times: Times = "logit-normal"
     """How training times are drawn; "uniform" sees more of the noisiest ones."""
+    time_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Times t become s t / (1 + (s - 1) t): more than 1 trains more on noise, where layout and
+    colours are decided."""
     seed: Annotated[int, Field(ge=0)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""

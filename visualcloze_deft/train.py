@@ -197,7 +197,10 @@ class Loop:
 
     def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
         """Gradients of one batch; task and loss by example index."""
-        groups = encode(self.models, drawn, seed=self.run.seed, times=self.run.times)
+        run = self.run
+        groups = encode(
+            self.models, drawn, seed=run.seed, times=run.times, time_shift=run.time_shift
+        )
         errors = self.engine(groups)
         self.engine.backward(errors.mean())
         order = [index for group in groups for index in group.indices]
