@@ -83,3 +83,12 @@ def test_the_schedule_falls_from_one_to_zero() -> None:
     times = flow.schedule(30, 0.7)
     assert (times[0], times[-1]) == (1, 0)
     assert (times.diff() < 0).all()
+
+
+def test_a_shift_moves_training_times_towards_noise_and_keeps_their_ends() -> None:
+    t = torch.linspace(0, 1, 101)
+    assert torch.equal(flow.shift(t, 1.0), t)
+    noisier = flow.shift(t, 3.0)
+    assert (noisier[0], noisier[-1]) == (0, 1)
+    assert (noisier[1:-1] > t[1:-1]).all()
+    assert torch.allclose(flow.shift(noisier, 1 / 3), t, atol=1e-6)
