@@ -15,8 +15,9 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/vcdeft train --tasks all --zero 2 --output runs/demo
-	$(BIN)/vcdeft tasks example all --output runs/demo/grids
+	test -d runs/demo/adapter || $(BIN)/vcdeft train --tasks all --zero 2 --output runs/demo \
+		$$(ls -d runs/demo/checkpoints/step-* >/dev/null 2>&1 && echo --resume)
+	test -f runs/demo/grids/grid.json || $(BIN)/vcdeft tasks example all --output runs/demo/grids
 	$(BIN)/vcdeft infer --examples runs/demo/grids/grid.json --adapter runs/demo/adapter --output runs/demo/images
 	@echo "look at runs/demo/images/*-sheet.png and runs/demo/sheets"
 

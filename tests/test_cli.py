@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         ),
         (["--set", "save_every"], "--set 'save_every': expected NAME=VALUE"),
         (["--set", "save_every=often"], "save_every = 'often'"),
+        (["--set", f"save_every={'9' * 5000}"], "save_every = '999"),
+        (["--set", "adapter.layers=("], "no regular expression"),
+        (["--config", "x" * 300], "no such file, and no shipped one"),
         (["--set", "data.weights.dept=1"], "data.weights names 'dept'"),
         (["--set", "data.task_folders=['gone']"], "task folder gone: no such folder"),
         (["--config", "tinny"], "run file 'tinny': no such file, and no shipped one; did you mean"),
@@ -207,10 +211,12 @@ def test_an_output_that_holds_another_run_is_left_alone(refused: Refused, tmp_pa
     settings = tmp_path / "settings.toml"
     write_run(Run(steps=3), settings)
     before = settings.read_bytes()
-    line = refused("train", "--output", tmp_path)
-    assert f"output {tmp_path} holds another run; go on with --resume" in line
-    assert [*tmp_path.iterdir()] == [settings]
-    assert settings.read_bytes() == before
+    for saved in ("adapter", "checkpoints/step-000002"):
+        (tmp_path / saved).mkdir(parents=True)
+        line = refused("train", "--output", tmp_path)
+        assert f"output {tmp_path} holds another run; go on with --resume" in line
+        assert settings.read_bytes() == before
+        shutil.rmtree(tmp_path / saved)
 
 
 def test_resuming_without_a_checkpoint_is_refused(
@@ -265,6 +271,7 @@ def test_a_good_adapter_is_not_what_is_complained_about(
         ("[]", CONFIG),
         ("{}", "peft_type None"),
         ('{"peft_type": "IA3"}', "peft_type 'IA3'; DEFT (with PaRa) and LORA are known"),
+        ('{"peft_type": "DEFT", "decomposition_method": "svd"}', "decomposition_method"),
     ],
 )
 def test_an_adapter_of_another_kind_is_named_before_the_model_is_loaded(
@@ -307,6 +314,8 @@ def test_damaged_adapter_weights_are_named_before_the_model_is_loaded(
         (["--model", "tinny"], "unknown model 'tinny'"),
         (["--seed", str(2**70)], "seed"),
         (["--seed", "many"], "--seed"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--resolution", "100"], "--resolution 100: give a multiple of 16"),
         (["--lora", "/gone/lora.safetensors"], "LoRA '/gone/lora.safetensors'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -366,6 +375,12 @@ def test_an_example_that_cannot_be_written_is_named(refused: Refused, tmp_path: 
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "deep"):
         assert str(output) in refused("tasks", "example", "novel-view", "--output", output)
+
+
+def test_grids_that_were_written_are_left_alone(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text("mine")
+    assert "holds grids already" in refused("tasks", "example", "novel-view", "--output", tmp_path)
+    assert (tmp_path / "grid.json").read_text() == "mine"
 
 
 def test_a_listing_with_a_missing_folder_is_refused(refused: Refused) -> None:

@@ -139,6 +139,7 @@ BAD_FILES = {
     "second grid": (b'[{"rows": [["a.png", null]]}, {"row": []}]', "grid 2: unknown key 'row'"),
     "list in list": (b"[[]]", "grid 1: expected an object"),
     "deep": (b"[" * 100_000, "not valid JSON"),
+    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
 }
 
 

@@ -166,6 +166,20 @@ def test_a_released_lora_is_merged_into_the_base(micro_model: Path, tmp_path: Pa
     torch.testing.assert_close(after, before + b @ a, atol=1e-4, rtol=1e-4)
 
 
+def test_a_lora_of_another_model_is_refused(micro_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    prefix = "transformer.single_transformer_blocks.0.attn.to_q"
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.zeros(4, 7),
+        f"{prefix}.lora_B.weight": torch.zeros(7, 4),
+    }
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="does not fit"):
+        load_models(str(micro_model), lora=str(tmp_path))
+
+
 def test_flux_dev_is_refused_with_the_reason(tmp_path: Path) -> None:
     from micro_model import write_micro_model
 

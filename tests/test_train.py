@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
 from visualcloze_deft.settings import load_run
@@ -154,20 +159,42 @@ def test_a_killed_run_resumes_to_the_same_adapter(
 @pytest.mark.parametrize(
     "options",
     [
-        ("--zero", "3"),
-        ("--zero", "3", "--method", "lora", "--set", "checkpointing=true"),
-        ("--zero", "1", "--processes", "1", "--set", "accumulate=2"),
+        "--zero 3 --set sheet_every=2",
+        "--zero 3 --method lora --set checkpointing=true",
+        "--zero 0 --processes 1 --set accumulate=2",
+        "--zero 2 --method para --set precision=bfloat16",
     ],
 )
-def test_other_ways_to_run_train_and_save(
-    micro_model: Path, two_processes: Path, tmp_path: Path, options: tuple[str, ...]
+def test_other_ways_to_run_train_save_and_resume(
+    micro_model: Path, two_processes: Path, tmp_path: Path, options: str
 ) -> None:
     output = tmp_path / "run"
-    done = vcdeft(*arguments(micro_model, output, *options))
+    done = vcdeft(*arguments(micro_model, output, *options.split()))
     assert done.returncode == 0, done.stderr[-2000:]
-    if "lora" not in options:  # the same examples in the same order: the same losses
+    if "--method" not in options:  # the same examples in the same order: the same losses
         assert losses(output) == pytest.approx(losses(two_processes), rel=1e-4)
-    assert len(adapter_of(output)) > 0
+    trained, curve = adapter_of(output), losses(output)
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in curve)
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "step-000006")
+    resumed = vcdeft("train", "--output", str(output), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert losses(output) == pytest.approx(curve, rel=1e-6)
+    for name, tensor in adapter_of(output).items():
+        torch.testing.assert_close(tensor, trained[name], atol=1e-7, rtol=1e-5)
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gives_its_adapter(
+    two_processes: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(two_processes, output)
+    shutil.rmtree(output / "adapter")
+    resumed = vcdeft("train", "--output", str(output), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    expected = adapter_of(two_processes)
+    assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
 
 
 LAUNCHERS = {
@@ -218,12 +245,45 @@ def test_a_mistake_that_only_the_processes_find_is_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_a_bfloat16_base_trains_a_float32_adapter(micro_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    done = vcdeft(*arguments(micro_model, output, "--set", "precision=bfloat16"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {t.dtype for t in adapter_of(output).values()} == {torch.float32}
-    assert all(loss == loss for loss in losses(output))
+def test_a_damaged_picture_found_by_a_reading_process_is_one_line(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    for name in ("depth", "target"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / "1.png")
+    whole = (tmp_path / "data" / "target" / "1.png").read_bytes()
+    (tmp_path / "data" / "target" / "1.png").write_bytes(whole[:-20])
+    words = arguments(micro_model, tmp_path / "run", "--processes", "1", "--set", "data.workers=1")
+    words += ["--data", f"folder={tmp_path / 'data'}", "--tasks", "depth-to-image"]
+    done = vcdeft(*words)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("vcdeft: ")]
+    assert "1.png" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_saved_nothing_can_be_started_again(micro_model: Path, tmp_path: Path) -> None:
+    run = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}"])
+    rundir.prepare(run, processes=1, resume=False)
+    rundir.prepare(run, processes=1, resume=False)
+    (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds another run"):
+        rundir.prepare(run, processes=1, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--rank", "8"], "adapter.rank was 4, now it is 8"),
+        (["--method", "lora"], "adapter.method was 'deft'"),
+        (["--tasks", "novel-view"], "data.tasks was 'depth-to-image,novel-view'"),
+        (["--set", "data.weights={novel-view = 2}"], "data.weights.novel-view was None"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(
+    two_processes: Path, refused: Callable[..., str], change: list[str], message: str
+) -> None:
+    assert message in refused("train", "--output", two_processes, "--resume", *change)
 
 
 def test_resuming_with_another_global_batch_is_refused(two_processes: Path) -> None:

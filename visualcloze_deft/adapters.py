@@ -71,8 +71,14 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(peft_config(settings), adapter_name=NAME)
-    for parameter in trainable(transformer).values():
-        parameter.data = parameter.data.float()  # master weights, also on a bfloat16 base
+    keep_single_precision(transformer)
+
+
+def keep_single_precision(transformer: nn.Module) -> None:
+    """Make the adapter's parameters float32, where peft gave them the dtype of the base."""
+    for name, parameter in transformer.named_parameters():
+        if f".{NAME}" in name:
+            parameter.data = parameter.data.float()
 
 
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -143,6 +149,7 @@ def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool =
         transformer.add_adapter(config, adapter_name=NAME)
     except ValueError as error:
         raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
+    keep_single_precision(transformer)
     expected = state(transformer)
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
@@ -172,7 +179,10 @@ def read_config(folder: Path) -> PeftConfig:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind not in ("DEFT", "LORA"):
         raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
-    return PeftConfig.from_peft_type(**fields)
+    try:
+        return PeftConfig.from_peft_type(**fields)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.settings import Times
 
@@ -42,16 +43,23 @@ class Group:
     pooled: Tensor
 
 
-class Draws(Dataset[Drawn]):
-    """A mixture's examples in pixels: what reading processes compute."""
+class Draws(Dataset[Drawn | UserError]):
+    """A mixture's examples in pixels: what reading processes compute.
+
+    A mistake in the data comes back as a value: raised in another process, it would arrive
+    wrapped in that process's traceback.
+    """
 
     def __init__(self, mixture: Mixture, resolution: int) -> None:
         self.mixture = mixture
         self.resolution = resolution
 
-    def __getitem__(self, index: int) -> Drawn:
-        example = self.mixture[index]
-        built = grid.build(example.rows, resolution=self.resolution, hidden=example.hidden)
+    def __getitem__(self, index: int) -> Drawn | UserError:
+        try:
+            example = self.mixture[index]
+            built = grid.build(example.rows, resolution=self.resolution, hidden=example.hidden)
+        except UserError as error:
+            return error
         return Drawn(index=index, task=example.task, grid=built, prompt=example.prompt)
 
 

@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from visualcloze_deft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from visualcloze_deft.data.mixture import Mixture
+    from visualcloze_deft.settings import Run
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -119,8 +123,10 @@ def train(
     click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
 
 
-def describe_run(run: Any, mixture: Any, processes: int) -> None:
+def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
+    from visualcloze_deft.rundir import tasks_of
+
     shares = ", ".join(
         f"{name} {share:.0%}"
         for name, share in zip(mixture.tasks, mixture.proportions, strict=True)
@@ -128,6 +134,8 @@ def describe_run(run: Any, mixture: Any, processes: int) -> None:
     click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
     click.echo(f"data     {', '.join(run.data.sources)}")
     click.echo(f"tasks    {shares}")
+    if left_out := sorted(set(tasks_of(run)) - set(mixture.tasks)):
+        click.echo(f"         without data, so left out: {', '.join(left_out)}")
     click.echo(
         f"training {run.steps} steps of {processes} x {run.batch} x {run.accumulate} grids, "
         f"ZeRO-{run.zero}, into {run.output}"
@@ -242,6 +250,10 @@ def preview(
         raise UserError(f"--output {path}: give a file that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no folder {path.parent}")
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--output {path}: not writable ({error.strerror})") from None
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
 

@@ -117,17 +117,23 @@ def gather_adapter(engine: Any) -> dict[str, Tensor]:
     }
 
 
+def stepped_tensors(engine: Any) -> list[Tensor]:
+    """What the AdamW inside steps: parameters (stage 0) or DeepSpeed's flat shares of them."""
+    if engine.zero_optimization_stage() == 3:  # its groups are empty between steps
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in torch_optimiser(engine).param_groups for flat in group["params"]]
+
+
 def restore_moments(engine: Any, start: Checkpoint) -> None:
     """Put back what `gather_moments` found, under any ZeRO stage and number of processes."""
     saved = start.moments()
     optimiser = torch_optimiser(engine)
     steps = torch.tensor(float(start.progress.step))
-    for group in optimiser.param_groups:
-        for flat in group["params"]:
-            optimiser.state[flat] = {
-                "step": steps.clone(),
-                **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
-            }
+    for flat in stepped_tensors(engine):
+        optimiser.state[flat] = {
+            "step": steps.clone(),
+            **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
+        }
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     for name, parameter in adapters.trainable(engine.module.transformer).items():

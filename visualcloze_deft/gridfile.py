@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,14 @@ _KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One grid to complete, checked: rows end in the query, None marks what to generate."""
+    """One grid to complete, checked: rows end in the query, None marks what to generate.
+
+    paths: where each image of `rows` was read, () where they were given as images.
+    """
 
     rows: tuple[tuple[Image.Image | None, ...], ...]
+    paths: tuple[tuple[Path | None, ...], ...] = ()
+    task: str | None = None
     task_prompt: str
     content_prompt: str
     seed: int
@@ -70,6 +75,7 @@ def request(
         task_prompt = task_prompt if task_prompt is not None else tasks[task].sentence()
     return Request(
         rows=tuple(tuple(row) for row in rows),
+        task=task,
         task_prompt=task_prompt or "",
         content_prompt=content_prompt or "",
         seed=seed,
@@ -84,7 +90,7 @@ def read_requests(path: Path, tasks: Mapping[str, Task], *, seed: int | None) ->
         raise UserError(f"examples {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"examples {path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
         raise UserError(f"{path}: not valid JSON: {error}") from None
     entries = content if isinstance(content, list) else [content]
     if not entries:
@@ -110,16 +116,17 @@ def _read_entry(entry: Any, folder: Path, tasks: Mapping[str, Task], seed: int |
             raise UserError(f"{key} must be {kinds}, not {value!r}")
     if "rows" not in entry:
         raise UserError("the key 'rows' is missing")
-    rows: list[list[Image.Image | None]] = []
+    paths: list[tuple[Path | None, ...]] = []
     for r, row in enumerate(entry["rows"], 1):
         if not isinstance(row, list):
             raise UserError(f"row {r} must be a list of paths, not {row!r}")
         for cell in row:
             if not isinstance(cell, str | None):
                 raise UserError(f"row {r}: a cell is a path or null, not {cell!r}")
-        rows.append([None if cell is None else read_image(folder / cell) for cell in row])
+        paths.append(tuple(None if cell is None else (folder / cell).absolute() for cell in row))
+    rows = [[None if path is None else read_image(path) for path in row] for row in paths]
     own = entry.get("seed")
-    return request(
+    asked = request(
         rows,
         tasks,
         task=entry.get("task"),
@@ -127,6 +134,7 @@ def _read_entry(entry: Any, folder: Path, tasks: Mapping[str, Task], seed: int |
         content_prompt=entry.get("content_prompt"),
         seed=seed if seed is not None else own or 0,
     )
+    return replace(asked, paths=tuple(paths))
 
 
 _WORDS = {str: "text", type(None): "null", list: "a list", int: "a whole number"}

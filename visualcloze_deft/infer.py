@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft.adapters import WEIGHTS
+from visualcloze_deft import grid
+from visualcloze_deft.adapters import WEIGHTS, metadata
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests
+from visualcloze_deft.output import output_folder
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sheet import draw_grid
@@ -34,15 +36,15 @@ def infer(
 ) -> list[Path]:
     """Complete every grid of `examples` into `output`; returns the images written.
 
-    For grid k: `k-TARGET.png`, `k-sheet.png` and `k.json`, which holds all that made them.
+    For grid k: `00k.png` (`00k-COLUMN.png` where there are several targets), `00k-sheet.png` and
+    `00k.json`, which holds all that made them. What `output` holds stays: numbers go on after it.
     """
+    if not math.isfinite(guidance):
+        raise UserError(f"--guidance {guidance}: give a number, e.g. 30")
+    if resolution is not None and resolution % grid.CELL_STEP:
+        raise UserError(f"--resolution {resolution}: give a multiple of {grid.CELL_STEP}")
     requests = read_requests(examples, load_tasks(map(Path, task_folders)), seed=seed)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output {output}: not writable ({error.strerror})") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"output {output}: not writable")
+    output_folder(output)
     pipe = InContextPipeline.from_pretrained(
         model, adapter=adapter, lora=lora, task_folders=task_folders
     )
@@ -51,14 +53,23 @@ def infer(
         "model_lora": lora,
         "adapter": str(adapter) if adapter else None,
         "adapter_sha256": _digest(adapter / WEIGHTS) if adapter else None,
+        "dtype": str(pipe.models.transformer.dtype).removeprefix("torch."),
+        "device": pipe.models.device.type,
         "steps": steps,
         "guidance": guidance,
         "resolution": resolution or pipe.models.resolution,
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
     }
+    if adapter and (trained_on := metadata(adapter).get("base_lora", "")) != (lora or ""):
+        tqdm.write(
+            f"the adapter was trained on a base with the LoRA {trained_on or 'none'} merged, "
+            f"here it is {lora or 'none'}; see --lora"
+        )
     written = []
+    taken = [int(path.stem) for path in output.glob("*.json") if path.stem.isdecimal()]
+    first = max(taken, default=0) + 1
     with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
-        for number, asked in enumerate(requests, 1):
+        for number, asked in enumerate(requests, first):
             if cut := pipe.models.cut_text(asked.prompt):
                 tqdm.write(f"grid {number}: the model does not read the end of its text: {cut}")
             images = pipe.complete(
@@ -87,8 +98,11 @@ def write(
     recipe = {
         "images": [path.name for path in paths],
         "prompt": asked.prompt,
+        "task": asked.task,
         "task_prompt": asked.task_prompt,
         "content_prompt": asked.content_prompt,
+        "rows": [[path and str(path) for path in row] for row in asked.paths],
+        "rows_sha256": [[path and _digest(path) for path in row] for row in asked.paths],
         "seed": asked.seed,
         **shared,
     }

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from visualcloze_deft.errors import UserError
+
 CPU_PROCESSES = 2
 PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 
@@ -25,11 +27,12 @@ def prepared() -> bool:
 
 def process_count(wanted: int) -> int:
     """`wanted`, or one process per GPU, or two on a machine without GPU."""
-    if wanted:
-        return wanted
     import torch
 
-    return torch.cuda.device_count() or CPU_PROCESSES
+    gpus = torch.cuda.device_count()
+    if gpus and wanted > gpus:
+        raise UserError(f"--processes {wanted}: this machine has {gpus} GPUs; one process uses one")
+    return wanted or gpus or CPU_PROCESSES
 
 
 def launch(arguments: Sequence[str], *, processes: int) -> int:
@@ -37,6 +40,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
 
     The first process that fails ends the others; its exit status is the answer.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -53,6 +57,8 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "visualcloze_deft", *arguments)
+    except (KeyboardInterrupt, SignalException):
+        return 130  # as shells say it; the processes have been ended
     except ChildFailedError as error:
         return max(error.get_first_failure()[1].exitcode, 1)  # a signal's is negative
     return 0

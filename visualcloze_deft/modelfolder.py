@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from visualcloze_deft.errors import UserError
@@ -31,10 +32,11 @@ def check_folder(name: str) -> None:
 
 
 def resolution_of(name: str) -> int:
-    """The cell side the model's `model_index.json` names, else FLUX's."""
+    """The cell side the model's `model_index.json` names, or a hub id's end, else FLUX's."""
     path = (BASE if name == TINY else Path(name)) / "model_index.json"
     if not path.is_file():
-        return FLUX_RESOLUTION
+        named = re.search(r"-(384|512)$", name)  # VisualCloze's two releases
+        return int(named[1]) if named else FLUX_RESOLUTION
     try:
         return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
     except (ValueError, TypeError, AttributeError) as error:

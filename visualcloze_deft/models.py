@@ -139,14 +139,27 @@ _OTHERS = {
 }
 
 
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, float32 elsewhere."""
+    gpu = device.startswith("cuda")
+    if gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
 def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
     """Add a diffusers FLUX LoRA into the transformer's weights, for good."""
     try:
         tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(lora, return_alphas=True)
     except (OSError, ValueError) as error:
         raise UserError(f"LoRA {lora!r}: {str(error).splitlines()[0]}") from None
-    FluxLoraLoaderMixin.load_lora_into_transformer(
-        tensors, network_alphas=alphas, transformer=transformer, adapter_name="merged"
-    )
-    transformer.fuse_lora(adapter_names=["merged"])
+    try:
+        FluxLoraLoaderMixin.load_lora_into_transformer(
+            tensors, network_alphas=alphas, transformer=transformer, adapter_name="merged"
+        )
+        transformer.fuse_lora(adapter_names=["merged"])
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"LoRA {lora!r} does not fit this transformer: {str(error).splitlines()[0]}"
+        ) from None
     transformer.unload_lora()

@@ -12,7 +12,7 @@ from visualcloze_deft import adapters, grid, sample
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
 from visualcloze_deft.modelfolder import TINY, check_lora
-from visualcloze_deft.models import Models, load_models
+from visualcloze_deft.models import Models, default_dtype, load_models
 from visualcloze_deft.registry import load_tasks
 
 
@@ -44,9 +44,8 @@ class InContextPipeline:
         into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
         float32. Raises `UserError` where something is missing or does not fit.
         """
-        gpu = torch.cuda.is_available()
-        device = device or ("cuda" if gpu else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or default_dtype(device)
         if lora is not None:
             check_lora(lora)
         if adapter is not None:

@@ -13,18 +13,19 @@ from visualcloze_deft import grid
 from visualcloze_deft.data.mixture import Example, Mixture, content, draw_items, picture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
+from visualcloze_deft.output import output_folder
 from visualcloze_deft.registry import Task
 from visualcloze_deft.sample import GUIDANCE, generate
 from visualcloze_deft.sheet import draw_grid, draw_sheet
 
-HELD_OUT = 10_000_019  # index offset of sheets: examples that training does not reach
+SHEETS = 10_000_019  # index offset: sheets show combinations that training does not draw
 STEPS = 20
 """Steps of the sheets made while training."""
 
 
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
     """A grid of `task` as inference sees it: its own targets hidden, all words said."""
-    rng = np.random.default_rng([mixture.seed, HELD_OUT + index])
+    rng = np.random.default_rng([mixture.seed, SHEETS + index])
     source = mixture.serving[task.name][0]
     items = draw_items(source, task, min(rows, len(source)), rng)
     return Example(
@@ -74,10 +75,10 @@ def example_sheet(examples: list[Example]) -> Image.Image:
 
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:
     """The pictures of `examples` and a grid file for `vcdeft infer`; the truth stays beside it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: not writable ({error.strerror})") from None
+    output_folder(folder)
+    path = folder / "grid.json"
+    if path.exists():
+        raise UserError(f"--output {folder}: holds grids already; choose another")
     entries = []
     for number, example in enumerate(examples, 1):
         rows: list[list[str | None]] = []
@@ -97,6 +98,5 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
                 "seed": example.index,
             }
         )
-    path = folder / "grid.json"
     path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
     return path

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.mixture import Mixture, missing
@@ -15,10 +17,24 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import check_folder, check_lora
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
+from visualcloze_deft.output import output_folder
 from visualcloze_deft.registry import Task, load_tasks, select
-from visualcloze_deft.settings import Run, write_run
+from visualcloze_deft.settings import Run, load_run, write_run
 
 SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
+FREE_ON_RESUME = {
+    "output",
+    "steps",
+    "batch",
+    "accumulate",
+    "processes",
+    "zero",
+    "checkpointing",
+    "save_every",
+    "sheet_every",
+    "data.workers",
+}
+"""Settings that do not change what a step learns, given the number of grids in it."""
 PACKAGES = [
     "torch",
     "diffusers",
@@ -77,21 +93,30 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     output = Path(run.output)
     if resume:
         check_resumed(run, newest(output / "checkpoints")[0].progress, processes)
-        return mixture
-    if (output / SETTINGS).exists():
+    elif saved_anything(output):
         raise UserError(
             f"output {output} holds another run; go on with --resume or choose another --output"
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        describe(run, mixture, output)
-    except OSError as error:
-        raise UserError(f"output {output}: not writable ({error.strerror})") from None
+    output_folder(output)
+    describe(run, mixture, output)
     return mixture
 
 
+def saved_anything(output: Path) -> bool:
+    """Whether a run in `output` came as far as a checkpoint or an adapter."""
+    return (output / "adapter").exists() or any((output / "checkpoints").glob("step-*"))
+
+
 def check_resumed(run: Run, progress: Progress, processes: int) -> None:
-    """Raise `UserError` unless the run goes on with the examples where it stopped."""
+    """Raise `UserError` unless the run goes on as what it was, with the next examples."""
+    before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
+    now = flat(run.model_dump(mode="json"))
+    for name in sorted({*before, *now} - FREE_ON_RESUME):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
+                "it as it was or start another --output"
+            )
     batch = processes * run.batch * run.accumulate
     if (batch, run.seed) != (progress.global_batch, progress.seed):
         raise UserError(
@@ -101,6 +126,21 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
         )
     if run.steps < progress.step:
         raise UserError(f"--resume: the run is at step {progress.step}, --steps is {run.steps}")
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name.
+
+    >>> flat({"a": 1, "b": {"c": 2}})
+    {'a': 1, 'b.c': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def describe(run: Run, mixture: Mixture, output: Path) -> None:
@@ -126,6 +166,7 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
         "method": run.adapter.method,
         "rank": str(run.adapter.rank),
         "base_model": run.model,
+        "base_lora": run.model_lora or "",
         "step": str(step),
         "tasks": run.data.tasks,
     }

@@ -57,7 +57,7 @@ def velocity_of(
     return velocity
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
 def generate(
     models: Models,
     grids: Sequence[grid.Grid],

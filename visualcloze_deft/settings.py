@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +32,14 @@ def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
     if not any(weights):
         raise ValueError("at least one must be above 0")
     return weights
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return pattern
 
 
 class Recipe(_Section):
@@ -82,7 +92,7 @@ class Adapter(_Section):
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: Literal["flux"] | str = "flux"
+    layers: Annotated[str, AfterValidator(_expression)] = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
     p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
@@ -110,7 +120,7 @@ class Run(_Section):
     """A FLUX LoRA merged into the base before training, e.g. VisualCloze's released one."""
     output: str = "runs/demo"
     steps: Positive = 1000
-    batch: Positive = 8
+    batch: Positive = 1
     """Grids per process and step."""
     accumulate: Positive = 1
     """Batches whose gradients are summed before a step."""
@@ -120,7 +130,7 @@ class Run(_Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
-    checkpointing: bool = False
+    checkpointing: bool = True
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     context_weight: Probability = 1.0
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
@@ -176,7 +186,12 @@ def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]
 
 
 def write_run(run: Run, path: Path) -> None:
-    path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    """Write all settings of `run` in TOML; the file at `path` is replaced whole or not at all."""
+    staged = path.with_suffix(".part")
+    staged.write_text(
+        tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
+    )
+    staged.replace(path)
 
 
 def config_for(model: str | None) -> str | None:
@@ -186,8 +201,9 @@ def config_for(model: str | None) -> str | None:
 
 def find_config(name: str) -> Path:
     path = Path(name)
-    if path.is_file():
-        return path
+    with suppress(OSError):  # a name too long for the file system is no file
+        if path.is_file():
+            return path
     shipped = {file.stem: file for file in CONFIGS.glob("*.toml")}
     if name in shipped:
         return shipped[name]
@@ -210,7 +226,7 @@ def _put(fields: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: expected NAME=VALUE, e.g. optimiser.lr=1e-4")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         value = text
     *sections, last = name.strip().split(".")
     for section in sections:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -35,7 +36,8 @@ from visualcloze_deft.engine import (
     start_engine,
     torch_optimiser,
 )
-from visualcloze_deft.models import Models, load_models
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.models import Models, default_dtype, load_models
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
 
@@ -101,7 +103,7 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     mixture = rundir.mixture_of(run)
     models = load_models(
         run.model,
-        dtype=base_dtype(run, cpu=cpu),
+        dtype=base_dtype(run, process.device.type),
         device=str(process.device),
         lora=run.model_lora,
     )
@@ -131,17 +133,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 
-def base_dtype(run: Run, *, cpu: bool) -> torch.dtype:
-    if run.precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
-    return torch.float32 if cpu or not torch.cuda.is_bf16_supported() else torch.bfloat16
+def base_dtype(run: Run, device: str) -> torch.dtype:
+    if run.precision == "auto":
+        return default_dtype(device)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
 
 
 def latest(output: Path, share: Share) -> Checkpoint:
     """The newest good checkpoint; the same answer in every process."""
-    found, warnings = checkpoint.newest(output / "checkpoints")
+    found, damaged = checkpoint.newest(output / "checkpoints")
     if share.rank == 0:
-        for line in warnings:
+        for line in damaged:
             tqdm.write(line)
     return found
 
@@ -184,8 +186,9 @@ class Loop:
                 group["lr"] = group["full_lr"] * factor
             began = time.monotonic()
             losses: dict[int, tuple[str, float]] = {}
+            torch.manual_seed((run.seed * 1_000_003 + step) * share.world + share.rank)  # dropout
             for _ in range(run.accumulate):
-                losses |= self.backward(next(batches))
+                losses |= self.backward(drawn_or_error(next(batches)))
                 self.engine.step()
             self.record(step + 1, losses, factor, time.monotonic() - began, bar)
             done = step + 1
@@ -261,11 +264,6 @@ class Loop:
                 moments,
                 lambda folder: self.write_adapter(folder, tensors, step),
             )
-            if step == self.run.steps:
-                staging = self.output / ".adapter.part"
-                staging.mkdir(exist_ok=True)
-                self.write_adapter(staging, tensors, step)
-                checkpoint.publish(staging, self.output / "adapter")
         torch.distributed.barrier()
 
     def write_adapter(self, folder: Path, tensors: dict[str, Tensor], step: int) -> None:
@@ -288,10 +286,26 @@ class Loop:
             page.save(folder / f"step-{step:06d}.png")
 
     def finish(self, mixture: Mixture) -> None:
+        """Publish the adapter and the last sheet; also where a resumed run has no step left."""
+        tensors = gather_adapter(self.engine)
+        if self.share.rank == 0:
+            staging = self.output / ".adapter.part"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            self.write_adapter(staging, tensors, self.run.steps)
+            checkpoint.publish(staging, self.output / "adapter")
         self.sheet(mixture, self.run.steps)
         if self.writer is not None:
             self.writer.close()
 
 
-def _as_list(drawn: list[Drawn]) -> list[Drawn]:
+def drawn_or_error(drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
+    """Raise the mistake that a reading process found."""
+    for one in drawn:
+        if isinstance(one, UserError):
+            raise one
+    return cast(Sequence[Drawn], drawn)
+
+
+def _as_list(drawn: list[Drawn | UserError]) -> list[Drawn | UserError]:
     return drawn
