@@ -99,6 +99,8 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         (["--set", "save_every"], "--set 'save_every': expected NAME=VALUE"),
         (["--set", "save_every=often"], "save_every = 'often'"),
         (["--set", f"save_every={'9' * 5000}"], "save_every = '999"),
+        (["--set", "data.hold_out=1"], "data.hold_out = 1"),
+        (["--data", "scenes=3", "--set", "data.hold_out=4"], "scenes has 3 items"),
         (["--set", "adapter.layers=("], "no regular expression"),
         (["--config", "x" * 300], "no such file, and no shipped one"),
         (["--set", "data.weights.dept=1"], "data.weights names 'dept'"),

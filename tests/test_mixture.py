@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.item import Item, Part
 from visualcloze_deft.data.mixture import Example, Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.registry import Task
@@ -262,3 +262,12 @@ def test_a_task_without_source_is_named_with_what_is_lacking() -> None:
 def test_derived_roles_need_the_target() -> None:
     with pytest.raises(UserError, match=r"task gray: .*flat lacks gray"):
         mixture(task("gray", "gray b"), sources=(Flat(roles="b"),))
+
+
+@pytest.mark.parametrize("count", [10, 11, 12, 13])
+def test_training_and_held_out_items_part_a_source(count: int) -> None:
+    source = Flat(count)
+    parts = [Part(source, every=4, held_out=held_out) for held_out in (False, True)]
+    trained, held_out = ([part.item(k).key for k in range(len(part))] for part in parts)
+    assert sorted([*trained, *held_out]) == sorted(source.item(k).key for k in range(count))
+    assert held_out == [source.item(k).key for k in range(3, count, 4)]

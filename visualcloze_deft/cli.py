@@ -208,6 +208,14 @@ DATA = click.option(
 )
 
 
+HOLD_OUT = click.option(
+    "--hold-out",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Only every N-th item of the data: those that training with data.hold_out=N never sees.",
+)
+
+
 @tasks.command("list", context_settings=CONTEXT)
 @FOLDERS
 def list_tasks(folders: tuple[str, ...]) -> None:
@@ -229,6 +237,7 @@ def list_tasks(folders: tuple[str, ...]) -> None:
 @FOLDERS
 @DATA
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
+@HOLD_OUT
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
@@ -237,6 +246,7 @@ def preview(
     folders: tuple[str, ...],
     data: tuple[str, ...],
     count: int,
+    hold_out: int | None,
     seed: int,
     resolution: int,
     output: str,
@@ -244,7 +254,7 @@ def preview(
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
     from visualcloze_deft.preview import example_sheet
 
-    mixture = preview_mixture(name, folders, data, seed, resolution)
+    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
     path = Path(output)
     if path.suffix != ".png" or path.is_dir():
         raise UserError(f"--output {path}: give a file that ends in .png")
@@ -264,6 +274,7 @@ def preview(
 @DATA
 @click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Per task.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
+@HOLD_OUT
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
 @click.option("--output", default="grids", show_default=True, metavar="DIR")
@@ -273,6 +284,7 @@ def example(
     data: tuple[str, ...],
     count: int,
     rows: int,
+    hold_out: int | None,
     seed: int,
     resolution: int,
     output: str,
@@ -280,7 +292,7 @@ def example(
     """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
     from visualcloze_deft.preview import query_of, write_grids
 
-    mixture = preview_mixture(name, folders, data, seed, resolution)
+    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
     wanted = [
         query_of(mixture, task, index=k, rows=rows)
         for task in mixture.tasks.values()
@@ -290,15 +302,22 @@ def example(
 
 
 def preview_mixture(
-    name: str, folders: tuple[str, ...], data: tuple[str, ...], seed: int, resolution: int
-) -> Any:
+    name: str,
+    folders: tuple[str, ...],
+    data: tuple[str, ...],
+    hold_out: int | None,
+    seed: int,
+    resolution: int,
+) -> Mixture:
     from visualcloze_deft.rundir import mixture_of
     from visualcloze_deft.settings import parse_run
 
-    wanted = {"tasks": name, "task_folders": folders, "resolution": resolution}
+    wanted: dict[str, Any] = {"tasks": name, "task_folders": folders, "resolution": resolution}
+    wanted["hold_out"] = hold_out or 0
     if data:
         wanted["sources"] = data
-    return mixture_of(parse_run({"data": wanted, "seed": seed}, where="command line"))
+    run = parse_run({"data": wanted, "seed": seed}, where="command line")
+    return mixture_of(run, held_out=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

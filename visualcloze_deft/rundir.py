@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visualcloze_deft.checkpoint import Progress, newest
-from visualcloze_deft.data.mixture import Mixture, missing
+from visualcloze_deft.data.item import Part
+from visualcloze_deft.data.mixture import Mixture, draw_items, missing
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import check_folder, check_lora
@@ -46,10 +49,21 @@ PACKAGES = [
 ]
 
 
-def mixture_of(run: Run) -> Mixture:
-    """The run's tasks over its sources. "all" means all tasks that the sources can serve."""
+def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
+    """The run's tasks over its sources. "all" means all tasks that the sources can serve.
+
+    held_out: over the items that `data.hold_out` keeps out of training, if it keeps any.
+    """
     size = resolution_of(run)
     sources = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    if every := run.data.hold_out:
+        for source in sources:
+            if len(source) < every:
+                raise UserError(
+                    f"data.hold_out = {every}: {source.name} has {len(source)} items; "
+                    "give a smaller one"
+                )
+        sources = [Part(source, every=every, held_out=held_out) for source in sources]
     tasks = tasks_of(run)
     if run.data.tasks == "all":
         tasks = {
@@ -84,6 +98,10 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     if run.model_lora is not None:
         check_lora(run.model_lora)
     mixture = mixture_of(run)
+    if run.data.hold_out:  # all tasks can be shown at the end
+        shown = mixture_of(run, held_out=True)
+        for name, task in shown.tasks.items():
+            draw_items(shown.serving[name][0], task, 1, np.random.default_rng(0))
     items = sum(len(source) for source in mixture.sources)
     if items < processes:
         raise UserError(

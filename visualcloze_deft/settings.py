@@ -42,6 +42,12 @@ def _expression(pattern: str) -> str:
     return pattern
 
 
+def _none_or_some(every: int) -> int:
+    if every < 0 or every == 1:
+        raise ValueError("give 0 for none, or 2 and more for every n-th item")
+    return every
+
+
 class Recipe(_Section):
     """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
 
@@ -78,6 +84,8 @@ class Data(_Section):
     """Task name -> how often it is drawn, relative to 1."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
+    hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
+    """Every n-th item of each source is never trained on, and is what sheets show; 0: none."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes per training process."""
     recipe: Recipe = Recipe()

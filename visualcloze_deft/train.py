@@ -121,7 +121,7 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
         rundir.keep_metrics_until(output, first)
         loop.writer = SummaryWriter(output / "tensorboard", purge_step=first + 1)
     loop.run_steps(mixture, first)
-    loop.finish(mixture)
+    loop.finish()
     process.wait_for_everyone()
     process.destroy_process_group()
 
@@ -160,6 +160,7 @@ class Loop:
         self.share = share
         self.output = output
         self.resolution = rundir.resolution_of(run)
+        self.shown = rundir.mixture_of(run, held_out=True)
         self.writer: SummaryWriter | None = None
 
     def run_steps(self, mixture: Mixture, first: int) -> None:
@@ -195,7 +196,7 @@ class Loop:
             if done % run.save_every == 0 or done == run.steps:
                 self.save(done)
             if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
-                self.sheet(mixture, done)
+                self.sheet(done)
         bar.close()
 
     def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
@@ -275,17 +276,17 @@ class Loop:
             metadata=rundir.adapter_metadata(self.run, step),
         )
 
-    def sheet(self, mixture: Mixture, step: int) -> None:
+    def sheet(self, step: int) -> None:
         """A picture of what the adapter makes; every process samples, rank 0 writes."""
         self.models.transformer.eval()
-        page = sample_sheet(self.models, mixture, resolution=self.resolution)
+        page = sample_sheet(self.models, self.shown, resolution=self.resolution)
         self.models.transformer.train()
         if self.share.rank == 0:
             folder = self.output / "sheets"
             folder.mkdir(exist_ok=True)
             page.save(folder / f"step-{step:06d}.png")
 
-    def finish(self, mixture: Mixture) -> None:
+    def finish(self) -> None:
         """Publish the adapter and the last sheet; also where a resumed run has no step left."""
         tensors = gather_adapter(self.engine)
         if self.share.rank == 0:
@@ -294,7 +295,7 @@ class Loop:
             staging.mkdir()
             self.write_adapter(staging, tensors, self.run.steps)
             checkpoint.publish(staging, self.output / "adapter")
-        self.sheet(mixture, self.run.steps)
+        self.sheet(self.run.steps)
         if self.writer is not None:
             self.writer.close()
 

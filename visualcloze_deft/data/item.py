@@ -39,3 +39,23 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, index: int) -> Item: ...
+
+
+class Part:
+    """Every `every`-th item of a source (`held_out`), or all the others."""
+
+    def __init__(self, source: Source, *, every: int, held_out: bool) -> None:
+        self.name = source.name
+        self.roles = source.roles
+        self.source = source
+        self.every = every
+        self.held_out = held_out
+
+    def __len__(self) -> int:
+        kept_out = len(self.source) // self.every
+        return kept_out if self.held_out else len(self.source) - kept_out
+
+    def item(self, index: int) -> Item:
+        if self.held_out:
+            return self.source.item(index * self.every + self.every - 1)
+        return self.source.item(index + index // (self.every - 1))
