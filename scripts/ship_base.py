@@ -19,8 +19,18 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from visualcloze_deft.folders import BASE
 
+HISTORY = "training.jsonl"  # one line for each training that led to these weights
 LIMIT = 16_000_000  # bytes in all
 CARD = Path(__file__).with_name("base_card.md")
+
+
+def card(stages: list[dict]) -> str:
+    told = [
+        f"{s['samples']:,} grids in {s['minutes']:.0f} minutes, from {s['bundles']:,} bundles"
+        f"{' (' + s['note'] + ')' if 'note' in s else ''}"
+        for s in stages
+    ]
+    return CARD.read_text().format(stages=";\n  then ".join(told), **stages[-1])
 
 
 def main() -> None:
@@ -62,8 +72,11 @@ def main() -> None:
         if config.parent.name.startswith("text_encoder"):  # stored in half, computed in single
             fields["dtype"] = "float32"
         config.write_text(json.dumps(fields, indent=2))
-    last = json.loads((options.out / "base_log.jsonl").read_text().splitlines()[-1])
-    (BASE / "README.md").write_text(CARD.read_text().format(**last), encoding="utf-8")
+    last = (options.out / "base_log.jsonl").read_text().splitlines()[-1]
+    earlier = options.out / HISTORY  # of a base that was trained on with --warm
+    stages = [*(earlier.read_text().splitlines() if earlier.exists() else []), last]
+    (BASE / HISTORY).write_text("".join(f"{stage}\n" for stage in stages))
+    (BASE / "README.md").write_text(card([json.loads(stage) for stage in stages]))
     size = sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file())
     print(f"{BASE}: {size / 1e6:.2f} MB, {last}")
     if size > LIMIT:

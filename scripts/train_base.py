@@ -3,7 +3,8 @@
 Reads the bank of encoded grids (train_base_bank.py; shards may still be arriving), trains FLUX's
 transformer with both text encoders, keeps an average of the weights, and writes what it has every
 few minutes: a second call goes on from there. Progress is counted in samples; the draw of step k
-is a function of (seed, k). Axes: b batch, r rows, n tokens of a strip, c channels.
+is a function of (seed, k) and the shards that have arrived.
+Axes: b batch, r rows, n tokens of a strip, c channels.
 """
 
 from __future__ import annotations
