@@ -178,9 +178,12 @@ def markdown(results: dict, examples: dict, text: dict, note: str) -> str:
     ]
     for name, found in results.items():
         p, (mean, low, high) = found["psnr"], found["gain"]
+        ours = [f"{p['base']:.1f}", f"{p['adapter']:.1f}"]
+        better = int(mean > 0)
+        ours[better] = f"**{ours[better]}**"
         lines.append(
-            f"| {name} | {p['copy']:.1f} | {p['constant']:.1f} | {p['base']:.1f} "
-            f"| **{p['adapter']:.1f}** | {p['vae']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
+            f"| {name} | {p['copy']:.1f} | {p['constant']:.1f} | {' | '.join(ours)} "
+            f"| {p['vae']:.1f} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) |"
         )
     lines += [
         "",
