@@ -17,7 +17,7 @@ from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.item import Part
 from visualcloze_deft.data.mixture import Mixture, draw_items, missing
 from visualcloze_deft.data.sources import open_source
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import check_folder, check_lora
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import output_folder
@@ -64,6 +64,10 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
                     "give a smaller one"
                 )
         sources = [Part(source, every=every, held_out=held_out) for source in sources]
+    known = load_tasks(Path(folder) for folder in run.data.task_folders)
+    for name in run.data.weights:
+        if name not in known:
+            raise UserError(f"data.weights names {name!r}; {nearest(name, known)}")
     tasks = tasks_of(run)
     if run.data.tasks == "all":
         tasks = {
@@ -76,9 +80,6 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
                 f"no task can be made from {', '.join(run.data.sources)}: "
                 + "; ".join(f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources)
             )
-    for name in run.data.weights:
-        if name not in tasks:
-            raise UserError(f"data.weights names {name!r}, which is not among the run's tasks")
     return Mixture(tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights)
 
 

@@ -81,7 +81,7 @@ class Data(_Section):
     task_folders: tuple[str, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Task name -> how often it is drawn, relative to 1."""
+    """Task name -> how often it is drawn, relative to 1; names of other tasks do nothing."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
