@@ -187,7 +187,8 @@ class Loop:
                 group["lr"] = group["full_lr"] * factor
             began = time.monotonic()
             losses: dict[int, tuple[str, float]] = {}
-            torch.manual_seed((run.seed * 1_000_003 + step) * share.world + share.rank)  # dropout
+            noise_of_dropout = (run.seed * 1_000_003 + step) * share.world + share.rank
+            torch.manual_seed(noise_of_dropout % 2**63)
             for _ in range(run.accumulate):
                 losses |= self.backward(drawn_or_error(next(batches)))
                 self.engine.step()
