@@ -159,8 +159,8 @@ def test_a_killed_run_resumes_to_the_same_adapter(
 @pytest.mark.parametrize(
     "options",
     [
-        "--zero 3 --set sheet_every=2",
-        "--zero 3 --method lora --set checkpointing=true",
+        "--zero 3 --set sheet_every=4",
+        "--zero 1 --processes 1 --method lora --set checkpointing=false",
         "--zero 0 --processes 1 --set accumulate=2",
         "--zero 2 --method para --set precision=bfloat16",
     ],

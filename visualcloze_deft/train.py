@@ -172,7 +172,7 @@ class Loop:
             num_workers=run.data.workers,
         )
         batches = iter(loader)
-        bar = tqdm(
+        with tqdm(
             desc="training",
             total=run.steps,
             initial=first,
@@ -180,25 +180,28 @@ class Loop:
             disable=share.rank != 0,
             smoothing=0.05,
             mininterval=1.0,
-        )
-        for step in range(first, run.steps):
-            factor = learning_rate_factor(step, run.steps, run.optimiser)
-            for group in torch_optimiser(self.engine).param_groups:
-                group["lr"] = group["full_lr"] * factor
-            began = time.monotonic()
-            losses: dict[int, tuple[str, float]] = {}
-            noise_of_dropout = (run.seed * 1_000_003 + step) * share.world + share.rank
-            torch.manual_seed(noise_of_dropout % 2**63)
-            for _ in range(run.accumulate):
-                losses |= self.backward(drawn_or_error(next(batches)))
-                self.engine.step()
-            self.record(step + 1, losses, factor, time.monotonic() - began, bar)
-            done = step + 1
-            if done % run.save_every == 0 or done == run.steps:
-                self.save(done)
-            if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
-                self.sheet(done)
-        bar.close()
+        ) as bar:
+            for step in range(first, run.steps):
+                self.take_step(step, batches, bar)
+                done = step + 1
+                if done % run.save_every == 0 or done == run.steps:
+                    self.save(done)
+                if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
+                    self.sheet(done)
+
+    def take_step(self, step: int, batches: Iterator[list[Drawn | UserError]], bar: Any) -> None:
+        run, share = self.run, self.share
+        factor = learning_rate_factor(step, run.steps, run.optimiser)
+        for group in torch_optimiser(self.engine).param_groups:
+            group["lr"] = group["full_lr"] * factor
+        began = time.monotonic()
+        losses: dict[int, tuple[str, float]] = {}
+        noise_of_dropout = (run.seed * 1_000_003 + step) * share.world + share.rank
+        torch.manual_seed(noise_of_dropout % 2**63)
+        for _ in range(run.accumulate):
+            losses |= self.backward(drawn_or_error(next(batches)))
+            self.engine.step()
+        self.record(step + 1, losses, factor, time.monotonic() - began, bar)
 
     def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
         """Gradients of one batch; task and loss by example index."""
