@@ -290,15 +290,10 @@ def example(
     output: str,
 ) -> None:
     """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
-    from visualcloze_deft.preview import query_of, write_grids
+    from visualcloze_deft.preview import queries, write_grids
 
     mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
-    wanted = [
-        query_of(mixture, task, index=k, rows=rows)
-        for task in mixture.tasks.values()
-        for k in range(count)
-    ]
-    click.echo(write_grids(wanted, Path(output)))
+    click.echo(write_grids(queries(mixture, count=count, rows=rows), Path(output)))
 
 
 def preview_mixture(

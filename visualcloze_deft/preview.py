@@ -24,10 +24,20 @@ STEPS = 20
 
 
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
-    """A grid of `task` as inference sees it: its own targets hidden, all words said."""
+    """A grid of `task` as inference sees it: its own targets hidden, all words said.
+
+    From the first source that has items for it; raises `UserError` where none has.
+    """
     rng = np.random.default_rng([mixture.seed, SHEETS + index])
-    source = mixture.serving[task.name][0]
-    items = draw_items(source, task, min(rows, len(source)), rng)
+    *others, last = mixture.serving[task.name]
+    for source in others:
+        try:
+            items = draw_items(source, task, min(rows, len(source)), rng)
+            break
+        except UserError:  # its items lack a role: the next source
+            continue
+    else:
+        items = draw_items(last, task, min(rows, len(last)), rng)
     return Example(
         index=index,
         task=task.name,
@@ -39,14 +49,30 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
     )
 
 
+def queries(mixture: Mixture, *, count: int = 1, rows: int = 2) -> list[Example]:
+    """`count` grids of every task; without tasks that no item serves, e.g. no held-out one.
+
+    Raises `UserError` where no task is left.
+    """
+    found: list[Example] = []
+    lacking = None
+    for task in mixture.tasks.values():
+        try:
+            found += [query_of(mixture, task, index=k, rows=rows) for k in range(count)]
+        except UserError as error:
+            lacking = error
+    if lacking and not found:
+        raise lacking
+    return found
+
+
 def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:
     """For every task a grid with the model's answer framed, and the truth beside it."""
     pages = []
-    for index, task in enumerate(mixture.tasks.values()):
-        example = query_of(mixture, task, index=index)
+    for example in queries(mixture):
         built = grid.build(example.rows, resolution=resolution, hidden=example.hidden)
         (made,) = generate(
-            models, [built], [example.prompt], seeds=[index], steps=STEPS, guidance=GUIDANCE
+            models, [built], [example.prompt], seeds=[example.index], steps=STEPS, guidance=GUIDANCE
         )
         answers = iter(made)
         last = [
@@ -58,7 +84,7 @@ def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.
         ]
         rows = [*example.rows[:-1], [*last, *truth]]
         framed = [(len(rows) - 1, c) for c, hidden in enumerate(example.hidden) if hidden]
-        words = f"{task.name}: {example.content}" if example.content else task.name
+        words = f"{example.task}: {example.content}" if example.content else example.task
         pages.append(draw_grid(rows, title=words, made=framed))
     return draw_sheet(pages, columns=min(4, len(pages)))
 

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.item import Part
-from visualcloze_deft.data.mixture import Mixture, draw_items, missing
+from visualcloze_deft.data.mixture import Mixture, missing
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import check_folder, check_lora
@@ -99,10 +97,6 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     if run.model_lora is not None:
         check_lora(run.model_lora)
     mixture = mixture_of(run)
-    if run.data.hold_out:  # all tasks can be shown at the end
-        shown = mixture_of(run, held_out=True)
-        for name, task in shown.tasks.items():
-            draw_items(shown.serving[name][0], task, 1, np.random.default_rng(0))
     items = sum(len(source) for source in mixture.sources)
     if items < processes:
         raise UserError(
