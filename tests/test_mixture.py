@@ -14,6 +14,7 @@ from PIL import Image
 from visualcloze_deft.data.item import Item, Part
 from visualcloze_deft.data.mixture import Example, Mixture
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.preview import queries
 from visualcloze_deft.registry import Task
 from visualcloze_deft.settings import Recipe
 
@@ -271,3 +272,13 @@ def test_training_and_held_out_items_part_a_source(count: int) -> None:
     trained, held_out = ([part.item(k).key for k in range(len(part))] for part in parts)
     assert sorted([*trained, *held_out]) == sorted(source.item(k).key for k in range(count))
     assert held_out == [source.item(k).key for k in range(3, count, 4)]
+
+
+def test_sheets_take_the_first_source_that_has_items_and_leave_out_what_none_has() -> None:
+    full, poor = Flat(8, name="full"), Flat(8, name="poor", poor=8)
+    tasks = {"mix": task(), "other": task("other", "c target")}
+    mixture = Mixture(tasks, [poor, full, Flat(4, roles="c target", poor=4)], seed=0)
+    found = queries(mixture, count=2)
+    assert [example.task for example in found] == ["mix", "mix"]
+    with pytest.raises(UserError, match="no item has the roles of other"):
+        queries(Mixture({"other": tasks["other"]}, mixture.sources, seed=0))
