@@ -66,7 +66,7 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
     for name in run.data.weights:
         if name not in known:
             raise UserError(f"data.weights names {name!r}; {nearest(name, known)}")
-    tasks = tasks_of(run)
+    tasks = select(known, run.data.tasks)
     if run.data.tasks == "all":
         tasks = {
             name: task

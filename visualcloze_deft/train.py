@@ -116,11 +116,11 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     if start is not None:
         restore_moments(engine, start)
     first = start.progress.step if start else 0
-    loop = Loop(run=run, models=models, engine=engine, share=share, output=output)
+    loop = Loop(run=run, mixture=mixture, models=models, engine=engine, share=share, output=output)
     if share.rank == 0:
         rundir.keep_metrics_until(output, first)
         loop.writer = SummaryWriter(output / "tensorboard", purge_step=first + 1)
-    loop.run_steps(mixture, first)
+    loop.run_steps(first)
     loop.finish()
     process.wait_for_everyone()
     process.destroy_process_group()
@@ -152,21 +152,29 @@ class Loop:
     """The steps of one process, and what it writes as rank 0."""
 
     def __init__(
-        self, *, run: Run, models: Models, engine: Any, share: Share, output: Path
+        self,
+        *,
+        run: Run,
+        mixture: Mixture,
+        models: Models,
+        engine: Any,
+        share: Share,
+        output: Path,
     ) -> None:
         self.run = run
+        self.mixture = mixture
+        self.shown = rundir.mixture_of(run, held_out=True) if run.data.hold_out else mixture
         self.models = models
         self.engine = engine
         self.share = share
         self.output = output
         self.resolution = rundir.resolution_of(run)
-        self.shown = rundir.mixture_of(run, held_out=True)
         self.writer: SummaryWriter | None = None
 
-    def run_steps(self, mixture: Mixture, first: int) -> None:
+    def run_steps(self, first: int) -> None:
         run, share = self.run, self.share
         loader = DataLoader(
-            Draws(mixture, self.resolution),
+            Draws(self.mixture, self.resolution),
             batch_sampler=list(share.indices(first, run.steps)),
             collate_fn=_as_list,
             num_workers=run.data.workers,
