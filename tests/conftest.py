@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visualcloze_deft.modelfolder import PARTS
+from visualcloze_deft.modelfolder import CHANNELS, PARTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -42,6 +42,8 @@ def hollow_model(tmp_path: Path) -> Path:
     folder = tmp_path / "hollow"
     for part in PARTS:
         (folder / part).mkdir(parents=True)
+    channels = dict(zip(("in_channels", "out_channels"), CHANNELS, strict=True))
+    (folder / "transformer" / "config.json").write_text(json.dumps(channels))
     return folder
 
 

@@ -133,6 +133,17 @@ def test_the_file_says_what_it_holds(transformer: FluxTransformer2DModel, tmp_pa
     assert all("deft_" in name for name in load_file(tmp_path / adapters.WEIGHTS))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("nothing", "matches no linear layer"), (r".*attn.*", "attn, which is no linear layer")],
+)
+def test_a_pattern_that_matches_no_layer_or_no_linear_one_is_refused(
+    transformer: FluxTransformer2DModel, pattern: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        adapters.attach(transformer, Adapter(layers=pattern), seed=0)
+
+
 def break_truncate(folder: Path) -> None:
     path = folder / adapters.WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])

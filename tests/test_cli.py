@@ -224,7 +224,7 @@ def test_an_output_that_holds_another_run_is_left_alone(refused: Refused, tmp_pa
 def test_resuming_without_a_checkpoint_is_refused(
     train: Callable[..., str], refused: Refused, tmp_path: Path
 ) -> None:
-    assert "--resume: no good checkpoint" in train("--resume")
+    assert "--resume: no checkpoint in" in train("--resume")
     write_run(Run(), tmp_path / "settings.toml")
     (tmp_path / "checkpoints" / "step-000200").mkdir(parents=True)
     line = refused("train", "--resume", "--output", tmp_path)

@@ -53,6 +53,35 @@ def test_a_second_call_keeps_what_the_first_one_wrote(
     assert Image.open(output / "003.png").size == (32, 32)
 
 
+def test_pictures_that_lie_in_the_output_folder_stay(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = grid_file(rows=[["001.png", None]])
+    (tmp_path / "a.png").rename(tmp_path / "001.png")
+    before = (tmp_path / "001.png").read_bytes()
+    words = ("--examples", path, "--model", micro_model, "--resolution", 32)
+    run(*words, "--output", tmp_path)
+    assert (tmp_path / "001.png").read_bytes() == before
+    assert (tmp_path / "002.png").is_file()
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    from visualcloze_deft import InContextPipeline, adapters
+    from visualcloze_deft.errors import UserError
+    from visualcloze_deft.modelfolder import fingerprint
+    from visualcloze_deft.models import load_models
+    from visualcloze_deft.settings import Adapter
+
+    models = load_models(str(micro_model))
+    adapters.attach(models.transformer, Adapter(rank=2), seed=0)
+    mark = {"base_fingerprint": fingerprint("tiny"), "base_model": "tiny"}
+    adapters.save(models.transformer, tmp_path, base="micro", metadata=mark)
+    with pytest.raises(UserError, match="made for another base"):
+        InContextPipeline.from_pretrained(str(micro_model), adapter=tmp_path)
+
+
 def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     micro_model: Path,
     grid_file: Callable[..., Path],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from visualcloze_deft import InContextPipeline, grid, sample
 from visualcloze_deft.batch import encode_grids
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.gridfile import request
 from visualcloze_deft.models import load_models, merge_lora
 
 STEPS = 4
@@ -178,6 +181,53 @@ def test_a_lora_of_another_model_is_refused(micro_model: Path, tmp_path: Path) -
     save_file(tensors, path)
     with pytest.raises(UserError, match="does not fit"):
         load_models(str(micro_model), lora=str(tmp_path))
+
+
+def test_an_adapter_of_ours_is_no_lora_to_merge(micro_model: Path, tmp_path: Path) -> None:
+    from visualcloze_deft import adapters
+    from visualcloze_deft.settings import Adapter
+
+    models = load_models(str(micro_model))
+    adapters.attach(models.transformer, Adapter(rank=2), seed=0)
+    adapters.save(models.transformer, tmp_path, base="micro")
+    with pytest.raises(UserError, match="LoRA"):
+        load_models(str(micro_model), lora=str(tmp_path))
+
+
+def test_the_alpha_in_a_loras_metadata_counts(micro_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    models = load_models(str(micro_model))
+    name = "single_transformer_blocks.0.attn.to_q"
+    weight = models.transformer.get_parameter(f"{name}.weight")
+    before = weight.detach().clone()
+    a, b = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+    config = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.target_modules": [name]}
+    save_file(
+        {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b},
+        tmp_path / "pytorch_lora_weights.safetensors",
+        {"lora_adapter_metadata": json.dumps(config)},
+    )
+    merge_lora(models.transformer, str(tmp_path))
+    after = models.transformer.get_parameter(f"{name}.weight")
+    torch.testing.assert_close(after, before + 0.5 * b @ a, atol=1e-4, rtol=1e-4)
+
+
+def test_images_of_any_mode_are_read_as_files_are(pipe: InContextPipeline) -> None:
+    deep = Image.fromarray(np.full((32, 32), 257 * 100, np.uint16))
+    asked = request([[deep, None]], pipe.tasks)
+    assert asked.rows[0][0] is not None
+    assert asked.rows[0][0].getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"guidance": float("nan")}, {"resolution": 100}, {"file": "grid.json"}]
+)
+def test_a_bad_argument_of_a_call_is_named(pipe: InContextPipeline, wrong: dict[str, Any]) -> None:
+    good = Image.new("RGB", (32, 32))
+    rows = None if "file" in wrong else [[good, None]]
+    with pytest.raises(UserError):
+        pipe(rows=rows, task_prompt="turn it", **wrong)
 
 
 def test_flux_dev_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ BROKEN = {
     "target as number": ("summary", "targets = [1]\nsummary", "1 is no column"),
     "target as list": ("summary", 'targets = [["target"]]\nsummary', "target"),
     "target twice": ("summary", 'targets = ["target", "target"]\nsummary', "target"),
+    "target before a condition": (
+        "summary",
+        'targets = ["sketch"]\nsummary',
+        "must be the last columns",
+    ),
+    "role with a dot": ('style = "painting"', '"a.b" = "painting"', "role 'a.b'"),
     "all targets": (
         "summary",
         'targets = ["sketch", "style", "target"]\nsummary',

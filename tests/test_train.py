@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
@@ -25,7 +25,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
 from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import Share, learning_rate_factor
+from visualcloze_deft.train import Share, learning_rate_factor, only_writer
 
 STEPS = 6
 
@@ -248,14 +248,16 @@ def test_a_mistake_that_only_the_processes_find_is_one_line(
 def test_a_damaged_picture_found_by_a_reading_process_is_one_line(
     micro_model: Path, tmp_path: Path
 ) -> None:
+    """One damaged picture of four: only one of the two processes reads it first."""
     for name in ("depth", "target"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / "1.png")
+        for number in range(1, 5):
+            Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / f"{number}.png")
     whole = (tmp_path / "data" / "target" / "1.png").read_bytes()
     (tmp_path / "data" / "target" / "1.png").write_bytes(whole[:-20])
-    words = arguments(micro_model, tmp_path / "run", "--processes", "1", "--set", "data.workers=1")
+    words = arguments(micro_model, tmp_path / "run", "--set", "data.workers=1", "--batch", "1")
     words += ["--data", f"folder={tmp_path / 'data'}", "--tasks", "depth-to-image"]
-    done = vcdeft(*words)
+    done = vcdeft(*words, "--set", "data.recipe.examples=[1]")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("vcdeft: ")]
     assert "1.png" in line
@@ -269,6 +271,43 @@ def test_a_run_that_saved_nothing_can_be_started_again(micro_model: Path, tmp_pa
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(UserError, match="holds another run"):
         rundir.prepare(run, processes=1, resume=False)
+
+
+def test_a_second_process_does_not_write_beside_the_first(tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path / "run"),
+        pytest.raises(UserError, match="another process"),
+        only_writer(tmp_path / "run"),
+    ):
+        pass
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+def test_resuming_with_changed_task_files_is_refused(
+    two_processes: Path, refused: Callable[..., str]
+) -> None:
+    kept = two_processes / "tasks" / "novel-view.toml"
+    before = kept.read_text()
+    kept.write_text(f"{before}# changed\n")
+    assert "novel-view.toml has changed" in refused("train", "--output", two_processes, "--resume")
+    kept.write_text(before)
+
+
+def test_resuming_on_another_base_of_the_same_shape_is_refused(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    run = load_run(str(two_processes / rundir.SETTINGS))
+    shutil.copytree(two_processes, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(micro_model, other)
+    path = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    changed = run.model_copy(update={"model": str(other), "output": str(tmp_path / "run")})
+    kept = tmp_path / "run" / rundir.SETTINGS
+    kept.write_text(kept.read_text().replace(str(micro_model), str(other)))
+    with pytest.raises(UserError, match="made for another base"):
+        rundir.prepare(changed, processes=2, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import WEIGHTS
 from visualcloze_deft.settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 # Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
 FLUX_LAYERS = (
     r".*transformer_blocks\.\d+\."
@@ -58,14 +59,17 @@ def peft_config(settings: Adapter) -> PeftConfig:
 def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int) -> None:
     """Freeze `transformer` and add a trainable float32 adapter; DEFT and LoRA start as identity.
 
-    Raises `UserError` where no layer matches `settings.layers`.
+    Raises `UserError` where `settings.layers` matches no layer, or one that is not linear.
     """
     pattern = re.compile(layers(settings))
-    linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    if not any(pattern.fullmatch(name) for name in linear):
+    matched = {n: m for n, m in transformer.named_modules() if pattern.fullmatch(n)}
+    other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
+    if other or not matched:
+        linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
         raise UserError(
-            f"adapter.layers {settings.layers!r} matches no linear layer; names look like "
-            f"{linear[-2]}"
+            f"adapter.layers {settings.layers!r} matches "
+            f"{f'{other[0]}, which is no linear layer' if other else 'no linear layer'}; names "
+            f"look like {linear[-2]}"
         )
     transformer.requires_grad_(False)
     with torch.random.fork_rng():
@@ -147,7 +151,7 @@ def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool =
     transformer.requires_grad_(False)
     try:
         transformer.add_adapter(config, adapter_name=NAME)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
     keep_single_precision(transformer)
     expected = state(transformer)

@@ -58,11 +58,12 @@ def save(
     staging.mkdir(parents=True)
     write_adapter(staging)
     save_file(moments, staging / MOMENTS)
-    sums = {path.name: _digest(path) for path in sorted(staging.iterdir())}
+    sums = {path.name: digest(path) for path in sorted(staging.iterdir())}
     (staging / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
     publish(staging, final)
     for old in _by_step(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        if old != final:  # damaged ones of a higher number may stand beside it
+            shutil.rmtree(old)
     return final
 
 
@@ -87,10 +88,11 @@ def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
             return Checkpoint(folder=path, progress=_check(path)), warnings
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.append(f"checkpoint {path} is damaged ({error}); using an older one")
-    damaged = f" ({len(warnings)} damaged)" if warnings else ""
+    if not warnings:
+        raise UserError(f"--resume: no checkpoint in {folder} yet; start again without --resume")
     raise UserError(
-        f"--resume: no good checkpoint in {folder}{damaged}; start again without --resume "
-        "and with another --output"
+        f"--resume: no good checkpoint in {folder} ({len(warnings)} damaged); start again without "
+        "--resume and with another --output"
     )
 
 
@@ -100,12 +102,13 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _check(path: Path) -> Progress:
     fields = json.loads((path / PROGRESS).read_text())
-    for name, digest in fields.pop("sha256").items():
-        if _digest(path / name) != digest:
+    for name, expected in fields.pop("sha256").items():
+        if digest(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     return Progress(**fields)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
+DATA = click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
+)
+
 
 class Commands(click.Group):
     """A group that knows what was meant by a mistyped command."""
@@ -47,9 +51,7 @@ def cli() -> None:
 @cli.command(context_settings=CONTEXT)
 @click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
 @click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
-@click.option(
-    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
-)
+@DATA
 @click.option("--tasks", help="'all', or names and groups joined by commas.")
 @click.option("--method", help="deft, deft-relaxed, para or lora.")
 @click.option("--rank", type=int, help="Rank of the adapter.")
@@ -63,9 +65,6 @@ def cli() -> None:
 @click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
-@click.option(
-    "--local-rank", "--local_rank", type=int, hidden=True, help="From deepspeed's launcher."
-)
 @click.pass_obj
 def train(
     arguments: Sequence[str],
@@ -74,7 +73,6 @@ def train(
     data: tuple[str, ...],
     overrides: tuple[str, ...],
     resume: bool,
-    local_rank: int | None,
     **options: Any,
 ) -> None:
     """Train one adapter for all tasks. Starts its own processes; also runs under torchrun,
@@ -203,11 +201,6 @@ FOLDERS = click.option(
 )
 
 
-DATA = click.option(
-    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
-)
-
-
 HOLD_OUT = click.option(
     "--hold-out",
     type=click.IntRange(2),
@@ -219,7 +212,7 @@ HOLD_OUT = click.option(
 @tasks.command("list", context_settings=CONTEXT)
 @FOLDERS
 def list_tasks(folders: tuple[str, ...]) -> None:
-    """All tasks by group, with their columns; the last one is generated."""
+    """All tasks by group: what is shown -> what is generated."""
     from visualcloze_deft.registry import load_tasks
 
     known = load_tasks(map(Path, folders))
@@ -228,7 +221,8 @@ def list_tasks(folders: tuple[str, ...]) -> None:
         if task.group != group:
             group = task.group
             click.echo(click.style(group, bold=True))
-        click.echo(f"  {task.name:24}{' + '.join(task.roles[:-1])} -> {task.roles[-1]}")
+        shown = [role for role in task.roles if role not in task.targets]
+        click.echo(f"  {task.name:24}{' + '.join(shown)} -> {' + '.join(task.targets)}")
         click.echo(f"  {'':24}{task.summary}")
 
 
@@ -252,6 +246,7 @@ def preview(
     output: str,
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
+    from visualcloze_deft.output import output_folder
     from visualcloze_deft.preview import example_sheet
 
     mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
@@ -260,10 +255,7 @@ def preview(
         raise UserError(f"--output {path}: give a file that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no folder {path.parent}")
-    try:
-        path.touch()
-    except OSError as error:
-        raise UserError(f"--output {path}: not writable ({error.strerror})") from None
+    output_folder(path.parent)
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
 
@@ -322,10 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                3
-            )  # all processes find the same mistake: the first one says it and ends them
+            time.sleep(3)  # all processes find the same mistake: the first says it and ends them
         click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:  # no permission, a name too long, a full disk
+        if error.filename is None:
+            raise
+        click.echo(f"vcdeft: {error.filename}: {error.strerror}", err=True)
         raise SystemExit(2) from None
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)

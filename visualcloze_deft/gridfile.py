@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.images import as_rgb, read_image
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.registry import Task
 
@@ -59,8 +59,16 @@ def request(
     content_prompt: str | None = None,
     seed: int = 0,
 ) -> Request:
-    """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself."""
+    """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself.
+
+    Images of any mode become 8-bit RGB as files do: see `images.as_rgb`.
+    """
     grid.check_rows(rows)
+    for r, row in enumerate(rows, 1):
+        for image in row:
+            if not isinstance(image, Image.Image | None):
+                raise UserError(f"row {r}: a cell is a PIL image or None, not {image!r}")
+    rows = [[image and as_rgb("an image of the rows", image) for image in row] for row in rows]
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be between 0 and 2**63 - 1, not {seed}")
     if task is not None:

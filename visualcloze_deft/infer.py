@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +12,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from visualcloze_deft import grid
-from visualcloze_deft.adapters import WEIGHTS, metadata
+from visualcloze_deft.adapters import metadata
+from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests
+from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sheet import draw_grid
+
+VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 
 
 def infer(
@@ -50,15 +54,16 @@ def infer(
     )
     shared: dict[str, object] = {
         "model": model,
+        "model_fingerprint": fingerprint(model),
         "model_lora": lora,
-        "adapter": str(adapter) if adapter else None,
-        "adapter_sha256": _digest(adapter / WEIGHTS) if adapter else None,
+        "adapter": str(adapter.absolute()) if adapter else None,
+        "adapter_sha256": digest(adapter / WEIGHTS) if adapter else None,
         "dtype": str(pipe.models.transformer.dtype).removeprefix("torch."),
         "device": pipe.models.device.type,
         "steps": steps,
         "guidance": guidance,
         "resolution": resolution or pipe.models.resolution,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
+        "versions": {name: version(name) for name in VERSIONS},
     }
     if adapter and (trained_on := metadata(adapter).get("base_lora", "")) != (lora or ""):
         tqdm.write(
@@ -66,8 +71,7 @@ def infer(
             f"here it is {lora or 'none'}; see --lora"
         )
     written = []
-    taken = [int(path.stem) for path in output.glob("*.json") if path.stem.isdecimal()]
-    first = max(taken, default=0) + 1
+    first = 1 + max((leading_number(path.name) for path in output.iterdir()), default=0)
     with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
         for number, asked in enumerate(requests, first):
             if cut := pipe.models.cut_text(asked.prompt):
@@ -77,6 +81,16 @@ def infer(
             )
             written += write(output, f"{number:03d}", asked, images, shared)
     return written
+
+
+def leading_number(name: str) -> int:
+    """The number a file name begins with, 0 where there is none.
+
+    >>> leading_number("012-sheet.png"), leading_number("grid.json")
+    (12, 0)
+    """
+    digits = re.match(r"[0-9]+", name)
+    return int(digits[0]) if digits else 0
 
 
 def write(
@@ -102,14 +116,9 @@ def write(
         "task_prompt": asked.task_prompt,
         "content_prompt": asked.content_prompt,
         "rows": [[path and str(path) for path in row] for row in asked.paths],
-        "rows_sha256": [[path and _digest(path) for path in row] for row in asked.paths],
+        "rows_sha256": [[path and digest(path) for path in row] for row in asked.paths],
         "seed": asked.seed,
         **shared,
     }
     (output / f"{name}.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     return paths
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

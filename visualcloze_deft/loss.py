@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visualcloze_deft import flow
 from visualcloze_deft.batch import Group
+from visualcloze_deft.models import predict_velocity
 
 
 class GridLoss(nn.Module):
@@ -31,17 +32,16 @@ class GridLoss(nn.Module):
         return torch.cat([self.errors(group) for group in groups])
 
     def errors(self, group: Group) -> Tensor:
-        latents, dtype = group.latents, self.transformer.dtype
+        latents = group.latents
         noisy = flow.interpolate(latents.clean, group.noise, group.t)
-        predicted = self.transformer(
-            hidden_states=latents.inputs(noisy).to(dtype),
-            timestep=group.t.to(dtype),
-            guidance=torch.full_like(group.t, self.guidance),
-            pooled_projections=group.pooled,
-            encoder_hidden_states=group.text,
-            txt_ids=torch.zeros(group.text.shape[1], 3, device=noisy.device),
-            img_ids=latents.ids,
-            return_dict=False,
-        )[0]
+        predicted = predict_velocity(
+            self.transformer,
+            latents.inputs(noisy),
+            group.t,
+            ids=latents.ids,
+            text=group.text,
+            pooled=group.pooled,
+            guidance=self.guidance,
+        )
         weight = latents.is_target + self.context_weight * (1 - latents.is_target)
         return flow.velocity_error(predicted, flow.velocity(latents.clean, group.noise), weight)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
+WEIGHTS = "adapter_model.safetensors"  # peft's name for an adapter's tensors
+CHANNELS = (384, 64)  # in and out of FLUX.1-Fill's transformer
+SAMPLE = 1 << 20  # bytes of a weight file that its fingerprint reads at either end
 PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 
 
@@ -24,10 +30,62 @@ def check_folder(name: str) -> None:
                 f"model folder {path}: no {', '.join(lacking)}; expected a diffusers folder of "
                 f"FLUX.1-Fill with {', '.join(PARTS)}"
             )
+        check_channels(path)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"unknown model {name!r}; give 'tiny', a diffusers folder or a hub id such as "
             "black-forest-labs/FLUX.1-Fill-dev"
+        )
+
+
+def check_channels(path: Path) -> None:
+    """Raise `UserError` unless the transformer in the model folder `path` completes grids."""
+    config = path / "transformer" / "config.json"
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        # out_channels came with Fill; before it, a transformer had as many out as in
+        found = fields["in_channels"], fields.get("out_channels") or fields["in_channels"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config}: no settings of a transformer: {error}") from None
+    if found != CHANNELS:
+        raise UserError(
+            f"model folder {path}: its transformer has {found[0]} input and {found[1]} output "
+            f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]} (FLUX.1-dev cannot "
+            "complete grids)"
+        )
+
+
+def fingerprint(name: str) -> str:
+    """What tells the transformer's weights in a folder from others; "" for a hub id.
+
+    SHA-256 over names, sizes and both ends of the weight files: 24 GB are not read for it.
+    """
+    folder = (BASE if name == TINY else Path(name)) / "transformer"
+    told = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in files:
+        size = path.stat().st_size
+        told.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            told.update(file.read(SAMPLE))
+            file.seek(max(size - SAMPLE, 0))
+            told.update(file.read())
+    return told.hexdigest() if files else ""
+
+
+def check_base(adapter: Path, name: str) -> None:
+    """Raise `UserError` if the adapter in a folder says that it was trained on another base."""
+    try:
+        with safe_open(adapter / WEIGHTS, "np") as file:
+            told = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{adapter / WEIGHTS}: damaged or truncated ({error})") from None
+    before, now = told.get("base_fingerprint"), fingerprint(name)
+    if before and now and before != now:
+        raise UserError(
+            f"adapter {adapter}: made for another base than {name!r} is here (it names "
+            f"{told.get('base_model', 'none')!r}, whose weights were others); name that base with "
+            "--model, or train the adapter again"
         )
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from visualcloze_deft import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
-from visualcloze_deft.modelfolder import TINY, check_folder, resolution_of
+from visualcloze_deft.modelfolder import CHANNELS, TINY, check_folder, resolution_of
 
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
 
@@ -93,6 +94,30 @@ class Models:
         return flow.schedule(steps, mu)
 
 
+def predict_velocity(
+    transformer: FluxTransformer2DModel,
+    inputs: Tensor,
+    t: Tensor,
+    *,
+    ids: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    guidance: float,
+) -> Tensor:
+    """The transformer's velocity (b, n, 64) for inputs (b, n, 384) at times t (b,) in 0..1."""
+    predicted: Tensor = transformer(
+        hidden_states=inputs.to(transformer.dtype),
+        timestep=t.to(transformer.dtype),
+        guidance=torch.full_like(t, guidance),
+        pooled_projections=pooled,
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3, device=inputs.device),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    return predicted
+
+
 def load_models(
     name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", lora: str | None = None
 ) -> Models:
@@ -111,14 +136,14 @@ def load_models(
         rest = {
             part: kind.from_pretrained(folder, subfolder=part) for part, kind in _OTHERS.items()
         }
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
     transformer = parts["transformer"]
     channels = transformer.config.in_channels, transformer.config.out_channels
-    if channels != (384, 64):
+    if channels != CHANNELS:
         raise UserError(
             f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
-            "channels; FLUX.1-Fill has 384 and 64 (FLUX.1-dev cannot complete grids)"
+            f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
     parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
     if lora is not None:
@@ -150,15 +175,27 @@ def default_dtype(device: str) -> torch.dtype:
 def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
     """Add a diffusers FLUX LoRA into the transformer's weights, for good."""
     try:
-        tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(lora, return_alphas=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"LoRA {lora!r}: {str(error).splitlines()[0]}") from None
+        tensors, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(
+            lora, return_alphas=True, return_lora_metadata=True
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError, SafetensorError) as error:
+        raise UserError(
+            f"LoRA {lora!r}: not one of FLUX that diffusers reads: {str(error).splitlines()[0]}"
+        ) from None
+    if not any(name.startswith("transformer.") for name in tensors):
+        raise UserError(
+            f"LoRA {lora!r}: none of its layers is FLUX's transformer's, e.g. {next(iter(tensors))}"
+        )
     try:
         FluxLoraLoaderMixin.load_lora_into_transformer(
-            tensors, network_alphas=alphas, transformer=transformer, adapter_name="merged"
+            tensors,
+            network_alphas=alphas,
+            metadata=metadata,
+            transformer=transformer,
+            adapter_name="merged",
         )
         transformer.fuse_lora(adapter_names=["merged"])
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"LoRA {lora!r} does not fit this transformer: {str(error).splitlines()[0]}"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from visualcloze_deft import adapters, grid, sample
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.modelfolder import TINY, check_lora
+from visualcloze_deft.modelfolder import TINY, check_base, check_lora
 from visualcloze_deft.models import Models, default_dtype, load_models
 from visualcloze_deft.registry import load_tasks
 
@@ -51,6 +52,7 @@ class InContextPipeline:
         if adapter is not None:
             adapters.read_config(Path(adapter))
             adapters.read_weights(Path(adapter))
+            check_base(Path(adapter), str(model))
         models = load_models(str(model), dtype=dtype, device=device, lora=lora)
         if adapter is not None:
             adapters.load(models.transformer, Path(adapter))
@@ -78,6 +80,8 @@ class InContextPipeline:
         if (file is None) == (rows is None):
             raise UserError("give either a grid file or rows, not both and not neither")
         if file is not None:
+            if (task, task_prompt, content_prompt) != (None, None, None):
+                raise UserError("task and prompts go with rows; a grid file says its own")
             requests = read_requests(Path(file), self.tasks, seed=seed)
         else:
             assert rows is not None
@@ -106,7 +110,17 @@ class InContextPipeline:
         resolution: int | None = None,
         step: Callable[[], object] = lambda: None,
     ) -> list[Image.Image]:
-        """The images of one checked grid; `step` is called after every sampling step."""
+        """The images of one checked grid; `step` is called after every sampling step.
+
+        steps: 1 and more. guidance: any finite number. resolution: the side of a square cell in
+        pixels, a multiple of 16; the model's own by default.
+        """
+        if steps < 1:
+            raise UserError(f"steps must be 1 or more, not {steps}")
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance {guidance}: give a number, e.g. 30")
+        if resolution is not None and (resolution < 1 or resolution % grid.CELL_STEP):
+            raise UserError(f"resolution {resolution}: give a multiple of {grid.CELL_STEP}")
         built = grid.build(asked.rows, resolution=resolution or self.models.resolution)
         (images,) = sample.generate(
             self.models,

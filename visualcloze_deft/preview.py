@@ -10,7 +10,14 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.mixture import Example, Mixture, content, draw_items, picture
+from visualcloze_deft.data.mixture import (
+    Example,
+    Mixture,
+    NoItems,
+    content,
+    draw_items,
+    picture,
+)
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.output import output_folder
@@ -26,18 +33,11 @@ STEPS = 20
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
     """A grid of `task` as inference sees it: its own targets hidden, all words said.
 
-    From the first source that has items for it; raises `UserError` where none has.
+    From the first source that has items for it; raises `NoItems` where none has.
     """
     rng = np.random.default_rng([mixture.seed, SHEETS + index])
-    *others, last = mixture.serving[task.name]
-    for source in others:
-        try:
-            items = draw_items(source, task, min(rows, len(source)), rng)
-            break
-        except UserError:  # its items lack a role: the next source
-            continue
-    else:
-        items = draw_items(last, task, min(rows, len(last)), rng)
+    source = mixture.serving[task.name][0]
+    items = draw_items(source, task, min(rows, len(source)), rng)
     return Example(
         index=index,
         task=task.name,
@@ -59,7 +59,7 @@ def queries(mixture: Mixture, *, count: int = 1, rows: int = 2) -> list[Example]
     for task in mixture.tasks.values():
         try:
             found += [query_of(mixture, task, index=k, rows=rows) for k in range(count)]
-        except UserError as error:
+        except NoItems as error:
             lacking = error
     if lacking and not found:
         raise lacking
@@ -112,7 +112,7 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
             names: list[str | None] = []
             for c, image in enumerate(row):
                 hidden = r == len(example.rows) - 1 and example.hidden[c]
-                name = f"{number:03d}-{'truth' if hidden else f'{r + 1}{c + 1}'}.png"
+                name = f"{number:03d}-{r + 1}{c + 1}{'-truth' if hidden else ''}.png"
                 image.save(folder / name)
                 names.append(None if hidden else name)
             rows.append(names)

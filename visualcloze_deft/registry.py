@@ -1,6 +1,7 @@
 """The task registry: one small TOML file per task becomes one `Task` value.
 
-A task names its columns by role, in order; `targets` (by default the last one) are generated.
+A task names its columns by role, in order; the last one is generated, or the last ones that
+`targets` names.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import TASKS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+ROLE = re.compile(r"[a-z][a-z0-9_]*")
 CONTENTS = ("", "caption", "instruction")
 _KEYS = {"summary": str, "group": str, "instruction": str, "content": str, "columns": dict}
 
@@ -82,6 +84,8 @@ def read_task(path: Path) -> Task:
     if len(columns) < 2:
         raise UserError(f"{path}: [columns] needs at least two roles, found {len(columns)}")
     for role, phrase in columns.items():
+        if not ROLE.fullmatch(role):
+            raise UserError(f"{path}: role {role!r}: small letters, digits and '_' only")
         if not isinstance(phrase, str):
             raise UserError(f"{path}: columns.{role} must be text, not {phrase!r}")
     targets = fields.get("targets", [list(columns)[-1]])
@@ -94,6 +98,8 @@ def read_task(path: Path) -> Task:
             raise UserError(f"{path}: {role!r} is no column; {nearest(str(role), columns)}")
     if len(targets) == len(columns):
         raise UserError(f"{path}: every column is a target; leave at least one condition")
+    if targets != list(columns)[-len(targets) :]:
+        raise UserError(f"{path}: targets {targets!r} must be the last columns, in their order")
     return Task(
         name=path.stem,
         group=fields["group"],

@@ -13,10 +13,10 @@ from typing import Any
 
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.item import Part
-from visualcloze_deft.data.mixture import Mixture, missing
+from visualcloze_deft.data.mixture import Mixture, serves, serving
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.modelfolder import check_folder, check_lora
+from visualcloze_deft.modelfolder import check_base, check_folder, check_lora, fingerprint
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.registry import Task, load_tasks, select
@@ -35,7 +35,10 @@ FREE_ON_RESUME = {
     "sheet_every",
     "data.workers",
 }
-"""Settings that do not change what a step learns, given the number of grids in it."""
+"""Settings that may change when a run goes on: they leave the examples of every step as they were.
+
+Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
+"""
 PACKAGES = [
     "torch",
     "diffusers",
@@ -71,13 +74,20 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
         tasks = {
             name: task
             for name, task in tasks.items()
-            if any(not missing(task, source.roles) for source in sources)
+            if any(serves(source, task) for source in sources)
         }
         if not tasks:
             raise UserError(
                 f"no task can be made from {', '.join(run.data.sources)}: "
                 + "; ".join(f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources)
             )
+    elif not held_out:
+        for task in tasks.values():
+            if not any(serves(source, task) for source in serving(task, sources)):
+                raise UserError(
+                    f"task {task.name}: no item of {', '.join(run.data.sources)} has all its "
+                    f"roles: {', '.join(task.roles)}"
+                )
     return Mixture(tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights)
 
 
@@ -92,7 +102,7 @@ def resolution_of(run: Run) -> int:
 
 
 def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
-    """Check all that can be checked without a model, then create or verify the run folder."""
+    """Check what can be told without weights, then create or verify the run folder."""
     check_folder(run.model)
     if run.model_lora is not None:
         check_lora(run.model_lora)
@@ -105,7 +115,10 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
         )
     output = Path(run.output)
     if resume:
-        check_resumed(run, newest(output / "checkpoints")[0].progress, processes)
+        start = newest(output / "checkpoints")[0]
+        check_resumed(run, start.progress, processes)
+        check_base(start.folder, run.model)
+        check_tasks(mixture, output / "tasks")
     elif saved_anything(output):
         raise UserError(
             f"output {output} holds another run; go on with --resume or choose another --output"
@@ -139,6 +152,17 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
         )
     if run.steps < progress.step:
         raise UserError(f"--resume: the run is at step {progress.step}, --steps is {run.steps}")
+
+
+def check_tasks(mixture: Mixture, before: Path) -> None:
+    """Raise `UserError` unless the task files say what they said when the run began."""
+    for task in mixture.tasks.values():
+        kept = before / task.path.name
+        if kept.is_file() and kept.read_bytes() != task.path.read_bytes():
+            raise UserError(
+                f"--resume: {task.path} has changed since the run began ({kept}); put it back or "
+                "start another --output"
+            )
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -179,6 +203,7 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
         "method": run.adapter.method,
         "rank": str(run.adapter.rank),
         "base_model": run.model,
+        "base_fingerprint": fingerprint(run.model),
         "base_lora": run.model_lora or "",
         "step": str(step),
         "tasks": run.data.tasks,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visualcloze_deft import grid
 from visualcloze_deft.batch import encode_grids
-from visualcloze_deft.models import Models
+from visualcloze_deft.models import Models, predict_velocity
 
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
@@ -39,20 +39,17 @@ def velocity_of(
     models: Models, latents: grid.Latents, text: Tensor, pooled: Tensor, *, guidance: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The transformer as a function of noisy tokens (b, n, 64) and one time in 0..1."""
-    transformer = models.transformer
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        predicted: Tensor = transformer(
-            hidden_states=latents.inputs(x).to(transformer.dtype),
-            timestep=t.expand(len(x)).to(transformer.dtype),
-            guidance=torch.full((len(x),), guidance, device=x.device),
-            pooled_projections=pooled,
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            img_ids=latents.ids,
-            return_dict=False,
-        )[0]
-        return predicted.float()
+        return predict_velocity(
+            models.transformer,
+            latents.inputs(x),
+            t.expand(len(x)),
+            ids=latents.ids,
+            text=text,
+            pooled=pooled,
+            guidance=guidance,
+        ).float()
 
     return velocity
 

@@ -17,6 +17,7 @@ from visualcloze_deft.folders import CONFIGS
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+_Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 Times = Literal["logit-normal", "uniform"]
@@ -110,7 +111,7 @@ class Optimiser(_Section):
     """AdamW and its schedule."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    betas: tuple[_Momentum, _Momentum] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = 50
     """Steps until the learning rate is reached."""
@@ -149,7 +150,7 @@ class Run(_Section):
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Times t become s t / (1 + (s - 1) t): more than 1 trains more on noise, where layout and
     colours are decided."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""
     sheet_every: Annotated[int, Field(ge=0)] = 0

@@ -6,12 +6,14 @@ accumulated batches), whatever the number of processes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +40,7 @@ from visualcloze_deft.engine import (
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models, default_dtype, load_models
+from visualcloze_deft.output import output_folder
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
 
@@ -97,9 +100,35 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
         batch=run.batch,
         accumulate=run.accumulate,
     )
-    if share.rank == 0 and not prepared:
-        rundir.prepare(run, processes=share.world, resume=resume)
+    with only_writer(output) if share.rank == 0 else nullcontext():
+        if share.rank == 0 and not prepared:
+            rundir.prepare(run, processes=share.world, resume=resume)
+        process.wait_for_everyone()
+        train_here(run, share, process, resume=resume)
     process.wait_for_everyone()
+    process.destroy_process_group()
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Hold the run folder's lock, so that no process of a killed run writes beside this one.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+    output_folder(output)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output {output}: another process is training there; end it first"
+            ) from None
+        yield
+
+
+def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -> None:
+    """This process's part of the run, in a folder that is ready."""
+    output = Path(run.output)
     mixture = rundir.mixture_of(run)
     models = load_models(
         run.model,
@@ -122,8 +151,6 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
         loop.writer = SummaryWriter(output / "tensorboard", purge_step=first + 1)
     loop.run_steps(first)
     loop.finish()
-    process.wait_for_everyone()
-    process.destroy_process_group()
 
 
 def quiet() -> None:
@@ -207,9 +234,20 @@ class Loop:
         noise_of_dropout = (run.seed * 1_000_003 + step) * share.world + share.rank
         torch.manual_seed(noise_of_dropout % 2**63)
         for _ in range(run.accumulate):
-            losses |= self.backward(drawn_or_error(next(batches)))
+            losses |= self.backward(self.agreed(next(batches)))
             self.engine.step()
         self.record(step + 1, losses, factor, time.monotonic() - began, bar)
+
+    def agreed(self, drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
+        """`drawn`, unless a reading process of any rank found a mistake: then all raise it."""
+        mistake = next((str(one) for one in drawn if isinstance(one, UserError)), None)
+        found = torch.tensor(float(mistake is not None), device=self.models.device)
+        torch.distributed.all_reduce(found)
+        if found.item():
+            said: list[str | None] = [None] * self.share.world
+            torch.distributed.all_gather_object(said, mistake)
+            raise UserError(next(text for text in said if text is not None))
+        return cast(Sequence[Drawn], drawn)
 
     def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
         """Gradients of one batch; task and loss by example index."""
@@ -310,14 +348,6 @@ class Loop:
         self.sheet(self.run.steps)
         if self.writer is not None:
             self.writer.close()
-
-
-def drawn_or_error(drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
-    """Raise the mistake that a reading process found."""
-    for one in drawn:
-        if isinstance(one, UserError):
-            raise one
-    return cast(Sequence[Drawn], drawn)
 
 
 def _as_list(drawn: list[Drawn | UserError]) -> list[Drawn | UserError]:

@@ -30,7 +30,7 @@ def read_image(path: Path) -> Image.Image:
     """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(path, image)
+        return as_rgb(str(path), image)
 
 
 def read_crop(path: Path, box: Box, *, size: int) -> Image.Image:
@@ -48,7 +48,7 @@ def read_crop(path: Path, box: Box, *, size: int) -> Image.Image:
         sides = round((right - left) * scale), round((bottom - top) * scale)
         ImageOps.exif_transpose(image, in_place=True)
         part = image.crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
-        return _rgb(path, part)
+        return as_rgb(str(path), part)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -112,17 +112,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as an image: {error}") from None
 
 
-def _rgb(path: Path, image: Image.Image) -> Image.Image:
+def as_rgb(name: str, image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency laid over white, 16 bits scaled; `name` is for messages."""
+    if not image.width * image.height:
+        raise UserError(f"{name}: an image of {image.width} x {image.height} pixels")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _eight_bits(path, image).convert("RGB")
+        return _eight_bits(name, image).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+def _eight_bits(name: str, image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path}: its values have no fixed range; save it with 8 or 16 bits")
+        raise UserError(f"{name}: its values have no fixed range; save it with 8 or 16 bits")
     return Image.fromarray((values / 257 + 0.5).astype(np.uint8))

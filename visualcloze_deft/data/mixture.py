@@ -16,6 +16,10 @@ from visualcloze_deft.registry import Task
 from visualcloze_deft.settings import Recipe
 
 
+class NoItems(UserError):
+    """No item of a source has all the roles of a task."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One training sample: complete rows, the columns hidden in the last one, and the words."""
@@ -100,7 +104,11 @@ class Mixture:
 
 
 def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
-    """The sources that have, or from which one can derive, every role of `task`."""
+    """The sources that have, or from which one can derive, every role of `task`.
+
+    Where no single item has them all, the sources whose items have them between them: drawing from
+    those raises `NoItems`.
+    """
     found = [source for source in sources if not missing(task, source.roles)]
     if not found:
         lacks = "; ".join(
@@ -108,7 +116,14 @@ def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
             for source in sources
         )
         raise UserError(f"task {task.name}: no data source has all its roles ({lacks})")
-    return found
+    return [source for source in found if serves(source, task)] or found
+
+
+def serves(source: Source, task: Task) -> bool:
+    """Whether at least one item has all the roles; looks no further than the first that has."""
+    if missing(task, source.roles):
+        return False
+    return any(not missing(task, frozenset(source.item(i).images)) for i in range(len(source)))
 
 
 def missing(task: Task, roles: frozenset[str]) -> set[str]:
@@ -133,7 +148,7 @@ def draw_items(
         if not missing(task, frozenset(item.images)):
             items.append(item)
     if not items:
-        raise UserError(f"{source.name}: no item has the roles of {task.name}: {task.roles}")
+        raise NoItems(f"{source.name}: no item has the roles of {task.name}: {task.roles}")
     return tuple(items)
 
 
