@@ -42,7 +42,7 @@ def main() -> None:
     transformer = new_transformer(torch.ones(64))
     with safe_open(options.out / "base_state.safetensors", "pt") as file, torch.no_grad():
         for name, parameter in transformer.named_parameters():
-            parameter.copy_(file.get_tensor(f"average.{name}"))
+            parameter.copy_(file.get_tensor(f"average.transformer.{name}"))
     pipe = VisualClozePipeline(
         # FLUX.1-Fill-dev's scheduler settings
         scheduler=FlowMatchEulerDiscreteScheduler(

@@ -14,20 +14,26 @@ import json
 import signal
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
+from train_base_bank import UNSAID
 from train_base_text import WIDTH as TEXT
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from visualcloze_deft import flow, grid
+from visualcloze_deft.batch import NEAREST
+from visualcloze_deft.data.render import COLOURS, SHAPES
+from visualcloze_deft.data.scenes import NOUNS, SURFACES
 from visualcloze_deft.folders import BASE
 
 WIDTH, HEADS = 256, 4
@@ -36,10 +42,17 @@ DOUBLE, SINGLE = 1, 4
 GATE = 0.3  # how far residual branches are open at the start
 BATCH = 12
 LEARNING_RATE = 1e-3
-WIDE = 0.3  # how often a grid has three columns
-EXAMPLES = (0.65, 0.28, 0.07)  # single rows teach the most per second: fewest tokens to copy
+WIDE = 0.25  # how often a grid has three columns
+EXAMPLES = (0.66, 0.31, 0.03)  # single rows teach the most per second: fewest tokens to copy
+CODED = 0.5  # how often a grid with examples has a secret that only they tell
 KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
 CONTEXT_WEIGHT = 0.1  # what a token that is only to be copied counts in the loss
+ROLLOUT = 0.6  # how often a sample lies where a sampling step of the model's own leads
+OPEN = "subject-driven"  # its answer is not settled by what is shown, so its samples are not
+THING_WEIGHT = 2.0  # what a token of a thing counts beyond one of floor or wall
+CLASS_WEIGHT = 0.1  # what naming the classes counts beside the velocity
+CLASS_BLOCK = 1  # the single block whose states name them: the later ones are left to paint
+CLASSES = (len(NOUNS), len(COLOURS), len(SURFACES))
 AVERAGE = 0.999
 SEED = 0
 CELL = 64
@@ -110,7 +123,12 @@ def look_aside(attention: nn.Module, *, head: int, columns: int) -> None:
 
 
 class Base(nn.Module):
-    """Transformer and frozen text encoders as one module, compiled as a whole."""
+    """Transformer and frozen text encoders as one module, compiled as a whole.
+
+    While it is trained, a linear layer names what each square of every cell shows, from states
+    halfway: the transformer learns at once which word speaks of which thing, as with the features
+    of REPA (Yu et al. 2024, arXiv 2410.06940), here with what the scenes know exactly.
+    """
 
     def __init__(self, folder: Path, deviation: Tensor) -> None:
         super().__init__()
@@ -119,12 +137,20 @@ class Base(nn.Module):
         self.text_encoder_2 = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
         self.text_encoder.requires_grad_(False)
         self.text_encoder_2.requires_grad_(False)
+        self.naming = nn.Linear(WIDTH, 16 * sum(CLASSES))
+        self.halfway = torch.empty(0)
+        block = self.transformer.single_transformer_blocks[CLASS_BLOCK]
+        block.register_forward_hook(lambda _, __, states: setattr(self, "halfway", states[1]))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(
         self, tokens: Tensor, t: Tensor, guidance: Tensor, ids: Tensor, t5: Tensor, clip: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity (b n 64) and the names of 16 squares a token (b n 16 classes)."""
         text = self.text_encoder_2(t5).last_hidden_state
-        return self.transformer(
+        velocity = self.transformer(
             hidden_states=tokens,
             timestep=t,
             guidance=guidance,
@@ -134,15 +160,35 @@ class Base(nn.Module):
             img_ids=ids,
             return_dict=False,
         )[0]
+        names = rearrange(self.naming(self.halfway), "b n (s k) -> b n s k", s=16)
+        return velocity, names
+
+
+def naming_error(names: Tensor, classes: Tensor) -> Tensor:
+    """Mean cross-entropy of `names` (b n s k) with `classes` (b n s 3), summed over the three."""
+    weight = 1 + THING_WEIGHT * (classes[..., 0] < len(SHAPES))
+    weight = (weight * (classes[..., 0] != UNSAID)).flatten()
+    total = torch.zeros((), device=names.device)
+    for part, asked in zip(names.split(CLASSES, dim=-1), classes.long().unbind(-1), strict=True):
+        error = functional.cross_entropy(
+            part.flatten(0, 2), asked.flatten(), ignore_index=UNSAID, reduction="none"
+        )
+        total = total + (error * weight).sum() / weight.sum().clamp(min=1)
+    return total
 
 
 class Bank:
-    """The encoded bundles that have arrived so far, by how many columns their rows have."""
+    """The encoded bundles that have arrived so far, by columns and by whether words tell all.
+
+    A coded bundle has a secret, a colour code or a change, that only examples tell.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.known: set[Path] = set()
-        self.bundles: dict[int, list[dict]] = {2: [], 3: []}
+        self.bundles: dict[tuple[int, bool], list[dict]] = {
+            (columns, coded): [] for columns in (2, 3) for coded in (False, True)
+        }
 
     def refresh(self) -> None:
         for path in sorted(set(self.folder.glob("*.safetensors")) - self.known):
@@ -153,14 +199,14 @@ class Bank:
             columns = shard["clean"].shape[2] // (CELL // grid.CELL_STEP) ** 2
             for k, note in enumerate(notes):
                 tensors = {name: parts[k] for name, parts in shard.items()}
-                self.bundles[columns].append(tensors | note)
+                self.bundles[columns, not note["sentence"]].append(tensors | note)
 
     def __len__(self) -> int:
         return sum(map(len, self.bundles.values()))
 
     def deviation(self) -> Tensor:
         """(64,) of each latent value of a token."""
-        some = [bundle["clean"].float().flatten(0, 1) for bundle in self.bundles[2][:250]]
+        some = [bundle["clean"].float().flatten(0, 1) for bundle in self.bundles[2, False][:250]]
         return torch.cat(some).std(dim=0)
 
 
@@ -175,14 +221,17 @@ def draw_times(random: torch.Generator) -> Tensor:
     return torch.where(torch.rand(BATCH, generator=random) < 0.5, noisy, uniform)
 
 
-def draw(bank: Bank, step: int) -> tuple[grid.Latents, list[str]]:
-    """Step k's samples as tokens, and their prompts."""
+def draw(bank: Bank, step: int) -> tuple[grid.Latents, Tensor, Tensor, list[str]]:
+    """Step k's samples as tokens, the classes of what they show (b n 16 3), which of them are
+    settled by what they show (b,), and their prompts."""
     rng = np.random.default_rng([SEED, step])
     rows = 1 + int(rng.choice(len(EXAMPLES), p=EXAMPLES))
-    columns = 3 if rng.random() < WIDE and bank.bundles[3] else 2
-    clean, seen, mask, prompts = [], [], [], []
-    for index in rng.integers(len(bank.bundles[columns]), size=BATCH):
-        chosen = bank.bundles[columns][index]
+    columns = 3 if rng.random() < WIDE and bank.bundles[3, False] else 2
+    coded = rows > 1 and rng.random() < CODED
+    bundles = bank.bundles[columns, coded]
+    clean, seen, mask, classes, settled, prompts = [], [], [], [], [], []
+    for index in rng.integers(len(bundles), size=BATCH):
+        chosen = bundles[index]
         order = torch.from_numpy(rng.permutation(4)[:rows])
         complete = chosen["clean"][order]  # r n c
         shown, hidden = complete.clone(), torch.zeros_like(chosen["mask"][order])
@@ -190,6 +239,8 @@ def draw(bank: Bank, step: int) -> tuple[grid.Latents, list[str]]:
         clean.append(rearrange(complete, "r n c -> (r n) c"))
         seen.append(rearrange(shown, "r n c -> (r n) c"))
         mask.append(rearrange(hidden, "r n -> (r n)"))
+        classes.append(rearrange(chosen["classes"][order], "r n s k -> (r n) s k"))
+        settled.append(chosen["task"] != OPEN)
         keep_task, keep_content = rng.random(2) < (KEEP_TASK, KEEP_CONTENT)
         silent = rng.random() < DROP_TEXT
         task = chosen["sentence"] if keep_task and not silent else ""
@@ -198,10 +249,15 @@ def draw(bank: Bank, step: int) -> tuple[grid.Latents, list[str]]:
     latents = grid.Latents(
         clean=torch.stack(clean).float(),
         seen=torch.stack(seen).float(),
-        mask=torch.stack(mask).float()[..., None].expand(-1, -1, 256),
+        mask=repeat(torch.stack(mask).float(), "b n -> b n k", k=256),
         ids=grid.position_ids([(CELL, columns * CELL)] * rows),
     )
-    return latents, prompts
+    return latents, torch.stack(classes), torch.tensor(settled), prompts
+
+
+def moved(latents: grid.Latents, device: torch.device) -> grid.Latents:
+    tensors = {field.name: getattr(latents, field.name).to(device) for field in fields(latents)}
+    return grid.Latents(**tensors)
 
 
 def main() -> None:
@@ -216,28 +272,27 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("medium")
     t5 = T5Tokenizer.from_pretrained(options.out / "tokenizer_2")
     clip = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
     bank = Bank(options.out / "bank")
     bank.refresh()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = Base(options.out, bank.deviation()).to(device)
-    model = base.transformer
-    print(sum(p.numel() for p in model.parameters()), "parameters")
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = base.trained()
+    print(sum(p.numel() for p in base.transformer.parameters()), "parameters")
+    average = {name: p.detach().clone() for name, p in trained.items()}
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     state, step, spent = options.out / "base_state.safetensors", 0, 0.0
     if state.exists():
-        step, spent = restore(state, model, average, optimiser)
+        step, spent = restore(state, trained, average, optimiser)
     elif options.warm:
-        warm_start(model, average)
+        warm_start(base.transformer, average)
     forward = torch.compile(base, dynamic=False)
     begun = saved = time.monotonic()
     log = (options.out / "base_log.jsonl").open("a", buffering=1)
-    curve: list[float] = []
+    curve: list[tuple[float, float]] = []
     bar = tqdm(desc="samples", initial=step * BATCH, unit="", mininterval=5)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # ends like the time limit: saved
@@ -248,7 +303,7 @@ def main() -> None:
         )
         for group in optimiser.param_groups:
             group["lr"] = rate
-        latents, prompts = draw(bank, step)
+        latents, classes, settled, prompts = draw(bank, step)
         random = torch.Generator().manual_seed(SEED * 1_000_003 + step)
         noise = torch.randn(latents.clean.shape, generator=random)
         t = draw_times(random)
@@ -265,62 +320,69 @@ def main() -> None:
         clip_ids = clip(
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        inputs = (
-            latents.inputs(flow.interpolate(latents.clean, noise, t)),
-            t,
-            guidance,
-            latents.ids,
-            t5_ids,
-            clip_ids,
-        )
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = forward(*(tensor.to(device) for tensor in inputs))
-        target = flow.velocity(latents.clean, noise).to(device)
-        mask = latents.is_target.to(device)
-        weight = mask + CONTEXT_WEIGHT * (1 - mask)
-        loss = flow.velocity_error(predicted, target, weight).mean()
+        start = flow.earlier(t, torch.rand(BATCH, 2, generator=random))
+        own = (torch.rand(BATCH, generator=random) < ROLLOUT) & settled & (t > NEAREST)
+        told = [tensor.to(device) for tensor in (guidance, latents.ids, t5_ids, clip_ids)]
+        latents, noise = moved(latents, device), noise.to(device)
+        t, start, own = t.to(device), start.to(device), own[:, None, None].to(device)
+        clean, on_line = latents.clean, flow.interpolate(latents.clean, noise, start)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                guess = forward(latents.inputs(on_line), start, *told)[0].float()
+            led = on_line + (t - start)[:, None, None] * guess
+            noisy = torch.where(own, led, flow.interpolate(clean, noise, t))
+            predicted, names = forward(latents.inputs(noisy), t, *told)
+        to_truth = flow.velocity_to(clean, led, t.clamp(min=NEAREST))
+        target = torch.where(own, to_truth, flow.velocity(clean, noise))
+        mask, classes = latents.is_target, classes.to(device)
+        thing = (classes[..., 0] < len(SHAPES)).float().mean(dim=-1)
+        weight = (mask + CONTEXT_WEIGHT * (1 - mask)) * (1 + THING_WEIGHT * thing)
+        named = naming_error(names.float(), classes)
+        loss = flow.velocity_error(predicted, target, weight).mean() + CLASS_WEIGHT * named
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         step += 1
         if step % 4 == 0:
             decay = min(AVERAGE, (step + 1) / (step + 40)) ** 4
             torch._foreach_lerp_(
-                list(average.values()), [p.detach() for p in model.parameters()], 1 - decay
+                list(average.values()), [p.detach() for p in trained.values()], 1 - decay
             )
         with torch.no_grad():
-            curve.append(flow.velocity_error(predicted.detach(), target, mask).mean().item())
+            error = flow.velocity_error(predicted, target, mask).mean()
+            curve.append((error.item(), named.item()))
         bar.update(BATCH)
         if step % 200 == 0:
             minutes = spent + (time.monotonic() - begun) / 60
             note = {
                 "samples": step * BATCH,
-                "target_error": round(float(np.mean(curve)), 4),
+                "target_error": round(float(np.mean(curve, axis=0)[0]), 4),
+                "naming_error": round(float(np.mean(curve, axis=0)[1]), 4),
                 "minutes": round(minutes, 2),
                 "bundles": len(bank),
                 "rate": rate,
             }
             log.write(json.dumps(note) + "\n")
-            bar.set_postfix(error=note["target_error"])
+            bar.set_postfix(error=note["target_error"], naming=note["naming_error"])
             curve.clear()
             bank.refresh()
         if time.monotonic() - saved > 240:
             saved = time.monotonic()
-            keep(state, model, average, optimiser, step, spent + (saved - begun) / 60)
-    keep(state, model, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
+            keep(state, trained, average, optimiser, step, spent + (saved - begun) / 60)
+    keep(state, trained, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
 
 
 def keep(
     path: Path,
-    model: nn.Module,
+    trained: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
     step: int,
     minutes: float,
 ) -> None:
     tensors = {"step": torch.tensor(step), "minutes": torch.tensor(minutes)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         moments = optimiser.state[parameter]
         tensors |= {
             f"weight.{name}": parameter.detach().contiguous(),
@@ -333,20 +395,23 @@ def keep(
     staged.replace(path)
 
 
-def warm_start(model: nn.Module, average: dict[str, Tensor]) -> None:
+def warm_start(transformer: nn.Module, average: dict[str, Tensor]) -> None:
     """Take the weights of the base in the package, where no training state is left."""
     shipped = FluxTransformer2DModel.from_pretrained(BASE, subfolder="transformer")
-    model.load_state_dict(shipped.state_dict())
-    for name, parameter in model.named_parameters():
-        average[name].copy_(parameter.detach())
+    transformer.load_state_dict(shipped.state_dict())
+    for name, parameter in transformer.named_parameters():
+        average[f"transformer.{name}"].copy_(parameter.detach())
 
 
 def restore(
-    path: Path, model: nn.Module, average: dict[str, Tensor], optimiser: torch.optim.Optimizer
+    path: Path,
+    trained: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     saved = load_file(path)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.items():
             parameter.copy_(saved[f"weight.{name}"])
             average[name].copy_(saved[f"average.{name}"])
             optimiser.state[parameter] = {

@@ -2,7 +2,8 @@
 
 A bundle is four rows of one task, with one order of columns and one colour code, each row encoded
 complete and with a hidden cell: any of its rows can be the query and the others its examples.
-Every third shard holds rows of three columns, whose roles are those of the two-column tasks.
+Every third shard holds rows of three columns, whose roles are those of the two-column tasks; every
+seventh holds dead leaves instead of scenes, so that copying and filling are not tied to scenes.
 Bundle i is a function of i alone; shards can be made by several processes side by side.
 """
 
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageChops, ImageOps
+from einops import rearrange
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from visualcloze_deft import grid
@@ -33,8 +36,14 @@ TASKS = {
     "subject-driven": 2,
     "image-editing": 3,
 }
-CHANGED = 3  # on the same scale: a photo whose colours, place or size changed, and the photo
+PAIRS = {  # on the same scale, the bank's own
+    ("changed", "target"): 2,  # a photo whose colours, place or size changed, and the photo
+    ("copy", "target"): 2,  # the photo twice: without them nothing asks for an exact copy
+    ("hole", "target"): 2,  # FLUX.1-Fill is made for filling holes, and so is its small image
+}
 TRIPLES = (
+    ("reference", "hole", "target"),
+    ("depth", "hole", "target"),
     ("depth", "segmentation", "target"),
     ("reference", "depth", "target"),
     ("reference", "segmentation", "target"),
@@ -44,9 +53,11 @@ TRIPLES = (
     ("target", "depth", "segmentation"),
     ("target", "segmentation", "depth"),
 )
-RECODED = 0.7  # how often maps come in another colour code, to be read from the examples
+RECODED = 0.5  # how often maps come in another colour code, to be read from the examples
 HIDE_TARGET = 0.65
 SEED = 0
+UNSAID = 255  # a class that is not known
+STEP = 4  # pixels a class stands for
 
 
 def recode(image: Image.Image, code: np.ndarray) -> Image.Image:
@@ -69,9 +80,43 @@ def change(image: Image.Image, kind: int, code: np.ndarray) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, (0, 0, width / 2, height / 2))
 
 
+def dead_leaves(rng: np.random.Generator, size: int) -> Image.Image:
+    """Shapes of all sizes that hide each other, with the statistics of photographs.
+
+    Lee, Mumford and Huang 2001: radii fall off as their cube.
+    """
+    side = 2 * size
+    palette = rng.integers(20, 236, (6, 1)) + rng.normal(0, 40, (6, 3))
+    image = Image.new("RGB", (side, side), tuple(np.clip(palette[0], 0, 255).astype(int)))
+    draw = ImageDraw.Draw(image)
+    small, large = (side / 16) ** -2.0, (side / 1.6) ** -2.0
+    for radius in (large + (small - large) * rng.random(70)) ** -0.5:
+        shade = np.clip(palette[rng.integers(6)] + rng.normal(0, 22, 3), 0, 255).astype(int)
+        x, y = rng.random(2) * side
+        turns = rng.random() * 2 * np.pi + np.linspace(0, 2 * np.pi, rng.integers(4, 8))[:-1]
+        if rng.random() < 0.5:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), tuple(shade))
+        else:
+            corners = np.stack([x + radius * np.cos(turns), y + radius * np.sin(turns)], axis=-1)
+            draw.polygon([tuple(corner) for corner in corners], tuple(shade))
+    light = 1 + np.linspace(-0.3, 0.3, size) * np.sign(rng.normal())
+    values = np.asarray(image.reduce(2), float) * light[:, None, None]
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def punched(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A box of middle grey somewhere, as in the scenes' hole."""
+    width, height = (np.array(image.size) * rng.uniform(0.3, 0.6, 2)).astype(int)
+    left, top = (rng.random(2) * (np.array(image.size) - (width, height))).astype(int)
+    image = image.copy()
+    image.paste((128, 128, 128), (left, top, left + width, top + height))
+    return image
+
+
 def made_task(roles: tuple[str, ...], instruction: str, tasks: dict[str, Task]) -> Task:
     """A task of the bank's own, its columns named as the shipped tasks name them."""
-    phrases = {role: phrase for name in TASKS for role, phrase in tasks[name].columns.items()}
+    named = (*TASKS, "object-insertion")
+    phrases = {role: phrase for name in named for role, phrase in tasks[name].columns.items()}
     return Task(
         name="-".join(roles),
         group="",
@@ -84,19 +129,42 @@ def made_task(roles: tuple[str, ...], instruction: str, tasks: dict[str, Task]) 
     )
 
 
+def is_leaves(index: int) -> bool:
+    return index // BUNDLES % 7 == 6
+
+
 def draw_task(index: int, rng: np.random.Generator, tasks: dict[str, Task]) -> Task:
+    if is_leaves(index):
+        roles = list(PAIRS)[rng.integers(len(PAIRS))]
+        return made_task(roles, "From the {{{}}} to the {{{}}}.".format(*roles), tasks)
     if index // BUNDLES % 3 == 2:
         roles = TRIPLES[rng.integers(len(TRIPLES))]
         words = "From the {{{}}} and the {{{}}} to the {{{}}}.".format(*roles)
         return made_task(roles, words, tasks)
-    odds = np.array([*TASKS.values(), CHANGED]) / (sum(TASKS.values()) + CHANGED)
-    chosen = rng.choice(len(odds), p=odds)
-    if chosen == len(TASKS):
-        return made_task(("changed", "target"), "", tasks)
-    return tasks[list(TASKS)[chosen]]
+    known = [tasks[name] for name in TASKS]
+    made = [
+        made_task(roles, "From the {{{}}} to the {{{}}}.".format(*roles), tasks) for roles in PAIRS
+    ]
+    odds = np.array([*TASKS.values(), *PAIRS.values()], float)
+    return (known + made)[rng.choice(len(odds), p=odds / odds.sum())]
 
 
-def bundle(index: int, tasks: dict[str, Task], source: Scenes) -> tuple[list[grid.Grid], dict]:
+def strip_classes(order: tuple[str, ...], item: int, source: Scenes, *, leaves: bool) -> Tensor:
+    """(n, 16, 3) of each token's 4 x 4 squares: `Scenes.classes`, `UNSAID` where a cell changed."""
+    cells = [
+        source.classes(item, "target" if role in ("changed", "copy") else role) for role in order
+    ]
+    for cell, role in zip(cells, order, strict=True):
+        if role == "changed" or leaves:
+            cell[:] = UNSAID
+    strip = np.concatenate(cells, axis=1)[STEP // 2 :: STEP, STEP // 2 :: STEP]
+    return torch.from_numpy(rearrange(strip, "(h p) (w q) k -> (h w) (p q) k", p=4, q=4))
+
+
+def bundle(
+    index: int, tasks: dict[str, Task], source: Scenes
+) -> tuple[list[grid.Grid], Tensor, dict]:
+    """Four rows of one task, the classes of what they show (r, n, 16, 3), and their words."""
     rng = np.random.default_rng([SEED, index])
     task = draw_task(index, rng, tasks)
     order = task.roles if rng.random() < 0.8 else task.roles[::-1]
@@ -106,23 +174,33 @@ def bundle(index: int, tasks: dict[str, Task], source: Scenes) -> tuple[list[gri
     coded = "changed" in order or (maps and rng.random() < RECODED)
     if coded:
         code = np.concatenate([rng.permutation(3), rng.integers(0, 2, 3)])
-    grids, words = [], []
+    leaves = is_leaves(index)
+    grids, words, classes = [], [], []
     for row in range(ROWS):
         item = source.item(index * ROWS + row)
+        photo = dead_leaves(rng, source.size) if leaves else picture(item, "target")
         images = []
         for role in order:
             if role == "changed":
-                images.append(change(picture(item, "target"), kind, code))
+                images.append(change(photo, kind, code))
+            elif role in ("copy", "target"):
+                images.append(photo)
+            elif role == "hole" and leaves:
+                images.append(punched(photo, rng))
             elif role in ("depth", "segmentation"):
                 images.append(recode(picture(item, role), code))
             else:
                 images.append(picture(item, role))
-        target = len(order) - 1 if rng.random() < HIDE_TARGET else int(rng.integers(len(order)))
+        target = order.index("target") if "hole" in order else len(order) - 1
+        if "hole" not in order and rng.random() > HIDE_TARGET:
+            target = int(rng.integers(len(order)))
         hidden = [k == target for k in range(len(order))]
         grids.append(grid.build([images], resolution=source.size, hidden=hidden))
-        words.append(content(task, item))
+        words.append("" if leaves else content(task, item))
+        classes.append(strip_classes(order, index * ROWS + row, source, leaves=leaves))
     sentence = "" if coded else task.sentence(order)
-    return grids, {"task": task.name, "sentence": sentence, "content": words}
+    notes = {"task": task.name, "sentence": sentence, "content": words}
+    return grids, torch.stack(classes), notes
 
 
 @torch.no_grad()
@@ -141,11 +219,11 @@ def main() -> None:
         path = folder / f"{shard:05d}.safetensors"
         if path.exists():
             continue
-        clean, seen, masks, notes = [], [], [], []
+        clean, seen, masks, classes, notes = [], [], [], [], []
         for index in tqdm(
             range(shard * BUNDLES, (shard + 1) * BUNDLES), desc=path.name, miniters=50
         ):
-            grids, note = bundle(index, tasks, source)
+            grids, shown, note = bundle(index, tasks, source)
             strips = [g.strips[0] for g in grids] + [g.seen[0] for g in grids]
             latents = vae.encode(torch.stack(strips)).latent_dist.mode()
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -155,8 +233,9 @@ def main() -> None:
             masks.append(
                 torch.stack([g.hidden[0] for g in grids])[:, :, ::16, ::16].flatten(1).bool()
             )
+            classes.append(shown)
             notes.append(note)
-        tensors = {"clean": clean, "seen": seen, "mask": masks}
+        tensors = {"clean": clean, "seen": seen, "mask": masks, "classes": classes}
         staged = path.with_suffix(f".{first}.part")
         save_file(
             {name: torch.stack(parts) for name, parts in tensors.items()},

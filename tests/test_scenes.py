@@ -18,7 +18,14 @@ from visualcloze_deft.data.render import (
     Thing,
     render,
 )
-from visualcloze_deft.data.scenes import SEGMENT_COLOURS, Scene, Scenes, caption, draw_scene
+from visualcloze_deft.data.scenes import (
+    NOUNS,
+    SEGMENT_COLOURS,
+    Scene,
+    Scenes,
+    caption,
+    draw_scene,
+)
 
 SIZE = 32
 SOURCE = Scenes(size=SIZE)
@@ -168,6 +175,25 @@ def test_a_segmentation_has_only_the_colours_of_its_classes() -> None:
         seen = {tuple(colour) for colour in colours}
         assert seen <= {SEGMENT_COLOURS[name] for name in (*shapes, "floor", "wall")}
         assert seen >= {SEGMENT_COLOURS["floor"], SEGMENT_COLOURS["wall"]}
+
+
+def test_classes_are_what_the_segmentation_shows_in_the_colours_of_the_caption() -> None:
+    table = np.array([SEGMENT_COLOURS[noun] for noun in NOUNS])
+    for index in SOME:
+        classes = SOURCE.classes(index, "target")
+        np.testing.assert_array_equal(
+            table[classes[..., 0]], pixels(SOURCE.item(index), "segmentation")
+        )
+        words = caption(scene_of(index))
+        assert all(list(COLOURS)[colour] in words for colour in np.unique(classes[..., 1]))
+
+
+def test_classes_of_a_reference_are_its_own() -> None:
+    for index in SOME:
+        scene = scene_of(index)
+        things = SOURCE.classes(index, "reference")
+        things = things[things[..., 0] < NOUNS.index("floor")]
+        assert {NOUNS[k] for k in things[:, 0]} <= {scene.things[scene.subject].shape}
 
 
 def test_foreground_and_background_make_up_the_target() -> None:

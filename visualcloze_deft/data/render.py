@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Shape = Literal["ball", "cube", "cylinder", "cone"]
 Texture = Literal["plain", "striped", "spotted"]
+FloorTexture = Literal["plain", "checkered", "planked"]
 
 SHAPES: tuple[Shape, ...] = ("ball", "cube", "cylinder", "cone")
 TEXTURES: tuple[Texture, ...] = ("plain", "striped", "spotted")
+FLOOR_TEXTURES: tuple[FloorTexture, ...] = ("plain", "checkered", "planked")
 # Named colours, sRGB in 0..1, spread far enough apart that a name tells the colour.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.84, 0.14, 0.14),
@@ -34,6 +36,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "black": (0.12, 0.12, 0.13),
 }
 WALL_Z = 2.4
+VIEW = 0.36  # tangent of half the angle of view: at 64 px most things are 19 to 32 px wide
 FLOOR, WALL = -2, -1  # segment ids of the room; things count from 0
 NEAR, FAR = 2.8, 9.5  # distances that map to depth 1 and 0
 
@@ -60,7 +63,7 @@ class Room:
     """Where the things stand: floor, wall, light and camera (angles in radians)."""
 
     floor: str
-    floor_texture: Literal["plain", "checkered", "planked"]
+    floor_texture: FloorTexture
     wall: str
     light_azimuth: float
     light_height: float
@@ -127,7 +130,7 @@ def _camera(height: float, side: int) -> tuple[Floats, Floats, Floats]:
     right = np.array([1.0, 0.0, 0.0], np.float32)
     up = np.cross(forward, right)
     ticks = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
-    u, v = np.meshgrid(ticks * 0.42, -ticks * 0.42)
+    u, v = np.meshgrid(ticks * VIEW, -ticks * VIEW)
     rays = forward + u.reshape(-1, 1) * right + v.reshape(-1, 1) * up
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
     return origin, rays.astype(np.float32), np.stack([right, up, -forward]).astype(np.float32)

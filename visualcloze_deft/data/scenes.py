@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from visualcloze_deft.data.item import Item
 from visualcloze_deft.data.render import (
     COLOURS,
     FLOOR,
+    FLOOR_TEXTURES,
     SHAPES,
     TEXTURES,
     Rendering,
@@ -38,6 +39,9 @@ SEGMENT_COLOURS = {
     "cylinder": (50, 190, 80),
     "cone": (240, 200, 40),
 }
+# What `Scenes.classes` counts by.
+NOUNS = (*SHAPES, "floor", "wall")
+SURFACES = tuple(dict.fromkeys((*TEXTURES, *FLOOR_TEXTURES)))
 TURN = math.pi / 4  # between the two views of the turntable: three of InsDet's 15 degree steps
 STAGE = Room(
     floor="grey",
@@ -84,20 +88,26 @@ class Scenes:
         return self.count
 
     def item(self, index: int) -> Item:
-        scene = draw_scene(np.random.default_rng([self.seed, index]))
-        picture = _Pictures(scene, self.size)
+        picture = _pictures(self.seed, index, self.size)
+        scene = picture.scene
         return Item(
             key=f"scene {self.seed}/{index}",
             images={role: partial(getattr(picture, role)) for role in sorted(self.roles)},
             texts={"caption": caption(scene), "instruction": scene.instruction},
         )
 
+    def classes(self, index: int, role: str) -> NDArray[np.uint8]:
+        """(size, size, 3): what each pixel of a picture shows, as indices of `NOUNS`, `COLOURS`
+        and `SURFACES`; of a map, what the scene shows there. Roles: those of the whole scene,
+        reference and before."""
+        return _pictures(self.seed, index, self.size).classes(role)
+
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """Draw one scene: 1 to 3 things that do not intersect, sorted from left to right."""
     room = _draw_room(rng)
     things: list[Thing] = []
-    for _ in range(int(rng.choice([1, 2, 3], p=[0.2, 0.45, 0.35]))):
+    for _ in range(int(rng.choice([1, 2, 3], p=[0.25, 0.4, 0.35]))):
         thing = _place(rng, _draw_thing(rng), things)
         if thing is not None:
             things.append(thing)
@@ -144,7 +154,7 @@ def _draw_room(rng: np.random.Generator) -> Room:
     floor, wall = rng.choice(len(names), 2, replace=False)
     return Room(
         floor=names[floor],
-        floor_texture=("plain", "checkered", "planked")[rng.choice(3, p=[0.5, 0.25, 0.25])],
+        floor_texture=FLOOR_TEXTURES[rng.choice(3, p=[0.5, 0.25, 0.25])],
         wall=names[wall],
         light_azimuth=float(rng.uniform(3.7, 5.7)),
         light_height=float(rng.uniform(0.7, 1.2)),
@@ -160,7 +170,7 @@ def _draw_thing(rng: np.random.Generator) -> Thing:
         texture=TEXTURES[rng.choice(3, p=[0.6, 0.2, 0.2])],
         x=0.0,
         z=0.0,
-        size=float(rng.uniform(0.55, 0.85)),
+        size=float(rng.uniform(0.65, 1.0)),
         yaw=float(rng.uniform(0, 2 * math.pi)),
     )
 
@@ -168,8 +178,8 @@ def _draw_thing(rng: np.random.Generator) -> Thing:
 def _place(rng: np.random.Generator, thing: Thing, others: list[Thing]) -> Thing | None:
     """`thing` at a free spot of the floor, or None where 20 draws found none."""
     for _ in range(20):
-        x, z = float(rng.uniform(-1.5, 1.5)), float(rng.uniform(-1.2, 1.1))
-        reach = [1.15 * (thing.size + other.size) for other in others]
+        x, z = float(rng.uniform(-1.4, 1.4)), float(rng.uniform(-1.2, 1.1))
+        reach = [1.05 * (thing.size + other.size) for other in others]
         if all(
             math.hypot(x - other.x, z - other.z) > r and abs(x - other.x) > 0.45 * r
             for other, r in zip(others, reach, strict=True)
@@ -239,10 +249,29 @@ class _Pictures:
         return self._keep(self._scene().segment < 0)
 
     def reference(self) -> Image.Image:
-        return _picture(self._render(self.scene.other_room, (self.scene.other_pose,)).image)
+        return _picture(self._render(*self._shown("reference")).image)
 
     def before(self) -> Image.Image:
-        return _picture(self._render(self.scene.room, self.scene.earlier).image)
+        return _picture(self._render(*self._shown("before")).image)
+
+    def classes(self, role: str) -> NDArray[np.uint8]:
+        room, things = self._shown(role)
+        shown: list[tuple[str, str, str]] = [
+            *((thing.shape, thing.colour, thing.texture) for thing in things),
+            ("floor", room.floor, room.floor_texture),  # FLOOR, WALL index from the end
+            ("wall", room.wall, "plain"),
+        ]
+        table = [
+            (NOUNS.index(noun), list(COLOURS).index(colour), SURFACES.index(surface))
+            for noun, colour, surface in shown
+        ]
+        return np.array(table, np.uint8)[self._render(room, things).segment]
+
+    def _shown(self, role: str) -> tuple[Room, tuple[Thing, ...]]:
+        scene = self.scene
+        if role == "reference":
+            return scene.other_room, (scene.other_pose,)
+        return scene.room, scene.earlier if role == "before" else scene.things
 
     def view(self) -> Image.Image:
         return self._turntable(0.0)
@@ -262,7 +291,7 @@ class _Pictures:
         return Image.fromarray(image)
 
     def _scene(self) -> Rendering:
-        return self._render(self.scene.room, self.scene.things)
+        return self._render(*self._shown("target"))
 
     def _subject(self) -> NDArray[np.bool_]:
         return self._scene().segment == self.scene.subject
@@ -276,6 +305,11 @@ class _Pictures:
         thing = self.scene.things[self.scene.subject]
         alone = replace(thing, x=0.0, z=-1.2, size=1.0, yaw=thing.yaw + turn)
         return _picture(self._render(STAGE, (alone,), stage=True).image)
+
+
+@lru_cache(maxsize=2)  # an item's pictures and their classes share renderings
+def _pictures(seed: int, index: int, size: int) -> _Pictures:
+    return _Pictures(draw_scene(np.random.default_rng([seed, index])), size)
 
 
 def _picture(values: NDArray[np.float32]) -> Image.Image:
