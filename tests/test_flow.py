@@ -33,6 +33,23 @@ def test_velocity_is_the_derivative_of_the_line() -> None:
     assert torch.allclose(passed / 0.5, flow.velocity(CLEAN, NOISE))
 
 
+def test_the_way_to_the_truth_ends_there_from_anywhere_and_is_the_line_on_the_line() -> None:
+    t = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    anywhere = CLEAN + NOISE.flip(0)
+    way = flow.velocity_to(CLEAN, anywhere, t)
+    assert torch.allclose(anywhere - t[:, None, None] * way, CLEAN)
+    on_line = flow.interpolate(CLEAN, NOISE, t)
+    assert torch.allclose(flow.velocity_to(CLEAN, on_line, t), flow.velocity(CLEAN, NOISE))
+
+
+def test_a_step_begins_between_its_end_and_pure_noise_and_often_in_noise() -> None:
+    t = torch.rand(1000, generator=torch.manual_seed(2))
+    start = flow.earlier(t, torch.rand(1000, 2, generator=torch.manual_seed(3)))
+    assert (start >= t).all()
+    assert (start <= 1).all()
+    assert 0.35 < (start == 1).float().mean() < 0.45
+
+
 def test_training_times_are_between_zero_and_one_with_median_a_half() -> None:
     t = flow.logit_normal(torch.tensor([-3.0, 0.0, 3.0]))
     assert 0 < t[0] < t[1] == 0.5 < t[2] < 1

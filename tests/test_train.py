@@ -33,8 +33,10 @@ STEPS = 6
 def arguments(model: Path, output: Path, *more: str) -> list[str]:
     base = ["train", "--model", str(model), "--tasks", "depth-to-image,novel-view", "--rank", "4"]
     base += ["--steps", str(STEPS), "--batch", "2", "--output", str(output), "--lr", "0.01"]
-    sets = "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2".split()
-    return [*base, *(word for setting in sets for word in ("--set", setting)), *more]
+    sets = (
+        "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2 rollout=0.5"
+    )
+    return [*base, *(word for setting in sets.split() for word in ("--set", setting)), *more]
 
 
 def vcdeft(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,10 +73,10 @@ def test_zero2_on_two_processes_follows_plain_training(
     run = load_run(str(two_processes / rundir.SETTINGS))
     models = load_models(str(micro_model))
     adapters.attach(models.transformer, run.adapter, seed=run.seed)
-    groups = adapters.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
-    optimiser = torch.optim.AdamW(groups, betas=run.optimiser.betas, weight_decay=0.0)
+    rates_of = adapters.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
+    optimiser = torch.optim.AdamW(rates_of, betas=run.optimiser.betas, weight_decay=0.0)
     rates = [group["lr"] for group in optimiser.param_groups]
-    loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0)
+    loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0, rollout=True)
     draws = Draws(rundir.mixture_of(run), models.resolution)
     plain = []
     for step in range(STEPS):
@@ -82,7 +84,8 @@ def test_zero2_on_two_processes_follows_plain_training(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         drawn = [draws[index] for index in range(step * 4, step * 4 + 4)]
-        loss = loss_of(encode(models, drawn, seed=0, times="uniform", time_shift=2)).mean()
+        groups = encode(models, drawn, seed=0, times="uniform", time_shift=2, rollout=0.5)
+        loss = loss_of(groups).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters.trainable(models.transformer).values(), 2.0)
         optimiser.step()

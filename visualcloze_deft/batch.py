@@ -19,6 +19,8 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.settings import Times
 
+NEAREST = 0.1  # time below which no sample is a rollout: an error there would be divided by t
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
@@ -32,13 +34,15 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Samples of one grid shape. noise: (b, n, 64); t: (b,); text: (b, l, d); pooled: (b, d)."""
+    """Samples of one grid shape. noise: (b, n, 64); t, start: (b,); text: (b, l, d);
+    pooled: (b, d). Where start is above t, the sample is a step of the model's own from there."""
 
     indices: tuple[int, ...]
     tasks: tuple[str, ...]
     latents: grid.Latents
     noise: Tensor
     t: Tensor
+    start: Tensor
     text: Tensor
     pooled: Tensor
 
@@ -93,8 +97,12 @@ def encode(
     seed: int,
     times: Times = "logit-normal",
     time_shift: float = 1.0,
+    rollout: float = 0.0,
 ) -> list[Group]:
-    """Encode a batch. Noise and time of example i are a function of (seed, i) alone."""
+    """Encode a batch. Noise and times of example i are a function of (seed, i) alone.
+
+    rollout: how often a sample starts as a step of the model's own, see `settings.Run`.
+    """
     text, pooled = models.encode_text([d.prompt for d in drawn])
     places: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for place, d in enumerate(drawn):
@@ -102,17 +110,21 @@ def encode(
     groups = []
     for members in places.values():
         latents = encode_grids(models, [drawn[k].grid for k in members], clean=True)
-        noise, t = zip(
+        noise, t, uniform = zip(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
             strict=True,
         )
+        at, ways = flow.shift(torch.stack(t), time_shift), torch.stack(uniform)
+        own = (ways[:, 0] < rollout) & (at > NEAREST)
+        start = torch.where(own, flow.earlier(at, ways[:, 1:]), at)
         groups.append(
             Group(
                 indices=tuple(drawn[k].index for k in members),
                 tasks=tuple(drawn[k].task for k in members),
                 latents=latents,
                 noise=torch.stack(noise).to(latents.clean),
-                t=flow.shift(torch.stack(t), time_shift).to(latents.clean.device),
+                t=at.to(latents.clean.device),
+                start=start.to(latents.clean.device),
                 text=text[members],
                 pooled=pooled[members],
             )
@@ -120,11 +132,16 @@ def encode(
     return groups
 
 
-def draw_noise(shape: Sequence[int], seed: int, index: int, times: Times) -> tuple[Tensor, Tensor]:
-    """Standard normal noise of `shape` and a time in 0..1, from (seed, index) alone."""
+def draw_noise(
+    shape: Sequence[int], seed: int, index: int, times: Times
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal noise of `shape`, a time in 0..1 and three draws from 0..1 for `rollout`,
+    from (seed, index) alone."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> 1))
     noise = torch.randn(tuple(shape), generator=generator)
     if times == "uniform":
-        return noise, torch.rand((), generator=generator)
-    return noise, flow.logit_normal(torch.randn((), generator=generator))
+        t = torch.rand((), generator=generator)
+    else:
+        t = flow.logit_normal(torch.randn((), generator=generator))
+    return noise, t, torch.rand(3, generator=generator)

@@ -32,7 +32,12 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         transformer.enable_gradient_checkpointing()
     if run.zero == 3:
         register_external(transformer)
-    module = GridLoss(transformer, context_weight=run.context_weight, guidance=run.guidance)
+    module = GridLoss(
+        transformer,
+        context_weight=run.context_weight,
+        guidance=run.guidance,
+        rollout=run.rollout > 0,
+    )
     settings = run.optimiser
     optimiser = torch.optim.AdamW(
         adapters.parameter_groups(transformer, run.adapter, lr=settings.lr),

@@ -22,6 +22,20 @@ def velocity(clean: Tensor, noise: Tensor) -> Tensor:
     return noise - clean
 
 
+def earlier(t: Tensor, uniform: Tensor) -> Tensor:
+    """(b,) times between t and 1, in 2 of 5 cases 1 itself: where a sampling step to t begins.
+
+    uniform: (b, 2) draws from 0..1.
+    """
+    between = t + (1 - t) * uniform[:, 0]
+    return torch.where(uniform[:, 1] < 0.4, torch.ones_like(t), between)
+
+
+def velocity_to(clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """dx/dt of the straight way from x (b, n, c) at times t (b,) above 0 to `clean` at time 0."""
+    return (x - clean) / t[:, None, None]
+
+
 def logit_normal(standard_normal: Tensor) -> Tensor:
     """Training times in 0..1 from normal draws (Esser et al. 2024, section 3.1, m = 0, s = 1)."""
     return torch.sigmoid(standard_normal)

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from visualcloze_deft import flow
-from visualcloze_deft.batch import Group
+from visualcloze_deft.batch import NEAREST, Group
 from visualcloze_deft.models import predict_velocity
 
 
@@ -20,28 +20,45 @@ class GridLoss(nn.Module):
     """The transformer with its loss: one call takes a whole batch of groups, as engines like it."""
 
     def __init__(
-        self, transformer: FluxTransformer2DModel, *, context_weight: float, guidance: float
+        self,
+        transformer: FluxTransformer2DModel,
+        *,
+        context_weight: float,
+        guidance: float,
+        rollout: bool = False,
     ) -> None:
+        """rollout: whether groups may hold samples whose `start` is above `t`."""
         super().__init__()
         self.transformer = transformer
         self.context_weight = context_weight
         self.guidance = guidance
+        self.rollout = rollout
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """(b,) the loss of each sample, group after group."""
         return torch.cat([self.errors(group) for group in groups])
 
     def errors(self, group: Group) -> Tensor:
-        latents = group.latents
-        noisy = flow.interpolate(latents.clean, group.noise, group.t)
-        predicted = predict_velocity(
+        latents, t, start = group.latents, group.t, group.start
+        noisy = flow.interpolate(latents.clean, group.noise, start)
+        target = flow.velocity(latents.clean, group.noise)
+        if self.rollout:  # in every process alike: ZeRO-3 gathers weights in each call
+            with torch.no_grad():
+                guess = self.velocity(group, noisy, start).float()
+            noisy = noisy + (t - start)[:, None, None] * guess
+            led = flow.velocity_to(latents.clean, noisy, t.clamp(min=NEAREST))
+            target = torch.where((start > t)[:, None, None], led, target)
+        predicted = self.velocity(group, noisy, t)
+        weight = latents.is_target + self.context_weight * (1 - latents.is_target)
+        return flow.velocity_error(predicted, target, weight)
+
+    def velocity(self, group: Group, noisy: Tensor, t: Tensor) -> Tensor:
+        return predict_velocity(
             self.transformer,
-            latents.inputs(noisy),
-            group.t,
-            ids=latents.ids,
+            group.latents.inputs(noisy),
+            t,
+            ids=group.latents.ids,
             text=group.text,
             pooled=group.pooled,
             guidance=self.guidance,
         )
-        weight = latents.is_target + self.context_weight * (1 - latents.is_target)
-        return flow.velocity_error(predicted, flow.velocity(latents.clean, group.noise), weight)

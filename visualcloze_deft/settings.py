@@ -150,6 +150,9 @@ class Run(_Section):
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Times t become s t / (1 + (s - 1) t): more than 1 trains more on noise, where layout and
     colours are decided."""
+    rollout: Probability = 0.0
+    """How often a sample is not on the straight line from picture to noise but where a sampling
+    step of the model's own leads: it learns to mend its errors. Costs a forward pass a batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""

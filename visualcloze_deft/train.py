@@ -253,7 +253,12 @@ class Loop:
         """Gradients of one batch; task and loss by example index."""
         run = self.run
         groups = encode(
-            self.models, drawn, seed=run.seed, times=run.times, time_shift=run.time_shift
+            self.models,
+            drawn,
+            seed=run.seed,
+            times=run.times,
+            time_shift=run.time_shift,
+            rollout=run.rollout,
         )
         errors = self.engine(groups)
         self.engine.backward(errors.mean())
