@@ -370,7 +370,8 @@ def main() -> None:
         if time.monotonic() - saved > 240:
             saved = time.monotonic()
             keep(state, trained, average, optimiser, step, spent + (saved - begun) / 60)
-    keep(state, trained, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
+    if optimiser.state:
+        keep(state, trained, average, optimiser, step, spent + (time.monotonic() - begun) / 60)
 
 
 def keep(

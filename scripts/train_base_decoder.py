@@ -3,10 +3,11 @@
     python scripts/train_base_decoder.py --out work/base --minutes 8
 
 Latents that a small transformer makes differ from those of pictures: they are soft, and do not
-meet at the borders of tokens. A convolutional decoder can mend that, if it has seen it. Grids of
-scenes that no training grid showed are completed by the transformer, from pure noise or from the
+meet at the borders of tokens. A convolutional decoder can mend that, if it has seen it. Grids
+that no training grid showed are completed by the transformer, from pure noise or from the
 truth hidden in much noise; the decoder learns to paint the true picture from what was made, and
 goes on learning from true latents of every role. Encoder and transformer stay as they are.
+Run it once, last: it replaces the decoder that it starts from.
 Axes: b strip, n token, c channel, h w pixels.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from train_base import CELL, OPEN, Base
-from train_base_bank import BUNDLES, bundle
+from train_base_bank import BUNDLES, bundle, is_leaves
 from train_base_vae import LATENT_NOISE, LEARNING_RATE, Muon, pool, strip
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -64,7 +66,8 @@ def settled_strips(shard: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     grids, prompts = [], []
     for index in range(shard * BUNDLES, (shard + 1) * BUNDLES):
         drawn, _, words = bundle(index, tasks, source)
-        if words["sentence"] and words["task"] != OPEN and len(drawn[0].widths[0]) == 2:
+        is_open = words["task"] == OPEN or (is_leaves(index) and "hole" in words["task"])
+        if words["sentence"] and not is_open and len(drawn[0].widths[0]) == 2:
             grids += drawn
             prompts += [
                 grid.prompt(1, 2, task=words["sentence"], content=content)
@@ -189,7 +192,9 @@ def main() -> None:
         bar.update(int(time.monotonic() - start) - bar.n)
         bar.set_postfix(l1=f"{difference.abs().mean().item():.3f}", strips=seen, refresh=False)
     print("after:", judge())
-    vae.eval().save_pretrained(options.out / "vae")
+    vae.eval().save_pretrained(options.out / "vae.part")
+    shutil.rmtree(options.out / "vae")
+    (options.out / "vae.part").rename(options.out / "vae")
 
 
 def decibel(made: Tensor, truth: Tensor) -> float:

@@ -24,8 +24,9 @@ from visualcloze_deft.batch import Draws, encode
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
+from visualcloze_deft.output import only_writer
 from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import Share, learning_rate_factor, only_writer
+from visualcloze_deft.train import Share, learning_rate_factor
 
 STEPS = 6
 
@@ -188,6 +189,24 @@ def test_other_ways_to_run_train_save_and_resume(
         torch.testing.assert_close(tensor, trained[name], atol=1e-7, rtol=1e-5)
 
 
+def test_zero3_follows_zero2_where_ranks_have_different_numbers_of_shapes(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    curves = []
+    for zero in ("2", "3"):
+        output = tmp_path / zero
+        words = arguments(micro_model, output, "--zero", zero, "--steps", "3")
+        done = vcdeft(*words, "--tasks", "depth-to-image,object-insertion")
+        assert done.returncode == 0, done.stderr[-2000:]
+        curves.append(losses(output))
+    run = load_run(str(tmp_path / "3" / rundir.SETTINGS))
+    mixture = rundir.mixture_of(run)
+    wide = [len(mixture[i].rows[0]) > 2 for i in range(12)]  # a step: 2 of rank 0, 2 of rank 1
+    mixed = [wide[k] != wide[k + 1] for k in range(0, 12, 2)]
+    assert any(first != second for first, second in zip(mixed[::2], mixed[1::2], strict=True))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 def test_a_run_killed_after_its_last_checkpoint_still_gives_its_adapter(
     two_processes: Path, tmp_path: Path
 ) -> None:
@@ -280,7 +299,7 @@ def test_a_second_process_does_not_write_beside_the_first(tmp_path: Path) -> Non
     with (
         only_writer(tmp_path / "run"),
         pytest.raises(UserError, match="another process"),
-        only_writer(tmp_path / "run"),
+        only_writer(tmp_path / "run", patience=0),
     ):
         pass
     with only_writer(tmp_path / "run"):
@@ -295,6 +314,10 @@ def test_resuming_with_changed_task_files_is_refused(
     kept.write_text(f"{before}# changed\n")
     assert "novel-view.toml has changed" in refused("train", "--output", two_processes, "--resume")
     kept.write_text(before)
+    extra = kept.with_name("extra.toml")
+    extra.write_text(before)
+    assert "extra.toml is there only" in refused("train", "--output", two_processes, "--resume")
+    extra.unlink()
 
 
 def test_resuming_on_another_base_of_the_same_shape_is_refused(

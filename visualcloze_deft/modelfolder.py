@@ -84,8 +84,8 @@ def check_base(adapter: Path, name: str) -> None:
     if before and now and before != now:
         raise UserError(
             f"adapter {adapter}: made for another base than {name!r} is here (it names "
-            f"{told.get('base_model', 'none')!r}, whose weights were others); name that base with "
-            "--model, or train the adapter again"
+            f"{told.get('base_model', 'none')!r}, whose weight files were others); name that base "
+            "with --model, or train the adapter again"
         )
 
 

@@ -1,9 +1,15 @@
-"""Folders that results go into."""
+"""Folders that results go into, and the lock on one that a run writes."""
 
 from __future__ import annotations
 
+import fcntl
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from visualcloze_deft.errors import UserError
 
@@ -16,3 +22,29 @@ def output_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"output {path}: not writable ({error.strerror})") from None
+
+
+@contextmanager
+def only_writer(path: Path, *, patience: float = 10.0) -> Iterator[None]:
+    """Hold the lock of the folder `path`: no process of a killed run writes beside this one.
+
+    The system lets go of it when this process and its reading processes have ended, however they
+    end: `patience` is how many seconds to wait for that. Raises `UserError` where another holds it.
+    """
+    output_folder(path)
+    with (path / ".lock").open("w") as file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"output {path}: another process is training there; end it first"
+                    ) from None
+                time.sleep(0.2)
+            except OSError as error:  # some network file systems have no locks
+                tqdm.write(f"output {path}: cannot be locked ({error.strerror}); going on without")
+                break
+        yield

@@ -18,7 +18,7 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import check_base, check_folder, check_lora, fingerprint
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import only_writer
 from visualcloze_deft.registry import Task, load_tasks, select
 from visualcloze_deft.settings import Run, load_run, write_run
 
@@ -123,8 +123,8 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
         raise UserError(
             f"output {output} holds another run; go on with --resume or choose another --output"
         )
-    output_folder(output)
-    describe(run, mixture, output)
+    with only_writer(output):
+        describe(run, mixture, output)
     return mixture
 
 
@@ -155,7 +155,13 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
 
 
 def check_tasks(mixture: Mixture, before: Path) -> None:
-    """Raise `UserError` unless the task files say what they said when the run began."""
+    """Raise `UserError` unless the tasks and what their files say are what the run began with."""
+    names = {task.path.name for task in mixture.tasks.values()}
+    if odd := sorted(names ^ {path.name for path in before.glob("*.toml")}):
+        raise UserError(
+            f"--resume: the run began with other tasks; {odd[0]} is there only before or only now. "
+            f"Name those in {before} with --tasks, or start another --output"
+        )
     for task in mixture.tasks.values():
         kept = before / task.path.name
         if kept.is_file() and kept.read_bytes() != task.path.read_bytes():
@@ -183,7 +189,8 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe(run: Run, mixture: Mixture, output: Path) -> None:
     """Write settings, task files, the mixture's proportions and versions into the run folder."""
     tasks = output / "tasks"
-    tasks.mkdir(exist_ok=True)
+    shutil.rmtree(tasks, ignore_errors=True)
+    tasks.mkdir()
     for task in mixture.tasks.values():
         shutil.copyfile(task.path, tasks / task.path.name)
     proportions = dict(zip(mixture.tasks, mixture.proportions.tolist(), strict=True))

@@ -27,7 +27,8 @@ def denoise(
     *,
     step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Euler from noise at times[0] = 1 to the image at times[-1] = 0; `step` is told of each."""
+    """Euler from x at times[0], 1 for pure noise, to the image at times[-1] = 0; `step` is told
+    of each."""
     x = noise
     for now, after in pairwise(times):
         x = x + (after - now) * velocity(x, now)

@@ -152,7 +152,8 @@ class Run(_Section):
     colours are decided."""
     rollout: Probability = 0.0
     """How often a sample is not on the straight line from picture to noise but where a sampling
-    step of the model's own leads: it learns to mend its errors. Costs a forward pass a batch."""
+    step of the model's own leads: it learns to mend its errors and, where the answer is open, the
+    mean of what fits. One more forward pass a batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""

@@ -6,14 +6,13 @@ accumulated batches), whatever the number of processes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, checkpoint, rundir
-from visualcloze_deft.batch import Drawn, Draws, encode
+from visualcloze_deft.batch import Drawn, Draws, Group, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.engine import (
@@ -40,7 +39,7 @@ from visualcloze_deft.engine import (
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models, default_dtype, load_models
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import only_writer
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
 
@@ -100,30 +99,13 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
         batch=run.batch,
         accumulate=run.accumulate,
     )
+    if share.rank == 0 and not prepared:
+        rundir.prepare(run, processes=share.world, resume=resume)
     with only_writer(output) if share.rank == 0 else nullcontext():
-        if share.rank == 0 and not prepared:
-            rundir.prepare(run, processes=share.world, resume=resume)
         process.wait_for_everyone()
         train_here(run, share, process, resume=resume)
     process.wait_for_everyone()
     process.destroy_process_group()
-
-
-@contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """Hold the run folder's lock, so that no process of a killed run writes beside this one.
-
-    The system lets go of it when the process ends, however it ends.
-    """
-    output_folder(output)
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"output {output}: another process is training there; end it first"
-            ) from None
-        yield
 
 
 def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -> None:
@@ -260,14 +242,24 @@ class Loop:
             time_shift=run.time_shift,
             rollout=run.rollout,
         )
+        count = len(drawn)
+        if run.zero == 3:
+            groups = self.as_many_as_others(groups)
         errors = self.engine(groups)
-        self.engine.backward(errors.mean())
-        order = [index for group in groups for index in group.indices]
-        tasks = [task for group in groups for task in group.tasks]
+        self.engine.backward(errors[:count].mean() + 0 * errors[count:].sum())
+        order = [index for group in groups for index in group.indices][:count]
+        tasks = [task for group in groups for task in group.tasks][:count]
         return {
             index: (task, error)
-            for index, task, error in zip(order, tasks, errors.tolist(), strict=True)
+            for index, task, error in zip(order, tasks, errors[:count].tolist(), strict=True)
         }
+
+    def as_many_as_others(self, groups: list[Group]) -> list[Group]:
+        """`groups` and its last one again, until every rank has as many: under ZeRO-3 each call of
+        the transformer gathers its weights from all ranks."""
+        most = torch.tensor(len(groups), device=self.models.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return groups + [groups[-1]] * (int(most) - len(groups))
 
     def record(
         self,
