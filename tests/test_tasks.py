@@ -72,6 +72,14 @@ def test_the_last_column_is_the_target_unless_targets_are_named(tmp_path: Path) 
     assert read_task(task_file(tmp_path, named)).targets == ("style", "target")
 
 
+@pytest.mark.parametrize("role", ["DepthEdit", "InstantStyle_image_0", "_x", "a-b", "größe"])
+def test_a_role_is_named_as_the_data_names_it(tmp_path: Path, role: str) -> None:
+    text = GOOD.replace("{style}", f"{{{role}}}").replace("style =", f'"{role}" =')
+    task = read_task(task_file(tmp_path, text))
+    assert role in task.roles
+    assert f"painting [IMAGE{task.roles.index(role) + 1}]" in task.sentence()
+
+
 BROKEN = {
     "no TOML": ("summary = ", "", "not valid TOML"),
     "missing key": ('group = "own"', "", "the key 'group' is missing"),

@@ -16,7 +16,7 @@ from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import TASKS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-ROLE = re.compile(r"[a-z][a-z0-9_]*")
+ROLE = re.compile(r"[A-Za-z_][\w-]*")  # what str.format takes as one name
 CONTENTS = ("", "caption", "instruction")
 _KEYS = {"summary": str, "group": str, "instruction": str, "content": str, "columns": dict}
 
@@ -85,7 +85,7 @@ def read_task(path: Path) -> Task:
         raise UserError(f"{path}: [columns] needs at least two roles, found {len(columns)}")
     for role, phrase in columns.items():
         if not ROLE.fullmatch(role):
-            raise UserError(f"{path}: role {role!r}: small letters, digits and '_' only")
+            raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")
         if not isinstance(phrase, str):
             raise UserError(f"{path}: columns.{role} must be text, not {phrase!r}")
     targets = fields.get("targets", [list(columns)[-1]])
