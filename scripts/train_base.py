@@ -47,8 +47,9 @@ EXAMPLES = (0.66, 0.31, 0.03)  # single rows teach the most per second: fewest t
 CODED = 0.5  # how often a grid with examples has a secret that only they tell
 KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
 CONTEXT_WEIGHT = 0.1  # what a token that is only to be copied counts in the loss
-ROLLOUT = 0.6  # how often a sample lies where a sampling step of the model's own leads
-OPEN = "subject-driven"  # its answer is not settled by what is shown, so its samples are not
+LED = 8  # samples of a batch that lie where a sampling step of the model's own leads
+OPEN = ("subject-driven", "hole")  # nothing shown settles their answers: they are never led
+ADAPTERS = "image-to-depth"  # depth in its own code is left to adapters, other codes are not
 THING_WEIGHT = 2.0  # what a token of a thing counts beyond one of floor or wall
 CLASS_WEIGHT = 0.1  # what naming the classes counts beside the velocity
 CLASS_BLOCK = 1  # the single block whose states name them: the later ones are left to paint
@@ -198,6 +199,8 @@ class Bank:
                 notes = json.loads(file.metadata()["notes"])
             columns = shard["clean"].shape[2] // (CELL // grid.CELL_STEP) ** 2
             for k, note in enumerate(notes):
+                if note["task"] == ADAPTERS and note["sentence"]:
+                    continue
                 tensors = {name: parts[k] for name, parts in shard.items()}
                 self.bundles[columns, not note["sentence"]].append(tensors | note)
 
@@ -240,11 +243,12 @@ def draw(bank: Bank, step: int) -> tuple[grid.Latents, Tensor, Tensor, list[str]
         seen.append(rearrange(shown, "r n c -> (r n) c"))
         mask.append(rearrange(hidden, "r n -> (r n)"))
         classes.append(rearrange(chosen["classes"][order], "r n s k -> (r n) s k"))
-        settled.append(chosen["task"] != OPEN)
         keep_task, keep_content = rng.random(2) < (KEEP_TASK, KEEP_CONTENT)
         silent = rng.random() < DROP_TEXT
         task = chosen["sentence"] if keep_task and not silent else ""
-        content = chosen["content"][order[-1]] if keep_content and not silent else ""
+        said = chosen["content"][order[-1]]
+        content = said if keep_content and not silent else ""
+        settled.append(content == said and not any(name in chosen["task"] for name in OPEN))
         prompts.append(grid.prompt(rows, columns, task=task, content=content))
     latents = grid.Latents(
         clean=torch.stack(clean).float(),
@@ -321,15 +325,18 @@ def main() -> None:
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         start = flow.earlier(t, torch.rand(BATCH, 2, generator=random))
-        own = (torch.rand(BATCH, generator=random) < ROLLOUT) & settled & (t > NEAREST)
+        own = (torch.arange(BATCH) < LED) & settled & (t > NEAREST)
         told = [tensor.to(device) for tensor in (guidance, latents.ids, t5_ids, clip_ids)]
         latents, noise = moved(latents, device), noise.to(device)
         t, start, own = t.to(device), start.to(device), own[:, None, None].to(device)
         clean, on_line = latents.clean, flow.interpolate(latents.clean, noise, start)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
-                guess = forward(latents.inputs(on_line), start, *told)[0].float()
-            led = on_line + (t - start)[:, None, None] * guess
+                first = [tensor[:LED] for tensor in (latents.inputs(on_line), start, told[0])]
+                texts = [tensor[:LED] for tensor in told[2:]]
+                guess = forward(*first, told[1], *texts)[0].float()
+            led = on_line.clone()
+            led[:LED] += (t - start)[:LED, None, None] * guess
             noisy = torch.where(own, led, flow.interpolate(clean, noise, t))
             predicted, names = forward(latents.inputs(noisy), t, *told)
         to_truth = flow.velocity_to(clean, led, t.clamp(min=NEAREST))

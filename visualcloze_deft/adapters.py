@@ -1,7 +1,6 @@
 """DEFT, PaRa and LoRA on a FLUX transformer, through peft: attach, group, save, load.
 
-The layers are peft's own; this module is the only place that names them, so that a faster layer
-can take their place without a change elsewhere.
+Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's are `deft`'s.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
-from peft.tuners.deft.layer import DeftLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from visualcloze_deft import deft
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import WEIGHTS
 from visualcloze_deft.settings import Adapter
@@ -76,6 +75,10 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
         torch.manual_seed(seed)
         transformer.add_adapter(peft_config(settings), adapter_name=NAME)
     keep_single_precision(transformer)
+    deft.adopt(transformer)
+    for layer in deft.layers(transformer).values():
+        layer.start(NAME)
+    deft.share_bases(transformer)
 
 
 def keep_single_precision(transformer: nn.Module) -> None:
@@ -88,11 +91,6 @@ def keep_single_precision(transformer: nn.Module) -> None:
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their name in `transformer`."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-
-
-def deft_layers(transformer: nn.Module) -> list[DeftLayer]:
-    """The DEFT and PaRa layers, which read their base layer's weight themselves."""
-    return [layer for layer in transformer.modules() if isinstance(layer, DeftLayer)]
 
 
 def parameter_groups(
@@ -117,9 +115,17 @@ def file_name(name: str) -> str:
 
 
 def state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors in peft's file naming."""
+    """The adapter's tensors as in peft's file."""
     found = get_peft_model_state_dict(transformer, adapter_name=NAME)
     return {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in found.items()}
+
+
+def state_of(transformer: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` from the adapter's whole parameters by their name in `transformer`."""
+    tensors = dict(parameters)
+    for name, layer in deft.layers(transformer).items():
+        deft.change_signs(layer, tensors, f"{name}.")
+    return {file_name(name): tensor for name, tensor in tensors.items()}
 
 
 def save(
@@ -154,6 +160,8 @@ def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool =
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
     keep_single_precision(transformer)
+    deft.adopt(transformer)
+    deft.share_bases(transformer)
     expected = state(transformer)
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))

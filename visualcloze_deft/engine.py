@@ -16,9 +16,9 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from visualcloze_deft import adapters
+from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.settings import Run
@@ -31,7 +31,9 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     if run.checkpointing:
         transformer.enable_gradient_checkpointing()
     if run.zero == 3:
-        register_external(transformer)
+        for layer in deft.layers(transformer).values():
+            for parameter in layer.parameters():  # all that it reads without calling a module
+                register_external_parameter(layer, parameter)
     module = GridLoss(
         transformer,
         context_weight=run.context_weight,
@@ -54,16 +56,6 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         dist_init_required=False,
     )
     return engine
-
-
-def register_external(transformer: nn.Module) -> None:
-    """Let ZeRO-3 know that peft's DEFT layers read their base layer's weight and bias themselves.
-
-    Without this DeepSpeed frees the bias before the layer adds it (peft 0.21, DeepSpeed 0.19).
-    """
-    for layer in adapters.deft_layers(transformer):
-        for parameter in layer.get_base_layer().parameters():
-            register_external_parameter(layer, parameter)
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
@@ -116,10 +108,11 @@ def gather_adapter(engine: Any) -> dict[str, Tensor]:
     transformer = engine.module.transformer
     if engine.zero_optimization_stage() == 0:
         return adapters.state(transformer)
-    return {
-        adapters.file_name(name): safe_get_full_fp32_param(parameter).detach().cpu().clone()
+    whole = {
+        name: safe_get_full_fp32_param(parameter).detach().cpu().clone()
         for name, parameter in adapters.trainable(transformer).items()
     }
+    return adapters.state_of(transformer, whole)
 
 
 def stepped_tensors(engine: Any) -> list[Tensor]:

@@ -1,0 +1,395 @@
+"""The DEFT layer: against the paper's formula in float64, peft's layer and LoRA's costs.
+
+Axes: n tokens, o outputs, i inputs, r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import DeftConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from visualcloze_deft import deft
+
+KINDS: dict[str, dict[str, Any]] = {
+    "deft": {"decomposition_method": "qr", "alpha": 6},
+    "deft-relaxed": {"decomposition_method": "relu", "alpha": 6},
+    "para": {"decomposition_method": "qr", "para": True},
+}
+NAME = "default"
+
+
+def peft_net(kind: str, *, i: int = 40, o: int = 24, r: int = 4, bias: bool = True) -> nn.Module:
+    """One linear layer under peft's own DEFT layer, its parameters away from their start."""
+    torch.manual_seed(i * o + r)
+    net = nn.Sequential(nn.Linear(i, o, bias=bias)).requires_grad_(False)
+    inject_adapter_in_model(DeftConfig(r=r, target_modules=["0"], **KINDS[kind]), net, NAME)
+    with torch.no_grad():
+        for parameter in trained(net):
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def adopted(net: nn.Module) -> nn.Module:
+    ours = copy.deepcopy(net)
+    deft.adopt(ours)
+    return ours
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def continuous_basis(p: Tensor) -> Tensor:
+    """Q of the QR decomposition with a positive diagonal."""
+    q, triangle = torch.linalg.qr(p)
+    return q * triangle.diagonal().sign()
+
+
+def adapted_weight(layer: deft.DeftLinear, p: Tensor, r: Tensor | None) -> Tensor:
+    """arXiv 2509.22793: (I - Q Q^T) W + s Q R; (I - P relu(P)^T) W + s P R; without R PaRa."""
+    weight = layer.base_layer.weight.double()
+    relaxed = layer.deft_decomposition[NAME] == "relu"
+    q = p if relaxed else continuous_basis(p)
+    right = torch.relu(p) if relaxed else q
+    kept = weight - q @ right.mT @ weight
+    return kept if r is None else kept + layer.deft_scaling[NAME] * q @ r
+
+
+def formula(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Output and gradients of x, P and R of <output, weights>, through W' in float64."""
+    x = x.detach().double().requires_grad_()
+    parameters = [p.detach().double().requires_grad_() for p in layer.parameters_of(NAME)]
+    p, r = (*parameters, None)[:2]
+    y = x @ adapted_weight(layer, p, r).mT
+    if layer.base_layer.bias is not None:
+        y = y + layer.base_layer.bias.double()
+    return [y, *torch.autograd.grad(y, [x, *parameters], weights.double())]
+
+
+def layer_values(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters_of(NAME)], weights.to(y.dtype))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("i", "o", "r"), [(40, 24, 1), (40, 24, 4), (24, 40, 7), (24, 24, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradients_are_the_papers(kind: str, i: int, o: int, r: int, bias: bool) -> None:
+    layer = adopted(peft_net(kind, i=i, o=o, r=r, bias=bias))[0]
+    x, weights = torch.randn(2, 5, i), torch.randn(2, 5, o)
+    for found, expected in zip(
+        layer_values(layer, x, weights), formula(layer, x, weights), strict=True
+    ):
+        if kind == "para" and r == o:  # everything is removed: the truth is the bias, or zero
+            assert (found - expected).abs().max() < 1e-4
+        else:
+            assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_hold_in_float64_by_finite_differences(kind: str) -> None:
+    layer = adopted(peft_net(kind, i=6, o=5, r=3)).double()[0]
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters_of(NAME)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adopted_layer_computes_what_pefts_computed(kind: str) -> None:
+    theirs = peft_net(kind)
+    ours = adopted(theirs)
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_pass_between_the_two_layers_both_ways(kind: str) -> None:
+    theirs = peft_net(kind)
+    ours = adopted(peft_net(kind, r=4))
+    for parameter in trained(ours):
+        nn.init.normal_(parameter)
+    back = copy.deepcopy(theirs)
+    x = torch.randn(3, 40)
+    back.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(back(x), ours(x), atol=1e-4, rtol=1e-4)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_the_error_is_no_worse_than_that_of_the_same_lora(kind: str) -> None:
+    net = adopted(peft_net(kind, i=96, o=80, r=8)).bfloat16()
+    for parameter in trained(net):
+        parameter.data = parameter.data.float()
+    layer, lora = net[0], lora_net(96, 80, 8).bfloat16()
+    lora[0].base_layer.load_state_dict(layer.base_layer.state_dict())
+    b, a = lora[0].lora_B[NAME].weight, lora[0].lora_A[NAME].weight
+    for parameter, factor in zip((b, a), layer.factors(NAME), strict=True):
+        parameter.data = factor.bfloat16()
+    x, weights = torch.randn(64, 96).bfloat16(), torch.randn(64, 80).bfloat16()
+    ours, truth = layer_values(layer, x, weights), formula(layer, x, weights)
+    x.requires_grad_()
+    y = lora(x)
+    loras = [y, *torch.autograd.grad(y, [x], weights)]
+    for found, other, expected in zip(ours[:2], loras, truth[:2], strict=True):
+        assert relative(found, expected) <= 1.05 * relative(other, expected)
+    assert all(relative(found, expected) < 1e-2 for found, expected in zip(ours, truth))
+
+
+@pytest.mark.parametrize("kind", ["deft", "deft-relaxed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_started_layer_is_the_base(kind: str, dtype: torch.dtype) -> None:
+    net = adopted(peft_net(kind)).to(dtype)
+    for parameter in trained(net):
+        parameter.data = parameter.data.float()
+    net[0].start(NAME)
+    x = torch.randn(5, 40, dtype=dtype)
+    torch.testing.assert_close(net(x), net[0].base_layer(x), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6, 0.0])
+def test_nearly_parallel_columns_leave_outputs_and_gradients_finite(spread: float) -> None:
+    layer = adopted(peft_net("deft", r=4))[0]
+    p = layer.deft_P[NAME]
+    with torch.no_grad():
+        p[:, 1] = p[:, 0] + spread * torch.randn(len(p))
+    values = layer_values(layer, torch.randn(5, 40), torch.randn(5, 24))
+    assert all(value.isfinite().all() for value in values)
+    q, _ = layer.factors(NAME)
+    size = torch.linalg.svdvals(q)
+    assert size.max() < 1 + 1e-5
+    if spread >= 1e-4:
+        torch.testing.assert_close(size, torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_a_column_of_zeros_removes_and_adds_nothing() -> None:
+    layer = adopted(peft_net("deft", r=2))[0]
+    with torch.no_grad():
+        layer.deft_P[NAME][:, 1] = 0
+    q, _ = layer.factors(NAME)
+    assert q[:, 1].abs().max() == 0
+    values = layer_values(layer, torch.randn(5, 40), torch.randn(5, 24))
+    assert all(value.isfinite().all() for value in values)
+
+
+def test_the_function_is_continuous_in_p_where_pefts_jumps() -> None:
+    """LAPACK's basis flips the sign of a column where a pivot passes zero; R then says the
+    opposite. Along one straight way of P, in steps of a thousandth:"""
+    theirs = peft_net("deft", r=8)
+    ours = adopted(theirs)
+    x = torch.randn(20, 40)
+    jumps = {}
+    for name, net in (("theirs", theirs), ("ours", ours)):
+        p = net[0].deft_P[NAME].data
+        start, way = p.clone(), torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        outputs = []
+        for k in range(200):
+            with torch.no_grad():
+                net[0].deft_P[NAME].copy_(start + 0.001 * k * way)
+                outputs.append(net(x))
+        y = torch.stack(outputs)
+        jumps[name] = float((y[1:] - y[:-1]).flatten(1).norm(dim=1).max() / y[0].norm())
+    assert jumps["ours"] < 0.03
+    assert jumps["theirs"] > 10 * jumps["ours"]
+
+
+def two_adapters() -> nn.Module:
+    net = peft_net("deft")
+    inject_adapter_in_model(
+        DeftConfig(r=3, target_modules=["0"], **KINDS["deft-relaxed"]), net, "other"
+    )
+    for parameter in (net[0].deft_P["other"], net[0].deft_R["other"]):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return adopted(net)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_strength_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None:
+    net = adopted(peft_net("deft"))
+    net.requires_grad_(not frozen)
+    layer, x = net[0], torch.randn(5, 40)
+    full, base = net(x), layer.base_layer(x)
+    layer.set_scale(NAME, 0)
+    assert torch.equal(net(x), base)
+    layer.set_scale(NAME, 0.25)
+    torch.testing.assert_close(net(x), 0.75 * base + 0.25 * full)
+    layer.scale_layer(2)
+    torch.testing.assert_close(net(x), 0.5 * base + 0.5 * full)
+    layer.unscale_layer()
+    assert torch.equal(net(x), full)
+
+
+def test_active_adapters_add_their_changes_of_the_frozen_weight() -> None:
+    net = two_adapters()
+    layer, x = net[0], torch.randn(5, 40)
+    changes = {}
+    for name in (NAME, "other"):
+        layer.set_adapter(name)
+        changes[name] = net(x) - layer.base_layer(x)
+    layer.set_adapter([NAME, "other"])
+    layer.set_scale("other", -0.5)
+    expected = layer.base_layer(x) + changes[NAME] - 0.5 * changes["other"]
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+    layer.enable_adapters(False)
+    assert torch.equal(net(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_keeps_the_function_and_unmerging_every_bit(dtype: torch.dtype) -> None:
+    net = two_adapters().to(dtype)
+    layer, x = net[0], torch.randn(5, 40, dtype=dtype)
+    layer.set_adapter([NAME, "other"])
+    layer.set_scale("other", 0.5)
+    before, weight = net(x), layer.base_layer.weight.clone()
+    layer.merge(adapter_names=[NAME])
+    layer.merge(safe_merge=True)
+    assert layer.merged_adapters == [NAME, "other"]
+    assert relative(net(x), before) < (1e-6 if dtype == torch.float32 else 1e-2)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(net(x), before)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite_and_changes_nothing() -> None:
+    layer = adopted(peft_net("deft"))[0]
+    weight = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.deft_R[NAME][0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not be finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert not layer.merged
+
+
+def test_frozen_factors_follow_a_change_of_the_parameters() -> None:
+    net = adopted(peft_net("deft")).requires_grad_(False)
+    x = torch.randn(5, 40)
+    before = net(x)
+    other = adopted(peft_net("deft"))
+    with torch.no_grad():
+        other[0].deft_P[NAME].mul_(torch.randn_like(other[0].deft_P[NAME]))
+    net.load_state_dict(other.state_dict())
+    assert relative(net(x), before) > 0.01
+    torch.testing.assert_close(net(x), other(x), atol=1e-5, rtol=1e-5)
+
+
+class Checkpointed(nn.Module):
+    """Linear layers of two shapes in blocks that are computed again for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 40)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class Seen(TorchDispatchMode):
+    """Remembers the operators that ran and what they made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        self.made += [found] if isinstance(found, Tensor) else []
+        return found
+
+
+def test_a_pass_factorises_once_for_all_layers_however_often_blocks_are_computed() -> None:
+    net = Checkpointed().requires_grad_(False)
+    config = DeftConfig(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS["deft"])
+    inject_adapter_in_model(config, net, NAME)
+    deft.adopt(net)
+    deft.share_bases(net)
+    with Seen() as seen:
+        net(torch.randn(5, 40)).square().mean().backward()
+    assert sum(name.startswith("linalg_cholesky") for name in seen.names) == 1
+    assert "linalg_qr" not in seen.names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_makes_no_matrix_of_the_weights_size_and_no_float32_activation(kind: str) -> None:
+    net = adopted(peft_net(kind, i=1200, o=1100, r=4)).bfloat16()
+    for parameter in trained(net):
+        parameter.data = parameter.data.float()
+    x = torch.randn(700, 1200, dtype=torch.bfloat16, requires_grad=True)
+    with Seen() as seen:
+        net(x).sum().backward()
+    weight = net[0].base_layer.weight
+    made = [t for t in seen.made if t.untyped_storage().data_ptr() != weight.data_ptr()]
+    assert max(t.numel() for t in made if 700 not in t.shape) <= deft.ROWS * 1200
+    assert not [t.shape for t in made if 700 in t.shape and t.dtype != torch.bfloat16]
+
+
+def saved_bytes(net: nn.Module, x: Tensor) -> int:
+    """What autograd keeps for the backward pass, parameters aside, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = net(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+def lora_net(i: int, o: int, r: int) -> nn.Module:
+    net = nn.Sequential(nn.Linear(i, o)).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=["0"]), net, NAME)
+    return net
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_keeps_no_more_than_lora(kind: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4000, 192, dtype=dtype, requires_grad=True)
+    ours = adopted(peft_net(kind, i=192, o=256, r=16)).to(dtype)
+    assert saved_bytes(ours, x) <= 1.02 * saved_bytes(lora_net(192, 256, 16).to(dtype), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_computes_no_more_than_lora(kind: str) -> None:
+    x = torch.randn(4000, 192, requires_grad=True)
+    counts = []
+    for net in (adopted(peft_net(kind, i=192, o=256, r=16)), lora_net(192, 256, 16)):
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] <= 1.03 * counts[1]
+
+
+def test_a_layer_with_transposed_weights_stays_pefts() -> None:
+    net = nn.Sequential(Conv1D(24, 40)).requires_grad_(False)
+    config = DeftConfig(r=4, target_modules=["0"], fan_in_fan_out=True)
+    inject_adapter_in_model(config, net, NAME)
+    deft.adopt(net)
+    assert type(net[0]) is PeftDeftLinear

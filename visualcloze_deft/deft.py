@@ -1,0 +1,340 @@
+"""The DEFT layer: peft's parameters and files, an arithmetic that costs what LoRA's costs.
+
+The adapted weight (arXiv 2509.22793) is `(I - Q right^T) W + s Q R`, where (Q, right) is the
+orthonormal basis of P twice (orthogonal kind, PaRa without R) or P and relu(P) (relaxed kind).
+The change is `Q A` with `A = s R - right^T W`, of rank r: a layer is `y = W x + b + Q (A x)`, and
+for training keeps x and A x, as LoRA does.
+
+The basis is the one of the QR decomposition whose triangular part has a positive diagonal,
+because that one is continuous in P. LAPACK's signs, which peft's layer takes, jump while P is
+trained, and with them what R means. In files R is written in peft's signs.
+
+Several adapters add up: each one's A is formed from the frozen W, each change counts times its
+strength (1 unless set; 0 is the base).
+Axes: n tokens, o outputs, i inputs, r rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+P_NAME, R_NAME = "deft_P.", "deft_R."
+ROWS = 512  # of a weight that are cast to the adapter's precision together
+
+
+def whitening(gram: Tensor) -> Tensor:
+    """T (..., r, r) such that P T is orthonormal, for `gram` = P^T P (..., r, r) in float64.
+
+    Upper triangular, with a positive diagonal: Cholesky QR. A direction that P does not determine
+    (columns parallel to float32's precision, or zero) comes out near zero: it is left alone.
+    """
+    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    size = torch.where(size > 0, size, 1)
+    gram = gram / size[..., :, None] / size[..., None, :]
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    noise = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    lower = torch.linalg.cholesky(gram + noise * one)
+    inverse = torch.linalg.solve_triangular(lower.mT, one.expand_as(gram), upper=True)
+    return inverse / size[..., :, None]
+
+
+def gram(p: Tensor) -> Tensor:
+    """P^T P in float64: squaring would cost float32 half of its digits."""
+    double = p.detach().double()
+    return double.mT @ double
+
+
+def into_subspace(right: Tensor, weight: Tensor) -> Tensor:
+    """right^T W (r i) in the precision of `right` (o r), whatever that of `weight` (o i)."""
+    if weight.dtype == right.dtype:
+        return right.mT @ weight
+    parts = zip(right.split(ROWS), weight.split(ROWS), strict=True)
+    return torch.stack([part.mT @ rows.to(right.dtype) for part, rows in parts]).sum(dim=0)
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """y + strength x A^T Q^T with gradients for x, y, P and R; W is frozen."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        p: Tensor,
+        r: Tensor | None,
+        whiten: Tensor | None,
+        scale: float,
+        strength: float,
+    ) -> Tensor:
+        """x (n i), y (n o), whiten (r r) or None for the relaxed kind, r None for PaRa."""
+        q, a = factors(weight, p, r, whiten, scale)
+        a, q = (strength * a).to(x.dtype), q.to(x.dtype)
+        inside = x @ a.mT  # n r
+        ctx.save_for_backward(x, inside, a, weight, p, whiten)
+        ctx.scale, ctx.strength = scale, strength
+        return torch.addmm(y, inside, q.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, inside, a, weight, p, whiten = ctx.saved_tensors
+        q = basis(p, whiten)
+        grad_inside = grad @ q.to(grad.dtype)
+        grad_x = grad_inside @ a if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[3]:
+            return grad_x, grad, None, None, None, None, None, None
+        grad_a = ctx.strength * (grad_inside.mT @ x)  # r i
+        grad_right = -(weight @ grad_a.to(weight.dtype).mT).to(p.dtype)  # o r
+        grad_q = (grad.mT @ inside).to(p.dtype)
+        if whiten is None:
+            grad_p = grad_q + grad_right * (p > 0)
+        else:
+            grad_p = through_basis(grad_q + grad_right, q, whiten)
+        grad_r = ctx.scale * grad_a.to(p.dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, grad, None, grad_p, grad_r, None, None, None
+
+
+def basis(p: Tensor, whiten: Tensor | None) -> Tensor:
+    """Q (o r): P itself where the kind is relaxed."""
+    return p if whiten is None else (p.double() @ whiten).to(p.dtype)
+
+
+def factors(
+    weight: Tensor, p: Tensor, r: Tensor | None, whiten: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Q (o r) and A (r i) of the change Q A."""
+    q = basis(p, whiten)
+    removed = into_subspace(torch.relu(q) if whiten is None else q, weight)
+    return q, -removed if r is None else scale * r - removed
+
+
+def through_basis(grad: Tensor, q: Tensor, whiten: Tensor) -> Tensor:
+    """The gradient of P from that of its basis Q (o r): the reverse of QR (Walter and Lehmann 2010,
+    arXiv 1001.1654) without a gradient of the triangular part."""
+    inner = -(grad.mT @ q)
+    mirrored = inner.tril() + inner.tril(-1).mT
+    return (grad + q @ mirrored) @ whiten.to(grad.dtype).mT
+
+
+class DeftLinear(PeftDeftLinear):
+    """peft's DEFT layer with this module's arithmetic. `adopt` makes them."""
+
+    other_param_names = (*PeftDeftLinear.other_param_names, "strengths", "_whitening", "_frozen")
+    strengths: dict[str, float]
+    _whitening: dict[str, tuple[int, Tensor]]
+    _frozen: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]]
+    _original: Tensor | None
+    _shares_bases: bool
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [] if self.disable_adapters or self.merged else self.here()
+        if not names:
+            return super().forward(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        shape = y.shape
+        x, y = x.to(y.dtype).flatten(0, -2), y.flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):
+            for name in names:
+                if self.strength(name) != 0:
+                    y = self.updated(self.deft_dropout[name](x), y, name)
+        return y.unflatten(0, shape[:-1])
+
+    def here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.deft_P]
+
+    def strength(self, name: str) -> float:
+        return self.strengths.get(name, 1.0)
+
+    def updated(self, x: Tensor, y: Tensor, name: str) -> Tensor:
+        if self.is_frozen(name):
+            q, a = self.frozen(name, y.dtype)
+            return torch.addmm(y, x @ a.mT, q.mT, alpha=self.strength(name))
+        changed: Tensor = LowRankUpdate.apply(
+            x,
+            y,
+            dense(self.get_base_layer().weight),
+            self.deft_P[name],
+            None if self.deft_para[name] else self.deft_R[name],
+            self.whitening(name),
+            self.deft_scaling[name],
+            self.strength(name),
+        )
+        return changed
+
+    def is_frozen(self, name: str) -> bool:
+        return not any(p.requires_grad for p in self.parameters_of(name))
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        return [part[name] for part in (self.deft_P, self.deft_R) if name in part]
+
+    def whitening(self, name: str) -> Tensor | None:
+        """T of P; None for the relaxed kind. Where bases are shared, once in a forward pass."""
+        p = self.deft_P[name]
+        if self.deft_decomposition[name] == "relu":
+            return None
+        version, whiten = self._whitening.get(name, (None, None))
+        if version != p._version or whiten is None:
+            whiten = whitening(gram(p))
+            if self._shares_bases:
+                self._whitening[name] = (p._version, whiten)
+        return whiten
+
+    @torch.no_grad()
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
+        return factors(
+            dense(self.get_base_layer().weight),
+            self.deft_P[name],
+            None if self.deft_para[name] else self.deft_R[name],
+            self.whitening(name),
+            self.deft_scaling[name],
+        )
+
+    def frozen(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`factors` in `dtype`, kept until a parameter of the adapter changes."""
+        parts = self.parameters_of(name)
+        key = (dtype, *((p._version, p.device) for p in parts), self.deft_scaling[name])
+        if name not in self._frozen or self._frozen[name][0] != key:
+            q, a = self.factors(name)
+            self._frozen[name] = (key, q.to(dtype), a.to(dtype))
+        return self._frozen[name][1:]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Give an adapter its strength; diffusers' `set_adapters(names, weights)` calls this."""
+        self.strengths[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self.here():
+            self.strengths[name] = self.strength(name) * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; None sets every active adapter to strength 1."""
+        for name in self.here():
+            self.strengths[name] = 1.0 if scale is None else self.strength(name) / scale
+
+    @torch.no_grad()
+    def start(self, name: str) -> None:
+        """Set R so that the adapter changes nothing yet; PaRa has no R and starts removing."""
+        if name in self.deft_R:
+            q = basis(self.deft_P[name], self.whitening(name))
+            right = torch.relu(q) if self.whitening(name) is None else q
+            removed = into_subspace(right, dense(self.get_base_layer().weight))
+            self.deft_R[name].copy_(removed / self.deft_scaling[name])
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change of the weight (o i) at the adapter's strength, in the adapter's precision."""
+        q, a = self.factors(adapter_name)
+        return self.strength(adapter_name) * (q @ a)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters (all active ones) into the weight. The weight as it was stays in memory.
+
+        Raises `ValueError` where `safe_merge` and the result is not finite, or the weight is
+        quantised.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deft_P]
+        if not names:
+            return
+        layer, merged = self.get_base_layer(), list(self.merged_adapters)
+        if merged:
+            self.unmerge()
+        original = layer.weight.data
+        if dense(original) is not original:
+            raise ValueError("a quantised weight cannot take an adapter: load the base unquantised")
+        change = torch.stack([self.get_delta_weight(name) for name in merged + names]).sum(dim=0)
+        changed = (original.to(change.dtype) + change).to(original.dtype)
+        if safe_merge and not changed.isfinite().all():
+            raise ValueError(f"merging {', '.join(names)}: the weights would not be finite")
+        self._original = original
+        layer.weight.data = changed
+        self.merged_adapters.extend(merged + names)
+
+    def unmerge(self) -> None:
+        """Put the weight back, bit for bit."""
+        if self.merged:
+            self.get_base_layer().weight.data = self._original
+            self._original = None
+            self.merged_adapters.clear()
+
+
+def adopt(root: nn.Module) -> None:
+    """Turn the peft DEFT layers in `root` into this module's, with the function they have now."""
+    for layer in root.modules():
+        if type(layer) is PeftDeftLinear and type(layer.get_base_layer()) is not Conv1D:
+            layer.__class__ = DeftLinear
+            layer.strengths, layer._whitening, layer._frozen = {}, {}, {}
+            layer._original, layer._shares_bases = None, False
+            own = {f"{R_NAME}{n}": r.data for n, r in layer.deft_R.items()}
+            own |= {f"{P_NAME}{n}": p.data for n, p in layer.deft_P.items()}
+            change_signs(layer, own, "")
+            for name, r in layer.deft_R.items():
+                r.data = own[f"{R_NAME}{name}"]
+            layer._register_state_dict_hook(_write_signs)
+            layer.register_load_state_dict_pre_hook(_read_signs)
+
+
+def layers(root: nn.Module) -> dict[str, DeftLinear]:
+    """The DEFT and PaRa layers in `root` by name."""
+    return {name: m for name, m in root.named_modules() if isinstance(m, DeftLinear)}
+
+
+def share_bases(root: nn.Module) -> None:
+    """Compute what the bases need at the start of each forward of `root`, many layers at once.
+
+    It then serves the whole pass, the recomputation of checkpointed blocks too. Where a process
+    holds only a share of P (ZeRO-3), each layer computes its own when it first runs.
+    """
+    for layer in layers(root).values():
+        layer._shares_bases = True
+    root.register_forward_pre_hook(_renew_bases)
+
+
+def _renew_bases(root: nn.Module, _: Any) -> None:
+    by_rank: dict[tuple[int, torch.device], list[tuple[DeftLinear, str]]] = defaultdict(list)
+    for layer in layers(root).values():
+        for name in layer.here():
+            p = layer.deft_P[name]
+            layer._whitening.pop(name, None)
+            if layer.deft_decomposition[name] == "qr" and p.requires_grad and p.numel():
+                by_rank[p.shape[1], p.device].append((layer, name))
+    for group in by_rank.values():
+        shared = whitening(torch.stack([gram(layer.deft_P[name]) for layer, name in group]))
+        for (layer, name), one in zip(group, shared, strict=True):
+            layer._whitening[name] = (layer.deft_P[name]._version, one)
+
+
+def change_signs(layer: DeftLinear, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Turn each R in `tensors` from this module's signs into peft's, or back: the same step.
+
+    tensors: by their names in `layer` after `prefix`.
+    """
+    for name, method in layer.deft_decomposition.items():
+        r, p = f"{prefix}{R_NAME}{name}", tensors.get(f"{prefix}{P_NAME}{name}")
+        if method == "qr" and p is not None and p.numel() and r in tensors:
+            triangle = torch.linalg.qr(p.detach().float().cpu()).R  # as peft's layer calls it
+            signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+            tensors[r] = tensors[r] * signs.to(tensors[r])[:, None]
+
+
+def _write_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    change_signs(layer, state, prefix)
+
+
+def _read_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    change_signs(layer, state, prefix)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """A frozen weight (o i) in floating point, as it is or out of its quantised form."""
+    return weight
