@@ -149,7 +149,9 @@ def test_in_bfloat16_the_error_is_no_worse_than_that_of_the_same_lora(kind: str)
     loras = [y, *torch.autograd.grad(y, [x], weights)]
     for found, other, expected in zip(ours[:2], loras, truth[:2], strict=True):
         assert relative(found, expected) <= 1.05 * relative(other, expected)
-    assert all(relative(found, expected) < 1e-2 for found, expected in zip(ours, truth))
+    assert all(
+        relative(found, expected) < 1e-2 for found, expected in zip(ours, truth, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["deft", "deft-relaxed"])

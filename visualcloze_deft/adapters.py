@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from visualcloze_deft import deft
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.modelfolder import WEIGHTS
+from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
 from visualcloze_deft.settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
-CONFIG = "adapter_config.json"
 # Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
 FLUX_LAYERS = (
     r".*transformer_blocks\.\d+\."
@@ -70,6 +69,12 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
             f"{f'{other[0]}, which is no linear layer' if other else 'no linear layer'}; names "
             f"look like {linear[-2]}"
         )
+    for name, layer in matched.items():
+        if settings.rank > min(layer.in_features, layer.out_features):
+            raise UserError(
+                f"adapter.rank {settings.rank}: larger than {name}, which has "
+                f"{layer.in_features} inputs and {layer.out_features} outputs"
+            )
     transformer.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -202,9 +207,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"adapter {folder}: no {WEIGHTS} there")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or truncated ({error}); save or copy it again") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; use another step's")
+    return tensors
 
 
 def metadata(folder: Path) -> dict[str, str]:

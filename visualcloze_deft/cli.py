@@ -16,6 +16,7 @@ from visualcloze_deft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from visualcloze_deft.data.mixture import Mixture
+    from visualcloze_deft.export import Format
     from visualcloze_deft.settings import Run
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -185,6 +186,87 @@ def infer(
     )
     for path in written:
         click.echo(path)
+
+
+@cli.command("export", context_settings=CONTEXT)
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--format",
+    "kind",
+    required=True,
+    type=click.Choice(["peft", "diffusers", "comfyui", "kohya", "merged"]),
+    help="Who is to read it; merged: a transformer folder with the adapter in its weights.",
+)
+@click.option("--output", required=True, metavar="PATH", help="A .safetensors file, or a folder.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Folded in.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--model", help="The base; default: the one the adapter was trained on.")
+@click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Read what was written and compare the outputs.",
+)
+def export_adapter(
+    run: str,
+    kind: Format,
+    output: str,
+    strength: float,
+    dtype: str,
+    model: str | None,
+    lora: str | None,
+    verify: bool,
+) -> None:
+    """Write the adapter of RUN (a run or adapter folder) for another tool. DEFT and PaRa become
+    plain LoRA, exactly.
+
+    \b
+    vcdeft export runs/demo --format diffusers --output deft-lora.safetensors
+    vcdeft export runs/demo --format comfyui --dtype bfloat16 --output my.safetensors
+    vcdeft export runs/demo --format merged --output my-transformer
+    """
+    import torch
+
+    from visualcloze_deft.export import export
+
+    report = export(
+        Path(run),
+        Path(output),
+        kind,
+        strength=strength,
+        dtype=getattr(torch, dtype),
+        model=model,
+        lora=lora,
+        verify=verify,
+    )
+    click.echo(report.path)
+    if report.error is not None:
+        click.echo(
+            f"read by {report.reader}: its output differs from the adapter's by "
+            f"{report.error:.1e} (relative)"
+        )
+
+
+@cli.command("import", context_settings=CONTEXT)
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="The adapter folder to write.")
+@click.option("--model", default="tiny", show_default=True, help="The base that the LoRA changes.")
+def import_adapter(file: str, output: str, model: str) -> None:
+    """Turn a FLUX LoRA file (named as by diffusers, kohya or FLUX itself) into an adapter folder.
+
+    \b
+    vcdeft import my-lora.safetensors --model black-forest-labs/FLUX.1-Fill-dev --output my-lora
+    vcdeft train --method lora --rank 16 --set adapter.start=my-lora ...
+    """
+    from visualcloze_deft.export import import_lora
+
+    click.echo(import_lora(Path(file), Path(output), model=model))
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)

@@ -17,14 +17,13 @@ Axes: n tokens, o outputs, i inputs, r rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
 P_NAME, R_NAME = "deft_P.", "deft_R."
 ROWS = 512  # of a weight that are cast to the adapter's precision together
@@ -64,7 +63,7 @@ class LowRankUpdate(torch.autograd.Function):
     """y + strength x A^T Q^T with gradients for x, y, P and R; W is frozen."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         y: Tensor,
@@ -85,7 +84,7 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inside, a, weight, p, whiten = ctx.saved_tensors
         q = basis(p, whiten)
         grad_inside = grad @ q.to(grad.dtype)
@@ -125,7 +124,7 @@ def through_basis(grad: Tensor, q: Tensor, whiten: Tensor) -> Tensor:
     return (grad + q @ mirrored) @ whiten.to(grad.dtype).mT
 
 
-class DeftLinear(PeftDeftLinear):
+class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     """peft's DEFT layer with this module's arithmetic. `adopt` makes them."""
 
     other_param_names = (*PeftDeftLinear.other_param_names, "strengths", "_whitening", "_frozen")
@@ -270,9 +269,10 @@ class DeftLinear(PeftDeftLinear):
 
 def adopt(root: nn.Module) -> None:
     """Turn the peft DEFT layers in `root` into this module's, with the function they have now."""
-    for layer in root.modules():
-        if type(layer) is PeftDeftLinear and type(layer.get_base_layer()) is not Conv1D:
-            layer.__class__ = DeftLinear
+    for module in root.modules():
+        if type(module) is PeftDeftLinear and not module.fan_in_fan_out:
+            module.__class__ = DeftLinear
+            layer = cast(DeftLinear, module)
             layer.strengths, layer._whitening, layer._frozen = {}, {}, {}
             layer._original, layer._shares_bases = None, False
             own = {f"{R_NAME}{n}": r.data for n, r in layer.deft_R.items()}

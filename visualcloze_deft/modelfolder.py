@@ -14,7 +14,8 @@ from visualcloze_deft.folders import BASE
 
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
-WEIGHTS = "adapter_model.safetensors"  # peft's name for an adapter's tensors
+CONFIG = "adapter_config.json"  # peft's names for an adapter's settings and tensors
+WEIGHTS = "adapter_model.safetensors"
 CHANNELS = (384, 64)  # in and out of FLUX.1-Fill's transformer
 SAMPLE = 1 << 20  # bytes of a weight file that its fingerprint reads at either end
 PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
@@ -86,6 +87,24 @@ def check_base(adapter: Path, name: str) -> None:
             f"adapter {adapter}: made for another base than {name!r} is here (it names "
             f"{told.get('base_model', 'none')!r}, whose weight files were others); name that base "
             "with --model, or train the adapter again"
+        )
+
+
+def check_start(folder: Path, method: str, rank: int) -> None:
+    """Raise `UserError` unless the adapter in a folder is of this method and rank."""
+    path = folder / CONFIG
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind, found = fields["peft_type"], fields["r"]
+        if kind == "DEFT":
+            relaxed = "deft-relaxed" if fields["decomposition_method"] == "relu" else "deft"
+            kind = "para" if fields["para"] else relaxed
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter.start {folder}: no adapter folder ({error})") from None
+    if (kind.lower(), found) != (method, rank):
+        raise UserError(
+            f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
+            f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
         )
 
 

@@ -127,7 +127,7 @@ def load_models(
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     folder = BASE if name == TINY else name
-    check_folder(name)
+    transformer = load_transformer(name, dtype=dtype, lora=lora).to(device)
     try:
         parts = {
             part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).to(device).eval()
@@ -138,21 +138,35 @@ def load_models(
         }
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    transformer = parts["transformer"]
+    parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    resolution = resolution_of(name)
+    return Models(name=name, resolution=resolution, transformer=transformer, **parts, **rest)
+
+
+def load_transformer(
+    name: str, *, dtype: torch.dtype, lora: str | None = None
+) -> FluxTransformer2DModel:
+    """The transformer of `load_models` alone."""
+    check_folder(name)
+    folder = BASE if name == TINY else name
+    try:
+        transformer = FluxTransformer2DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=dtype
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
     channels = transformer.config.in_channels, transformer.config.out_channels
     if channels != CHANNELS:
         raise UserError(
             f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
-    parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
     if lora is not None:
         merge_lora(transformer, lora)
-    return Models(name=name, resolution=resolution_of(name), **parts, **rest)
+    return transformer
 
 
 _NETWORKS = {
-    "transformer": FluxTransformer2DModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": T5EncoderModel,

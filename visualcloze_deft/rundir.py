@@ -16,7 +16,13 @@ from visualcloze_deft.data.item import Part
 from visualcloze_deft.data.mixture import Mixture, serves, serving
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.modelfolder import check_base, check_folder, check_lora, fingerprint
+from visualcloze_deft.modelfolder import (
+    check_base,
+    check_folder,
+    check_lora,
+    check_start,
+    fingerprint,
+)
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.registry import Task, load_tasks, select
@@ -106,6 +112,9 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     check_folder(run.model)
     if run.model_lora is not None:
         check_lora(run.model_lora)
+    if run.adapter.start is not None and not resume:
+        check_start(Path(run.adapter.start), run.adapter.method, run.adapter.rank)
+        check_base(Path(run.adapter.start), run.model)
     mixture = mixture_of(run)
     items = sum(len(source) for source in mixture.sources)
     if items < processes:

@@ -103,6 +103,8 @@ class Adapter(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     layers: Annotated[str, AfterValidator(_expression)] = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
+    start: str | None = None
+    """An adapter folder of the same method and rank that training starts from."""
     p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 

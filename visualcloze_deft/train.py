@@ -119,10 +119,12 @@ def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -
         lora=run.model_lora,
     )
     start = latest(output, share) if resume else None
-    if start is None:
-        adapters.attach(models.transformer, run.adapter, seed=run.seed)
-    else:
+    if start is not None:
         adapters.load(models.transformer, start.folder, trainable=True)
+    elif run.adapter.start is not None:
+        adapters.load(models.transformer, Path(run.adapter.start), trainable=True)
+    else:
+        adapters.attach(models.transformer, run.adapter, seed=run.seed)
     engine = start_engine(models.transformer, run)
     if start is not None:
         restore_moments(engine, start)

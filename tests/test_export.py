@@ -1,0 +1,193 @@
+"""Adapters to and from other tools' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from visualcloze_deft import adapters, export, lowrank
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.settings import Adapter
+
+METHODS = ["deft", "deft-relaxed", "para", "lora"]
+FORMATS = ["peft", "diffusers", "comfyui", "kohya", "merged"]
+
+
+def base(model: Path) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
+
+
+def saved_adapter(model: Path, folder: Path, method: str, layers: str = "flux") -> Path:
+    transformer = base(model)
+    settings = Adapter(method=method, rank=3, alpha=6, layers=layers)
+    adapters.attach(transformer, settings, seed=0)
+    torch.manual_seed(1)
+    for parameter in adapters.trainable(transformer).values():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    folder.mkdir()
+    about = {"base_model": str(model), "method": method}
+    adapters.save(transformer, folder, base=str(model), metadata=about)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_is_exported_gives_the_adapters_output(
+    micro_model: Path, tmp_path: Path, method: str, kind: export.Format
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", method)
+    report = export.export(folder, tmp_path / "out", kind)
+    assert report.error is not None
+    assert report.error < 1e-5
+    live, plain = base(micro_model), export.answer(base(micro_model), 1.0)
+    adapters.load(live, folder)
+    assert export.relative_error(export.answer(live, 1.0), plain) > 0.01  # it does something
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya", "merged"])
+def test_strength_is_folded_in(micro_model: Path, tmp_path: Path, kind: export.Format) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    report = export.export(folder, tmp_path / "out", kind, strength=0.5)
+    assert report.error is not None
+    assert report.error < 1e-5
+
+
+def test_the_file_loads_with_diffusers_alone_and_says_what_it_is(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    file = tmp_path / "lora.safetensors"
+    export.export(folder, file, "diffusers")
+    live, plain = base(micro_model), base(micro_model)
+    adapters.load(live, folder)
+    tensors = FluxLoraLoaderMixin.lora_state_dict(str(file))
+    FluxLoraLoaderMixin.load_lora_into_transformer(tensors, None, plain)
+    torch.testing.assert_close(export.answer(plain, 1.0), export.answer(live, 1.0))
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    assert about["method"] == "deft"
+    assert about["exported_as"] == "diffusers"
+
+
+def test_kohyas_names_are_read_by_diffusers_at_flux_width(tmp_path: Path) -> None:
+    """One block of each kind at FLUX's widths, without a model: file against file."""
+    shapes = {
+        "single_transformer_blocks.0.attn.to_q": (3072, 3072),
+        "single_transformer_blocks.0.attn.to_k": (3072, 3072),
+        "single_transformer_blocks.0.attn.to_v": (3072, 3072),
+        "single_transformer_blocks.0.proj_mlp": (12288, 3072),
+        "single_transformer_blocks.0.proj_out": (3072, 15360),
+        "transformer_blocks.0.attn.add_q_proj": (3072, 3072),
+        "transformer_blocks.0.attn.add_k_proj": (3072, 3072),
+        "transformer_blocks.0.attn.add_v_proj": (3072, 3072),
+        "transformer_blocks.0.ff.net.0.proj": (12288, 3072),
+    }
+    changes = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (o, i) in shapes.items()}
+    del changes["single_transformer_blocks.0.attn.to_k"]  # a fused layer in part
+    file = tmp_path / "kohya.safetensors"
+    lowrank.write(file, changes, "kohya", shapes=shapes, metadata={})
+    read = FluxLoraLoaderMixin.lora_state_dict(str(file))
+    for name, (a, b) in changes.items():
+        theirs = (read[f"transformer.{name}.lora_{part}.weight"] for part in "BA")
+        up, down = theirs
+        torch.testing.assert_close((up @ down)[:40], (b @ a)[:40])
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
+def test_writing_and_reading_are_inverse_for_every_linear_layer(
+    micro_model: Path, tmp_path: Path, kind: lowrank.FileFormat
+) -> None:
+    shapes = export.layer_shapes(base(micro_model))
+    changes = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (o, i) in shapes.items()}
+    lowrank.write(tmp_path / "all.safetensors", changes, kind, shapes=shapes, metadata={})
+    back = lowrank.read(tmp_path / "all.safetensors", shapes=shapes)
+    assert set(back) == set(changes)
+    for name, (a, b) in changes.items():
+        torch.testing.assert_close(back[name][1] @ back[name][0], b @ a)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
+def test_an_imported_lora_is_an_adapter_with_the_same_output(
+    micro_model: Path, tmp_path: Path, kind: export.Format
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    export.export(folder, tmp_path / "lora.safetensors", kind)
+    imported = export.import_lora(
+        tmp_path / "lora.safetensors", tmp_path / "imported", model=str(micro_model)
+    )
+    live, again = base(micro_model), base(micro_model)
+    adapters.load(live, folder)
+    adapters.load(again, imported)
+    torch.testing.assert_close(
+        export.answer(again, 1.0), export.answer(live, 1.0), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> None:
+    shapes = export.layer_shapes(base(micro_model))
+    name = "transformer_blocks.0.ff.net.2"
+    o, i = shapes[name]
+    a, b = torch.randn(4, i), torch.randn(o, 4)
+    whole = "lora_unet_double_blocks_0_img_mlp_2"
+    tensors = {f"{whole}.lora_down.weight": a, f"{whole}.lora_up.weight": b}
+    tensors |= {f"{whole}.alpha": torch.tensor(1.0), "lora_te1_x.lora_down.weight": a.clone()}
+    save_file(tensors, tmp_path / "k.safetensors")
+    down, up = lowrank.read(tmp_path / "k.safetensors", shapes=shapes)[name]
+    torch.testing.assert_close(up @ down, b @ a / 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(sorted(t)[0]), "no partner|no part of a LoRA"),
+        (lambda t: t.update({"transformer.nothing.lora_A.weight": torch.ones(2, 3)}), "no partner"),
+        (lambda t: next(iter(t.values())).fill_(torch.nan), "not finite"),
+        (lambda t: t.update({"x.hada_w1_a": torch.ones(2)}), "LoHa"),
+        (
+            lambda t: t.update({k: torch.cat([v, v], -1) for k, v in t.items() if "lora_A" in k}),
+            "changes a weight of",
+        ),
+    ],
+)
+def test_a_lora_that_cannot_be_read_is_refused_by_name(
+    micro_model: Path, tmp_path: Path, change, words: str
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "lora")
+    file = tmp_path / "lora.safetensors"
+    export.export(folder, file, "diffusers", verify=False)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=words):
+        export.import_lora(file, tmp_path / "imported", model=str(micro_model))
+    assert not (tmp_path / "imported").exists()
+
+
+def test_what_is_there_is_not_overwritten(micro_model: Path, tmp_path: Path) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "lora")
+    file = tmp_path / "lora.safetensors"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="already there"):
+        export.export(folder, file, "diffusers")
+    assert file.read_text() == "mine"
+
+
+def test_a_written_file_that_gives_another_output_is_refused_and_removed(
+    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    original = lowrank.write
+
+    def spoiled(path: Path, changes, *rest, **more) -> None:
+        original(path, {n: (a, 1.01 * b) for n, (a, b) in changes.items()}, *rest, **more)
+
+    monkeypatch.setattr(lowrank, "write", spoiled)
+    with pytest.raises(UserError, match="differs from the adapter's"):
+        export.export(folder, tmp_path / "out" / "lora.safetensors", "diffusers")
+    assert list((tmp_path / "out").iterdir()) == []

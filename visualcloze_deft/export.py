@@ -1,0 +1,275 @@
+"""What `vcdeft export` and `vcdeft import` do: adapters to and from what other tools read.
+
+A DEFT or PaRa adapter is a LoRA with B = Q and A = s R - right^T W, so nothing is approximated.
+What was written is read again, by the target's own loader where it is a dependency, and must give
+the live adapter's output.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import FluxTransformer2DModel as Transformer
+from diffusers.loaders import FluxLoraLoaderMixin
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from visualcloze_deft import adapters, deft, lowrank
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.folders import BASE
+from visualcloze_deft.lowrank import Change
+from visualcloze_deft.modelfolder import CONFIG, TINY, WEIGHTS, check_base
+from visualcloze_deft.models import load_transformer
+from visualcloze_deft.output import output_folder
+
+Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
+FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
+LARGE = 4 << 30  # bytes of weight files
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written, who read it again, and the relative error of the output."""
+
+    path: Path
+    reader: str
+    error: float | None
+
+
+def export(
+    run: Path,
+    output: Path,
+    kind: Format,
+    *,
+    strength: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    model: str | None = None,
+    lora: str | None = None,
+    verify: bool = True,
+) -> Report:
+    """Write the adapter of a run folder, or an adapter folder, to `output`.
+
+    kind: "peft" and "merged" write a folder, the others a .safetensors file. strength: what the
+    change counts, folded into it; 1 is the trained adapter. dtype: of the written LoRA, or of the
+    merged transformer. model, lora: the base; those it was trained on where not named.
+    Raises `UserError` where the adapter does not fit, something is in the way, or the written
+    adapter gives another output; nothing is left behind then.
+    """
+    folder = run / "adapter" if (run / "adapter").is_dir() else run
+    adapters.read_config(folder)
+    told = adapters.metadata(folder)
+    model = model or told.get("base_model", "tiny")
+    lora = lora or told.get("base_lora") or None
+    check_base(folder, model)
+    if kind == "peft" and strength != 1:
+        raise UserError("--strength: peft's format keeps P and R, which hold no strength")
+    path = target(output, kind)
+
+    precision = base_precision(model)
+
+    def base() -> Transformer:
+        return load_transformer(model, dtype=precision, lora=lora)
+
+    transformer = base()
+    adapters.load(transformer, folder)
+    shapes = layer_shapes(transformer)
+    changes = changes_of(transformer, strength)
+    staged = path.with_name(f".{path.stem}.part{path.suffix}")
+    clear(staged)
+    about = told | {"exported_as": kind, "strength": str(strength)}
+    about["visualcloze_deft"] = version("visualcloze-deft")
+    try:
+        if kind == "peft":
+            shutil.copytree(folder, staged)
+        elif kind == "merged":
+            merge(base(), changes).to(dtype).save_pretrained(staged)
+        else:
+            cast = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in changes.items()}
+            lowrank.write(staged, cast, kind, shapes=shapes, metadata=about)
+        reader, error = "", None
+        if verify:
+            expected = answer(transformer, strength)
+            del transformer
+            reader, read = reader_of(kind, shapes, precision)
+            error = relative_error(answer(read(staged, base), 1.0), expected)
+            allowed = max(TOLERANCE[dtype], TOLERANCE[precision])
+            if not error <= allowed:
+                raise UserError(
+                    f"export {path}: read by {reader}, its output differs from the adapter's by "
+                    f"{error:.1e}, more than {allowed:.0e}; nothing was written"
+                )
+        staged.rename(path)
+    finally:
+        clear(staged)
+    return Report(path=path, reader=reader, error=error)
+
+
+def base_precision(model: str) -> torch.dtype:
+    """float32 for a model on disk that is small in it, else bfloat16: FLUX then takes 24 GB."""
+    folder = (BASE if model == TINY else Path(model)) / "transformer"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return torch.float32 if 0 < size < LARGE else torch.bfloat16
+
+
+def target(output: Path, kind: Format) -> Path:
+    """Where to write, checked: a folder, or a file in one."""
+    path = output
+    if kind not in ("peft", "merged") and output.suffix != ".safetensors":
+        path = output / "pytorch_lora_weights.safetensors"
+    output_folder(path.parent)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"--output {path}: already there; name another, or remove it")
+    return path
+
+
+def clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear layer, those under an adapter by their own name."""
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+
+
+def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Change]:
+    """The change of every adapted layer's weight as A (r i) and B (o r) in float32."""
+    found = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, deft.DeftLinear):
+            q, a = layer.factors(adapters.NAME)
+            found[name] = (strength * a, q)
+        elif isinstance(layer, LoraLayer):
+            a, b = (part[adapters.NAME].weight for part in (layer.lora_A, layer.lora_B))
+            scale = strength * layer.scaling[adapters.NAME]
+            found[name] = (a.detach().float(), scale * b.detach().float())
+    return found
+
+
+def merge(transformer: Transformer, changes: dict[str, Change]) -> Transformer:
+    """Add `changes` to a plain transformer's weights."""
+    for name, (a, b) in changes.items():
+        weight = transformer.get_submodule(name).weight
+        weight.data = (weight.data.float() + b @ a).to(weight.dtype)
+    return transformer
+
+
+@torch.no_grad()
+def answer(transformer: Transformer, strength: float) -> Tensor:
+    """The transformer's output on random inputs, its adapter at `strength`."""
+    config = transformer.config
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(transformer.dtype)
+
+    for layer in transformer.modules():
+        if isinstance(layer, deft.DeftLinear | LoraLayer) and strength != 1:
+            layer.set_scale(adapters.NAME, strength)
+    positions = torch.cartesian_prod(torch.arange(1, 2), torch.arange(4), torch.arange(8))
+    output: Tensor = transformer.eval()(
+        hidden_states=draw(1, 32, config.in_channels),
+        timestep=torch.full((1,), 0.7, dtype=transformer.dtype),
+        guidance=torch.full((1,), 30.0, dtype=transformer.dtype),
+        pooled_projections=draw(1, config.pooled_projection_dim),
+        encoder_hidden_states=draw(1, 8, config.joint_attention_dim),
+        txt_ids=torch.zeros(8, 3),
+        img_ids=positions.float(),
+        return_dict=False,
+    )[0]
+    return output
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+Base = Callable[[], Transformer]
+Reader = Callable[[Path, Base], Transformer]
+
+
+def reader_of(kind: Format, shapes: lowrank.Shapes, precision: torch.dtype) -> tuple[str, Reader]:
+    """Who reads a written file again, by name, and how."""
+
+    def through_peft(path: Path, base: Base) -> Transformer:
+        return PeftModel.from_pretrained(base(), path).get_base_model()
+
+    def through_diffusers(path: Path, base: Base) -> Transformer:
+        transformer = base()
+        tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(str(path), return_alphas=True)
+        FluxLoraLoaderMixin.load_lora_into_transformer(tensors, alphas, transformer)
+        return transformer
+
+    def ourselves(path: Path, base: Base) -> Transformer:
+        return merge(base(), lowrank.read(path, shapes=shapes))
+
+    def as_model(path: Path, base: Base) -> Transformer:
+        return Transformer.from_pretrained(path, torch_dtype=precision)
+
+    inner = shapes["single_transformer_blocks.0.proj_out"][0]
+    if kind == "kohya" and inner == FLUX_WIDTH:
+        return "diffusers", through_diffusers
+    return {
+        "peft": ("peft", through_peft),
+        "diffusers": ("diffusers", through_diffusers),
+        "merged": ("diffusers", as_model),
+        "kohya": ("this package (diffusers reads kohya's names at FLUX's width only)", ourselves),
+        "comfyui": ("this package (ComfyUI is no dependency)", ourselves),
+    }[kind]
+
+
+def import_lora(path: Path, output: Path, *, model: str = "tiny") -> Path:
+    """Turn a FLUX LoRA file (diffusers', kohya's or original names) into an adapter folder.
+
+    Training starts from it with `adapter.start`, `vcdeft infer --adapter` uses it.
+    """
+    if not path.is_file():
+        raise UserError(f"LoRA {path}: no such file; name the .safetensors file itself")
+    output_folder(output.parent)
+    if output.exists():
+        raise UserError(f"--output {output}: already there; name another, or remove it")
+    shapes = layer_shapes(load_transformer(model, dtype=base_precision(model)))
+    changes = lowrank.read(path, shapes=shapes)
+    ranks = {name: len(a) for name, (a, _) in changes.items()}
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    other = {name: rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=sorted(ranks),
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        base_model_name_or_path=model,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(ranks)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in changes.items():
+        whole = f"base_model.model.{name}"
+        tensors |= {f"{whole}.lora_A.weight": a, f"{whole}.lora_B.weight": b}
+    staged = output.with_name(f".{output.name}.part")
+    clear(staged)
+    staged.mkdir()
+    (staged / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        staged / WEIGHTS,
+        {"format": "pt", "method": "lora", "base_model": model, "imported_from": path.name},
+    )
+    staged.rename(output)
+    return output
