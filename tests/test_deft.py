@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from visualcloze_deft import deft
+from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.quantise import dense, quantised
 
 KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr", "alpha": 6},
@@ -387,6 +389,28 @@ def test_training_computes_no_more_than_lora(kind: str) -> None:
             net(x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] <= 1.03 * counts[1]
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_quantised_weight_gradients_are_those_of_its_dense_form(kind: str, bits: Bits) -> None:
+    plain = adopted(peft_net(kind, i=128, o=64))
+    layer = copy.deepcopy(plain)[0]
+    layer.base_layer = quantised(layer.base_layer, bits).to("cpu")
+    weight = dense(layer.base_layer)
+    assert 0.001 < relative(weight, plain[0].base_layer.weight) < 0.15
+    plain[0].base_layer.weight.data = weight.clone()
+    x, weights = torch.randn(6, 128), torch.randn(6, 64)
+    # int8's own product rounds x as well: compare what the adapter adds
+    found, expected = layer_values(layer, x, weights), formula(plain[0], x, weights)
+    loose = 3e-2 if bits == "int8" else 1e-5
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < loose
+    layer.start(NAME)
+    if kind != "para":
+        torch.testing.assert_close(layer(x), layer.base_layer(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="quantised weight"):
+        layer.merge()
 
 
 def test_a_layer_with_transposed_weights_stays_pefts() -> None:

@@ -167,6 +167,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(
         "--zero 1 --processes 1 --method lora --set checkpointing=false",
         "--zero 0 --processes 1 --set accumulate=2",
         "--zero 2 --method para --set precision=bfloat16",
+        "--zero 2 --processes 1 --set quantise=nf4",
     ],
 )
 def test_other_ways_to_run_train_save_and_resume(
@@ -175,7 +176,7 @@ def test_other_ways_to_run_train_save_and_resume(
     output = tmp_path / "run"
     done = vcdeft(*arguments(micro_model, output, *options.split()))
     assert done.returncode == 0, done.stderr[-2000:]
-    if "--method" not in options:  # the same examples in the same order: the same losses
+    if "--method" not in options and "quantise" not in options:  # the same examples in the same order: the same losses
         assert losses(output) == pytest.approx(losses(two_processes), rel=1e-4)
     trained, curve = adapter_of(output), losses(output)
     assert {t.dtype for t in trained.values()} == {torch.float32}

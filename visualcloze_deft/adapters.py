@@ -78,12 +78,22 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     transformer.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        transformer.add_adapter(peft_config(settings), adapter_name=NAME)
+        add(transformer, peft_config(settings))
     keep_single_precision(transformer)
     deft.adopt(transformer)
     for layer in deft.layers(transformer).values():
         layer.start(NAME)
     deft.share_bases(transformer)
+
+
+def add(transformer: FluxTransformer2DModel, config: PeftConfig) -> None:
+    """Add peft's layers without peft's start of DEFT, which fails on quantised weights."""
+    if isinstance(config, DeftConfig):
+        start, config.init_weights = config.init_weights, False
+        transformer.add_adapter(config, adapter_name=NAME)
+        config.init_weights = start
+    else:
+        transformer.add_adapter(config, adapter_name=NAME)
 
 
 def keep_single_precision(transformer: nn.Module) -> None:
@@ -161,7 +171,7 @@ def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool =
     config.inference_mode = not trainable
     transformer.requires_grad_(False)
     try:
-        transformer.add_adapter(config, adapter_name=NAME)
+        add(transformer, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
     keep_single_precision(transformer)

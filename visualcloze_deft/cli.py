@@ -17,6 +17,7 @@ from visualcloze_deft.errors import UserError, nearest
 if TYPE_CHECKING:
     from visualcloze_deft.data.mixture import Mixture
     from visualcloze_deft.export import Format
+    from visualcloze_deft.modelfolder import Bits
     from visualcloze_deft.settings import Run
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -146,6 +147,13 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
 @click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base, e.g. VisualCloze's.")
 @click.option("--adapter", metavar="DIR", help="Adapter folder, e.g. runs/demo/adapter.")
+@click.option(
+    "--quantise",
+    type=click.Choice(["none", "int8", "nf4"]),
+    default="none",
+    show_default=True,
+    help="What the blocks are kept in; needs bitsandbytes.",
+)
 @click.option("--output", default="outputs", show_default=True, metavar="DIR")
 @click.option("--seed", type=int, help="Replaces the seeds of the file.")
 @click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
@@ -157,6 +165,7 @@ def infer(
     model: str,
     lora: str | None,
     adapter: str | None,
+    quantise: Bits,
     output: str,
     seed: int | None,
     steps: int,
@@ -178,6 +187,7 @@ def infer(
         model=model,
         lora=lora,
         adapter=Path(adapter) if adapter else None,
+        quantise=quantise,
         seed=seed,
         steps=steps,
         guidance=guidance,

@@ -25,6 +25,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from visualcloze_deft.quantise import dense, is_quantised
+
 P_NAME, R_NAME = "deft_P.", "deft_R."
 ROWS = 512  # of a weight that are cast to the adapter's precision together
 
@@ -67,7 +69,7 @@ class LowRankUpdate(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor,
-        weight: Tensor,
+        layer: nn.Linear,
         p: Tensor,
         r: Tensor | None,
         whiten: Tensor | None,
@@ -75,23 +77,24 @@ class LowRankUpdate(torch.autograd.Function):
         strength: float,
     ) -> Tensor:
         """x (n i), y (n o), whiten (r r) or None for the relaxed kind, r None for PaRa."""
-        q, a = factors(weight, p, r, whiten, scale)
+        q, a = factors(dense(layer), p, r, whiten, scale)
         a, q = (strength * a).to(x.dtype), q.to(x.dtype)
         inside = x @ a.mT  # n r
-        ctx.save_for_backward(x, inside, a, weight, p, whiten)
-        ctx.scale, ctx.strength = scale, strength
+        ctx.save_for_backward(x, inside, a, p, whiten)
+        ctx.layer, ctx.scale, ctx.strength = layer, scale, strength
         return torch.addmm(y, inside, q.mT)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inside, a, weight, p, whiten = ctx.saved_tensors
+        x, inside, a, p, whiten = ctx.saved_tensors
         q = basis(p, whiten)
         grad_inside = grad @ q.to(grad.dtype)
         grad_x = grad_inside @ a if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[3]:
             return grad_x, grad, None, None, None, None, None, None
         grad_a = ctx.strength * (grad_inside.mT @ x)  # r i
+        weight = dense(ctx.layer)
         grad_right = -(weight @ grad_a.to(weight.dtype).mT).to(p.dtype)  # o r
         grad_q = (grad.mT @ inside).to(p.dtype)
         if whiten is None:
@@ -161,7 +164,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         changed: Tensor = LowRankUpdate.apply(
             x,
             y,
-            dense(self.get_base_layer().weight),
+            self.get_base_layer(),
             self.deft_P[name],
             None if self.deft_para[name] else self.deft_R[name],
             self.whitening(name),
@@ -192,7 +195,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
         return factors(
-            dense(self.get_base_layer().weight),
+            dense(self.get_base_layer()),
             self.deft_P[name],
             None if self.deft_para[name] else self.deft_R[name],
             self.whitening(name),
@@ -227,7 +230,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         if name in self.deft_R:
             q = basis(self.deft_P[name], self.whitening(name))
             right = torch.relu(q) if self.whitening(name) is None else q
-            removed = into_subspace(right, dense(self.get_base_layer().weight))
+            removed = into_subspace(right, dense(self.get_base_layer()))
             self.deft_R[name].copy_(removed / self.deft_scaling[name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -249,7 +252,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         if merged:
             self.unmerge()
         original = layer.weight.data
-        if dense(original) is not original:
+        if is_quantised(layer):
             raise ValueError("a quantised weight cannot take an adapter: load the base unquantised")
         change = torch.stack([self.get_delta_weight(name) for name in merged + names]).sum(dim=0)
         changed = (original.to(change.dtype) + change).to(original.dtype)
@@ -333,8 +336,3 @@ def _write_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, _: An
 
 def _read_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     change_signs(layer, state, prefix)
-
-
-def dense(weight: Tensor) -> Tensor:
-    """A frozen weight (o i) in floating point, as it is or out of its quantised form."""
-    return weight

@@ -16,7 +16,7 @@ from visualcloze_deft.adapters import metadata
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests
-from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
+from visualcloze_deft.modelfolder import WEIGHTS, Bits, fingerprint
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.registry import load_tasks
@@ -32,6 +32,7 @@ def infer(
     model: str,
     lora: str | None,
     adapter: Path | None,
+    quantise: Bits,
     seed: int | None,
     steps: int,
     guidance: float,
@@ -50,7 +51,7 @@ def infer(
     requests = read_requests(examples, load_tasks(map(Path, task_folders)), seed=seed)
     output_folder(output)
     pipe = InContextPipeline.from_pretrained(
-        model, adapter=adapter, lora=lora, task_folders=task_folders
+        model, adapter=adapter, lora=lora, quantise=quantise, task_folders=task_folders
     )
     shared: dict[str, object] = {
         "model": model,
@@ -60,6 +61,7 @@ def infer(
         "adapter_sha256": digest(adapter / WEIGHTS) if adapter else None,
         "dtype": str(pipe.models.transformer.dtype).removeprefix("torch."),
         "device": pipe.models.device.type,
+        "quantise": quantise,
         "steps": steps,
         "guidance": guidance,
         "resolution": resolution or pipe.models.resolution,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
+
+Bits = Literal["none", "int8", "nf4"]  # what frozen blocks are kept in
 
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
@@ -105,6 +109,19 @@ def check_start(folder: Path, method: str, rank: int) -> None:
         raise UserError(
             f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
             f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
+        )
+
+
+def check_quantise(kind: Bits, zero: int = 0) -> None:
+    """Raise `UserError` where weights cannot be kept in `kind`."""
+    if kind == "none":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantise {kind!r} needs bitsandbytes: pip install bitsandbytes")
+    if zero == 3:
+        raise UserError(
+            f"quantise {kind!r} with --zero 3: a quantised weight cannot be split over processes; "
+            "give --zero 2"
         )
 
 

@@ -18,7 +18,15 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from visualcloze_deft import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
-from visualcloze_deft.modelfolder import CHANNELS, TINY, check_folder, resolution_of
+from visualcloze_deft.modelfolder import (
+    CHANNELS,
+    TINY,
+    Bits,
+    check_folder,
+    check_quantise,
+    resolution_of,
+)
+from visualcloze_deft.quantise import quantise
 
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
 
@@ -119,15 +127,24 @@ def predict_velocity(
 
 
 def load_models(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", lora: str | None = None
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    lora: str | None = None,
+    bits: Bits = "none",
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
     `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
+    `bits`: what the weights of its blocks are kept in.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     folder = BASE if name == TINY else name
-    transformer = load_transformer(name, dtype=dtype, lora=lora).to(device)
+    check_quantise(bits)
+    transformer = load_transformer(name, dtype=dtype, lora=lora)
+    quantise(transformer, bits, device=device)
+    transformer.to(device)
     try:
         parts = {
             part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).to(device).eval()

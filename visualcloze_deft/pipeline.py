@@ -12,7 +12,7 @@ from PIL import Image
 from visualcloze_deft import adapters, grid, sample
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.modelfolder import TINY, check_base, check_lora
+from visualcloze_deft.modelfolder import TINY, Bits, check_base, check_lora
 from visualcloze_deft.models import Models, default_dtype, load_models
 from visualcloze_deft.registry import load_tasks
 
@@ -37,13 +37,15 @@ class InContextPipeline:
         lora: str | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        quantise: Bits = "none",
         task_folders: Sequence[str | Path] = (),
     ) -> InContextPipeline:
         """`model`: "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
         adapter: a folder in peft's format, e.g. RUN/adapter. lora: a diffusers FLUX LoRA merged
         into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
-        float32. Raises `UserError` where something is missing or does not fit.
+        float32. quantise: keep the frozen blocks in "int8" or "nf4" (bitsandbytes).
+        Raises `UserError` where something is missing or does not fit.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or default_dtype(device)
@@ -53,7 +55,7 @@ class InContextPipeline:
             adapters.read_config(Path(adapter))
             adapters.read_weights(Path(adapter))
             check_base(Path(adapter), str(model))
-        models = load_models(str(model), dtype=dtype, device=device, lora=lora)
+        models = load_models(str(model), dtype=dtype, device=device, lora=lora, bits=quantise)
         if adapter is not None:
             adapters.load(models.transformer, Path(adapter))
             models.transformer.to(device)

@@ -20,6 +20,7 @@ from visualcloze_deft.modelfolder import (
     check_base,
     check_folder,
     check_lora,
+    check_quantise,
     check_start,
     fingerprint,
 )
@@ -110,6 +111,7 @@ def resolution_of(run: Run) -> int:
 def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check what can be told without weights, then create or verify the run folder."""
     check_folder(run.model)
+    check_quantise(run.quantise, run.zero)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:

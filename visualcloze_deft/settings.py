@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
+from visualcloze_deft.modelfolder import Bits
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -141,6 +142,8 @@ class Run(_Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
+    quantise: Bits = "none"
+    """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes."""
     checkpointing: bool = True
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     context_weight: Probability = 1.0

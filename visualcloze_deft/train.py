@@ -117,6 +117,7 @@ def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -
         dtype=base_dtype(run, process.device.type),
         device=str(process.device),
         lora=run.model_lora,
+        bits=run.quantise,
     )
     start = latest(output, share) if resume else None
     if start is not None:

@@ -1,0 +1,348 @@
+"""What an adapter costs: python scripts/bench_adapters.py --output runs/bench
+
+One linear layer at FLUX's shapes, then a transformer of FLUX's width: plain, with peft's LoRA and
+DEFT, with the authors' formula (arXiv 2509.22793 as it is written: the whole adapted weight in
+every forward), and with this package's layers. Variants take turns in every round and medians are
+compared, because machines are noisy. On a GPU `--blocks 19 38` is FLUX.1-Fill itself with random
+weights. Prints tables and writes bench.json.
+Axes: n tokens, o outputs, i inputs, r rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import DeftConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from visualcloze_deft import adapters, deft
+from visualcloze_deft.settings import Adapter
+
+SHAPES = ((3072, 3072), (3072, 12288), (15360, 3072), (12288, 3072))  # i, o of FLUX's layers
+TOKENS = 5696  # a 3 x 3 grid of 384 px cells and 512 of text
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H100_BF16 = 989e12  # FLOP/s without sparsity, NVIDIA's data sheet
+VARIANTS = (
+    "linear",
+    "peft LoRA",
+    "peft DEFT qr",
+    "peft DEFT relu",
+    "authors' DEFT",
+    "DEFT",
+    "DEFT relaxed",
+    "PaRa",
+)
+REFERENCE = "peft LoRA"
+
+
+class AuthorsDeft(nn.Module):
+    """W' = (I - Q Q^T) W + Q R in full, in every forward."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.p = nn.Parameter(0.02 * torch.randn(linear.out_features, rank))
+        self.r = nn.Parameter(torch.zeros(rank, linear.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.linalg.qr(self.p.float()).Q.to(x.dtype)  # not implemented for bfloat16
+        weight = self.linear.weight
+        adapted = weight - (q @ q.mT) @ weight + q @ self.r.to(x.dtype)
+        return functional.linear(x, adapted, self.linear.bias)
+
+
+def peft_config(variant: str, rank: int, layers: str | list[str]) -> PeftConfig:
+    if variant == "peft LoRA":
+        return LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+    relaxed, para = variant.endswith(("relu", "relaxed")), variant == "PaRa"
+    method = "relu" if relaxed else "qr"
+    return DeftConfig(r=rank, target_modules=layers, decomposition_method=method, para=para)
+
+
+def make(variant: str, i: int, o: int, rank: int, dtype: torch.dtype) -> nn.Module:
+    """One layer. Trained parameters are in the weight's dtype for peft's and the authors' (their
+    cheapest way), in float32 for ours (the way it is trained)."""
+    torch.manual_seed(0)
+    linear = nn.Linear(i, o).to(DEVICE, dtype).requires_grad_(False)
+    if variant == "authors' DEFT":
+        return AuthorsDeft(linear, rank).to(DEVICE)
+    net = nn.Sequential(linear)
+    if variant == "linear":
+        return net
+    inject_adapter_in_model(peft_config(variant, rank, ["0"]), net, adapters.NAME)
+    net.to(DEVICE, dtype)
+    if not variant.startswith("peft"):
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        deft.adopt(net)
+    return net
+
+
+def train(net: nn.Module, x: Tensor, grad: Tensor) -> None:
+    for parameter in net.parameters():
+        parameter.grad = None
+    x.grad = None
+    net(x).backward(grad)
+
+
+def train_checkpointed(net: nn.Module, x: Tensor, grad: Tensor) -> None:
+    train(lambda_module(net), x, grad)
+
+
+def lambda_module(net: nn.Module) -> nn.Module:
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = checkpoint(self.net, x, use_reentrant=False)
+            return found
+
+    return Recomputed()
+
+
+@torch.no_grad()
+def infer(net: nn.Module, x: Tensor) -> None:
+    net(x)
+
+
+def seconds(work: Callable[[], None]) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; every round runs all, so noise meets all alike."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for k in range(rounds + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if k:  # the first round warms up
+                found[name].append(spent)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def saved_bytes(net: nn.Module, x: Tensor) -> int:
+    """What is kept for the backward pass beside parameters, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(x)
+    return sum(kept.values())
+
+
+def flops(net: nn.Module, x: Tensor, grad: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        train(net, x, grad)
+    return int(counter.get_total_flops())
+
+
+def measure_layer(
+    i: int, o: int, rank: int, dtype: torch.dtype, *, tokens: int, rounds: int, variants: list[str]
+) -> list[dict[str, object]]:
+    x = torch.randn(tokens, i, device=DEVICE, dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, o, device=DEVICE, dtype=dtype)
+    nets = {variant: make(variant, i, o, rank, dtype) for variant in variants}
+    both = {v: lambda n=n: train(n, x, grad) for v, n in nets.items()}
+    again = {v: lambda n=n: train_checkpointed(n, x, grad) for v, n in nets.items()}
+    figures = {
+        "forward+backward s": medians(both, rounds),
+        "checkpointed s": medians(again, rounds),
+        "saved MB": {v: saved_bytes(n, x) / 1e6 for v, n in nets.items()},
+        "GFLOP": {v: flops(n, x, grad) / 1e9 for v, n in nets.items()},
+    }
+    for net in nets.values():
+        net.requires_grad_(False)
+    figures["inference s"] = medians({v: lambda n=n: infer(n, x) for v, n in nets.items()}, rounds)
+    return [
+        {
+            "variant": variant,
+            "shape": f"{i}->{o}",
+            "rank": rank,
+            "dtype": str(dtype).removeprefix("torch."),
+            **{name: values[variant] for name, values in figures.items()},
+        }
+        for variant in variants
+    ]
+
+
+def print_table(rows: list[dict[str, object]], columns: list[str], reference: str) -> None:
+    """Absolute figures of the reference, ratios to it for the others."""
+    base = next(row for row in rows if row["variant"] == reference)
+    print(f"{'':16}" + "".join(f"{column:>22}" for column in columns))
+    for row in rows:
+        cells = (
+            f"{row[c]:>22.4g}" if row is base else f"{float(row[c]) / float(base[c]):>21.3f}x"
+            for c in columns
+        )
+        print(f"{row['variant']:16}" + "".join(cells))
+
+
+def flux(blocks: tuple[int, int], dtype: torch.dtype) -> FluxTransformer2DModel:
+    """FLUX.1-Fill's transformer with random weights and this many double and single blocks."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            return FluxTransformer2DModel(
+                in_channels=384,
+                out_channels=64,
+                num_layers=blocks[0],
+                num_single_layers=blocks[1],
+                guidance_embeds=True,
+            )
+    finally:
+        torch.set_default_dtype(before)
+
+
+def transformer_step(
+    variant: str, rank: int, blocks: tuple[int, int], dtype: torch.dtype, tokens: int, rounds: int
+) -> dict[str, object]:
+    """Seconds of a training step (forward, backward, AdamW), checkpointed, and the peak memory."""
+    torch.manual_seed(0)
+    net = flux(blocks, dtype).requires_grad_(False)
+    if variant in ("DEFT", "DEFT relaxed", "PaRa", REFERENCE):
+        method = {"DEFT": "deft", "DEFT relaxed": "deft-relaxed", "PaRa": "para"}.get(
+            variant, "lora"
+        )
+        adapters.attach(net, Adapter(method=method, rank=rank), seed=0)
+    else:
+        net.add_adapter(peft_config(variant, rank, adapters.FLUX_LAYERS), adapters.NAME)
+        adapters.keep_single_precision(net)
+    net.enable_gradient_checkpointing()
+    net.train()
+    optimiser = torch.optim.AdamW(adapters.trainable(net).values(), lr=1e-5, fused=True)
+    text = 512 if tokens > 2048 else 128
+    image = tokens - text
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = net(
+                hidden_states=draw(1, image, 384),
+                timestep=draw(1).sigmoid(),
+                guidance=torch.ones(1, device=DEVICE, dtype=dtype),
+                pooled_projections=draw(1, 768),
+                encoder_hidden_states=draw(1, text, 4096),
+                txt_ids=torch.zeros(text, 3, device=DEVICE),
+                img_ids=torch.zeros(image, 3, device=DEVICE),
+                return_dict=False,
+            )[0]
+        output.float().square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    spent = medians({variant: step}, rounds)[variant]
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if DEVICE == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    row: dict[str, object] = {"variant": variant, "step s": spent, "peak GB": peak / 1e9}
+    if DEVICE == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            step()
+        row["utilisation"] = counter.get_total_flops() / spent / H100_BF16
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2, 3], help=str(SHAPES))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--blocks", type=int, nargs=2, default=[1, 1], help="double, single")
+    parser.add_argument("--block-tokens", type=int, default=TOKENS if DEVICE == "cuda" else 1024)
+    parser.add_argument("--one-step", help=argparse.SUPPRESS)  # a variant, in its own process
+    options = parser.parse_args()
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    if options.one_step:
+        row = transformer_step(
+            options.one_step,
+            options.ranks[0],
+            tuple(options.blocks),
+            dtypes[0],
+            options.block_tokens,
+            options.rounds,
+        )
+        print(json.dumps(row))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "CPU"
+    result: dict[str, object] = {"device": device, "torch": torch.__version__}
+    result["threads"], result["tokens"] = torch.get_num_threads(), options.tokens
+    layers: list[dict[str, object]] = []
+    columns = ["inference s", "forward+backward s", "checkpointed s", "saved MB", "GFLOP"]
+    for dtype in dtypes:
+        for rank in options.ranks:
+            for shape in options.shapes:
+                i, o = SHAPES[shape]
+                print(f"\n{i} -> {o}, rank {rank}, {dtype}, {options.tokens} tokens, {device}")
+                rows = measure_layer(
+                    i,
+                    o,
+                    rank,
+                    dtype,
+                    tokens=options.tokens,
+                    rounds=options.rounds,
+                    variants=options.variants,
+                )
+                print_table(rows, columns, REFERENCE)
+                layers += rows
+    result["layers"] = layers
+    steps = []
+    wanted = [v for v in options.variants if v not in ("linear", "authors' DEFT")]
+    for variant in tqdm(wanted if sum(options.blocks) else [], desc="training steps"):
+        words = [sys.executable, __file__, "--one-step", variant]
+        words += ["--ranks", str(options.ranks[0]), "--dtypes", options.dtypes[-1]]
+        words += ["--blocks", *map(str, options.blocks), "--rounds", str(options.rounds)]
+        words += ["--block-tokens", str(options.block_tokens)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        steps.append(json.loads(done.stdout.splitlines()[-1]))
+    if steps:
+        print(f"\ntraining step, {options.blocks} blocks of FLUX's width, rank {options.ranks[0]}")
+        print_table(steps, [c for c in steps[0] if c != "variant"], REFERENCE)
+    result["steps"] = steps
+    path = options.output / "bench.json"
+    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Frozen weights in 8 or 4 bits, through bitsandbytes: FLUX's blocks in 12 or 6.5 GB, not 24.
+
+int8 keeps a scale for each output (Dettmers et al. 2022, arXiv 2208.07339), nf4 blocks of 64 values
+on the quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from visualcloze_deft.modelfolder import Bits
+
+LAYERS = re.compile(r"(single_)?transformer_blocks\..*")
+
+
+def quantise(transformer: FluxTransformer2DModel, kind: Bits, *, device: str) -> None:
+    """Replace the linear layers of all blocks by quantised ones on `device`, one by one."""
+    if kind == "none":
+        return
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, nn.Linear) and LAYERS.fullmatch(name):
+            parent, _, last = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, quantised(layer, kind).to(device))
+
+
+def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
+    """A layer that will hold the same weight in `kind` once it is moved to a device."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    size, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    weight = layer.weight.data
+    if kind == "int8":
+        small = Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+        small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        small = Linear4bit(*size, bias=bias, compute_dtype=weight.dtype, quant_type="nf4")
+        small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=small)
+    if bias:
+        small.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    found: nn.Linear = small
+    return found
+
+
+def dense(layer: nn.Linear) -> Tensor:
+    """A layer's weight (o i) in floating point: as it is, or out of its quantised form."""
+    weight = layer.weight
+    if weight.is_floating_point():
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear8bitLt
+
+    if isinstance(layer, Linear8bitLt):
+        values = weight.data if layer.state.CB is None else layer.state.CB
+        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return values.to(scales.dtype) * (scales[:, None] / 127)  # largest value of a row: 127
+    found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return found
+
+
+def is_quantised(layer: nn.Linear) -> bool:
+    return not torch.is_floating_point(layer.weight)
