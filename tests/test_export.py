@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft import adapters, export, lowrank
+from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import WEIGHTS
 from visualcloze_deft.settings import Adapter
 
 METHODS = ["deft", "deft-relaxed", "para", "lora"]
@@ -191,3 +196,53 @@ def test_a_written_file_that_gives_another_output_is_refused_and_removed(
     with pytest.raises(UserError, match="differs from the adapter's"):
         export.export(folder, tmp_path / "out" / "lora.safetensors", "diffusers")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command_line_exports_and_imports(
+    micro_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_adapter(micro_model, tmp_path / "adapter", "para")
+    file, folder = tmp_path / "lora.safetensors", tmp_path / "imported"
+    words = ["export", str(tmp_path / "adapter"), "--format", "diffusers", "--output", str(file)]
+    main(words)
+    assert "read by diffusers: its output differs" in capsys.readouterr().out
+    main(["import", str(file), "--output", str(folder), "--model", str(micro_model)])
+    assert load_file(folder / WEIGHTS)
+
+
+def test_mistakes_on_the_command_line_are_one_line(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    out = tmp_path / "out"
+    assert "no adapter_config.json" in refused(
+        "export", tmp_path, "--format", "kohya", "--output", out
+    )
+    assert "'png' is not one of" in refused("export", folder, "--format", "png", "--output", out)
+    assert "--strength" in refused(
+        "export", folder, "--format", "peft", "--output", out, "--strength", "0.5"
+    )
+    assert "no such file" in refused("import", tmp_path / "no.safetensors", "--output", out)
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    assert "damaged" in refused("import", tmp_path / "text.safetensors", "--output", out)
+    start = f"adapter.start={folder}"
+    assert "it is deft of rank 3" in refused("train", "--rank", "4", "--set", start)
+    assert "no adapter folder" in refused("train", "--set", f"adapter.start={tmp_path}")
+
+
+def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    export.export(folder, tmp_path / "lora.safetensors", "kohya")
+    start = export.import_lora(
+        tmp_path / "lora.safetensors", tmp_path / "start", model=str(micro_model)
+    )
+    words = ["train", "--model", str(micro_model), "--method", "lora", "--rank", "3"]
+    words += ["--steps", "1", "--lr", "1e-9", "--processes", "1", "--tasks", "depth-to-image"]
+    words += ["--output", str(tmp_path / "run"), "--set", f"adapter.start={start}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "visualcloze_deft", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    began = load_file(start / WEIGHTS)
+    for name, tensor in load_file(tmp_path / "run" / "adapter" / WEIGHTS).items():
+        torch.testing.assert_close(tensor, began[name])

@@ -29,6 +29,9 @@ from visualcloze_deft.settings import load_run
 from visualcloze_deft.train import Share, learning_rate_factor
 
 STEPS = 6
+ZERO = "--set deepspeed.zero_optimization"
+OFFLOAD = f"{ZERO}.offload_optimizer.device=cpu"
+SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
 
 def arguments(model: Path, output: Path, *more: str) -> list[str]:
@@ -164,6 +167,8 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     "options",
     [
         "--zero 3 --set sheet_every=4",
+        f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}",
+        f"--zero 2 {OFFLOAD}",
         "--zero 1 --processes 1 --method lora --set checkpointing=false",
         "--zero 0 --processes 1 --set accumulate=2",
         "--zero 2 --method para --set precision=bfloat16",
@@ -176,7 +181,9 @@ def test_other_ways_to_run_train_save_and_resume(
     output = tmp_path / "run"
     done = vcdeft(*arguments(micro_model, output, *options.split()))
     assert done.returncode == 0, done.stderr[-2000:]
-    if "--method" not in options and "quantise" not in options:  # the same examples in the same order: the same losses
+    if (
+        "--method" not in options and "quantise" not in options
+    ):  # the same examples in the same order: the same losses
         assert losses(output) == pytest.approx(losses(two_processes), rel=1e-4)
     trained, curve = adapter_of(output), losses(output)
     assert {t.dtype for t in trained.values()} == {torch.float32}

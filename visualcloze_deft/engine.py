@@ -59,7 +59,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": run.batch,
         "gradient_accumulation_steps": run.accumulate,
         "gradient_clipping": run.optimiser.clip,
@@ -68,6 +68,20 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "zero_optimization": {"stage": run.zero},
         "steps_per_print": 10**9,
     }
+    return over(ours, run.deepspeed)
+
+
+def over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with those of `more` on top, section by section.
+
+    >>> over({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    found = settings | more
+    for name, section in settings.items():
+        if isinstance(section, dict) and isinstance(more.get(name), dict):
+            found[name] = over(section, more[name])
+    return found
 
 
 def torch_optimiser(engine: Any) -> torch.optim.Optimizer:

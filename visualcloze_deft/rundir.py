@@ -149,7 +149,7 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
     for name in sorted({*before, *now} - FREE_ON_RESUME):
-        if before.get(name) != now.get(name):
+        if before.get(name) != now.get(name) and not name.startswith("deepspeed."):
             raise UserError(
                 f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
                 "it as it was or start another --output"

@@ -140,6 +140,9 @@ class Run(_Section):
     """0: one per GPU, or two on a machine without GPU."""
     zero: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    deepspeed: dict[str, Any] = {}
+    """Anything of DeepSpeed's configuration, over what is set here, e.g.
+    deepspeed.zero_optimization.offload_optimizer.device=cpu."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"
