@@ -196,16 +196,17 @@ def measure_layer(
     ]
 
 
-def print_table(rows: list[dict[str, object]], columns: list[str], reference: str) -> None:
-    """Absolute figures of the reference, ratios to it for the others."""
-    base = next(row for row in rows if row["variant"] == reference)
-    print(f"{'':16}" + "".join(f"{column:>22}" for column in columns))
+def table(rows: list[dict[str, object]], columns: list[str]) -> str:
+    """Markdown: figures of the reference, ratios to it for the others."""
+    base = next(row for row in rows if row["variant"] == REFERENCE)
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = (
-            f"{row[c]:>22.4g}" if row is base else f"{float(row[c]) / float(base[c]):>21.3f}x"
+            f"{row[c]:.4g}" if row is base else f"{float(row[c]) / float(base[c]):.3f}x"
             for c in columns
         )
-        print(f"{row['variant']:16}" + "".join(cells))
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def flux(blocks: tuple[int, int], dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--blocks", type=int, nargs=2, default=[1, 1], help="double, single")
     parser.add_argument("--block-tokens", type=int, default=TOKENS if DEVICE == "cuda" else 1024)
+    parser.add_argument("--report", type=Path, help="write the tables as Markdown, too")
     parser.add_argument("--one-step", help=argparse.SUPPRESS)  # a variant, in its own process
     options = parser.parse_args()
     dtypes = [getattr(torch, name) for name in options.dtypes]
@@ -308,12 +310,13 @@ def main() -> None:
     result: dict[str, object] = {"device": device, "torch": torch.__version__}
     result["threads"], result["tokens"] = torch.get_num_threads(), options.tokens
     layers: list[dict[str, object]] = []
+    parts: list[str] = []
     columns = ["inference s", "forward+backward s", "checkpointed s", "saved MB", "GFLOP"]
     for dtype in dtypes:
         for rank in options.ranks:
             for shape in options.shapes:
                 i, o = SHAPES[shape]
-                print(f"\n{i} -> {o}, rank {rank}, {dtype}, {options.tokens} tokens, {device}")
+                title = f"{i} -> {o}, rank {rank}, {options.dtypes[dtypes.index(dtype)]}"
                 rows = measure_layer(
                     i,
                     o,
@@ -323,7 +326,8 @@ def main() -> None:
                     rounds=options.rounds,
                     variants=options.variants,
                 )
-                print_table(rows, columns, REFERENCE)
+                parts.append(f"**{title}**\n\n{table(rows, columns)}")
+                print(f"\n{parts[-1]}")
                 layers += rows
     result["layers"] = layers
     steps = []
@@ -336,11 +340,22 @@ def main() -> None:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         steps.append(json.loads(done.stdout.splitlines()[-1]))
     if steps:
-        print(f"\ntraining step, {options.blocks} blocks of FLUX's width, rank {options.ranks[0]}")
-        print_table(steps, [c for c in steps[0] if c != "variant"], REFERENCE)
+        double, single = options.blocks
+        title = (
+            f"training step of {double} double and {single} single blocks of FLUX's width, rank "
+            f"{options.ranks[0]}, {options.dtypes[-1]}, {options.block_tokens} tokens, checkpointed"
+        )
+        parts.append(f"**{title}**\n\n{table(steps, [c for c in steps[0] if c != 'variant'])}")
+        print(f"\n{parts[-1]}")
     result["steps"] = steps
     path = options.output / "bench.json"
     path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if options.report is not None:
+        told = f"{options.tokens} tokens, {device}, {result['threads']} threads, torch"
+        head = f"# What adapters cost\n\nWritten by `scripts/bench_adapters.py`: {told} "
+        head += f"{torch.__version__}, medians of {options.rounds} rounds. peft LoRA in figures, "
+        head += "the others as ratios to it."
+        options.report.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
     print(path)
 
 
