@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visualcloze_deft import adapters
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import told_by
 from visualcloze_deft.settings import Adapter
 
 METHODS = ["deft", "deft-relaxed", "para", "lora"]
@@ -109,13 +110,16 @@ def test_a_saved_adapter_gives_the_same_output_here_and_in_plain_peft(
 def test_the_file_says_what_it_holds(transformer: FluxTransformer2DModel, tmp_path: Path) -> None:
     adapters.attach(transformer, Adapter(rank=4), seed=0)
     adapters.save(transformer, tmp_path, base="micro", metadata={"method": "deft"})
-    assert adapters.metadata(tmp_path)["method"] == "deft"
+    assert told_by(tmp_path)["method"] == "deft"
     assert all("deft_" in name for name in load_file(tmp_path / adapters.WEIGHTS))
 
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("nothing", "matches no linear layer"), (r".*attn.*", "attn, which is no linear layer")],
+    [
+        ("nothing", "matches no linear layer"),
+        (r".*attn.*", "transformer_blocks.0.attn, .*, which is no linear layer"),
+    ],
 )
 def test_a_pattern_that_matches_no_layer_or_no_linear_one_is_refused(
     transformer: FluxTransformer2DModel, pattern: str, words: str

@@ -6,10 +6,13 @@ Axes: n tokens, o outputs, i inputs, r rank.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import int8_vectorwise_dequant
+from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
 from torch import Tensor, nn
@@ -19,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from visualcloze_deft import deft
+from visualcloze_deft import adapters, deft
 from visualcloze_deft.modelfolder import Bits
 from visualcloze_deft.quantise import dense, quantised
+from visualcloze_deft.settings import Adapter
 
 KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr", "alpha": 6},
@@ -167,7 +171,7 @@ def test_a_started_layer_is_the_base(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(net(x), net[0].base_layer(x), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6, 0.0])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-8, 0.0])
 def test_nearly_parallel_columns_leave_outputs_and_gradients_finite(spread: float) -> None:
     layer = adopted(peft_net("deft", r=4))[0]
     p = layer.deft_P[NAME]
@@ -178,8 +182,13 @@ def test_nearly_parallel_columns_leave_outputs_and_gradients_finite(spread: floa
     q, _ = layer.factors(NAME)
     size = torch.linalg.svdvals(q)
     assert size.max() < 1 + 1e-5
-    if spread >= 1e-4:
-        torch.testing.assert_close(size, torch.ones(4), atol=1e-3, rtol=0)
+    determined = 4 if spread >= 1e-4 else 3  # what rounding alone tells apart is left alone
+    torch.testing.assert_close(size[:determined], torch.ones(determined), atol=1e-3, rtol=0)
+    if spread < 1e-5:
+        usual = adopted(peft_net("deft", r=4))[0]
+        plain = layer_values(usual, torch.randn(5, 40), torch.randn(5, 24))
+        assert size[3] < 1e-6
+        assert values[2].norm() < 100 * plain[2].norm()
 
 
 def test_a_column_of_zeros_removes_and_adds_nothing() -> None:
@@ -239,6 +248,27 @@ def test_strength_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None
     assert torch.equal(net(x), full)
 
 
+def test_diffusers_sets_strengths_by_name(micro_model: Path) -> None:
+    transformer = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
+    adapters.attach(transformer, Adapter(rank=2), seed=0)
+    transformer.set_adapters([NAME], [0.25])
+    assert {layer.strength(NAME) for layer in deft.layers(transformer).values()} == {0.25}
+
+
+@pytest.mark.parametrize("kind", ["deft", "deft-relaxed"])
+def test_an_adapter_added_later_starts_as_the_base_also_under_a_name_used_before(kind: str) -> None:
+    net = adopted(peft_net("deft"))
+    layer, x = net[0], torch.randn(5, 40)
+    layer.set_scale("other", 3)
+    for _ in range(2):
+        inject_adapter_in_model(DeftConfig(r=3, target_modules=["0"], **KINDS[kind]), net, "other")
+        layer.set_adapter("other")
+        torch.testing.assert_close(net(x), layer.base_layer(x), atol=1e-5, rtol=1e-5)
+        layer.deft_R["other"].data.normal_()
+        assert relative(net(x), layer.base_layer(x)) > 0.01
+        layer.delete_adapter("other")
+
+
 def test_active_adapters_add_their_changes_of_the_frozen_weight() -> None:
     net = two_adapters()
     layer, x = net[0], torch.randn(5, 40)
@@ -281,6 +311,30 @@ def test_a_safe_merge_refuses_what_is_not_finite_and_changes_nothing() -> None:
     assert not layer.merged
 
 
+def test_a_second_merge_that_fails_keeps_the_first() -> None:
+    layer = two_adapters()[0]
+    layer.merge(adapter_names=[NAME])
+    weight = layer.base_layer.weight.clone()
+    delta = layer.get_delta_weight("other")
+    with torch.no_grad():
+        layer.deft_R["other"][0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not be finite"):
+        layer.merge(safe_merge=True, adapter_names=["other"])
+    assert layer.merged_adapters == [NAME]
+    assert torch.equal(layer.base_layer.weight, weight)
+    with torch.no_grad():
+        layer.deft_R["other"].zero_()
+    layer.unmerge()
+    assert delta.isfinite().all()
+
+
+def test_the_change_of_a_weight_does_not_depend_on_what_is_merged() -> None:
+    layer = two_adapters()[0]
+    before = layer.get_delta_weight("other")
+    layer.merge(adapter_names=[NAME])
+    assert torch.equal(layer.get_delta_weight("other"), before)
+
+
 def test_frozen_factors_follow_a_change_of_the_parameters() -> None:
     net = adopted(peft_net("deft")).requires_grad_(False)
     x = torch.randn(5, 40)
@@ -291,6 +345,35 @@ def test_frozen_factors_follow_a_change_of_the_parameters() -> None:
     net.load_state_dict(other.state_dict())
     assert relative(net(x), before) > 0.01
     torch.testing.assert_close(net(x), other(x), atol=1e-5, rtol=1e-5)
+
+
+def test_r_trains_alone_where_p_is_frozen() -> None:
+    layer = adopted(peft_net("deft"))[0]
+    layer.deft_P[NAME].requires_grad_(False)
+    x, weights = torch.randn(5, 40), torch.randn(5, 24)
+    (layer(x) * weights).sum().backward()
+    expected = formula(layer, x, weights)[3]
+    assert layer.deft_P[NAME].grad is None
+    assert relative(layer.deft_R[NAME].grad, expected) < 1e-5
+
+
+def test_training_follows_pefts_layer_from_the_same_start() -> None:
+    """The same losses, while no sign of peft's basis flips."""
+    theirs = peft_net("deft", r=3)
+    ours = adopted(theirs)
+    x, wanted = torch.randn(64, 40), torch.randn(64, 24)
+    curves = []
+    for net in (theirs, ours):
+        optimiser = torch.optim.SGD(trained(net), lr=0.01)
+        curves.append([])
+        for _ in range(30):
+            optimiser.zero_grad()
+            loss = (net(x) - wanted).square().mean()
+            loss.backward()
+            optimiser.step()
+            curves[-1].append(loss.item())
+    assert curves[0][-1] < 0.97 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 class Checkpointed(nn.Module):
@@ -331,7 +414,7 @@ def test_a_pass_factorises_once_for_all_layers_however_often_blocks_are_computed
     deft.share_bases(net)
     with Seen() as seen:
         net(torch.randn(5, 40)).square().mean().backward()
-    assert sum(name.startswith("linalg_cholesky") for name in seen.names) == 1
+    assert sum(name.startswith("linalg_cholesky") for name in seen.names) == 2  # find, leave out
     assert "linalg_qr" not in seen.names
 
 
@@ -401,11 +484,16 @@ def test_on_a_quantised_weight_gradients_are_those_of_its_dense_form(kind: str, 
     assert 0.001 < relative(weight, plain[0].base_layer.weight) < 0.15
     plain[0].base_layer.weight.data = weight.clone()
     x, weights = torch.randn(6, 128), torch.randn(6, 64)
-    # int8's own product rounds x as well: compare what the adapter adds
+    direct = layer.base_layer(torch.eye(128)) - layer.base_layer.bias  # what the library reads
+    assert relative(direct.mT, weight) < (1e-2 if bits == "int8" else 1e-6)
+    if bits == "int8":
+        state = layer.base_layer.state
+        assert relative(weight, int8_vectorwise_dequant(state.CB, state.SCB)) < 1e-6
+    # int8's product rounds x as well, so output and gradient of x are less exact than those of P, R
     found, expected = layer_values(layer, x, weights), formula(plain[0], x, weights)
     loose = 3e-2 if bits == "int8" else 1e-5
-    for one, other in zip(found, expected, strict=True):
-        assert relative(one, other) < loose
+    for k, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert relative(one, other) < (loose if k < 2 else 1e-5)
     layer.start(NAME)
     if kind != "para":
         torch.testing.assert_close(layer(x), layer.base_layer(x), atol=1e-5, rtol=1e-5)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,13 +62,15 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     """
     pattern = re.compile(layers(settings))
     matched = {n: m for n, m in transformer.named_modules() if pattern.fullmatch(n)}
+    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+        raise UserError("this transformer has an adapter already; load the base again")
     other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
     if other or not matched:
         linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+        shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+        found = f"{shown}, which is no linear layer" if other else "no linear layer"
         raise UserError(
-            f"adapter.layers {settings.layers!r} matches "
-            f"{f'{other[0]}, which is no linear layer' if other else 'no linear layer'}; names "
-            f"look like {linear[-2]}"
+            f"adapter.layers {settings.layers!r} matches {found}; names look like {linear[-2]}"
         )
     for name, layer in matched.items():
         if settings.rank > min(layer.in_features, layer.out_features):
@@ -161,14 +164,26 @@ def save(
     save_file(tensors or state(transformer), folder / WEIGHTS, {"format": "pt", **(metadata or {})})
 
 
-def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool = False) -> None:
+def load(
+    transformer: FluxTransformer2DModel,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    dropout: float | None = None,
+) -> None:
     """Add the adapter saved in `folder` (peft's format) to `transformer`.
+
+    dropout: instead of the one in the folder's settings.
 
     Raises `UserError` where files are missing or truncated, or made for another model or rank.
     """
     config = read_config(folder)
     tensors = read_weights(folder)
     config.inference_mode = not trainable
+    if dropout is not None:
+        setattr(
+            config, "deft_dropout" if isinstance(config, DeftConfig) else "lora_dropout", dropout
+        )
     transformer.requires_grad_(False)
     try:
         add(transformer, config)
@@ -177,7 +192,11 @@ def load(transformer: FluxTransformer2DModel, folder: Path, *, trainable: bool =
     keep_single_precision(transformer)
     deft.adopt(transformer)
     deft.share_bases(transformer)
-    expected = state(transformer)
+    expected = {
+        file_name(name): parameter
+        for name, parameter in transformer.named_parameters()
+        if f".{NAME}" in name
+    }
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))
         raise UserError(
@@ -206,6 +225,8 @@ def read_config(folder: Path) -> PeftConfig:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind not in ("DEFT", "LORA"):
         raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
+    if 0 in (fields.get("alpha"), fields.get("lora_alpha")):
+        raise UserError(f"{path}: alpha 0 would scale the adapter to nothing; give its real one")
     try:
         return PeftConfig.from_peft_type(**fields)
     except (ValueError, TypeError) as error:
@@ -224,9 +245,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite; use another step's")
     return tensors
-
-
-def metadata(folder: Path) -> dict[str, str]:
-    """What `save` wrote beside the tensors."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return dict(file.metadata() or {})

@@ -212,8 +212,7 @@ def infer(
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
+    help="Of a LoRA file, default float32; of a merged transformer, default its base's.",
 )
 @click.option("--model", help="The base; default: the one the adapter was trained on.")
 @click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
@@ -228,7 +227,7 @@ def export_adapter(
     kind: Format,
     output: str,
     strength: float,
-    dtype: str,
+    dtype: str | None,
     model: str | None,
     lora: str | None,
     verify: bool,
@@ -250,17 +249,20 @@ def export_adapter(
         Path(output),
         kind,
         strength=strength,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, dtype) if dtype else None,
         model=model,
         lora=lora,
         verify=verify,
     )
     click.echo(report.path)
-    if report.error is not None:
-        click.echo(
-            f"read by {report.reader}: its output differs from the adapter's by "
-            f"{report.error:.1e} (relative)"
-        )
+    for note in report.notes:
+        click.echo(note)
+    if report.reader:
+        click.echo(f"read again by {report.reader}; errors relative to what the adapter changes:")
+        if report.weights is not None:
+            click.echo(f"  weights {report.weights:.1e}, the worst layer")
+        lost = "lost in the base's rounding, not compared"
+        click.echo(f"  output  {lost if report.output is None else f'{report.output:.1e}'}")
 
 
 @cli.command("import", context_settings=CONTEXT)

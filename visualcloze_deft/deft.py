@@ -29,25 +29,30 @@ from visualcloze_deft.quantise import dense, is_quantised
 
 P_NAME, R_NAME = "deft_P.", "deft_R."
 ROWS = 512  # of a weight that are cast to the adapter's precision together
+LEAST_ANGLE = 1e-5  # radians from the columns before it: float32 says little of a smaller one
 
 
 def whitening(gram: Tensor) -> Tensor:
     """T (..., r, r) such that P T is orthonormal, for `gram` = P^T P (..., r, r) in float64.
 
-    Upper triangular, with a positive diagonal: Cholesky QR. A direction that P does not determine
-    (columns parallel to float32's precision, or zero) comes out near zero: it is left alone.
+    Upper triangular, with a positive diagonal: Cholesky QR. A column of P that is zero or lies
+    within `LEAST_ANGLE` of the span of those before it is left out, a column of zeros: what it says
+    is rounding, and its gradient would drown all others.
     """
     size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    size = torch.where(size > 0, size, 1)
+    size = torch.where(size == 0, 1, size)
     gram = gram / size[..., :, None] / size[..., None, :]
     one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     noise = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    lower = torch.linalg.cholesky(gram + noise * one)
+    lower, _ = torch.linalg.cholesky_ex(gram + noise * one)  # NaN stays NaN, no wait for the GPU
+    left_out = lower.diagonal(dim1=-2, dim2=-1) < LEAST_ANGLE
+    either = left_out[..., :, None] | left_out[..., None, :]
+    lower, _ = torch.linalg.cholesky_ex(torch.where(either, one, gram + noise * one))
     inverse = torch.linalg.solve_triangular(lower.mT, one.expand_as(gram), upper=True)
-    return inverse / size[..., :, None]
+    return inverse.masked_fill(either, 0) / size[..., :, None]
 
 
-def gram(p: Tensor) -> Tensor:
+def gram_of(p: Tensor) -> Tensor:
     """P^T P in float64: squaring would cost float32 half of its digits."""
     double = p.detach().double()
     return double.mT @ double
@@ -77,7 +82,7 @@ class LowRankUpdate(torch.autograd.Function):
         strength: float,
     ) -> Tensor:
         """x (n i), y (n o), whiten (r r) or None for the relaxed kind, r None for PaRa."""
-        q, a = factors(dense(layer), p, r, whiten, scale)
+        q, a = factors_of(dense(layer), p, r, whiten, scale)
         a, q = (strength * a).to(x.dtype), q.to(x.dtype)
         inside = x @ a.mT  # n r
         ctx.save_for_backward(x, inside, a, p, whiten)
@@ -91,17 +96,17 @@ class LowRankUpdate(torch.autograd.Function):
         q = basis(p, whiten)
         grad_inside = grad @ q.to(grad.dtype)
         grad_x = grad_inside @ a if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[3]:
-            return grad_x, grad, None, None, None, None, None, None
         grad_a = ctx.strength * (grad_inside.mT @ x)  # r i
-        weight = dense(ctx.layer)
-        grad_right = -(weight @ grad_a.to(weight.dtype).mT).to(p.dtype)  # o r
-        grad_q = (grad.mT @ inside).to(p.dtype)
-        if whiten is None:
-            grad_p = grad_q + grad_right * (p > 0)
-        else:
-            grad_p = through_basis(grad_q + grad_right, q, whiten)
         grad_r = ctx.scale * grad_a.to(p.dtype) if ctx.needs_input_grad[4] else None
+        grad_p = None
+        if ctx.needs_input_grad[3]:
+            weight = dense(ctx.layer)
+            grad_right = -(weight @ grad_a.to(weight.dtype).mT).to(p.dtype)  # o r
+            grad_q = (grad.mT @ inside).to(p.dtype)
+            if whiten is None:
+                grad_p = grad_q + grad_right * (p > 0)
+            else:
+                grad_p = through_basis(grad_q + grad_right, q, whiten)
         return grad_x, grad, None, grad_p, grad_r, None, None, None
 
 
@@ -110,7 +115,7 @@ def basis(p: Tensor, whiten: Tensor | None) -> Tensor:
     return p if whiten is None else (p.double() @ whiten).to(p.dtype)
 
 
-def factors(
+def factors_of(
     weight: Tensor, p: Tensor, r: Tensor | None, whiten: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Q (o r) and A (r i) of the change Q A."""
@@ -134,7 +139,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     strengths: dict[str, float]
     _whitening: dict[str, tuple[int, Tensor]]
     _frozen: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]]
-    _original: Tensor | None
+    _original: Tensor | None  # the frozen weight while adapters are merged
     _shares_bases: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,7 +172,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             self.get_base_layer(),
             self.deft_P[name],
             None if self.deft_para[name] else self.deft_R[name],
-            self.whitening(name),
+            self.whiten(name),
             self.deft_scaling[name],
             self.strength(name),
         )
@@ -179,33 +184,49 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         return [part[name] for part in (self.deft_P, self.deft_R) if name in part]
 
-    def whitening(self, name: str) -> Tensor | None:
+    def whiten(self, name: str) -> Tensor | None:
         """T of P; None for the relaxed kind. Where bases are shared, once in a forward pass."""
         p = self.deft_P[name]
         if self.deft_decomposition[name] == "relu":
             return None
         version, whiten = self._whitening.get(name, (None, None))
         if version != p._version or whiten is None:
-            whiten = whitening(gram(p))
+            whiten = whitening(gram_of(p))
             if self._shares_bases:
                 self._whitening[name] = (p._version, whiten)
         return whiten
 
+    def forget(self) -> None:
+        """Drop what is kept of the parameters. Needed only after they were changed through `.data`,
+        which leaves no trace."""
+        self._whitening.clear()
+        self._frozen.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DeftLinear:
+        self.forget()  # another device or precision
+        moved: DeftLinear = super()._apply(*args, **kwargs)
+        return moved
+
+    def frozen_weight(self) -> Tensor:
+        """W (o i), without what is merged into it."""
+        return dense(self.get_base_layer()) if self._original is None else self._original
+
     @torch.no_grad()
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
-        return factors(
-            dense(self.get_base_layer()),
+        self._whitening.pop(name, None)
+        return factors_of(
+            self.frozen_weight(),
             self.deft_P[name],
             None if self.deft_para[name] else self.deft_R[name],
-            self.whitening(name),
+            self.whiten(name),
             self.deft_scaling[name],
         )
 
     def frozen(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`factors` in `dtype`, kept until a parameter of the adapter changes."""
-        parts = self.parameters_of(name)
-        key = (dtype, *((p._version, p.device) for p in parts), self.deft_scaling[name])
+        """`factors` in `dtype`, kept until a parameter or the weight changes."""
+        versions = [(id(p), p._version) for p in self.parameters_of(name)]
+        key = (dtype, self.deft_scaling[name], self.get_base_layer().weight._version, *versions)
         if name not in self._frozen or self._frozen[name][0] != key:
             q, a = self.factors(name)
             self._frozen[name] = (key, q.to(dtype), a.to(dtype))
@@ -224,14 +245,20 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         for name in self.here():
             self.strengths[name] = 1.0 if scale is None else self.strength(name) / scale
 
+    def reset_deft_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """peft's call for a new adapter: its P, and R in this module's basis."""
+        super().reset_deft_parameters(adapter_name, init_weights=False)
+        if init_weights and not self.deft_P[adapter_name].is_meta:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.start(adapter_name)
+
     @torch.no_grad()
     def start(self, name: str) -> None:
         """Set R so that the adapter changes nothing yet; PaRa has no R and starts removing."""
         if name in self.deft_R:
-            q = basis(self.deft_P[name], self.whitening(name))
-            right = torch.relu(q) if self.whitening(name) is None else q
-            removed = into_subspace(right, dense(self.get_base_layer()))
-            self.deft_R[name].copy_(removed / self.deft_scaling[name])
+            self.deft_R[name].zero_()
+            _, minus_removed = self.factors(name)
+            self.deft_R[name].copy_(-minus_removed / self.deft_scaling[name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change of the weight (o i) at the adapter's strength, in the adapter's precision."""
@@ -243,24 +270,24 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         """Put adapters (all active ones) into the weight. The weight as it was stays in memory.
 
         Raises `ValueError` where `safe_merge` and the result is not finite, or the weight is
-        quantised.
+        quantised; the weight is then as it was.
         """
+        layer = self.get_base_layer()
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deft_P]
         if not names:
             return
-        layer, merged = self.get_base_layer(), list(self.merged_adapters)
-        if merged:
-            self.unmerge()
-        original = layer.weight.data
         if is_quantised(layer):
             raise ValueError("a quantised weight cannot take an adapter: load the base unquantised")
-        change = torch.stack([self.get_delta_weight(name) for name in merged + names]).sum(dim=0)
-        changed = (original.to(change.dtype) + change).to(original.dtype)
+        original = self.frozen_weight().data
+        changed = original.to(self.deft_P[names[0]].dtype)
+        for name in [*self.merged_adapters, *names]:
+            changed = changed + self.get_delta_weight(name)
+        changed = changed.to(original.dtype)
         if safe_merge and not changed.isfinite().all():
             raise ValueError(f"merging {', '.join(names)}: the weights would not be finite")
         self._original = original
         layer.weight.data = changed
-        self.merged_adapters.extend(merged + names)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the weight back, bit for bit."""
@@ -277,7 +304,8 @@ def adopt(root: nn.Module) -> None:
             module.__class__ = DeftLinear
             layer = cast(DeftLinear, module)
             layer.strengths, layer._whitening, layer._frozen = {}, {}, {}
-            layer._original, layer._shares_bases = None, False
+            layer.register_buffer("_original", None, persistent=False)
+            layer._shares_bases = False
             own = {f"{R_NAME}{n}": r.data for n, r in layer.deft_R.items()}
             own |= {f"{P_NAME}{n}": p.data for n, p in layer.deft_P.items()}
             change_signs(layer, own, "")
@@ -298,9 +326,11 @@ def share_bases(root: nn.Module) -> None:
     It then serves the whole pass, the recomputation of checkpointed blocks too. Where a process
     holds only a share of P (ZeRO-3), each layer computes its own when it first runs.
     """
-    for layer in layers(root).values():
+    found = layers(root).values()
+    if found and not any(layer._shares_bases for layer in found):
+        root.register_forward_pre_hook(_renew_bases)
+    for layer in found:
         layer._shares_bases = True
-    root.register_forward_pre_hook(_renew_bases)
 
 
 def _renew_bases(root: nn.Module, _: Any) -> None:
@@ -312,7 +342,7 @@ def _renew_bases(root: nn.Module, _: Any) -> None:
             if layer.deft_decomposition[name] == "qr" and p.requires_grad and p.numel():
                 by_rank[p.shape[1], p.device].append((layer, name))
     for group in by_rank.values():
-        shared = whitening(torch.stack([gram(layer.deft_P[name]) for layer, name in group]))
+        shared = whitening(torch.stack([gram_of(layer.deft_P[name]) for layer, name in group]))
         for (layer, name), one in zip(group, shared, strict=True):
             layer._whitening[name] = (layer.deft_P[name]._version, one)
 
@@ -323,8 +353,9 @@ def change_signs(layer: DeftLinear, tensors: dict[str, Tensor], prefix: str) -> 
     tensors: by their names in `layer` after `prefix`.
     """
     for name, method in layer.deft_decomposition.items():
-        r, p = f"{prefix}{R_NAME}{name}", tensors.get(f"{prefix}{P_NAME}{name}")
-        if method == "qr" and p is not None and p.numel() and r in tensors:
+        r = f"{prefix}{R_NAME}{name}"
+        p = tensors.get(f"{prefix}{P_NAME}{name}", layer.deft_P[name])
+        if method == "qr" and r in tensors and p.numel():
             triangle = torch.linalg.qr(p.detach().float().cpu()).R  # as peft's layer calls it
             signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
             tensors[r] = tensors[r] * signs.to(tensors[r])[:, None]
@@ -335,4 +366,5 @@ def _write_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, _: An
 
 
 def _read_signs(layer: DeftLinear, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    layer.forget()
     change_signs(layer, state, prefix)

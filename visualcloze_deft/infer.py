@@ -12,11 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from visualcloze_deft import grid
-from visualcloze_deft.adapters import metadata
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests
-from visualcloze_deft.modelfolder import WEIGHTS, Bits, fingerprint
+from visualcloze_deft.modelfolder import WEIGHTS, Bits, fingerprint, told_by
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.registry import load_tasks
@@ -67,7 +66,7 @@ def infer(
         "resolution": resolution or pipe.models.resolution,
         "versions": {name: version(name) for name in VERSIONS},
     }
-    if adapter and (trained_on := metadata(adapter).get("base_lora", "")) != (lora or ""):
+    if adapter and (trained_on := told_by(adapter).get("base_lora", "")) != (lora or ""):
         tqdm.write(
             f"the adapter was trained on a base with the LoRA {trained_on or 'none'} merged, "
             f"here it is {lora or 'none'}; see --lora"

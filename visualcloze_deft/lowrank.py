@@ -7,18 +7,20 @@ scripts and ComfyUI use, fuses them into one layer, rows below rows.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visualcloze_deft.errors import UserError
 
+HEADER = "lora_adapter_metadata"  # where diffusers' own files state settings, scales among them
 Change = tuple[Tensor, Tensor]  # A (r i), B (o r)
 Shapes = Mapping[str, tuple[int, int]]  # layer in diffusers' naming -> (o, i)
 FileFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -158,8 +160,12 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
     """
     try:
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {path}: damaged, or no safetensors file ({error})") from None
+    except ValueError as error:
+        raise UserError(f"LoRA {path}: its header's {HEADER} is no JSON ({error})") from None
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise UserError(f"LoRA {path}: {bad[0]} holds values that are not finite")
@@ -167,8 +173,9 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
     found: dict[str, Change] = {}
     short = {name.replace(".", "_"): name for name in originals(shapes)}
     for key, change in pairs(tensors, path):
-        name = re.sub(r"^(transformer|diffusion_model|base_model\.model|lora_unet)[._]", "", key)
+        name = re.sub(r"^(transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)", "", key)
         name = short.get(name, name)
+        change = (change[0], header_scale(about, name, len(change[0]), path) * change[1])
         if name in shapes:
             found[name] = change
         elif name in short.values():
@@ -179,6 +186,8 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
                 f"{next(iter(shapes))}"
             )
     found |= split(original, shapes)
+    if not any(b.any() for _, b in found.values()):
+        raise UserError(f"LoRA {path}: it changes nothing: all its up matrices are zero")
     for name, (a, b) in found.items():
         if (b.shape[0], a.shape[1]) != tuple(shapes[name]):
             raise UserError(
@@ -186,6 +195,29 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
                 f"{shapes[name][0]} x {shapes[name][1]}"
             )
     return found
+
+
+def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
+    """The scale of a layer that diffusers' header states beside the tensors, 1 without one."""
+    settings = {
+        key.removeprefix("transformer."): value
+        for key, value in about.items()
+        if not key.startswith("text_encoder")
+    }
+    if settings.get("use_dora"):
+        raise UserError(f"LoRA {path}: DoRA cannot be read; give a plain LoRA")
+
+    def of_layer(pattern: str, common: str) -> Any:
+        for key, value in settings.get(pattern, {}).items():
+            if re.fullmatch(rf"(.*\.)?({key})", name):  # as peft matches them
+                return value
+        return settings.get(common)
+
+    alpha = of_layer("alpha_pattern", "lora_alpha")
+    if alpha is None:
+        return 1.0
+    rank = of_layer("rank_pattern", "r") or rank
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 _ENDS = {
@@ -210,6 +242,8 @@ def pairs(tensors: Mapping[str, Tensor], path: Path) -> Iterator[tuple[str, Chan
                 raise UserError(f"LoRA {path}: {key} and its partner are no matrices of one rank")
             alpha = tensors.get(f"{layer}.alpha")
             scale = 1.0 if alpha is None else float(alpha) / len(a)
+            if scale == 0:
+                raise UserError(f"LoRA {path}: {layer}.alpha is 0, so it changes nothing")
             left -= {key, layer + up, f"{layer}.alpha"}
             yield layer, (a, scale * b)
     if left:

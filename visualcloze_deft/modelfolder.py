@@ -78,13 +78,18 @@ def fingerprint(name: str) -> str:
     return told.hexdigest() if files else ""
 
 
-def check_base(adapter: Path, name: str) -> None:
-    """Raise `UserError` if the adapter in a folder says that it was trained on another base."""
+def told_by(adapter: Path) -> dict[str, str]:
+    """What the adapter in a folder says of itself."""
     try:
         with safe_open(adapter / WEIGHTS, "np") as file:
-            told = file.metadata() or {}
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{adapter / WEIGHTS}: damaged or truncated ({error})") from None
+        raise UserError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from None
+
+
+def check_base(adapter: Path, name: str) -> None:
+    """Raise `UserError` if the adapter in a folder says that it was trained on another base."""
+    told = told_by(adapter)
     before, now = told.get("base_fingerprint"), fingerprint(name)
     if before and now and before != now:
         raise UserError(
@@ -94,8 +99,9 @@ def check_base(adapter: Path, name: str) -> None:
         )
 
 
-def check_start(folder: Path, method: str, rank: int) -> None:
-    """Raise `UserError` unless the adapter in a folder is of this method and rank."""
+def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
+    """Raise `UserError` unless the adapter in a folder is of this method and rank, and was trained
+    on a base with the same LoRA merged into it ("": none)."""
     path = folder / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -109,6 +115,12 @@ def check_start(folder: Path, method: str, rank: int) -> None:
         raise UserError(
             f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
             f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
+        )
+    before = told_by(folder).get("base_lora", "")
+    if before != base_lora:
+        raise UserError(
+            f"adapter.start {folder}: made for a base with the LoRA {before or 'none'} merged, "
+            f"this run's has {base_lora or 'none'}; set model_lora"
         )
 
 

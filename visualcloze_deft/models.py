@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -100,6 +101,17 @@ class Models:
             max_tokens=config.max_image_seq_len,
         )
         return flow.schedule(steps, mu)
+
+
+def transformer_config(name: str) -> dict[str, Any]:
+    """The settings of a model's transformer, without its weights."""
+    check_folder(name)
+    folder = BASE if name == TINY else name
+    try:
+        found: dict[str, Any] = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+    return found
 
 
 def predict_velocity(

@@ -7,6 +7,7 @@ on the quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.1431
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -47,15 +48,16 @@ def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
 
 def dense(layer: nn.Linear) -> Tensor:
     """A layer's weight (o i) in floating point: as it is, or out of its quantised form."""
-    weight = layer.weight
+    weight: Any = layer.weight
     if weight.is_floating_point():
-        return weight
+        dense_already: Tensor = weight
+        return dense_already
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear8bitLt
 
     if isinstance(layer, Linear8bitLt):
-        values = weight.data if layer.state.CB is None else layer.state.CB
-        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
+        values: Tensor = weight.data if layer.state.CB is None else layer.state.CB
+        scales: Tensor = weight.SCB if layer.state.SCB is None else layer.state.SCB
         return values.to(scales.dtype) * (scales[:, None] / 127)  # largest value of a row: 127
     found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return found

@@ -115,8 +115,11 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
-        check_start(Path(run.adapter.start), run.adapter.method, run.adapter.rank)
-        check_base(Path(run.adapter.start), run.model)
+        folder, wanted = Path(run.adapter.start), run.adapter
+        if (wanted.alpha, wanted.layers) != (None, "flux"):
+            raise UserError("adapter.start keeps its own scale and layers: leave alpha and layers")
+        check_start(folder, wanted.method, wanted.rank, run.model_lora or "")
+        check_base(folder, run.model)
     mixture = mixture_of(run)
     items = sum(len(source) for source in mixture.sources)
     if items < processes:
@@ -220,6 +223,10 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
         "visualcloze_deft": _version("visualcloze-deft"),
         "method": run.adapter.method,
         "rank": str(run.adapter.rank),
+        "alpha": str(run.adapter.alpha or ""),
+        "layers": run.adapter.layers,
+        "dropout": str(run.adapter.dropout),
+        "quantise": run.quantise,
         "base_model": run.model,
         "base_fingerprint": fingerprint(run.model),
         "base_lora": run.model_lora or "",

@@ -105,7 +105,8 @@ class Adapter(_Section):
     layers: Annotated[str, AfterValidator(_expression)] = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
     start: str | None = None
-    """An adapter folder of the same method and rank that training starts from."""
+    """An adapter folder of the same method and rank that training starts from. Its layers and its
+    scale are kept: `alpha` and `layers` must not be set beside it."""
     p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 
@@ -121,6 +122,28 @@ class Optimiser(_Section):
     schedule: Literal["constant", "cosine"] = "cosine"
     clip: Annotated[float, Field(gt=0)] = 2.0
     """Largest gradient norm."""
+
+
+OWNED = {
+    "zero_optimization.stage": "zero",
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "batch",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_clipping": "optimiser.clip",
+    "optimizer": "optimiser",
+    "scheduler": "optimiser.schedule",
+}  # DeepSpeed's settings that one of ours decides
+
+
+def _not_owned(settings: dict[str, Any]) -> dict[str, Any]:
+    for name, ours in OWNED.items():
+        *sections, last = name.split(".")
+        found = settings
+        for section in sections:
+            found = found.get(section, {})
+        if last in found:
+            raise ValueError(f"{name} is decided by the setting {ours}; set that one")
+    return settings
 
 
 class Run(_Section):
@@ -140,7 +163,7 @@ class Run(_Section):
     """0: one per GPU, or two on a machine without GPU."""
     zero: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
     deepspeed.zero_optimization.offload_optimizer.device=cpu."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -123,7 +123,12 @@ def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -
     if start is not None:
         adapters.load(models.transformer, start.folder, trainable=True)
     elif run.adapter.start is not None:
-        adapters.load(models.transformer, Path(run.adapter.start), trainable=True)
+        adapters.load(
+            models.transformer,
+            Path(run.adapter.start),
+            trainable=True,
+            dropout=run.adapter.dropout,
+        )
     else:
         adapters.attach(models.transformer, run.adapter, seed=run.seed)
     engine = start_engine(models.transformer, run)
