@@ -169,10 +169,11 @@ def test_a_killed_run_resumes_to_the_same_adapter(
         "--zero 3 --set sheet_every=4",
         f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}",
         f"--zero 2 {OFFLOAD}",
-        "--zero 1 --processes 1 --method lora --set checkpointing=false",
+        "--zero 1 --set checkpointing=false",
         "--zero 0 --processes 1 --set accumulate=2",
         "--zero 2 --method para --set precision=bfloat16",
-        "--zero 2 --processes 1 --set quantise=nf4",
+        "--zero 2 --processes 1 --method lora --set quantise=int8",
+        "--zero 2 --set quantise=nf4",
     ],
 )
 def test_other_ways_to_run_train_save_and_resume(
@@ -181,11 +182,12 @@ def test_other_ways_to_run_train_save_and_resume(
     output = tmp_path / "run"
     done = vcdeft(*arguments(micro_model, output, *options.split()))
     assert done.returncode == 0, done.stderr[-2000:]
-    if (
-        "--method" not in options and "quantise" not in options
-    ):  # the same examples in the same order: the same losses
-        assert losses(output) == pytest.approx(losses(two_processes), rel=1e-4)
     trained, curve = adapter_of(output), losses(output)
+    if "--method" not in options and "quantise" not in options:
+        # the same examples in the same order: the same losses and adapter to rounding
+        assert curve == pytest.approx(losses(two_processes), rel=1e-4)
+        for name, tensor in adapter_of(two_processes).items():
+            assert (trained[name] - tensor).norm() < 1e-3 * tensor.norm()
     assert {t.dtype for t in trained.values()} == {torch.float32}
     assert all(math.isfinite(loss) for loss in curve)
     shutil.rmtree(output / "adapter")
