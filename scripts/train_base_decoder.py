@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from train_base import CELL, OPEN, Base
-from train_base_bank import BUNDLES, bundle, is_leaves
+from train_base_bank import BUNDLES, bundle
 from train_base_vae import LATENT_NOISE, LEARNING_RATE, Muon, pool, strip
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -66,7 +66,7 @@ def settled_strips(shard: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     grids, prompts = [], []
     for index in range(shard * BUNDLES, (shard + 1) * BUNDLES):
         drawn, _, words = bundle(index, tasks, source)
-        is_open = words["task"] == OPEN or (is_leaves(index) and "hole" in words["task"])
+        is_open = any(name in words["task"] for name in OPEN)
         if words["sentence"] and not is_open and len(drawn[0].widths[0]) == 2:
             grids += drawn
             prompts += [
