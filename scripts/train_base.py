@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--anneal", type=float, default=0, help="last minutes, learning rate to 0")
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="highest learning rate")
     parser.add_argument(
         "--warm",
         action="store_true",
@@ -302,7 +303,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # ends like the time limit: saved
     while (elapsed := (time.monotonic() - begun) / 60) < options.minutes and not stop.is_set():
         left = options.minutes - elapsed
-        rate = LEARNING_RATE * min(
+        rate = options.rate * min(
             1, (step + 1) / 500, left / options.anneal if options.anneal else 1
         )
         for group in optimiser.param_groups:

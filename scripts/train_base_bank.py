@@ -40,6 +40,7 @@ PAIRS = {  # on the same scale, the bank's own
     ("changed", "target"): 2,  # a photo whose colours, place or size changed, and the photo
     ("copy", "target"): 2,  # the photo twice: without them nothing asks for an exact copy
     ("hole", "target"): 2,  # FLUX.1-Fill is made for filling holes, and so is its small image
+    ("view", "again"): 8,  # an object on plain ground twice: nothing else shows such ground
 }
 TRIPLES = (
     ("reference", "hole", "target"),
@@ -151,11 +152,10 @@ def draw_task(index: int, rng: np.random.Generator, tasks: dict[str, Task]) -> T
 
 def strip_classes(order: tuple[str, ...], item: int, source: Scenes, *, leaves: bool) -> Tensor:
     """(n, 16, 3) of each token's 4 x 4 squares: `Scenes.classes`, `UNSAID` where a cell changed."""
-    cells = [
-        source.classes(item, "target" if role in ("changed", "copy") else role) for role in order
-    ]
+    whole = {"changed": "target", "copy": "target", "view": "target", "again": "target"}
+    cells = [source.classes(item, whole.get(role, role)) for role in order]
     for cell, role in zip(cells, order, strict=True):
-        if role == "changed" or leaves:
+        if role in ("changed", "view", "again") or leaves:
             cell[:] = UNSAID
     strip = np.concatenate(cells, axis=1)[STEP // 2 :: STEP, STEP // 2 :: STEP]
     return torch.from_numpy(rearrange(strip, "(h p) (w q) k -> (h w) (p q) k", p=4, q=4))
@@ -185,6 +185,10 @@ def bundle(
                 images.append(change(photo, kind, code))
             elif role in ("copy", "target"):
                 images.append(photo)
+            elif role in ("view", "again") and leaves:
+                images.append(photo)
+            elif role in ("view", "again"):
+                images.append(picture(item, "view"))
             elif role == "hole" and leaves:
                 images.append(punched(photo, rng))
             elif role in ("depth", "segmentation"):
