@@ -183,9 +183,7 @@ def bundle(
         for role in order:
             if role == "changed":
                 images.append(change(photo, kind, code))
-            elif role in ("copy", "target"):
-                images.append(photo)
-            elif role in ("view", "again") and leaves:
+            elif role in ("copy", "target") or (leaves and role in ("view", "again")):
                 images.append(photo)
             elif role in ("view", "again"):
                 images.append(picture(item, "view"))
