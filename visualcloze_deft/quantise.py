@@ -39,6 +39,9 @@ def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
         small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         small = Linear4bit(*size, bias=bias, compute_dtype=weight.dtype, quant_type="nf4")
+        # On CPUs with AVX512 it would pack its weight anew at the first generation, for widths of
+        # whole blocks only (bitsandbytes 0.50), and DEFT could not read it any more.
+        small.support_avx512bf16_for_cpu = False
         small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=small)
     if bias:
         small.bias = nn.Parameter(layer.bias.data, requires_grad=False)
