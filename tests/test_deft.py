@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench_adapters import saved_bytes
 from bitsandbytes.functional import int8_vectorwise_dequant
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -430,23 +430,6 @@ def test_training_makes_no_matrix_of_the_weights_size_and_no_float32_activation(
     made = [t for t in seen.made if t.untyped_storage().data_ptr() != weight.data_ptr()]
     assert max(t.numel() for t in made if 700 not in t.shape) <= deft.ROWS * 1200
     assert not [t.shape for t in made if 700 in t.shape and t.dtype != torch.bfloat16]
-
-
-def saved_bytes(net: nn.Module, x: Tensor) -> int:
-    """What autograd keeps for the backward pass, parameters aside, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = net(x)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 def lora_net(i: int, o: int, r: int) -> nn.Module:

@@ -100,7 +100,7 @@ def export(
     about["visualcloze_deft"] = version("visualcloze-deft")
     staged = path.with_name(f".{path.stem}.part{path.suffix}")
     clear(staged)
-    report = Report(path=path, notes=notes_on(told))
+    report = Report(path=path, notes=notes_on(told, kind))
     try:
         if kind == "peft":
             staged.mkdir()
@@ -131,10 +131,10 @@ def export(
     return report
 
 
-def notes_on(told: dict[str, str]) -> tuple[str, ...]:
+def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
     """What the file cannot say to the tool that reads it."""
     notes = []
-    if lora := told.get("base_lora"):
+    if kind != "merged" and (lora := told.get("base_lora")):
         notes.append(f"trained on a base with the LoRA {lora} merged: load that one, too")
     if (bits := told.get("quantise", "none")) != "none":
         notes.append(f"trained on a base in {bits}, written for the one in full precision")
