@@ -11,6 +11,7 @@ Axes: n tokens, o outputs, i inputs, r rank.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -49,6 +50,13 @@ VARIANTS = (
     "PaRa",
 )
 REFERENCE = "peft LoRA"
+ATTACHED = {  # by this package's own settings
+    "DEFT": Adapter(method="deft"),
+    "DEFT relaxed": Adapter(method="deft-relaxed"),
+    "PaRa": Adapter(method="para"),
+    REFERENCE: Adapter(method="lora"),
+}
+LAYER_FIGURES = ["inference s", "forward+backward s", "checkpointed s", "saved MB", "GFLOP"]
 
 
 class AuthorsDeft(nn.Module):
@@ -226,57 +234,84 @@ def flux(blocks: tuple[int, int], dtype: torch.dtype) -> FluxTransformer2DModel:
         torch.set_default_dtype(before)
 
 
-def transformer_step(
-    variant: str, rank: int, blocks: tuple[int, int], dtype: torch.dtype, tokens: int, rounds: int
-) -> dict[str, object]:
-    """Seconds of a training step (forward, backward, AdamW), checkpointed, and the peak memory."""
-    torch.manual_seed(0)
-    net = flux(blocks, dtype).requires_grad_(False)
-    if variant in ("DEFT", "DEFT relaxed", "PaRa", REFERENCE):
-        method = {"DEFT": "deft", "DEFT relaxed": "deft-relaxed", "PaRa": "para"}.get(
-            variant, "lora"
-        )
-        adapters.attach(net, Adapter(method=method, rank=rank), seed=0)
-    else:
-        net.add_adapter(peft_config(variant, rank, adapters.FLUX_LAYERS), adapters.NAME)
-        adapters.keep_single_precision(net)
-    net.enable_gradient_checkpointing()
-    net.train()
-    optimiser = torch.optim.AdamW(adapters.trainable(net).values(), lr=1e-5, fused=True)
+def step_of(
+    net: FluxTransformer2DModel, device: str, dtype: torch.dtype, tokens: int
+) -> Callable[[], None]:
+    """A training step on random tokens: forward, backward, AdamW over the adapter."""
+    optimiser = torch.optim.AdamW(adapters.trainable(net).values(), lr=1e-5, fused=device == DEVICE)
     text = 512 if tokens > 2048 else 128
     image = tokens - text
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype)
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = net(
                 hidden_states=draw(1, image, 384),
                 timestep=draw(1).sigmoid(),
-                guidance=torch.ones(1, device=DEVICE, dtype=dtype),
+                guidance=torch.ones(1, device=device, dtype=dtype),
                 pooled_projections=draw(1, 768),
                 encoder_hidden_states=draw(1, text, 4096),
-                txt_ids=torch.zeros(text, 3, device=DEVICE),
-                img_ids=torch.zeros(image, 3, device=DEVICE),
+                txt_ids=torch.zeros(text, 3, device=device),
+                img_ids=torch.zeros(image, 3, device=device),
                 return_dict=False,
             )[0]
         output.float().square().mean().backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    spent = medians({variant: step}, rounds)[variant]
+    return step
+
+
+def transformer_step(
+    variant: str, rank: int, blocks: tuple[int, int], dtype: torch.dtype, tokens: int
+) -> dict[str, float]:
+    """Seconds of a step with recomputed blocks (the second and third of this process), the peak
+    memory of the process, and the FLOPs of the model, recomputation not counted."""
+    torch.manual_seed(0)
+    net = flux(blocks, dtype).requires_grad_(False)
+    if variant in ATTACHED:
+        adapters.attach(net, ATTACHED[variant].model_copy(update={"rank": rank}), seed=0)
+    else:
+        net.add_adapter(peft_config(variant, rank, adapters.FLUX_LAYERS), adapters.NAME)
+        adapters.keep_single_precision(net)
+    net.enable_gradient_checkpointing()
+    net.train()
+    spent = medians({variant: step_of(net, DEVICE, dtype, tokens)}, 2)[variant]
     peak = (
         torch.cuda.max_memory_allocated()
         if DEVICE == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    row: dict[str, object] = {"variant": variant, "step s": spent, "peak GB": peak / 1e9}
+    net.disable_gradient_checkpointing()
+    net.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        step_of(net, "meta", dtype, tokens)()
+    work = counter.get_total_flops()
+    row = {"step s": spent, "peak GB": peak / 1e9, "TFLOP": work / 1e12}
     if DEVICE == "cuda":
-        with FlopCounterMode(display=False) as counter:
-            step()
-        row["utilisation"] = counter.get_total_flops() / spent / H100_BF16
+        row["of the GPU's bf16 peak"] = work / spent / H100_BF16
     return row
+
+
+def measure_steps(options: argparse.Namespace) -> list[dict[str, object]]:
+    """`transformer_step` of every variant in processes of their own, which take turns."""
+    wanted = [v for v in options.variants if v not in ("linear", "authors' DEFT")]
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in wanted}
+    turns = options.rounds * wanted if sum(options.blocks) else []
+    for variant in tqdm(turns, desc="training steps"):
+        words = [sys.executable, __file__, "--one-step", variant]
+        words += ["--ranks", str(options.ranks[0]), "--dtypes", options.dtypes[-1]]
+        words += ["--blocks", *map(str, options.blocks)]
+        words += ["--block-tokens", str(options.block_tokens)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    return [
+        {"variant": v, **{name: statistics.median(r[name] for r in rows) for name in rows[0]}}
+        for v, rows in found.items()
+        if rows
+    ]
 
 
 def main() -> None:
@@ -293,70 +328,73 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the tables as Markdown, too")
     parser.add_argument("--one-step", help=argparse.SUPPRESS)  # a variant, in its own process
     options = parser.parse_args()
-    dtypes = [getattr(torch, name) for name in options.dtypes]
     if options.one_step:
         row = transformer_step(
             options.one_step,
             options.ranks[0],
             tuple(options.blocks),
-            dtypes[0],
+            getattr(torch, options.dtypes[0]),
             options.block_tokens,
-            options.rounds,
         )
         print(json.dumps(row))
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "CPU"
-    result: dict[str, object] = {"device": device, "torch": torch.__version__}
-    result["threads"], result["tokens"] = torch.get_num_threads(), options.tokens
-    layers: list[dict[str, object]] = []
+    result: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "tokens": options.tokens,
+    }
     parts: list[str] = []
-    columns = ["inference s", "forward+backward s", "checkpointed s", "saved MB", "GFLOP"]
-    for dtype in dtypes:
-        for rank in options.ranks:
-            for shape in options.shapes:
-                i, o = SHAPES[shape]
-                title = f"{i} -> {o}, rank {rank}, {options.dtypes[dtypes.index(dtype)]}"
-                rows = measure_layer(
-                    i,
-                    o,
-                    rank,
-                    dtype,
-                    tokens=options.tokens,
-                    rounds=options.rounds,
-                    variants=options.variants,
-                )
-                parts.append(f"**{title}**\n\n{table(rows, columns)}")
-                print(f"\n{parts[-1]}")
-                layers += rows
-    result["layers"] = layers
-    steps = []
-    wanted = [v for v in options.variants if v not in ("linear", "authors' DEFT")]
-    for variant in tqdm(wanted if sum(options.blocks) else [], desc="training steps"):
-        words = [sys.executable, __file__, "--one-step", variant]
-        words += ["--ranks", str(options.ranks[0]), "--dtypes", options.dtypes[-1]]
-        words += ["--blocks", *map(str, options.blocks), "--rounds", str(options.rounds)]
-        words += ["--block-tokens", str(options.block_tokens)]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        steps.append(json.loads(done.stdout.splitlines()[-1]))
+    layers: list[dict[str, object]] = []
+    cases = list(itertools.product(options.dtypes, options.ranks, options.shapes))
+    for dtype, rank, shape in tqdm(cases, desc="layers"):
+        i, o = SHAPES[shape]
+        rows = measure_layer(
+            i,
+            o,
+            rank,
+            getattr(torch, dtype),
+            tokens=options.tokens,
+            rounds=options.rounds,
+            variants=options.variants,
+        )
+        layers += rows
+        parts.append(f"**{i} -> {o}, rank {rank}, {dtype}**\n\n{table(rows, LAYER_FIGURES)}")
+        tqdm.write(f"\n{parts[-1]}")
+        write(options, result | {"layers": layers}, parts)
+    steps = measure_steps(options)
     if steps:
         double, single = options.blocks
         title = (
             f"training step of {double} double and {single} single blocks of FLUX's width, rank "
-            f"{options.ranks[0]}, {options.dtypes[-1]}, {options.block_tokens} tokens, checkpointed"
+            f"{options.ranks[0]}, {options.dtypes[-1]}, {options.block_tokens} tokens, blocks "
+            "recomputed"
         )
         parts.append(f"**{title}**\n\n{table(steps, [c for c in steps[0] if c != 'variant'])}")
         print(f"\n{parts[-1]}")
-    result["steps"] = steps
-    path = options.output / "bench.json"
-    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write(options, result | {"layers": layers, "steps": steps}, parts)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(options: argparse.Namespace, result: dict[str, object], parts: list[str]) -> None:
+    """bench.json, and the tables as Markdown where asked for; after every case, to lose nothing."""
+    text = json.dumps(result, indent=1)
+    (options.output / "bench.json").write_text(text, encoding="utf-8")
     if options.report is not None:
-        told = f"{options.tokens} tokens, {device}, {result['threads']} threads, torch"
-        head = f"# What adapters cost\n\nWritten by `scripts/bench_adapters.py`: {told} "
-        head += f"{torch.__version__}, medians of {options.rounds} rounds. peft LoRA in figures, "
-        head += "the others as ratios to it."
+        head = (
+            "# What adapters cost\n\nWritten by `scripts/bench_adapters.py`: "
+            f"{result['tokens']} tokens, {result['device']}, {result['threads']} threads, torch "
+            f"{result['torch']}, medians of {result['rounds']} rounds. peft LoRA in figures, the "
+            "others as ratios to it."
+        )
         options.report.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
-    print(path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import torch
 from bench_adapters import saved_bytes
 from bitsandbytes.functional import int8_vectorwise_dequant
 from diffusers import FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import DeftConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
 from torch import Tensor, nn
@@ -106,6 +108,60 @@ def test_output_and_gradients_are_the_papers(kind: str, i: int, o: int, r: int, 
             assert (found - expected).abs().max() < 1e-4
         else:
             assert relative(found, expected) < 1e-5
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    i=st.integers(1, 48),
+    o=st.integers(1, 48),
+    share=st.floats(0, 1),
+    bias=st.booleans(),
+    spread=st.floats(0, 3),
+    size=st.floats(-4, 4),
+    low=st.booleans(),
+)
+def test_it_is_the_paper_for_any_shape_rank_precision_and_conditioning(
+    kind: str, i: int, o: int, share: float, bias: bool, spread: float, size: float, low: bool
+) -> None:
+    """Ranks from 1 to full; singular values of P over `spread` decades around 10^size."""
+    full = min(i, o) if kind != "para" or o == 1 else min(i, o - 1)  # PaRa leaves something over
+    r = 1 + round(share * (full - 1))
+    net = adopted(peft_net(kind, i=i, o=o, r=r, bias=bias))
+    layer = net[0]
+    left, _, right = torch.linalg.svd(layer.deft_P[NAME].data, full_matrices=False)
+    scale = torch.logspace(0, -spread, r)
+    if kind != "deft-relaxed":  # whose change has the size of P squared
+        scale = scale * 10**size
+    layer.deft_P[NAME].data = (left * scale) @ right
+    if low:
+        net.bfloat16()
+        for parameter in trained(net):
+            parameter.data = parameter.data.float()
+    dtype = torch.bfloat16 if low else torch.float32
+    x, weights = torch.randn(7, i, dtype=dtype), torch.randn(7, o, dtype=dtype)
+    found, expected = layer_values(layer, x, weights), formula(layer, x, weights)
+    eps = 4e-3 if low else 1.2e-7
+    for one, other, size in zip(found, expected, sizes(layer, x, weights), strict=True):
+        assert (one.double() - other).norm() <= 10 * eps * size
+
+
+def sizes(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """How large the products are that output and gradients of x, P and R add up: what rounding
+    is relative to, however much of them cancels."""
+    relaxed = layer.deft_decomposition[NAME] == "relu"
+    p, r = (*layer.parameters_of(NAME), None)[:2]
+    scale = layer.deft_scaling[NAME]
+    weight = layer.base_layer.weight.double().norm()
+    injected = 0 if r is None else scale * r.double().norm()
+    outer = p.double().norm() if relaxed else 1
+    change = outer * (outer * weight + injected)
+    steep = 1 if relaxed else 1 / torch.linalg.svdvals(p.double()).min()
+    x, weights = x.double().norm(), weights.double().norm()
+    bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias.double().norm()
+    p_size = steep * x * weights * ((1 + outer) * weight + injected)
+    found = [x * (weight + change) + 3 * bias, weights * (weight + change), p_size]
+    return found if r is None else [*found, scale * outer * x * weights]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
@@ -31,9 +31,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     if run.checkpointing:
         transformer.enable_gradient_checkpointing()
     if run.zero == 3:
-        for layer in deft.layers(transformer).values():
-            for parameter in layer.parameters():  # all that it reads without calling a module
-                register_external_parameter(layer, parameter)
+        register_for_zero3(transformer)
     module = GridLoss(
         transformer,
         context_weight=run.context_weight,
@@ -56,6 +54,13 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+def register_for_zero3(root: nn.Module) -> None:
+    """Tell ZeRO-3 what each DEFT layer in `root` reads without calling the module that holds it."""
+    for layer in deft.layers(root).values():
+        for parameter in layer.parameters():
+            register_external_parameter(layer, parameter)
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:

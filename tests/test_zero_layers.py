@@ -1,0 +1,64 @@
+"""DEFT layers under ZeRO with two real processes: the same losses and adapter everywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zero_layers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visualcloze_deft.settings import Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("zero")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, zero_layers.__file__, str(output)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def plain(kind: str) -> dict[str, Tensor]:
+    """The same examples in one process, without DeepSpeed."""
+    net = zero_layers.Net(kind, recompute=False)
+    optimiser = zero_layers.optimiser_of(net)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    losses = []
+    for number, (x, wanted) in enumerate(zero_layers.examples(1, 0), start=1):
+        loss = net(x, wanted)
+        (loss / zero_layers.ACCUMULATED).backward()
+        losses.append(loss.detach())
+        if number % zero_layers.ACCUMULATED == 0:
+            torch.nn.utils.clip_grad_norm_(parameters, Run().optimiser.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+    found = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    return {"losses": torch.stack(losses), **found}
+
+
+@pytest.mark.parametrize("kind", zero_layers.KINDS)
+@pytest.mark.parametrize("way", zero_layers.WAYS)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_losses_and_adapter_are_those_of_plain_training(
+    trained: Path, kind: str, way: str, recompute: bool
+) -> None:
+    expected = plain(kind)
+    found = load_file(trained / f"{kind}.{way}.{recompute}.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
