@@ -5,7 +5,8 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging
 
 from visualcloze_deft import flow
 from visualcloze_deft.errors import UserError
@@ -158,10 +160,13 @@ def load_models(
     quantise(transformer, bits, device=device)
     transformer.to(device)
     try:
-        parts = {
-            part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).to(device).eval()
-            for part, kind in _NETWORKS.items()
-        }
+        with without_bars() if name == TINY else nullcontext():  # which loads in a moment
+            parts = {
+                part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype)
+                .to(device)
+                .eval()
+                for part, kind in _NETWORKS.items()
+            }
         rest = {
             part: kind.from_pretrained(folder, subfolder=part) for part, kind in _OTHERS.items()
         }
@@ -170,6 +175,18 @@ def load_models(
     parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
     resolution = resolution_of(name)
     return Models(name=name, resolution=resolution, transformer=transformer, **parts, **rest)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' bars for loading weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_transformer(
