@@ -4,7 +4,8 @@ One linear layer at FLUX's shapes, then a transformer of FLUX's width: plain, wi
 DEFT, with the authors' formula (arXiv 2509.22793 as it is written: the whole adapted weight in
 every forward), and with this package's layers. Variants take turns in every round and medians are
 compared, because machines are noisy. On a GPU `--blocks 19 38` is FLUX.1-Fill itself with random
-weights. Prints tables and writes bench.json.
+weights. Prints tables and writes bench.json; what that file holds already, measured in the same
+way, is not measured again.
 Axes: n tokens, o outputs, i inputs, r rank.
 """
 
@@ -56,7 +57,6 @@ ATTACHED = {  # by this package's own settings
     "PaRa": Adapter(method="para"),
     REFERENCE: Adapter(method="lora"),
 }
-LAYER_FIGURES = ["inference s", "forward+backward s", "checkpointed s", "saved MB", "GFLOP"]
 
 
 class AuthorsDeft(nn.Module):
@@ -191,30 +191,15 @@ def measure_layer(
     }
     for net in nets.values():
         net.requires_grad_(False)
-    figures["inference s"] = medians({v: lambda n=n: infer(n, x) for v, n in nets.items()}, rounds)
+    inference = medians({v: lambda n=n: infer(n, x) for v, n in nets.items()}, rounds)
     return [
         {
             "variant": variant,
-            "shape": f"{i}->{o}",
-            "rank": rank,
-            "dtype": str(dtype).removeprefix("torch."),
+            "inference s": inference[variant],
             **{name: values[variant] for name, values in figures.items()},
         }
         for variant in variants
     ]
-
-
-def table(rows: list[dict[str, object]], columns: list[str]) -> str:
-    """Markdown: figures of the reference, ratios to it for the others."""
-    base = next(row for row in rows if row["variant"] == REFERENCE)
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = (
-            f"{row[c]:.4g}" if row is base else f"{float(row[c]) / float(base[c]):.3f}x"
-            for c in columns
-        )
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def flux(blocks: tuple[int, int], dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -321,7 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2, 3], help=str(SHAPES))
+    parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1, 2, 3], help=str(SHAPES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--blocks", type=int, nargs=2, default=[1, 1], help="double, single")
     parser.add_argument("--block-tokens", type=int, default=TOKENS if DEVICE == "cuda" else 1024)
@@ -339,62 +324,95 @@ def main() -> None:
         print(json.dumps(row))
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "rounds": options.rounds,
-        "tokens": options.tokens,
-    }
-    parts: list[str] = []
-    layers: list[dict[str, object]] = []
+    bench = Bench.read(options.output / "bench.json", options)
     cases = list(itertools.product(options.dtypes, options.ranks, options.shapes))
     for dtype, rank, shape in tqdm(cases, desc="layers"):
         i, o = SHAPES[shape]
-        rows = measure_layer(
-            i,
-            o,
-            rank,
-            getattr(torch, dtype),
-            tokens=options.tokens,
-            rounds=options.rounds,
-            variants=options.variants,
-        )
-        layers += rows
-        parts.append(f"**{i} -> {o}, rank {rank}, {dtype}**\n\n{table(rows, LAYER_FIGURES)}")
-        tqdm.write(f"\n{parts[-1]}")
-        write(options, result | {"layers": layers}, parts)
-    steps = measure_steps(options)
-    if steps:
+        title = f"{i} -> {o}, rank {rank}, {dtype}"
+        if not set(options.variants) <= {row["variant"] for row in bench.tables.get(title, [])}:
+            bench.tables[title] = measure_layer(
+                i,
+                o,
+                rank,
+                getattr(torch, dtype),
+                tokens=options.tokens,
+                rounds=options.rounds,
+                variants=options.variants,
+            )
+            bench.write(options.output / "bench.json", options.report)
+            tqdm.write(f"\n{bench.table(title)}")
+    if sum(options.blocks):
         double, single = options.blocks
         title = (
             f"training step of {double} double and {single} single blocks of FLUX's width, rank "
             f"{options.ranks[0]}, {options.dtypes[-1]}, {options.block_tokens} tokens, blocks "
             "recomputed"
         )
-        parts.append(f"**{title}**\n\n{table(steps, [c for c in steps[0] if c != 'variant'])}")
-        print(f"\n{parts[-1]}")
-    write(options, result | {"layers": layers, "steps": steps}, parts)
+        bench.tables[title] = measure_steps(options)
+        print(f"\n{bench.table(title)}")
+    bench.write(options.output / "bench.json", options.report)
+
+
+class Bench:
+    """What was measured: a table of rows, one per variant, for each case, under one `setup`."""
+
+    def __init__(self, setup: dict[str, object]) -> None:
+        self.setup = setup
+        self.tables: dict[str, list[dict[str, object]]] = {}
+
+    @classmethod
+    def read(cls, path: Path, options: argparse.Namespace) -> Bench:
+        """What `path` holds, if it was measured on the same machine in the same way."""
+        found = cls(
+            {
+                "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(),
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "rounds": options.rounds,
+                "tokens": options.tokens,
+            }
+        )
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["setup"] == found.setup:
+                found.tables = before["tables"]
+        return found
+
+    def table(self, title: str) -> str:
+        """Markdown: figures of the reference, ratios to it for the others."""
+        rows = self.tables[title]
+        columns = [name for name in rows[0] if name != "variant"]
+        base = next(row for row in rows if row["variant"] == REFERENCE)
+        lines = [f"**{title}**", "", f"| | {' | '.join(columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row in rows:
+            cells = (
+                f"{row[c]:.4g}" if row is base else f"{float(row[c]) / float(base[c]):.3f}x"
+                for c in columns
+            )
+            lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def write(self, path: Path, report: Path | None) -> None:
+        """JSON, and Markdown where asked for; after every case, to lose nothing."""
+        text = json.dumps({"setup": self.setup, "tables": self.tables}, indent=1)
+        path.write_text(text, encoding="utf-8")
+        if report is not None:
+            setup = self.setup
+            head = (
+                "# What adapters cost\n\nWritten by `scripts/bench_adapters.py`: "
+                f"{setup['tokens']} tokens, {setup['device']}, {setup['threads']} threads, torch "
+                f"{setup['torch']}, medians of {setup['rounds']} rounds. peft LoRA in figures, the "
+                "others as ratios to it."
+            )
+            parts = [head, *map(self.table, self.tables)]
+            report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def write(options: argparse.Namespace, result: dict[str, object], parts: list[str]) -> None:
-    """bench.json, and the tables as Markdown where asked for; after every case, to lose nothing."""
-    text = json.dumps(result, indent=1)
-    (options.output / "bench.json").write_text(text, encoding="utf-8")
-    if options.report is not None:
-        head = (
-            "# What adapters cost\n\nWritten by `scripts/bench_adapters.py`: "
-            f"{result['tokens']} tokens, {result['device']}, {result['threads']} threads, torch "
-            f"{result['torch']}, medians of {result['rounds']} rounds. peft LoRA in figures, the "
-            "others as ratios to it."
-        )
-        options.report.write_text("\n\n".join([head, *parts]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Axes: n tokens, o outputs, i inputs, r rank.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -64,6 +65,12 @@ def into_subspace(right: Tensor, weight: Tensor) -> Tensor:
         return right.mT @ weight
     parts = zip(right.split(ROWS), weight.split(ROWS), strict=True)
     return torch.stack([part.mT @ rows.to(right.dtype) for part, rows in parts]).sum(dim=0)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """No autocast for tensors of this kind of device; "meta" knows none."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -149,7 +156,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         y: Tensor = self.base_layer(x, *args, **kwargs)
         shape = y.shape
         x, y = x.to(y.dtype).flatten(0, -2), y.flatten(0, -2)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for name in names:
                 if self.strength(name) != 0:
                     y = self.updated(self.deft_dropout[name](x), y, name)
