@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,11 +100,36 @@ def test_a_saved_adapter_gives_the_same_output_here_and_in_plain_peft(
     torch.testing.assert_close(run(here), run(transformer))
 
     plain = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer").eval()
-    from peft import PeftModel
-
     wrapped = PeftModel.from_pretrained(plain, tmp_path)
     torch.testing.assert_close(wrapped(**inputs(), return_dict=False)[0], run(transformer))
     assert PeftConfig.from_pretrained(tmp_path).r == 4
+
+
+@pytest.mark.parametrize("method", ["deft", "deft-relaxed", "para"])
+def test_training_a_transformer_follows_pefts_own_layers_from_the_same_start(
+    micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path, method: str
+) -> None:
+    """Where P moves so little that no sign of peft's basis flips; at p_lr_ratio 0.1 one does in the
+    third step, and its loss jumps."""
+    settings = Adapter(method=method, rank=4, p_lr_ratio=0.01)
+    adapters.attach(transformer, settings, seed=0)
+    adapters.save(transformer, tmp_path, base="micro")
+    plain = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
+    theirs = PeftModel.from_pretrained(plain.train(), tmp_path, is_trainable=True)
+    wanted = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(3))
+    curves = []
+    for net in (transformer.train(), theirs):
+        groups = adapters.parameter_groups(net, settings, lr=0.01)
+        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        curves.append([])
+        for _ in range(12):
+            loss = (net(**inputs(), return_dict=False)[0] - wanted).square().mean()
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            curves[-1].append(loss.item())
+    assert curves[0][-1] < 0.99 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_the_file_says_what_it_holds(transformer: FluxTransformer2DModel, tmp_path: Path) -> None:
