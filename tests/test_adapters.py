@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -192,6 +192,52 @@ def test_a_bad_adapter_is_refused_by_name(
     fresh = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
     with pytest.raises(UserError, match=words):
         adapters.load(fresh, tmp_path)
+
+
+def test_a_file_that_peft_wrote_is_read(
+    micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path
+) -> None:
+    config = adapters.peft_config(Adapter(rank=4))
+    theirs = get_peft_model(transformer, config).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter += 0.1 * torch.randn_like(parameter) if "deft_" in name else 0
+    theirs.save_pretrained(tmp_path)
+    ours = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer").eval()
+    adapters.load(ours, tmp_path)
+    expected = theirs(**inputs(), return_dict=False)[0]
+    torch.testing.assert_close(run(ours), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_transformer_with_an_adapter_takes_no_second_one(
+    transformer: FluxTransformer2DModel,
+) -> None:
+    adapters.attach(transformer, Adapter(rank=4), seed=0)
+    with pytest.raises(UserError, match="has an adapter already"):
+        adapters.attach(transformer, Adapter(rank=4), seed=0)
+
+
+def test_a_rank_larger_than_a_layer_names_the_layer(transformer: FluxTransformer2DModel) -> None:
+    with pytest.raises(UserError, match=r"rank 33: larger than .*to_q, which has 32 inputs"):
+        adapters.attach(transformer, Adapter(rank=33, layers=r".*to_q"), seed=0)
+
+
+def test_after_a_refused_adapter_the_right_one_can_be_loaded(
+    micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path
+) -> None:
+    for rank, name in ((4, "right"), (2, "wrong")):
+        fresh = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
+        adapters.attach(fresh, Adapter(rank=rank), seed=0)
+        (tmp_path / name).mkdir()
+        adapters.save(fresh, tmp_path / name, base="micro")
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    (wrong / adapters.WEIGHTS).write_bytes((right / adapters.WEIGHTS).read_bytes())
+    before = run(transformer)
+    with pytest.raises(UserError, match="this model and rank 2 need"):
+        adapters.load(transformer, wrong)
+    assert torch.equal(run(transformer), before)
+    adapters.load(transformer, right)
 
 
 def test_layers_that_match_nothing_are_refused(transformer: FluxTransformer2DModel) -> None:

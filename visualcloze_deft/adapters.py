@@ -6,6 +6,7 @@ Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,15 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def method_of(config: PeftConfig) -> str:
+    """What `adapter.method` is for an adapter of this kind."""
+    if not isinstance(config, DeftConfig):
+        return "lora"
+    if config.para:
+        return "para"
+    return "deft-relaxed" if config.decomposition_method == "relu" else "deft"
+
+
 def file_name(name: str) -> str:
     """The name in peft's file of the adapter parameter `name` of the model."""
     return f"base_model.model.{name.replace(f'.{NAME}', '')}"
@@ -187,13 +197,29 @@ def load(
     transformer.requires_grad_(False)
     try:
         add(transformer, config)
-    except (ValueError, TypeError) as error:
+        check_fit(transformer, folder, config, tensors)
+    except (ValueError, TypeError, re.error) as error:
+        detach(transformer)
         raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
+    except UserError:
+        detach(transformer)
+        raise
     keep_single_precision(transformer)
+    if not trainable:
+        transformer.requires_grad_(False)  # diffusers makes what it adds trainable
     deft.adopt(transformer)
     deft.share_bases(transformer)
+    set_peft_model_state_dict(
+        transformer, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, NAME
+    )
+
+
+def check_fit(
+    transformer: nn.Module, folder: Path, config: PeftConfig, tensors: dict[str, Tensor]
+) -> None:
+    """Raise `UserError` unless a file's tensors are those of the layers that were added."""
     expected = {
-        file_name(name): parameter
+        file_name(name): parameter.shape
         for name, parameter in transformer.named_parameters()
         if f".{NAME}" in name
     }
@@ -204,14 +230,22 @@ def load(
             f"do not pair, e.g. {odd[0]}"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != expected[name]:
             raise UserError(
                 f"adapter {folder}: {name} has shape {tuple(tensor.shape)}, this model and rank "
-                f"{config.r} need {tuple(expected[name].shape)}"
+                f"{config.r} need {tuple(expected[name])}"
             )
-    set_peft_model_state_dict(
-        transformer, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, NAME
-    )
+
+
+def detach(transformer: FluxTransformer2DModel) -> None:
+    """Take all adapters off again; the layers are what they were before the first."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, last = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
+    transformer._hf_peft_config_loaded = False
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -225,8 +259,10 @@ def read_config(folder: Path) -> PeftConfig:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind not in ("DEFT", "LORA"):
         raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
-    if 0 in (fields.get("alpha"), fields.get("lora_alpha")):
-        raise UserError(f"{path}: alpha 0 would scale the adapter to nothing; give its real one")
+    for key in ("alpha", "lora_alpha"):
+        alpha = fields.get(key)
+        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+            raise UserError(f"{path}: {key} {alpha!r}: give the number above 0 it was trained with")
     try:
         return PeftConfig.from_peft_type(**fields)
     except (ValueError, TypeError) as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -139,15 +140,32 @@ def through_basis(grad: Tensor, q: Tensor, whiten: Tensor) -> Tensor:
     return (grad + q @ mirrored) @ whiten.to(grad.dtype).mT
 
 
+@dataclass
+class Pass:
+    """Whether a forward pass of the whole that shares bases is under way."""
+
+    open: bool = False
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: what is computed now belongs to the pass before."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     """peft's DEFT layer with this module's arithmetic. `adopt` makes them."""
 
-    other_param_names = (*PeftDeftLinear.other_param_names, "strengths", "_whitening", "_frozen")
+    other_param_names = (
+        *PeftDeftLinear.other_param_names,
+        *("strengths", "_whitening", "_frozen", "_merged", "_fixed"),
+    )
     strengths: dict[str, float]
-    _whitening: dict[str, tuple[int, Tensor]]
+    _whitening: dict[str, Tensor]  # of the pass that `_pass` is in
     _frozen: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]]
     _original: Tensor | None  # the frozen weight while adapters are merged
-    _shares_bases: bool
+    _merged: dict[str, tuple[Tensor, Tensor]]  # factors of what is merged, strength within
+    _fixed: dict[str, bool]  # whether an adapter was loaded to be used, not trained
+    _pass: Pass | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [] if self.disable_adapters or self.merged else self.here()
@@ -155,12 +173,12 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         shape = y.shape
-        x, y = x.to(y.dtype).flatten(0, -2), y.flatten(0, -2)
+        x, y = x.to(y.dtype).reshape(-1, x.shape[-1]), y.reshape(-1, shape[-1])
         with without_autocast(x.device.type):
             for name in names:
                 if self.strength(name) != 0:
                     y = self.updated(self.deft_dropout[name](x), y, name)
-        return y.unflatten(0, shape[:-1])
+        return y.reshape(shape)
 
     def here(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -173,6 +191,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         if self.is_frozen(name):
             q, a = self.frozen(name, y.dtype)
             return torch.addmm(y, x @ a.mT, q.mT, alpha=self.strength(name))
+        self._frozen.pop(name, None)  # it is being trained
         changed: Tensor = LowRankUpdate.apply(
             x,
             y,
@@ -191,21 +210,23 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         return [part[name] for part in (self.deft_P, self.deft_R) if name in part]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def whiten(self, name: str) -> Tensor | None:
-        """T of P; None for the relaxed kind. Where bases are shared, once in a forward pass."""
-        p = self.deft_P[name]
+        """T of P; None for the relaxed kind. Where bases are shared, once in a forward pass of the
+        whole and its backward pass."""
         if self.deft_decomposition[name] == "relu":
             return None
-        version, whiten = self._whitening.get(name, (None, None))
-        if version != p._version or whiten is None:
-            whiten = whitening(gram_of(p))
-            if self._shares_bases:
-                self._whitening[name] = (p._version, whiten)
+        shared = self._pass is not None and (self._pass.open or in_backward())
+        whiten = self._whitening.get(name) if shared else None
+        if whiten is None:
+            whiten = whitening(gram_of(self.deft_P[name]))
+            if shared:
+                self._whitening[name] = whiten
         return whiten
 
     def forget(self) -> None:
-        """Drop what is kept of the parameters. Needed only after they were changed through `.data`,
-        which leaves no trace."""
+        """Drop what is kept of the parameters. Needed only where an adapter that is not trained is
+        changed in a way that leaves no trace: through `.data`, or by a fused optimiser."""
         self._whitening.clear()
         self._frozen.clear()
 
@@ -221,36 +242,57 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     @torch.no_grad()
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
-        self._whitening.pop(name, None)
+        p = self.deft_P[name]
         return factors_of(
             self.frozen_weight(),
-            self.deft_P[name],
+            p,
             None if self.deft_para[name] else self.deft_R[name],
-            self.whiten(name),
+            None if self.deft_decomposition[name] == "relu" else whitening(gram_of(p)),
             self.deft_scaling[name],
         )
 
     def frozen(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`factors` in `dtype`, kept until a parameter or the weight changes."""
-        versions = [(id(p), p._version) for p in self.parameters_of(name)]
-        key = (dtype, self.deft_scaling[name], self.get_base_layer().weight._version, *versions)
+        read = (self.get_base_layer().weight, *self.parameters_of(name))
+        versions = [(id(t), 0 if t.is_inference() else t._version) for t in read]
+        key = (dtype, self.deft_scaling[name], *versions)
         if name not in self._frozen or self._frozen[name][0] != key:
-            q, a = self.factors(name)
-            self._frozen[name] = (key, q.to(dtype), a.to(dtype))
+            with torch.inference_mode(mode=False):  # they may serve outside of it, too
+                q, a = self.factors(name)
+                self._frozen[name] = (key, q.to(dtype), a.to(dtype))
         return self._frozen[name][1:]
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones. Those loaded to be used stay frozen, where peft would
+        prepare them for training."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name in self.deft_P:
+            if self._fixed.get(name):
+                for parameter in self.parameters_of(name):
+                    parameter.requires_grad_(False)
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Give an adapter its strength; diffusers' `set_adapters(names, weights)` calls this."""
+        """Give an adapter its strength; diffusers' `set_adapters(names, weights)` calls this.
+
+        Raises `ValueError` where it is merged with another one.
+        """
+        if adapter in self._merged and scale != self.strength(adapter):
+            raise ValueError(f"adapter {adapter!r} is merged with its strength: unmerge it first")
         self.strengths[adapter] = float(scale)
 
     def scale_layer(self, scale: float) -> None:
         for name in self.here():
-            self.strengths[name] = self.strength(name) * scale
+            self.set_scale(name, self.strength(name) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer`; None sets every active adapter to strength 1."""
         for name in self.here():
-            self.strengths[name] = 1.0 if scale is None else self.strength(name) / scale
+            self.set_scale(name, 1.0 if scale is None else self.strength(name) / scale)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self._merged:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
+        super().delete_adapter(adapter_name)
 
     def reset_deft_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """peft's call for a new adapter: its P, and R in this module's basis."""
@@ -286,14 +328,17 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         if is_quantised(layer):
             raise ValueError("a quantised weight cannot take an adapter: load the base unquantised")
         original = self.frozen_weight().data
+        factors = {name: self.factors(name) for name in names}
+        added = {name: (q, self.strength(name) * a) for name, (q, a) in factors.items()}
         changed = original.to(self.deft_P[names[0]].dtype)
-        for name in [*self.merged_adapters, *names]:
-            changed = changed + self.get_delta_weight(name)
+        for q, a in {**self._merged, **added}.values():
+            changed = changed + q @ a
         changed = changed.to(original.dtype)
         if safe_merge and not changed.isfinite().all():
             raise ValueError(f"merging {', '.join(names)}: the weights would not be finite")
         self._original = original
         layer.weight.data = changed
+        self._merged |= added
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -301,18 +346,26 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         if self.merged:
             self.get_base_layer().weight.data = self._original
             self._original = None
+            self._merged.clear()
             self.merged_adapters.clear()
 
 
 def adopt(root: nn.Module) -> None:
-    """Turn the peft DEFT layers in `root` into this module's, with the function they have now."""
-    for module in root.modules():
-        if type(module) is PeftDeftLinear and not module.fan_in_fan_out:
+    """Turn the peft DEFT layers in `root` into this module's, with the function they have now.
+
+    Raises `ValueError` where an adapter is merged: its R means what it says of the weight without.
+    """
+    found = {n: m for n, m in root.named_modules() if type(m) is PeftDeftLinear}
+    if merged := [name for name, module in found.items() if module.merged]:
+        raise ValueError(f"{merged[0]}: an adapter is merged into it: unmerge it first")
+    for module in found.values():
+        if not module.fan_in_fan_out:
             module.__class__ = DeftLinear
             layer = cast(DeftLinear, module)
-            layer.strengths, layer._whitening, layer._frozen = {}, {}, {}
+            layer.strengths, layer._whitening, layer._frozen, layer._merged = {}, {}, {}, {}
             layer.register_buffer("_original", None, persistent=False)
-            layer._shares_bases = False
+            layer._fixed = {name: layer.is_frozen(name) for name in layer.deft_P}
+            layer._pass = None
             own = {f"{R_NAME}{n}": r.data for n, r in layer.deft_R.items()}
             own |= {f"{P_NAME}{n}": p.data for n, p in layer.deft_P.items()}
             change_signs(layer, own, "")
@@ -334,15 +387,27 @@ def share_bases(root: nn.Module) -> None:
     holds only a share of P (ZeRO-3), each layer computes its own when it first runs.
     """
     found = layers(root).values()
-    if found and not any(layer._shares_bases for layer in found):
+    shared = next((layer._pass for layer in found if layer._pass is not None), None)
+    if found and shared is None:
+        shared = Pass()
         root.register_forward_pre_hook(_renew_bases)
+        root.register_forward_hook(_end_pass, always_call=True)
     for layer in found:
-        layer._shares_bases = True
+        layer._pass = shared
 
 
+def _end_pass(root: nn.Module, *_: Any) -> None:
+    for layer in layers(root).values():
+        if layer._pass is not None:
+            layer._pass.open = False
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _renew_bases(root: nn.Module, _: Any) -> None:
     by_rank: dict[tuple[int, torch.device], list[tuple[DeftLinear, str]]] = defaultdict(list)
     for layer in layers(root).values():
+        if layer._pass is not None:
+            layer._pass.open = True
         for name in layer.here():
             p = layer.deft_P[name]
             layer._whitening.pop(name, None)
@@ -351,7 +416,7 @@ def _renew_bases(root: nn.Module, _: Any) -> None:
     for group in by_rank.values():
         shared = whitening(torch.stack([gram_of(layer.deft_P[name]) for layer, name in group]))
         for (layer, name), one in zip(group, shared, strict=True):
-            layer._whitening[name] = (layer.deft_P[name]._version, one)
+            layer._whitening[name] = one
 
 
 def change_signs(layer: DeftLinear, tensors: dict[str, Tensor], prefix: str) -> None:
@@ -362,7 +427,7 @@ def change_signs(layer: DeftLinear, tensors: dict[str, Tensor], prefix: str) -> 
     for name, method in layer.deft_decomposition.items():
         r = f"{prefix}{R_NAME}{name}"
         p = tensors.get(f"{prefix}{P_NAME}{name}", layer.deft_P[name])
-        if method == "qr" and r in tensors and p.numel():
+        if method == "qr" and r in tensors and p.numel() and not p.is_meta:
             triangle = torch.linalg.qr(p.detach().float().cpu()).R  # as peft's layer calls it
             signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
             tensors[r] = tensors[r] * signs.to(tensors[r])[:, None]

@@ -8,19 +8,21 @@ the live adapter's output.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers import FluxTransformer2DModel as Transformer
 from diffusers.loaders import FluxLoraLoaderMixin
-from peft import LoraConfig, PeftModel
+from peft import DeftConfig, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,14 +39,16 @@ FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
 LARGE = 4 << 30  # bytes of weight files
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the change
 NOISE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the output
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was written and who read it again. Errors are relative to the adapter's change.
 
-    weights: the largest error of a layer's change; output: that of the transformer's output, None
-    where the change is lost in the base's rounding. Both None where nothing was verified.
+    weights: the largest error of a layer's change as the reader holds it, the rounding of merged
+    weights included; output: that of the transformer's output, None where the change is lost in
+    the base's rounding. Both None where nothing was verified.
     """
 
     path: Path
@@ -74,6 +78,8 @@ def export(
     Raises `UserError` where the adapter does not fit, something is in the way, or what was written
     is not the adapter; no file is left then.
     """
+    if not math.isfinite(strength) or strength == 0:
+        raise UserError(f"--strength {strength}: give a number other than 0, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = adapters.read_config(folder), told_by(folder)
     model = model or told.get("base_model") or config.base_model_name_or_path or TINY
@@ -95,9 +101,9 @@ def export(
     live = answer(transformer, strength) if verify else None
     transformer.disable_adapters()
     plain = answer(transformer, 1.0) if verify else None
+    weights = {name: frozen(transformer, name) @ probe(name, a) for name, (a, _) in changes.items()}
     del transformer  # FLUX takes 24 GB: one at a time
-    about = told | {"exported_as": kind, "strength": str(strength)}
-    about["visualcloze_deft"] = version("visualcloze-deft")
+    about = told | header(config, kind, strength, model=model, lora=lora)
     staged = path.with_name(f".{path.stem}.part{path.suffix}")
     clear(staged)
     report = Report(path=path, notes=notes_on(told, kind))
@@ -107,24 +113,26 @@ def export(
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(folder / name, staged)
         elif kind == "merged":
-            merge(base(), changes).to(written).save_pretrained(staged)
+            merge(base(), changes, written).save_pretrained(staged)
             (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         else:
             cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
             lowrank.write(staged, cast, kind, shapes=shapes, metadata=about)
         if live is not None and plain is not None:
-            reader, read = reader_of(kind, shapes, precision)
-            report = replace(report, reader=reader)
-            if kind in ("diffusers", "comfyui", "kohya"):
-                again = lowrank.read(staged, shapes=shapes)
-                report = replace(report, weights=change_error(again, changes))
+            reader, read = reader_of(kind, shapes, written)
             try:
-                found = answer(read(staged, base), 1.0)
+                loaded = read(staged, base)
+                found = answer(loaded, 1.0)
             except (ValueError, RuntimeError, KeyError, AssertionError) as error:
                 raise UserError(f"export {path}: {reader} cannot read it: {error}") from None
+            in_weights = reader.startswith("this package") or kind == "merged"
+            rounding = ROUNDING[written if kind == "merged" else precision] if in_weights else 0
+            weights_off, beyond = change_error(loaded, changes, weights, rounding)
             noise = max(NOISE[precision], NOISE[written] if kind == "merged" else 0)
-            report = replace(report, output=output_error(found, live, plain, noise))
-            check(report, TOLERANCE[written])
+            output_off = output_error(found, live, plain, noise)
+            report = replace(report, reader=reader, weights=weights_off, output=output_off)
+            held = (written,) if kind == "merged" else (written, precision)  # in what it is read
+            check(report, beyond, max(TOLERANCE[one] for one in held))
         staged.rename(path)
     finally:
         clear(staged)
@@ -141,6 +149,23 @@ def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def header(
+    config: PeftConfig, kind: Format, strength: float, *, model: str, lora: str | None
+) -> dict[str, str]:
+    """What an exported file says of itself, beside what the adapter's own file says."""
+    alpha = config.alpha if isinstance(config, DeftConfig) else config.lora_alpha
+    return {
+        "method": adapters.method_of(config),
+        "rank": str(config.r),
+        "alpha": str(alpha or ""),
+        "base_model": model,
+        "base_lora": lora or "",
+        "exported_as": kind,
+        "exported_by": f"visualcloze-deft {version('visualcloze-deft')}",
+        "strength": str(strength),
+    }
+
+
 def check_names(kind: Format, changes: dict[str, Change], shapes: lowrank.Shapes) -> None:
     """Raise `UserError` where kohya's names would lose a layer in diffusers."""
     outside = [name for name in changes if "transformer_blocks." not in name]
@@ -151,17 +176,48 @@ def check_names(kind: Format, changes: dict[str, Change], shapes: lowrank.Shapes
         )
 
 
-def change_error(found: dict[str, Change], expected: dict[str, Change]) -> float:
-    """The largest relative error of a layer's change B A, on random vectors."""
-    random = torch.Generator().manual_seed(0)
-    errors = []
-    for name, (a, b) in expected.items():
-        v = torch.randn(a.shape[1], 4, generator=random)
+def probe(name: str, a: Tensor) -> Tensor:
+    """Random vectors (i, 4) for the layer `name`, whose inputs `a` (r i) has."""
+    return torch.randn(a.shape[1], 4, generator=torch.Generator().manual_seed(len(name)))
+
+
+def frozen(transformer: nn.Module, name: str) -> Tensor:
+    """The weight (o i) of a layer without its adapter, in float32."""
+    layer = transformer.get_submodule(name)
+    assert isinstance(layer, BaseTunerLayer)
+    weight: Tensor = layer.get_base_layer().weight
+    return weight.detach().float()
+
+
+@torch.no_grad()
+def change_error(
+    loaded: nn.Module, changes: dict[str, Change], weights: dict[str, Tensor], rounding: float
+) -> tuple[float, float]:
+    """The largest error of a layer's change in what was loaded, relative to that change: as it is,
+    and without what rounding explains.
+
+    weights: each layer's W times its `probe`. rounding: of a weight that holds the change, 0 where
+    the change stands beside it.
+    """
+    errors = [(0.0, 0.0)]
+    for name, (a, b) in changes.items():
+        v = probe(name, a)
         change = b @ (a @ v)
-        other = found[name][1] @ (found[name][0] @ v) if name in found else 0 * change
-        if change.norm() > 0:
-            errors.append(relative_error(other, change))
-    return max(errors, default=0.0)
+        if change.norm() == 0:
+            continue
+        layer = loaded.get_submodule(name)
+        if isinstance(layer, LoraLayer):
+            (active,) = layer.active_adapters
+            down, up = (part[active].weight.float() for part in (layer.lora_A, layer.lora_B))
+            found = layer.scaling[active] * (up @ (down @ v))
+        elif isinstance(layer, BaseTunerLayer):
+            found = layer.get_delta_weight(adapters.NAME).float() @ v
+        else:
+            found = cast(nn.Linear, layer).weight.float() @ v - weights[name]
+        off = (found - change).norm()
+        beyond = (off - rounding * weights[name].norm()).clamp(min=0)
+        errors.append(((off / change.norm()).item(), (beyond / change.norm()).item()))
+    return max(error for error, _ in errors), max(beyond for _, beyond in errors)
 
 
 def output_error(found: Tensor, live: Tensor, plain: Tensor, noise: float) -> float | None:
@@ -176,8 +232,9 @@ def output_error(found: Tensor, live: Tensor, plain: Tensor, noise: float) -> fl
     return (((found - live).float().norm() - rounding).clamp(min=0) / change).item()
 
 
-def check(report: Report, allowed: float) -> None:
-    for name, error in (("weights", report.weights), ("output", report.output)):
+def check(report: Report, weights_beyond: float, allowed: float) -> None:
+    """Raise `UserError` where an error is larger than `allowed`, rounding left aside."""
+    for name, error in (("weights", weights_beyond), ("output", report.output)):
         if error is not None and not error <= allowed:
             raise UserError(
                 f"export {report.path}: read by {report.reader}, its change of the {name} differs "
@@ -195,7 +252,7 @@ def base_precision(model: str) -> torch.dtype:
 
 def target(output: Path, kind: Format) -> Path:
     """Where to write, checked: a folder, or a file in one."""
-    path = output
+    path = output.absolute() if output == Path() else output  # "." has no name to stage beside
     if kind not in ("peft", "merged") and output.suffix != ".safetensors":
         path = output / "pytorch_lora_weights.safetensors"
     output_folder(path.parent)
@@ -233,12 +290,15 @@ def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Chang
     return found
 
 
-def merge(transformer: Transformer, changes: dict[str, Change]) -> Transformer:
-    """Add `changes` to a plain transformer's weights."""
+def merge(
+    transformer: Transformer, changes: dict[str, Change], dtype: torch.dtype | None = None
+) -> Transformer:
+    """Add `changes` in float32 to a plain transformer's weights, which become `dtype` if given."""
+    dtype = dtype or transformer.dtype
     for name, (a, b) in changes.items():
         weight = transformer.get_submodule(name).weight
-        weight.data = (weight.data.float() + b @ a).to(weight.dtype)
-    return transformer
+        weight.data = (weight.data.float() + b @ a).to(dtype)
+    return transformer if transformer.dtype == dtype else transformer.to(dtype)
 
 
 @torch.no_grad()
@@ -267,15 +327,11 @@ def answer(transformer: Transformer, strength: float) -> Tensor:
     return output
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 Base = Callable[[], Transformer]
 Reader = Callable[[Path, Base], Transformer]
 
 
-def reader_of(kind: Format, shapes: lowrank.Shapes, precision: torch.dtype) -> tuple[str, Reader]:
+def reader_of(kind: Format, shapes: lowrank.Shapes, written: torch.dtype) -> tuple[str, Reader]:
     """Who reads a written file again, by name, and how."""
 
     def through_peft(path: Path, base: Base) -> Transformer:
@@ -291,7 +347,7 @@ def reader_of(kind: Format, shapes: lowrank.Shapes, precision: torch.dtype) -> t
         return merge(base(), lowrank.read(path, shapes=shapes))
 
     def as_model(path: Path, base: Base) -> Transformer:
-        return Transformer.from_pretrained(path, torch_dtype=precision)
+        return Transformer.from_pretrained(path, torch_dtype=written)
 
     inner = shapes["single_transformer_blocks.0.proj_out"][0]
     if kind == "kohya" and inner == FLUX_WIDTH:

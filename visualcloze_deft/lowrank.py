@@ -159,13 +159,17 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
     does not fit `shapes`.
     """
     try:
-        tensors = load_file(path)
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {path}: damaged, or no safetensors file ({error})") from None
     except ValueError as error:
         raise UserError(f"LoRA {path}: its header's {HEADER} is no JSON ({error})") from None
+    check_header(about, path)
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise UserError(f"LoRA {path}: {bad[0]} holds values that are not finite")
@@ -197,6 +201,33 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
     return found
 
 
+def check_header(about: object, path: Path) -> None:
+    """Raise `UserError` unless the settings in diffusers' header can be what they should be."""
+    where = f"LoRA {path}: its header's {HEADER}"
+    if not isinstance(about, dict):
+        raise UserError(f"{where} must be an object, not {str(about)[:60]!r}")
+    for key, value in about.items():
+        name = key.rpartition(".")[2]
+        if name in ("alpha_pattern", "rank_pattern"):
+            if not isinstance(value, dict | None):
+                raise UserError(f"{where}: {key} must be an object, not {value!r}")
+            for pattern, number in (value or {}).items():
+                _check_number(f"{where}: {key} of {pattern!r}", number)
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(
+                        f"{where}: {key} {pattern!r} is no regular expression: {error}"
+                    ) from None
+        elif name in ("lora_alpha", "r") and value is not None:
+            _check_number(f"{where}: {key}", value)
+
+
+def _check_number(where: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{where} must be a number above 0, not {value!r}")
+
+
 def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
     """The scale of a layer that diffusers' header states beside the tensors, 1 without one."""
     settings = {
@@ -208,7 +239,7 @@ def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> 
         raise UserError(f"LoRA {path}: DoRA cannot be read; give a plain LoRA")
 
     def of_layer(pattern: str, common: str) -> Any:
-        for key, value in settings.get(pattern, {}).items():
+        for key, value in (settings.get(pattern) or {}).items():
             if re.fullmatch(rf"(.*\.)?({key})", name):  # as peft matches them
                 return value
         return settings.get(common)
@@ -238,9 +269,11 @@ def pairs(tensors: Mapping[str, Tensor], path: Path) -> Iterator[tuple[str, Chan
             if layer + up not in tensors:
                 raise UserError(f"LoRA {path}: {key} has no partner {layer + up}")
             a, b = tensors[key].float(), tensors[layer + up].float()
-            if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
                 raise UserError(f"LoRA {path}: {key} and its partner are no matrices of one rank")
             alpha = tensors.get(f"{layer}.alpha")
+            if alpha is not None and alpha.numel() != 1:
+                raise UserError(f"LoRA {path}: {layer}.alpha holds {alpha.numel()} values, not one")
             scale = 1.0 if alpha is None else float(alpha) / len(a)
             if scale == 0:
                 raise UserError(f"LoRA {path}: {layer}.alpha is 0, so it changes nothing")
