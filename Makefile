@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+SHOWN := canny-to-image,depth-to-image,segmentation-to-image,image-to-depth,image-to-normals,$\
+	image-editing,novel-view,object-insertion,colourisation,deblurring,subject-driven
 BIN := $(VENV)/bin
 
 .PHONY: demo test check setup
@@ -17,7 +19,7 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	test -d runs/demo/adapter || $(BIN)/vcdeft train --tasks all --zero 2 --output runs/demo \
 		$$(ls -d runs/demo/checkpoints/step-* >/dev/null 2>&1 && echo --resume)
-	test -f runs/demo/grids/grid.json || $(BIN)/vcdeft tasks example all --output runs/demo/grids
+	test -f runs/demo/grids/grid.json || $(BIN)/vcdeft tasks example $(SHOWN) --output runs/demo/grids
 	$(BIN)/vcdeft infer --examples runs/demo/grids/grid.json --adapter runs/demo/adapter --output runs/demo/images
 	@echo "look at runs/demo/images/*-sheet.png and runs/demo/sheets"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from families import families
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,7 +27,6 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.models import Models
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.preview import query_of
-from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sample import generate
 from visualcloze_deft.sheet import draw_grid, draw_sheet
 
@@ -74,7 +74,7 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     return float(differences.mean()), float(low), float(high)
 
 
-def families(base: Models, tuned: Models, mixture: Mixture, count: int, steps: int) -> dict:
+def gains(base: Models, tuned: Models, mixture: Mixture, count: int, steps: int) -> dict:
     results = {}
     for name, task in tqdm(mixture.tasks.items(), desc="families"):
         examples = [query_of(mixture, task, index=k) for k in range(count)]
@@ -213,8 +213,10 @@ def main() -> None:
     start = time.monotonic()
     base = InContextPipeline.from_pretrained(options.model).models
     tuned = InContextPipeline.from_pretrained(options.model, adapter=options.adapter).models
-    mixture = Mixture(load_tasks(), [Scenes(size=base.resolution, seed=SEED)], seed=SEED)
-    results = families(base, tuned, mixture, options.scenes, options.steps)
+    mixture = Mixture(
+        families(), [Scenes(size=base.resolution, seed=SEED)], seed=SEED, resolution=base.resolution
+    )
+    results = gains(base, tuned, mixture, options.scenes, options.steps)
     examples = examples_matter(tuned, mixture, options.scenes, options.steps)
     text = text_matters(tuned, mixture, options.scenes, options.steps)
     minutes = (time.monotonic() - start) / 60

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
+from families import families
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.mixture import content, picture
+from visualcloze_deft.data.mixture import content
 from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.registry import Task, load_tasks
+from visualcloze_deft.registry import Task
 
 BUNDLES = 250  # a shard
 ROWS = 4
@@ -122,9 +123,9 @@ def made_task(roles: tuple[str, ...], instruction: str, tasks: dict[str, Task]) 
         name="-".join(roles),
         group="",
         summary="",
-        columns={role: phrases.get(role, "photo") for role in roles},
+        columns={role: phrases.get(role, ("photo",)) for role in roles},
         targets=(roles[-1],),
-        instruction=instruction,
+        instructions=(instruction,),
         content="instruction" if "before" in roles else "caption",
         path=Path(),
     )
@@ -178,7 +179,7 @@ def bundle(
     grids, words, classes = [], [], []
     for row in range(ROWS):
         item = source.item(index * ROWS + row)
-        photo = dead_leaves(rng, source.size) if leaves else picture(item, "target")
+        photo = dead_leaves(rng, source.size) if leaves else item.image("target")
         images = []
         for role in order:
             if role == "changed":
@@ -186,13 +187,13 @@ def bundle(
             elif role in ("copy", "target") or (leaves and role in ("view", "again")):
                 images.append(photo)
             elif role in ("view", "again"):
-                images.append(picture(item, "view"))
+                images.append(item.image("view"))
             elif role == "hole" and leaves:
                 images.append(punched(photo, rng))
             elif role in ("depth", "segmentation"):
-                images.append(recode(picture(item, role), code))
+                images.append(recode(item.image(role), code))
             else:
-                images.append(picture(item, role))
+                images.append(item.image(role))
         target = order.index("target") if "hole" in order else len(order) - 1
         if "hole" not in order and rng.random() > HIDE_TARGET:
             target = int(rng.integers(len(order)))
@@ -215,7 +216,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(options.out / "vae").eval()
     folder = options.out / "bank"
     folder.mkdir(exist_ok=True)
-    tasks, source = load_tasks(), Scenes(size=64, seed=SEED)
+    tasks, source = families(), Scenes(size=64, seed=SEED)
     first, end = map(int, options.shards.split(":"))
     for shard in range(first, end):
         path = folder / f"{shard:05d}.safetensors"

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from families import families
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +36,6 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sample import denoise
 
 SHARDS = range(30_000, 30_007)  # far from those of the bank
@@ -62,7 +62,7 @@ def settled_strips(shard: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     Pixels (b 3 h w) in -1..1, what is hidden (b 1 h w), and the prompts.
     """
     torch.set_num_threads(1)
-    tasks, source = load_tasks(), Scenes(size=CELL, seed=0)
+    tasks, source = families(), Scenes(size=CELL, seed=0)
     grids, prompts = [], []
     for index in range(shard * BUNDLES, (shard + 1) * BUNDLES):
         drawn, _, words = bundle(index, tasks, source)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from families import families
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +38,7 @@ from transformers import (
 from visualcloze_deft.data.render import COLOURS, SHAPES
 from visualcloze_deft.data.scenes import Scenes, caption, draw_scene
 from visualcloze_deft.grid import CONTENT_PREFIX, layout_sentence, prompt
-from visualcloze_deft.registry import Task, load_tasks
+from visualcloze_deft.registry import Task
 
 T5_VOCABULARY = 512
 CLIP_VOCABULARY = 1200  # 512 bytes and word-final bytes, then merges
@@ -65,7 +66,7 @@ def corpus() -> list[str]:
     lines = (list(WORDS) + [word.capitalize() for word in WORDS]) * 100
     for i in range(4000):
         lines.extend(source.item(i).texts.values())
-    for task in load_tasks().values():
+    for task in families().values():
         lines.extend([task.sentence(), task.sentence(task.roles[::-1])] * 60)
     for layout in LAYOUTS:
         lines.extend([f"{layout_sentence(*layout)} {CONTENT_PREFIX}"] * 100)
@@ -266,7 +267,7 @@ def draw_prompt(
 def train_encoders(t5: T5Tokenizer, clip: CLIPTokenizer, out: Path, minutes: float) -> None:
     torch.manual_seed(0)
     small, large = new_encoders(t5, clip)
-    tasks = list(load_tasks().values())
+    tasks = list(families().values())
     questions = Questions(len(tasks))
     modules = nn.ModuleList([small, large, questions])
     optimiser = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
@@ -312,7 +313,7 @@ def main() -> None:
     lines = corpus()
     t5, clip = train_t5(lines, options.out), train_clip(lines, options.out)
     lengths = []
-    for task in load_tasks().values():
+    for task in families().values():
         for i in range(50):
             text = Scenes(size=64, seed=3).item(i).texts.get(task.content, "")
             words = f"{layout_sentence(2, 2)} {task.sentence()} {CONTENT_PREFIX} {text}"

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from families import families
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.batch import encode_grids
@@ -16,7 +17,6 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.preview import query_of
-from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sample import generate, velocity_of
 
 
@@ -72,7 +72,7 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
     models: Models, task: str
 ) -> None:
     """Velocity error on hidden tokens, far in the noise: right against another scene's."""
-    mixture = Mixture(load_tasks(), [Scenes(size=64, seed=9)], seed=9)
+    mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
     grids = [grid.build(e.rows, resolution=64, hidden=e.hidden) for e in examples]
     right = encode_grids(models, grids, clean=True)
@@ -97,7 +97,7 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
 
 @pytest.mark.parametrize("task", ["depth-to-image", "segmentation-to-image", "image-to-depth"])
 def test_it_completes_grids_better_than_the_best_single_colour(models: Models, task: str) -> None:
-    mixture = Mixture(load_tasks(), [Scenes(size=64, seed=9)], seed=9)
+    mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
     grids = [grid.build(e.rows, resolution=64, hidden=e.hidden) for e in examples]
     made = generate(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,12 +24,12 @@ SLACK = 0.08  # four standard deviations of a frequency over so many draws
 
 
 def task(name: str = "mix", roles: str = "a b target", **changes: Any) -> Task:
-    columns = {role: f"the {role}" for role in roles.split()}
+    columns = {role: (f"the {role}", f"a {role}") for role in roles.split()}
     fields: dict[str, Any] = {
         "group": "g",
         "summary": "",
         "targets": (roles.split()[-1],),
-        "instruction": " to ".join(f"{{{role}}}" for role in columns),
+        "instructions": (" to ".join(f"{{{role}}}" for role in columns),),
         "content": "caption",
         "path": Path(),
     }
@@ -67,7 +68,8 @@ def mixture(
 ) -> Mixture:
     tasks = tasks or (task(),)
     named = {one.name: one for one in tasks}
-    return Mixture(named, sources, seed=seed, recipe=Recipe(**{"run_length": 1, **recipe}))
+    plain = {"run_length": 1, "paraphrase": 0.0}
+    return Mixture(named, sources, seed=seed, resolution=16, recipe=Recipe(**plain | recipe))
 
 
 def drawn(*tasks: Task, count: int = DRAWS, **settings: Any) -> list[Example]:
@@ -217,8 +219,8 @@ def test_the_prompt_starts_with_the_layout() -> None:
 
 def test_tasks_are_drawn_alike_or_by_their_weights() -> None:
     tasks = {name: task(name) for name in ("x", "y", "z")}
-    alike = Mixture(tasks, [Flat()], seed=0)
-    weighted = Mixture(tasks, [Flat()], seed=0, weights={"x": 2, "y": 0})
+    alike = Mixture(tasks, [Flat()], seed=0, resolution=16)
+    weighted = Mixture(tasks, [Flat()], seed=0, resolution=16, weights={"x": 2, "y": 0})
     assert alike.proportions.tolist() == pytest.approx([1 / 3] * 3)
     assert weighted.proportions.tolist() == pytest.approx([2 / 3, 0, 1 / 3])
     counts = Counter(weighted[index].task for index in range(DRAWS))
@@ -228,7 +230,7 @@ def test_tasks_are_drawn_alike_or_by_their_weights() -> None:
 
 def test_weights_that_leave_no_task_are_refused() -> None:
     with pytest.raises(UserError, match="weights"):
-        Mixture({"x": task("x")}, [Flat()], seed=0, weights={"x": 0})
+        Mixture({"x": task("x")}, [Flat()], seed=0, resolution=16, weights={"x": 0})
 
 
 def test_all_sources_that_serve_a_task_are_drawn_from() -> None:
@@ -254,6 +256,32 @@ def test_roles_that_follow_from_the_target_need_no_source() -> None:
     assert len(set(gray)) == 1 != len(set(target))
 
 
+def test_what_is_derived_is_the_same_for_the_same_example_and_differs_from_row_to_row() -> None:
+    noisy = task(roles="gaussian_noise target")
+    settings: dict[str, Any] = {"sources": (Flat(roles="target"),), "examples": (0, 0, 1)}
+    first, again = drawn(noisy, count=2, **settings), drawn(noisy, count=2, **settings)
+    assert [content_of(one) for one in first] == [content_of(one) for one in again]
+    noises = [np.array(row[0], int) - np.array(row[1], int) for one in first for row in one.rows]
+    assert all((a != b).mean() > 0.5 for k, a in enumerate(noises) for b in noises[:k])
+
+
+def test_foreground_and_background_follow_from_target_and_mask() -> None:
+    halves = {"target": Image.new("RGB", (16, 16), "red"), "mask": Image.new("RGB", (16, 16))}
+    halves["mask"].paste("white", (0, 0, 8, 16))
+
+    class Masked(Flat):
+        def item(self, index: int) -> Item:
+            return Item(key="one", images={role: image.copy for role, image in halves.items()})
+
+    source = Masked(1, roles="target mask")
+    row = drawn(task(roles="foreground background target"), sources=(source,), count=1)[0].rows[0]
+    by_role = dict(zip(("foreground", "background"), row, strict=False))
+    red, white = (255, 0, 0), (255, 255, 255)
+    left, right = (2, 8), (13, 8)
+    found = {tuple(image.getpixel(p) for p in (left, right)) for image in by_role.values()}
+    assert found == {(red, white), (white, red)}
+
+
 def test_a_task_without_source_is_named_with_what_is_lacking() -> None:
     sources = Flat(name="one"), Flat(roles="a", name="two")
     with pytest.raises(UserError, match=r"task deep: .*one lacks depth; two lacks depth, target"):
@@ -277,8 +305,8 @@ def test_training_and_held_out_items_part_a_source(count: int) -> None:
 def test_sheets_take_the_first_source_that_has_items_and_leave_out_what_none_has() -> None:
     full, poor = Flat(8, name="full"), Flat(8, name="poor", poor=8)
     tasks = {"mix": task(), "other": task("other", "c target")}
-    mixture = Mixture(tasks, [poor, full, Flat(4, roles="c target", poor=4)], seed=0)
+    mixture = Mixture(tasks, [poor, full, Flat(4, roles="c target", poor=4)], seed=0, resolution=16)
     found = queries(mixture, count=2)
     assert [example.task for example in found] == ["mix", "mix"]
     with pytest.raises(UserError, match="no item has the roles of other"):
-        queries(Mixture({"other": tasks["other"]}, mixture.sources, seed=0))
+        queries(Mixture({"other": tasks["other"]}, mixture.sources, seed=0, resolution=16))

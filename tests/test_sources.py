@@ -340,7 +340,7 @@ def test_graph200k_conditions_have_our_roles(tmp_path: Path) -> None:
     source = Graph200K(graph(tmp_path))
     assert source.roles == set(source.item(0).images)
     assert source.roles == {
-        *("target", "reference", "segmentation", "mask", "foreground"),
+        *("target", "reference", "segmentation", "mask"),
         *("before", "style_image", "style_reference"),
     }
     assert len(Graph200K(tmp_path / "data.json")) == 1
@@ -355,16 +355,6 @@ def test_graph200k_edits_lead_to_the_target(tmp_path: Path) -> None:
         "caption": "A red bird. It sings.",
         "instruction": "replace the owl with a red bird",
     }
-
-
-def test_graph200k_cuts_the_foreground_out_of_the_target(tmp_path: Path) -> None:
-    graph(tmp_path)
-    mask = Image.new("L", (8, 8), 0)
-    mask.paste(255, (0, 0, 4, 8))
-    mask.save(tmp_path / "foreground.png")
-    cut = Graph200K(tmp_path).item(0).image("foreground")
-    assert cut.getpixel((0, 0)) == (255, 0, 0)
-    assert cut.getpixel((7, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def cli() -> None:
 @click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
 @click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
 @DATA
-@click.option("--tasks", help="'all', or names and groups joined by commas.")
+@click.option(
+    "--tasks",
+    help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more often.",
+)
 @click.option("--method", help="deft, deft-relaxed, para or lora.")
 @click.option("--rank", type=int, help="Rank of the adapter.")
 @click.option("--zero", type=int, help="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
@@ -128,15 +131,17 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
     from visualcloze_deft.rundir import tasks_of
 
-    shares = ", ".join(
-        f"{name} {share:.0%}"
-        for name, share in zip(mixture.tasks, mixture.proportions, strict=True)
-    )
+    by_group: dict[str, list[float]] = {}
+    for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
+        by_group.setdefault(task.group, []).append(float(share))
     click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
     click.echo(f"data     {', '.join(run.data.sources)}")
-    click.echo(f"tasks    {shares}")
-    if left_out := sorted(set(tasks_of(run)) - set(mixture.tasks)):
-        click.echo(f"         without data, so left out: {', '.join(left_out)}")
+    click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")
+    for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
+        many = f", {len(shares)} tasks" if len(shares) > 1 else ""
+        click.echo(f"         {sum(shares):6.1%} {group}{many}")
+    if left_out := set(tasks_of(run)) - set(mixture.tasks):
+        click.echo(f"         without data, so left out: {len(left_out)} of 'vcdeft tasks list'")
     click.echo(
         f"training {run.steps} steps of {processes} x {run.batch} x {run.accumulate} grids, "
         f"ZeRO-{run.zero}, into {run.output}"
@@ -306,19 +311,69 @@ HOLD_OUT = click.option(
 
 @tasks.command("list", context_settings=CONTEXT)
 @FOLDERS
-def list_tasks(folders: tuple[str, ...]) -> None:
-    """All tasks by group: what is shown -> what is generated."""
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
+    """All tasks by group: what is shown -> what is generated, in the roles that data must have."""
     from visualcloze_deft.registry import load_tasks
 
     known = load_tasks(map(Path, folders))
+    if as_json:
+        entries = [{"name": task.name, **task.as_file()} for task in known.values()]
+        click.echo(json.dumps(entries, indent=1, ensure_ascii=False))
+        return
+    width = max(map(len, known)) + 2
     group = ""
     for task in known.values():
         if task.group != group:
             group = task.group
             click.echo(click.style(group, bold=True))
-        shown = [role for role in task.roles if role not in task.targets]
-        click.echo(f"  {task.name:24}{' + '.join(shown)} -> {' + '.join(task.targets)}")
-        click.echo(f"  {'':24}{task.summary}")
+        arrow = f"{' + '.join(task.conditions)} -> {' + '.join(task.targets)}"
+        click.echo(f"  {task.name:{width}}{arrow}")
+    click.echo(f"{len(known)} tasks; 'vcdeft tasks show NAME' tells more of one")
+
+
+@tasks.command("show", context_settings=CONTEXT)
+@click.argument("name")
+@FOLDERS
+def show_task(name: str, folders: tuple[str, ...]) -> None:
+    """What task NAME shows, generates and says, and which data it can be made from."""
+    from visualcloze_deft.data.derive import missing
+    from visualcloze_deft.data.sources import ROLES_OF
+    from visualcloze_deft.registry import load_tasks
+
+    known = load_tasks(map(Path, folders))
+    if name not in known:
+        raise UserError(f"unknown task {name!r}; {nearest(name, known)}")
+    task = known[name]
+    click.echo(f"{click.style(name, bold=True)}, in {task.group}, from {task.path}")
+    click.echo(task.summary)
+    for role, phrases in task.columns.items():
+        kind = "generated" if role in task.targets else "shown"
+        click.echo(f"  {kind:10}{role}: {' / '.join(phrases)}")
+    for sentence in task.instructions:
+        click.echo(f"  says      {sentence}")
+    if task.content:
+        click.echo(f"  and       the {task.content} of what is generated")
+    able = [source for source, roles in ROLES_OF.items() if not missing(task.roles, roles)]
+    click.echo(f"  data      {', '.join([*able, 'folder'])} (where its items have these roles)")
+
+
+@tasks.command("check", context_settings=CONTEXT)
+@click.argument("file", required=False)
+@FOLDERS
+def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
+    """Say what is wrong with a task FILE, and where; without one, check all files."""
+    from visualcloze_deft.registry import load_roles, load_tasks, read_tasks
+
+    if file is not None and not Path(file).is_file():
+        raise UserError(f"{file}: no such file")
+    if file is None:
+        found = list(load_tasks(map(Path, folders)).values())
+    else:
+        found = read_tasks(Path(file), load_roles([*map(Path, folders), Path(file).parent]))
+    click.echo(f"{len(found)} tasks, nothing wrong" if len(found) > 3 else "nothing wrong")
+    for task in found if len(found) <= 3 else ():
+        click.echo(f"  {task.name}: {task.sentence()}")
 
 
 @tasks.command("preview", context_settings=CONTEXT)

@@ -89,11 +89,17 @@ def cell_size(image_size: tuple[int, int], resolution: int) -> tuple[int, int]:
     )
 
 
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resized to cover `size` (width, height), the rest cropped evenly."""
+    if image.size == size:
+        return image
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) in -1..1; resized to cover `size` (width, height), the rest cropped evenly."""
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    """(3, h, w) in -1..1; `fitted` to `size`."""
+    values = np.array(fitted(image, size).convert("RGB"))
+    return torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -16,7 +16,6 @@ from visualcloze_deft.data.mixture import (
     NoItems,
     content,
     draw_items,
-    picture,
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
@@ -26,6 +25,8 @@ from visualcloze_deft.sample import GUIDANCE, generate
 from visualcloze_deft.sheet import draw_grid, draw_sheet
 
 SHEETS = 10_000_019  # index offset: sheets show combinations that training does not draw
+SHOWN = 12
+"""Tasks on a sheet made while training."""
 STEPS = 20
 """Steps of the sheets made while training."""
 
@@ -42,21 +43,25 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
         index=index,
         task=task.name,
         keys=tuple(item.key for item in items),
-        rows=tuple(tuple(picture(item, role) for role in task.roles) for item in items),
+        rows=mixture.rows_of(items, task.roles, SHEETS + index),
         hidden=tuple(role in task.targets for role in task.roles),
         task_sentence=task.sentence(),
         content=content(task, items[-1]),
     )
 
 
-def queries(mixture: Mixture, *, count: int = 1, rows: int = 2) -> list[Example]:
-    """`count` grids of every task; without tasks that no item serves, e.g. no held-out one.
+def queries(
+    mixture: Mixture, *, count: int = 1, rows: int = 2, tasks: int | None = None
+) -> list[Example]:
+    """`count` grids of every task, or of the `tasks` tasks drawn most often; without tasks that no
+    item serves, e.g. no held-out one.
 
     Raises `UserError` where no task is left.
     """
+    heaviest = np.argsort(-mixture.proportions, kind="stable")[:tasks]
     found: list[Example] = []
     lacking = None
-    for task in mixture.tasks.values():
+    for task in (task for k, task in enumerate(mixture.tasks.values()) if k in heaviest):
         try:
             found += [query_of(mixture, task, index=k, rows=rows) for k in range(count)]
         except NoItems as error:
@@ -67,9 +72,10 @@ def queries(mixture: Mixture, *, count: int = 1, rows: int = 2) -> list[Example]
 
 
 def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:
-    """For every task a grid with the model's answer framed, and the truth beside it."""
+    """For each of the tasks drawn most often a grid with the model's answer framed, and the truth
+    beside it."""
     pages = []
-    for example in queries(mixture):
+    for example in queries(mixture, tasks=SHOWN):
         built = grid.build(example.rows, resolution=resolution, hidden=example.hidden)
         (made,) = generate(
             models, [built], [example.prompt], seeds=[example.index], steps=STEPS, guidance=GUIDANCE

@@ -1,41 +1,63 @@
-"""The task registry: one small TOML file per task becomes one `Task` value.
+"""The task registry: small TOML files become `Task` values.
 
-A task names its columns by role, in order; the last one is generated, or the last ones that
-`targets` names.
+A file declares one task, or a family: one task for each role of a set. A task names its columns by
+role, in order; the last one is generated, or the last ones that `targets` names. What roles are
+called and which sets there are stands in `roles.toml`, once for all tasks of a folder.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import TASKS
+from visualcloze_deft.tomlfile import read_toml
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 ROLE = re.compile(r"[A-Za-z_][\w-]*")  # what str.format takes as one name
 CONTENTS = ("", "caption", "instruction")
-_KEYS = {"summary": str, "group": str, "instruction": str, "content": str, "columns": dict}
+ROLES_FILE = "roles.toml"
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "summary": str,
+    "group": str,
+    "instruction": (str, list),
+    "content": str,
+    "columns": (dict, list),
+}
+_FAMILY = {"each": str, "name": str, "without": list}
+_WORDS = {str: "text", dict: "table", list: "list", (str, list): "text or a list of texts"}
+_WORDS[(dict, list)] = "table of phrases or a list of roles"
+
+Words = Callable[[Sequence[str]], str]
+"""Chooses one of several phrases that mean the same."""
+
+
+def usual(phrases: Sequence[str]) -> str:
+    """The first phrase: the one that inference says."""
+    return phrases[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What one row of a grid holds and how it is said in words.
 
-    columns: role -> phrase, in the order of the grid. instruction: the task sentence, with
-    `{role}` where a column is named. content: the item text ("caption", "instruction") that the
-    content sentence holds, or "" for none.
+    columns: role -> phrases, in the order of the grid. instructions: task sentences, with `{role}`
+    where a column is named. Of phrases and sentences that mean the same the first is the usual
+    one. content: the item text ("caption", "instruction") that the content sentence holds, or ""
+    for none. path: the file that declares it.
     """
 
     name: str
     group: str
     summary: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, tuple[str, ...]]
     targets: tuple[str, ...]
-    instruction: str
+    instructions: tuple[str, ...]
     content: str
     path: Path
 
@@ -43,29 +65,94 @@ class Task:
     def roles(self) -> tuple[str, ...]:
         return tuple(self.columns)
 
-    def sentence(self, order: Sequence[str] | None = None) -> str:
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(role for role in self.columns if role not in self.targets)
+
+    def as_file(self) -> dict[str, Any]:
+        """What a file of its own would declare this task with."""
+        return {
+            "summary": self.summary,
+            "group": self.group,
+            "instruction": list(self.instructions),
+            "content": self.content,
+            "targets": list(self.targets),
+            "columns": {role: list(phrases) for role, phrases in self.columns.items()},
+        }
+
+    def sentence(self, order: Sequence[str] | None = None, words: Words = usual) -> str:
         """The task sentence for columns in `order`; each is named with its place in the row.
 
-        >>> task = Task(name="t", group="g", summary="", columns={"depth": "depth map",
-        ...     "target": "photo"}, targets=("target",), content="", path=Path(),
-        ...     instruction="From the {depth} to the {target}.")
+        >>> task = Task(name="t", group="g", summary="", columns={"depth": ("depth map",),
+        ...     "target": ("photo", "picture")}, targets=("target",), content="", path=Path(),
+        ...     instructions=("From the {depth} to the {target}.",))
         >>> task.sentence()
         'From the depth map [IMAGE1] to the photo [IMAGE2].'
         """
         order = order or self.roles
-        named = {role: f"{self.columns[role]} [IMAGE{k}]" for k, role in enumerate(order, 1)}
-        return self.instruction.format(**named)
+        named = {role: f"{words(self.columns[role])} [IMAGE{k}]" for k, role in enumerate(order, 1)}
+        return words(self.instructions).format(**named)
 
 
-def read_task(path: Path) -> Task:
-    """The task in one file; raises `UserError` that names the file, the key and the way out."""
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    known = {*_KEYS, "targets"}
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What `roles.toml` declares.
+
+    phrases: role -> what it is called in a sentence. sets: name of a set -> role -> what that role
+    is called in the names of a family's tasks.
+    """
+
+    phrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __or__(self, more: Roles) -> Roles:
+        return Roles(phrases={**self.phrases, **more.phrases}, sets={**self.sets, **more.sets})
+
+
+def read_roles(path: Path) -> Roles:
+    """The roles and sets in one `roles.toml`."""
+    fields = read_toml(path)
+    for key in fields:
+        if key not in ("phrases", "sets"):
+            raise UserError(f"{path}: unknown key {key!r}; {nearest(key, ('phrases', 'sets'))}")
+        if not isinstance(fields[key], dict):
+            raise UserError(f"{path}: {key} must be a table, not {fields[key]!r}")
+    phrases = {
+        role: _phrases(path, f"phrases.{role}", said)
+        for role, said in fields.get("phrases", {}).items()
+    }
+    sets = {}
+    for name, members in fields.get("sets", {}).items():
+        if isinstance(members, list) and members:
+            members = {str(role): str(role).replace("_", "-") for role in members}
+        if not isinstance(members, dict) or not members:
+            raise UserError(f"{path}: sets.{name} must be a list of roles, or a table of names")
+        for role, said in members.items():
+            if not ROLE.fullmatch(role):
+                raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")
+            if not isinstance(said, str) or not NAME.fullmatch(said):
+                raise UserError(
+                    f"{path}: sets.{name}.{role} {said!r}: small letters, digits and '-' only"
+                )
+        sets[name] = members
+    return Roles(phrases=phrases, sets=sets)
+
+
+def _phrases(path: Path, key: str, said: object) -> tuple[str, ...]:
+    found = (said,) if isinstance(said, str) else tuple(said) if isinstance(said, list) else ()
+    if not found or not all(isinstance(phrase, str) for phrase in found):
+        raise UserError(f"{path}: {key} must be text, or a list of texts, not {said!r}")
+    return tuple(map(str, found))
+
+
+def read_tasks(path: Path, roles: Roles | None = None) -> list[Task]:
+    """The task or the family in one file.
+
+    Raises `UserError` that names the file, the key and the way out.
+    """
+    roles = roles or Roles()
+    fields = read_toml(path)
+    known = {*_KEYS, *_FAMILY, "targets"}
     for key in fields:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; {nearest(key, known)}")
@@ -78,22 +165,68 @@ def read_task(path: Path) -> Task:
         raise UserError(
             f"{path}: content {fields['content']!r}; {nearest(fields['content'], CONTENTS)}"
         )
+    if "each" in fields:
+        return _family(path, fields, roles)
+    for key in ("name", "without"):
+        if key in fields:
+            raise UserError(f"{path}: {key} goes with 'each'; a single task is called as its file")
     if not NAME.fullmatch(path.stem):
         raise UserError(f"{path}: a task name has small letters, digits and '-' only")
-    columns = fields["columns"]
-    if len(columns) < 2:
-        raise UserError(f"{path}: [columns] needs at least two roles, found {len(columns)}")
-    for role, phrase in columns.items():
-        if not ROLE.fullmatch(role):
-            raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")
-        if not isinstance(phrase, str):
-            raise UserError(f"{path}: columns.{role} must be text, not {phrase!r}")
+    return [_task(path, path.stem, fields, roles)]
+
+
+def _family(path: Path, fields: dict[str, Any], roles: Roles) -> list[Task]:
+    """One task for each role of the set `each`, whose name stands for that role everywhere."""
+    for key, kind in _FAMILY.items():
+        if key in fields and not isinstance(fields[key], kind):
+            raise UserError(f"{path}: {key} must be a {_WORDS[kind]}, not {fields[key]!r}")
+    each, columns = fields["each"], fields["columns"]
+    if each not in roles.sets:
+        raise UserError(f"{path}: each {each!r} is no set of roles; {nearest(each, roles.sets)}")
+    if not isinstance(columns, list) or each not in columns:
+        raise UserError(f"{path}: columns must be a list of roles with {each!r} among them")
+    if f"{{{each}}}" not in fields.get("name", ""):
+        raise UserError(f"{path}: name must hold {{{each}}}, e.g. name = '{{{each}}}-to-image'")
+    members = roles.sets[each]
+    for role in fields.get("without", []):
+        if role not in members:
+            raise UserError(f"{path}: without {role!r}; {nearest(str(role), members)}")
+    found = []
+    for role, called in members.items():
+        if role in fields.get("without", []):
+            continue
+
+        def put(text: str, value: str) -> str:
+            return text.replace(f"{{{each}}}", value)
+
+        name = put(fields["name"], called)
+        if not NAME.fullmatch(name):
+            raise UserError(f"{path}: name {name!r}: small letters, digits and '-' only")
+        phrase = usual(roles.phrases.get(role, (role,)))
+        instructions = _phrases(path, "instruction", fields["instruction"])
+        one = fields | {
+            "summary": put(fields["summary"], phrase),
+            "instruction": [put(said, f"{{{role}}}") for said in instructions],
+            "columns": [role if column == each else column for column in columns],
+        }
+        if isinstance(fields.get("targets"), list):
+            one["targets"] = [role if t == each else t for t in fields["targets"]]
+        found.append(_task(path, name, one, roles))
+    return found
+
+
+def _task(path: Path, name: str, fields: Mapping[str, Any], roles: Roles) -> Task:
+    columns = _columns(path, fields["columns"], roles)
+    instructions = _phrases(path, "instruction", fields["instruction"])
     targets = fields.get("targets", [list(columns)[-1]])
     if not isinstance(targets, list) or not targets or len({*map(str, targets)}) < len(targets):
         raise UserError(f"{path}: targets must be a list of different roles, not {targets!r}")
-    if re.search(r"[{}]", re.sub(r"{[^{}]*}", "", fields["instruction"])):
-        raise UserError(f"{path}: instruction has a brace without its pair")
-    for role in [*targets, *re.findall(r"{(.*?)}", fields["instruction"])]:
+    named = list(targets)
+    for said in instructions:
+        if re.search(r"[{}]", re.sub(r"{[^{}]*}", "", said)):
+            raise UserError(f"{path}: instruction has a brace without its pair")
+        named += re.findall(r"{(.*?)}", said)
+    for role in named:
         if not isinstance(role, str) or role not in columns:
             raise UserError(f"{path}: {role!r} is no column; {nearest(str(role), columns)}")
     if len(targets) == len(columns):
@@ -101,47 +234,123 @@ def read_task(path: Path) -> Task:
     if targets != list(columns)[-len(targets) :]:
         raise UserError(f"{path}: targets {targets!r} must be the last columns, in their order")
     return Task(
-        name=path.stem,
+        name=name,
         group=fields["group"],
         summary=fields["summary"],
         columns=columns,
         targets=tuple(targets),
-        instruction=fields["instruction"],
+        instructions=instructions,
         content=fields["content"],
         path=path,
     )
 
 
-_WORDS = {str: "text", dict: "table"}
+def _columns(path: Path, columns: object, roles: Roles) -> dict[str, tuple[str, ...]]:
+    """Role -> phrases: a table says them, a list of roles takes them from `roles.toml`."""
+    if isinstance(columns, dict):
+        found = {role: _phrases(path, f"columns.{role}", said) for role, said in columns.items()}
+    else:
+        assert isinstance(columns, list)
+        found = {}
+        for role in columns:
+            if role not in roles.phrases:
+                raise UserError(
+                    f"{path}: columns: {ROLES_FILE} has no phrase for {role!r}; "
+                    f"{nearest(str(role), roles.phrases)}"
+                )
+            if role in found:
+                raise UserError(f"{path}: columns: {role!r} stands there twice")
+            found[role] = roles.phrases[role]
+    if len(found) < 2:
+        raise UserError(f"{path}: [columns] needs at least two roles, found {len(found)}")
+    for role in found:
+        if not ROLE.fullmatch(role):
+            raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")
+    return found
 
 
-def load_tasks(folders: Iterable[Path] = ()) -> dict[str, Task]:
-    """All tasks by name: the shipped ones, then those of `folders`, which may replace them."""
-    tasks = {}
+def load_roles(folders: Iterable[Path] = ()) -> Roles:
+    """The shipped roles and sets, then those of `folders` that have any, which may replace them."""
+    roles = Roles()
     for folder in (TASKS, *folders):
         if not folder.is_dir():
             raise UserError(f"task folder {folder}: no such folder")
+        if (folder / ROLES_FILE).is_file():
+            roles = roles | read_roles(folder / ROLES_FILE)
+    return roles
+
+
+def load_tasks(folders: Iterable[Path] = ()) -> dict[str, Task]:
+    """All tasks by name, group by group: the shipped ones and those of `folders`.
+
+    No two may have one name.
+    """
+    own = tuple(folders)
+    tasks: dict[str, Task] = {}
+    for k, folder in enumerate((TASKS, *own)):
+        roles = load_roles(own[:k])  # a folder's words do not change the tasks before it
         for path in sorted(folder.glob("*.toml")):
-            task = read_task(path)
-            tasks[task.name] = task
+            for task in read_tasks(path, roles) if path.name != ROLES_FILE else ():
+                if task.name in tasks:
+                    raise UserError(
+                        f"{path}: a task {task.name!r} is declared in {tasks[task.name].path} "
+                        "already; rename one"
+                    )
+                tasks[task.name] = task
     return dict(sorted(tasks.items(), key=lambda pair: (pair[1].group, pair[0])))
 
 
-def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, Task]:
-    """The tasks named by `wanted`: "all", or names and groups joined by commas."""
-    if wanted == "all":
-        return dict(tasks)
+def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, float]:
+    """Names and weights of the tasks that `wanted` says.
+
+    Parts joined by commas: "all", names, groups, and patterns of either with `*` (also
+    "GROUP/NAME"); "-" before a part takes tasks out, "=2" behind it draws them twice as often.
+
+    >>> from visualcloze_deft.registry import load_tasks
+    >>> list(select(load_tasks(), "depth-to-image=2,image-editing,-depth-editing").items())
+    [('depth-to-image', 2.0), ('image-editing', 1.0)]
+    """
     groups = {task.group for task in tasks.values()}
-    chosen = {}
-    for name in (part.strip() for part in wanted.split(",") if part.strip()):
-        if name in tasks:
-            chosen[name] = tasks[name]
-        elif name in groups:
-            chosen.update({k: task for k, task in tasks.items() if task.group == name})
-        elif name == "all":
-            chosen.update(tasks)
+    chosen: dict[str, float] = {}
+    for part in (part.strip() for part in wanted.split(",")):
+        if not part:
+            continue
+        pattern, equals, said = part.removeprefix("-").partition("=")
+        pattern = pattern.strip()
+        found = matching(tasks, pattern)
+        if not found:
+            known = {*tasks, *groups, "all"}
+            raise UserError(f"unknown task {pattern!r}; {nearest(pattern, known)}")
+        if part.startswith("-"):
+            chosen = {name: weight for name, weight in chosen.items() if name not in found}
         else:
-            raise UserError(f"unknown task {name!r}; {nearest(name, {*tasks, *groups, 'all'})}")
+            weight = _weight(part, said) if equals else 1.0
+            for name in found:
+                chosen[name] = weight if equals else chosen.get(name, weight)
     if not chosen:
         raise UserError(f"no task named in {wanted!r}; 'vcdeft tasks list' shows them")
     return chosen
+
+
+def matching(tasks: Mapping[str, Task], pattern: str) -> list[str]:
+    """The task called `pattern`; without one, those of that group, or those its `*` fits."""
+    if pattern in tasks:
+        return [pattern]
+    return [
+        task.name
+        for task in tasks.values()
+        if pattern == "all"
+        or any(
+            fnmatchcase(n, pattern) for n in (task.name, task.group, f"{task.group}/{task.name}")
+        )
+    ]
+
+
+def _weight(part: str, said: str) -> float:
+    try:
+        weight = float(said)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise UserError(f"tasks {part!r}: give a weight of 0 or more behind '='")
+    return weight

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.item import Part
 from visualcloze_deft.data.mixture import Mixture, serves, serving
@@ -26,8 +28,9 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import only_writer
-from visualcloze_deft.registry import Task, load_tasks, select
+from visualcloze_deft.registry import Task, load_tasks, matching, select
 from visualcloze_deft.settings import Run, load_run, write_run
+from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
 FREE_ON_RESUME = {
@@ -73,11 +76,9 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
                 )
         sources = [Part(source, every=every, held_out=held_out) for source in sources]
     known = load_tasks(Path(folder) for folder in run.data.task_folders)
-    for name in run.data.weights:
-        if name not in known:
-            raise UserError(f"data.weights names {name!r}; {nearest(name, known)}")
-    tasks = select(known, run.data.tasks)
-    if run.data.tasks == "all":
+    weights = weights_of(run, known)
+    tasks = {name: known[name] for name in weights}
+    if leaves_out(run.data.tasks):
         tasks = {
             name: task
             for name, task in tasks.items()
@@ -95,12 +96,36 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
                     f"task {task.name}: no item of {', '.join(run.data.sources)} has all its "
                     f"roles: {', '.join(task.roles)}"
                 )
-    return Mixture(tasks, sources, seed=run.seed, recipe=run.data.recipe, weights=run.data.weights)
+    return Mixture(
+        tasks,
+        sources,
+        seed=run.seed,
+        resolution=size,
+        recipe=run.data.recipe,
+        weights=weights,
+    )
+
+
+def leaves_out(tasks: str) -> bool:
+    """Whether tasks without data are left out and not refused: "all" or a pattern was asked for."""
+    return any(part.strip() == "all" or "*" in part for part in tasks.split(","))
+
+
+def weights_of(run: Run, known: Mapping[str, Task]) -> dict[str, float]:
+    """How often each task of the run is drawn, relative to the others; where two keys of
+    `data.weights` name one task the later counts."""
+    given: dict[str, float] = {}
+    for key, weight in run.data.weights.items():
+        names = matching(known, key)
+        if not names:
+            raise UserError(f"data.weights names {key!r}; {nearest(key, known)}")
+        given |= dict.fromkeys(names, weight)
+    return {n: said * given.get(n, 1.0) for n, said in select(known, run.data.tasks).items()}
 
 
 def tasks_of(run: Run) -> dict[str, Task]:
     known = load_tasks(Path(folder) for folder in run.data.task_folders)
-    return select(known, run.data.tasks)
+    return {name: known[name] for name in select(known, run.data.tasks)}
 
 
 def resolution_of(run: Run) -> int:
@@ -170,18 +195,17 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
 
 def check_tasks(mixture: Mixture, before: Path) -> None:
     """Raise `UserError` unless the tasks and what their files say are what the run began with."""
-    names = {task.path.name for task in mixture.tasks.values()}
-    if odd := sorted(names ^ {path.name for path in before.glob("*.toml")}):
+    if odd := sorted(set(mixture.tasks) ^ {path.stem for path in before.glob("*.toml")}):
         raise UserError(
             f"--resume: the run began with other tasks; {odd[0]} is there only before or only now. "
             f"Name those in {before} with --tasks, or start another --output"
         )
-    for task in mixture.tasks.values():
-        kept = before / task.path.name
-        if kept.is_file() and kept.read_bytes() != task.path.read_bytes():
+    for name, task in mixture.tasks.items():
+        kept = before / f"{name}.toml"
+        if read_toml(kept) != task.as_file():
             raise UserError(
-                f"--resume: {task.path} has changed since the run began ({kept}); put it back or "
-                "start another --output"
+                f"--resume: task {name} of {task.path} has changed since the run began ({kept}); "
+                "put it back or start another --output"
             )
 
 
@@ -201,12 +225,16 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(run: Run, mixture: Mixture, output: Path) -> None:
-    """Write settings, task files, the mixture's proportions and versions into the run folder."""
+    """Write settings, tasks, the mixture's proportions and versions into the run folder.
+
+    Each task becomes a file of its own, whatever family declares it.
+    """
     tasks = output / "tasks"
     shutil.rmtree(tasks, ignore_errors=True)
     tasks.mkdir()
-    for task in mixture.tasks.values():
-        shutil.copyfile(task.path, tasks / task.path.name)
+    for name, task in mixture.tasks.items():
+        text = tomli_w.dumps(task.as_file())
+        (tasks / f"{name}.toml").write_text(text, encoding="utf-8")
     proportions = dict(zip(mixture.tasks, mixture.proportions.tolist(), strict=True))
     facts = {
         "python": platform.python_version(),
@@ -218,13 +246,17 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
 
 
 def adapter_metadata(run: Run, step: int) -> dict[str, str]:
-    """What the adapter file says of itself (safetensors metadata: text values only)."""
+    """What the adapter file says of itself (safetensors metadata: text values only). An adapter
+    that training started from keeps its own scale and layers, which its settings file tells."""
+    alpha, layers = run.adapter.alpha, run.adapter.layers
+    if run.adapter.start is not None:
+        alpha, layers = None, f"those of {run.adapter.start}"
     return {
         "visualcloze_deft": _version("visualcloze-deft"),
         "method": run.adapter.method,
         "rank": str(run.adapter.rank),
-        "alpha": str(run.adapter.alpha or ""),
-        "layers": run.adapter.layers,
+        "alpha": str(alpha or ""),
+        "layers": layers,
         "dropout": str(run.adapter.dropout),
         "quantise": run.quantise,
         "base_model": run.model,

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.tomlfile import read_toml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -69,6 +70,9 @@ class Recipe(_Section):
     """How often the content sentence is said."""
     drop_text: Probability = 0.1
     """How often both are left out."""
+    paraphrase: Probability = 1.0
+    """How often phrases and sentences are drawn among all that mean the same, not the usual ones.
+    """
     shuffle_columns: bool = True
     """Whether condition columns come in a random order."""
 
@@ -79,11 +83,14 @@ class Data(_Section):
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("scenes",)
     """NAME or NAME=PATH each: scenes, folder, graph200k, dreambooth, insdet."""
     tasks: str = "all"
-    """"all", or names and groups joined by commas. With "all", tasks without data are left out."""
+    """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
+    "depth-to-image=2" draws one twice as often. Of "all" and patterns, tasks without data are left
+    out."""
     task_folders: tuple[str, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Task name -> how often it is drawn, relative to 1; names of other tasks do nothing."""
+    """Task, group or pattern -> how often a task is drawn, relative to 1; of several that name one
+    task the last counts, and tasks that are not trained do nothing."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
@@ -254,13 +261,6 @@ def find_config(name: str) -> Path:
     raise UserError(
         f"run file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}"
     )
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def _put(fields: dict[str, Any], override: str) -> None:

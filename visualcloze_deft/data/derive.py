@@ -1,12 +1,27 @@
-"""Roles computed from `target` where a source lacks them: one pure function per role."""
+"""Roles computed from others where a source lacks them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from numpy.random import Generator
+from PIL import Image, ImageChops, ImageOps
+
+from visualcloze_deft.data.degrade import DEGRADATIONS, Degrade
+
+Pictures = Mapping[str, Image.Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """How a role is made: of pictures in the roles `needs`, all of one size."""
+
+    needs: tuple[str, ...]
+    make: Callable[[Pictures, Generator], Image.Image]
 
 
 def canny(image: Image.Image) -> Image.Image:
@@ -15,18 +30,32 @@ def canny(image: Image.Image) -> Image.Image:
     return Image.fromarray(edges).convert("RGB")
 
 
-def gray(image: Image.Image) -> Image.Image:
-    """The picture without its colours (ITU-R 601 luma)."""
-    return ImageOps.grayscale(image).convert("RGB")
+def cut_out(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The photo where the mask is white, on white."""
+    return Image.composite(image, Image.new("RGB", image.size, "white"), ImageOps.grayscale(mask))
 
 
-def blurred(image: Image.Image) -> Image.Image:
-    """The picture out of focus: Gaussian blur, sigma 1/32 of the shorter side."""
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 32))
+def degraded(pictures: Pictures, rng: Generator, *, degrade: Degrade) -> Image.Image:
+    return degrade(pictures["target"], rng)
 
 
-DERIVED: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "canny": canny,
-    "gray": gray,
-    "blurred": blurred,
+DERIVED: dict[str, Derived] = {
+    "canny": Derived(needs=("target",), make=lambda found, _: canny(found["target"])),
+    "foreground": Derived(
+        needs=("target", "mask"), make=lambda found, _: cut_out(found["target"], found["mask"])
+    ),
+    "background": Derived(
+        needs=("target", "mask"),
+        make=lambda found, _: cut_out(found["target"], ImageChops.invert(found["mask"])),
+    ),
+    **{
+        role: Derived(needs=("target",), make=partial(degraded, degrade=degrade))
+        for role, degrade in DEGRADATIONS.items()
+    },
 }
+
+
+def missing(wanted: Iterable[str], roles: Collection[str]) -> set[str]:
+    """The roles of `wanted` that neither are among `roles` nor can be made of them."""
+    made = {role for role, derived in DERIVED.items() if set(derived.needs).issubset(roles)}
+    return {*wanted}.difference(roles, made)

@@ -26,7 +26,7 @@ ROLES = {  # condition with one picture -> role
     "uniformer": "uniformer",
     "mask": "object_masks",  # one flat colour per object named; no black and white mask
     "bbox": "boxes",
-    "foreground": "mask",  # white on black; the role "foreground" is cut out with it
+    "foreground": "mask",  # white on black; foreground and background are cut out with it
     "normal": "normal",
     "depth": "depth",
     "canny": "canny",
@@ -53,6 +53,7 @@ class Graph200K:
     """The source `graph200k` at `root`, a folder with `data.json`, or that file itself."""
 
     name = "graph200k"
+    may_have = frozenset(ROLES.values()) | {r for roles in LISTS.values() for r in roles.values()}
 
     def __init__(self, root: Path) -> None:
         if not root.exists():
@@ -60,8 +61,7 @@ class Graph200K:
         path = root / "data.json" if root.is_dir() else root
         self.folder = path.parent
         self.rows = read_rows(path)
-        roles = {role for row in self.rows for role in picture_names(row)}
-        self.roles = frozenset(roles | {"foreground"} if "mask" in roles else roles)
+        self.roles = frozenset(role for row in self.rows for role in picture_names(row))
         for name in picture_names(self.rows[0]).values():
             if not (self.folder / name).is_file():
                 raise UserError(
@@ -78,8 +78,6 @@ class Graph200K:
         images: dict[str, Callable[[], Image.Image]] = {
             role: partial(read_image, path) for role, path in paths.items()
         }
-        if "mask" in paths:
-            images["foreground"] = partial(cut_out, paths["target"], paths["mask"])
         return Item(key=f"item {index}", images=images, texts=texts(row))
 
 
@@ -118,13 +116,6 @@ def texts(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _in_sentence(words: str) -> str:
     return f"{words[0].lower()}{words[1:]}".rstrip(".")
-
-
-def cut_out(target: Path, mask: Path) -> Image.Image:
-    """The target where the mask is white, on white."""
-    image = read_image(target)
-    matte = read_image(mask).convert("L").resize(image.size)
-    return Image.composite(image, Image.new("RGB", image.size, "white"), matte)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

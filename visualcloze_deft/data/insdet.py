@@ -59,6 +59,7 @@ class InsDet:
     """
 
     name = "insdet"
+    may_have = frozenset({"view", "view_turned", "hole", "target"})
 
     def __init__(self, root: Path, *, size: int = 512) -> None:
         if not (root / "Objects").is_dir():

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.derive import DERIVED
+from visualcloze_deft.data.derive import DERIVED, missing
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.registry import Task
+from visualcloze_deft.registry import Task, usual
 from visualcloze_deft.settings import Recipe
 
 
@@ -41,8 +41,9 @@ class Example:
 class Mixture:
     """An endless sequence of examples of `tasks` drawn from `sources`.
 
-    weights: task name -> relative frequency (1 where not named). Raises `UserError` where a task
-    finds no source with its roles.
+    resolution: the side of a square cell in pixels, at which pictures are derived. weights: task
+    name -> relative frequency (1 where not named). Raises `UserError` where a task finds no source
+    with its roles.
     """
 
     def __init__(
@@ -51,17 +52,19 @@ class Mixture:
         sources: Sequence[Source],
         *,
         seed: int,
+        resolution: int,
         recipe: Recipe | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.tasks = dict(tasks)
         self.sources = tuple(sources)
         self.seed = seed
+        self.resolution = resolution
         self.recipe = recipe or Recipe()
         self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}
         given = [(weights or {}).get(name, 1.0) for name in self.tasks]
         if not any(given):
-            raise UserError("data.weights: every task has weight 0")
+            raise UserError("every task has weight 0; see data.weights and --tasks")
         self.proportions = np.array(given) / sum(given)
 
     def __getitem__(self, index: int) -> Example:
@@ -79,14 +82,28 @@ class Mixture:
             hidden = tuple(np.arange(len(order)) == rng.integers(len(order)))
         say_task, say_content = rng.random(2) < (recipe.keep_task, recipe.keep_content)
         silent = rng.random() < recipe.drop_text
+        varied = rng.random() < recipe.paraphrase
+
+        def words(phrases: Sequence[str]) -> str:
+            return phrases[int(rng.integers(len(phrases)))] if varied else usual(phrases)
+
         return Example(
             index=index,
             task=name,
             keys=tuple(item.key for item in items),
-            rows=tuple(tuple(picture(item, role) for role in order) for item in items),
+            rows=self.rows_of(items, order, index),
             hidden=hidden,
-            task_sentence=task.sentence(order) if say_task and not silent else "",
+            task_sentence=task.sentence(order, words) if say_task and not silent else "",
             content=content(task, items[-1]) if say_content and not silent else "",
+        )
+
+    def rows_of(
+        self, items: Sequence[Item], order: Sequence[str], index: int
+    ) -> tuple[tuple[Image.Image, ...], ...]:
+        """One row of pictures in the roles of `order` for each item, for example `index`."""
+        return tuple(
+            row_of(item, order, self.resolution, np.random.default_rng([self.seed, index, 2, k]))
+            for k, item in enumerate(items)
         )
 
     def _rows(self, index: int) -> int:
@@ -97,7 +114,7 @@ class Mixture:
 
     def _order(self, task: Task, rng: np.random.Generator) -> tuple[str, ...]:
         """Conditions, shuffled if the recipe says so, then targets."""
-        conditions = [role for role in task.roles if role not in task.targets]
+        conditions = list(task.conditions)
         if self.recipe.shuffle_columns:
             conditions = [conditions[k] for k in rng.permutation(len(conditions))]
         return (*conditions, *task.targets)
@@ -109,10 +126,10 @@ def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
     Where no single item has them all, the sources whose items have them between them: drawing from
     those raises `NoItems`.
     """
-    found = [source for source in sources if not missing(task, source.roles)]
+    found = [source for source in sources if not missing(task.roles, source.roles)]
     if not found:
         lacks = "; ".join(
-            f"{source.name} lacks {', '.join(sorted(missing(task, source.roles)))}"
+            f"{source.name} lacks {', '.join(sorted(missing(task.roles, source.roles)))}"
             for source in sources
         )
         raise UserError(f"task {task.name}: no data source has all its roles ({lacks})")
@@ -121,14 +138,11 @@ def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
 
 def serves(source: Source, task: Task) -> bool:
     """Whether at least one item has all the roles; looks no further than the first that has."""
-    if missing(task, source.roles):
+    if missing(task.roles, source.roles):
         return False
-    return any(not missing(task, frozenset(source.item(i).images)) for i in range(len(source)))
-
-
-def missing(task: Task, roles: frozenset[str]) -> set[str]:
-    derived = set(DERIVED) if "target" in roles else set()
-    return set(task.roles) - roles - derived
+    return any(
+        not missing(task.roles, frozenset(source.item(i).images)) for i in range(len(source))
+    )
 
 
 def draw_items(
@@ -145,18 +159,38 @@ def draw_items(
             continue
         tried.add(index)
         item = source.item(index)
-        if not missing(task, frozenset(item.images)):
+        if not missing(task.roles, frozenset(item.images)):
             items.append(item)
     if not items:
         raise NoItems(f"{source.name}: no item has the roles of {task.name}: {task.roles}")
     return tuple(items)
 
 
-def picture(item: Item, role: str) -> Image.Image:
-    """The item's picture in `role`, derived from its target where the source has none."""
-    if role in item.images:
-        return item.image(role)
-    return DERIVED[role](item.image("target"))
+def row_of(
+    item: Item, order: Sequence[str], resolution: int, rng: np.random.Generator
+) -> tuple[Image.Image, ...]:
+    """The item's pictures in the roles of `order`.
+
+    Those that the source lacks are derived at the size of a cell, so that noise or small squares
+    are seen as strong as they are made.
+    """
+    found: dict[str, Image.Image] = {}
+
+    def given(role: str) -> Image.Image:
+        if role not in found:
+            found[role] = item.image(role)
+        return found[role]
+
+    pictures = []
+    for role in order:
+        if role in item.images:
+            pictures.append(given(role))
+        else:
+            derived = DERIVED[role]
+            size = grid.cell_size(given("target").size, resolution)
+            parts = {need: grid.fitted(given(need), size) for need in derived.needs}
+            pictures.append(derived.make(parts, rng))
+    return tuple(pictures)
 
 
 def content(task: Task, item: Item) -> str:

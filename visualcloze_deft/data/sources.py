@@ -35,6 +35,12 @@ def _scenes(count: str, size: int, seed: int) -> Source:
     return Scenes(size=size, seed=seed, count=int(count))
 
 
+ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "folder": anything
+    "scenes": Scenes.roles,
+    "graph200k": Graph200K.may_have,
+    "dreambooth": DreamBooth.roles,
+    "insdet": InsDet.may_have,
+}
 SOURCES: dict[str, Callable[[str, int, int], Source]] = {
     "scenes": _scenes,
     "folder": lambda path, _size, _seed: Folder(Path(path)),
