@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from visualcloze_deft.cli import main
 from visualcloze_deft.data.dreambooth import DreamBooth
 from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
@@ -495,7 +497,7 @@ def scene_xml(root: Path) -> Path:
 
 def test_a_view_is_a_tight_centred_square_on_light_grey(tmp_path: Path) -> None:
     source = InsDet(insdet(tmp_path))
-    assert source.roles == {"view", "view_turned", "target", "hole"}
+    assert source.roles == {"view", "view_turned", "target", "hole", "box"}
     item = source.item(0)
     assert item.texts == {"caption": "a red block"}
     view = np.array(item.image("view"))
@@ -598,9 +600,70 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path: Path) -> None:
         item.image("view")
 
 
+def test_insdet_shows_places_from_two_sides_and_backgrounds(tmp_path: Path) -> None:
+    insdet(tmp_path)
+    place = tmp_path / "Scenes" / "easy" / "room_001"
+    place.mkdir(parents=True)
+    for k, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), colour).save(place / f"rgb_{k:03d}.jpg")
+    (tmp_path / "Background").mkdir()
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "Background" / "000.jpg")
+    source = InsDet(tmp_path)
+    items = {item.key: item for item in map(source.item, range(len(source)))}
+    pairs = {key: item for key, item in items.items() if key.startswith("room_001")}
+    assert list(pairs) == [f"room_001 rgb_00{a}-rgb_00{b}" for a, b in ("01", "12", "20")]
+    last = pairs["room_001 rgb_002-rgb_000"]
+    assert last.image("place").getpixel((5, 5))[2] > 200
+    assert last.image("place_moved").getpixel((5, 5))[0] > 200
+    assert items["background 000"].image("target").size == (40, 30)
+
+
+def test_insdets_box_is_white_where_the_object_stands(tmp_path: Path) -> None:
+    write(scene_xml(insdet(tmp_path)), voc(100, 80, "007_red_block", 45, 30, 55, 50))
+    source = InsDet(tmp_path)
+    item = next(one for one in map(source.item, range(len(source))) if "box" in one.images)
+    box, hole, target = (np.array(item.image(role)) for role in ("box", "hole", "target"))
+    assert box.shape == target.shape
+    white, filled = (box == 255).all(axis=2), (np.abs(hole.astype(int) - target) > 30).any(axis=2)
+    assert 0.05 < white.sum() / white.size < 0.2  # 10 x 20 of 44 x 44, edges included
+    assert (white <= ((hole == 128).all(axis=2) | filled)).all()  # the hole is a little larger
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_check_reads_all_and_names_what_is_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    for role in ("depth", "target"):
+        (tmp_path / role).mkdir()
+        for k in range(3):
+            Image.new("RGB", (20 + k, 10)).save(tmp_path / role / f"{k}.png")
+    words = ["data", "check", f"folder={tmp_path}", "--workers", str(workers)]
+    main(words)
+    said = capsys.readouterr().out
+    assert "3 items" in said
+    assert re.search(r"depth +3  21 x 10 \(10 to 22 a side\)", said)
+    assert re.search(r"restoration +32 with 3 items", said)
+    (tmp_path / "depth" / "1.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "broken: 1, depth: " in shown.err
+    assert "1.png: an empty file" in shown.err
+    assert re.search(r"depth +2 ", shown.out)
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", "folder=nowhere"])
+    assert ended.value.code == 2
+
+
+def test_a_data_preview_shows_items(tmp_path: Path) -> None:
+    main(["data", "preview", "scenes", "--count", "2", "--output", str(tmp_path / "x.png")])
+    assert Image.open(tmp_path / "x.png").width > 600
+
+
 def test_an_insdet_without_objects_is_refused(tmp_path: Path) -> None:
-    paint(tmp_path / "Background" / "000.jpg")
-    with pytest.raises(UserError, match="expected the folders Objects and Scenes; found Backgr"):
+    paint(tmp_path / "Photos" / "000.jpg")
+    with pytest.raises(UserError, match="expected the folders Objects and Scenes; found Photos"):
         InsDet(tmp_path)
     paint(tmp_path / "Objects" / "001_cup" / "001.jpg")
     with pytest.raises(
@@ -686,7 +749,7 @@ def test_a_spec_that_opens_nothing_is_refused(spec: str, message: str) -> None:
     [
         ("graph200k", 17, "target reference depth canny normal segmentation before mask"),
         ("dreambooth", 192, "reference target"),
-        ("insdet", 7, "view view_turned hole target"),
+        ("insdet", 12, "view view_turned hole target box place place_moved"),
         ("pairs", 53, "before target image_1 image_2"),
     ],
 )
@@ -711,7 +774,8 @@ def test_a_real_edit_keeps_the_surroundings() -> None:
 @real_data
 def test_a_real_hole_lies_in_the_middle_of_its_crop() -> None:
     source = InsDet(REAL / "insdet")
-    item = source.item(len(source) - 1)
+    items = map(source.item, range(len(source)))
+    item = next(item for item in items if "hole" in item.images)
     box = ImageChops.difference(item.image("target"), item.image("hole")).getbbox()
     assert box is not None
     middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

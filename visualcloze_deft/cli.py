@@ -396,16 +396,10 @@ def preview(
     output: str,
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
-    from visualcloze_deft.output import output_folder
     from visualcloze_deft.preview import example_sheet
 
     mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
-    path = Path(output)
-    if path.suffix != ".png" or path.is_dir():
-        raise UserError(f"--output {path}: give a file that ends in .png")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: no folder {path.parent}")
-    output_folder(path.parent)
+    path = png_path(output)
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
 
@@ -436,6 +430,71 @@ def example(
 
     mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
     click.echo(write_grids(queries(mixture, count=count, rows=rows), Path(output)))
+
+
+@cli.group(cls=Commands, context_settings=CONTEXT)
+def data() -> None:
+    """Check a data source, and look at it."""
+
+
+@data.command("check", context_settings=CONTEXT)
+@click.argument("source", metavar="NAME=PATH")
+@FOLDERS
+@click.option("--workers", type=click.IntRange(0), help="Reading processes; default: one per core.")
+def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
+    """Read all pictures of a source: what it has, which tasks it serves, what is broken and why.
+
+    Exit code 1 where something is broken.
+
+    \b
+    vcdeft data check graph200k=/data/graph200k
+    """
+    from tqdm import tqdm
+
+    from visualcloze_deft.data.check import SIZE, look_at_all, report
+    from visualcloze_deft.data.sources import open_source
+    from visualcloze_deft.registry import load_tasks
+
+    tasks = load_tasks(map(Path, folders))
+    total = len(open_source(source, size=SIZE, seed=0))
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    seen = tqdm(look_at_all(source, workers=workers), desc="reading", total=total, unit="item")
+    lines, broken = report(seen, tasks)
+    for line in lines:
+        click.echo(line)
+    for line in broken:
+        click.echo(f"broken: {line}", err=True)
+    if broken:
+        click.echo(f"{len(broken)} pictures cannot be read", err=True)
+        raise SystemExit(1)
+
+
+@data.command("preview", context_settings=CONTEXT)
+@click.argument("source", metavar="NAME=PATH")
+@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", default="data.png", show_default=True, metavar="FILE")
+def preview_data(source: str, count: int, seed: int, output: str) -> None:
+    """Draw some items of a source, all their roles side by side, into a PNG."""
+    from visualcloze_deft.data.sources import open_source
+    from visualcloze_deft.preview import item_sheet
+
+    path = png_path(output)
+    item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed).save(path)
+    click.echo(path)
+
+
+def png_path(output: str) -> Path:
+    """`output`, if a picture can be written there."""
+    from visualcloze_deft.output import output_folder
+
+    path = Path(output)
+    if path.suffix != ".png" or path.is_dir():
+        raise UserError(f"--output {path}: give a file that ends in .png")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: no folder {path.parent}")
+    output_folder(path.parent)
+    return path
 
 
 def preview_mixture(

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
+from visualcloze_deft.data.item import Source
 from visualcloze_deft.data.mixture import (
     Example,
     Mixture,
@@ -103,6 +104,18 @@ def example_sheet(examples: list[Example]) -> Image.Image:
         framed = [(last, c) for c, hidden in enumerate(example.hidden) if hidden]
         pages.append(draw_grid(example.rows, title=example.prompt, made=framed))
     return draw_sheet(pages, columns=min(4, len(pages)))
+
+
+def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
+    """Different items of a source drawn by `seed`, each with all its pictures and its caption."""
+    drawn = np.random.default_rng(seed).permutation(min(len(source), 10**7))[:count]
+    pages = []
+    for index in sorted(int(k) for k in drawn):
+        item = source.item(index)
+        roles = sorted(item.images, key=lambda role: (role != "target", role))
+        title = f"{item.key}: {', '.join(roles)}. {' / '.join(item.texts.values())}"
+        pages.append(draw_grid([[item.image(role) for role in roles]], title=title))
+    return draw_sheet(pages, columns=1 if max(page.width for page in pages) > 600 else 2)
 
 
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:

@@ -39,7 +39,16 @@ def degraded(pictures: Pictures, rng: Generator, *, degrade: Degrade) -> Image.I
     return degrade(pictures["target"], rng)
 
 
+def box_of(mask: Image.Image) -> Image.Image:
+    """The smallest rectangle around the white of a mask, white on black."""
+    found = Image.new("RGB", mask.size)
+    if box := ImageOps.grayscale(mask).point(lambda value: 255 * (value > 127)).getbbox():
+        found.paste("white", box)
+    return found
+
+
 DERIVED: dict[str, Derived] = {
+    "box": Derived(needs=("mask",), make=lambda found, _: box_of(found["mask"])),
     "canny": Derived(needs=("target",), make=lambda found, _: canny(found["target"])),
     "foreground": Derived(
         needs=("target", "mask"), make=lambda found, _: cut_out(found["target"], found["mask"])

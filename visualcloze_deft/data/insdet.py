@@ -1,7 +1,8 @@
-"""The source `insdet`: objects on a turntable, and scenes in which those objects stand in boxes.
+"""The source `insdet`: objects on a turntable, scenes in which those objects stand in boxes, the
+scenes as a whole from one side and another, and backgrounds without objects.
 
 Objects/NNN_name/{images,masks}/001..024, views 15 degrees apart; Scenes/<level>/<place>/rgb_NNN.jpg
-with its boxes in Pascal VOC beside it, rgb_NNN.xml (InsDet, arXiv 2310.19257).
+with its boxes in Pascal VOC beside it, rgb_NNN.xml; Background/*.jpg (InsDet, arXiv 2310.19257).
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ class Place:
 
 
 class InsDet:
-    """The source `insdet` at `root`: turned objects, then objects in scenes.
+    """The source `insdet` at `root`: turned objects, objects in scenes, places, backgrounds.
 
     size: the side in pixels below which a crop of a scene keeps all the pixels of its picture.
     """
 
     name = "insdet"
-    may_have = frozenset({"view", "view_turned", "hole", "target"})
+    may_have = frozenset("view view_turned hole target box place place_moved".split())
 
     def __init__(self, root: Path, *, size: int = 512) -> None:
         if not (root / "Objects").is_dir():
@@ -69,6 +70,16 @@ class InsDet:
         self.items = [item for name in views for item in turned(name, views[name])]
         for path in sorted(root.glob("Scenes/*/*/rgb_*.xml")):
             self.items += [placed(place, size=size) for place in read_places(path, views)]
+        for folder in sorted(root.glob("Scenes/*/*/")):
+            self.items += moved(folder, size=size)
+        if (root / "Background").is_dir():
+            self.items += [
+                Item(
+                    key=f"background {stem}",
+                    images={"target": partial(read_whole, path, size=size)},
+                )
+                for stem, path in images_in(root / "Background").items()
+            ]
         if not self.items:
             raise UserError(
                 f"{root}: no object with two views in Objects/*/images, and no box with the name "
@@ -107,9 +118,31 @@ def placed(place: Place, *, size: int) -> Item:
             "view": partial(alone, place.view),
             "target": partial(read_crop, place.picture, place.crop, size=size),
             "hole": partial(hole, place, size=size),
+            "box": partial(box_map, place, size=size),
         },
         texts={"caption": f"a {label(place.name)}"},
     )
+
+
+def moved(folder: Path, *, size: int) -> list[Item]:
+    """Each photo of a place with the next one; the last with the first."""
+    photos = [path for stem, path in images_in(folder).items() if stem.startswith("rgb_")]
+    return [
+        Item(
+            key=f"{folder.name} {one.stem}-{other.stem}",
+            images={
+                "place": partial(read_whole, one, size=size),
+                "place_moved": partial(read_whole, other, size=size),
+            },
+        )
+        for one, other in zip(photos, photos[1:] + photos[:1], strict=True)
+        if one != other
+    ]
+
+
+def read_whole(path: Path, *, size: int) -> Image.Image:
+    """A photo of many megapixels, decoded no larger than `size` asks for."""
+    return read_crop(path, (0, 0, *picture_size(path)), size=size)
 
 
 def label(name: str) -> str:
@@ -143,14 +176,27 @@ def alone(view: View) -> Image.Image:
 def hole(place: Place, *, size: int) -> Image.Image:
     """The crop of the scene with the box, grown on every side, filled with middle grey."""
     image = read_crop(place.picture, place.crop, size=size)
+    grow = GROWN * max(place.box[2] - place.box[0], place.box[3] - place.box[1])
+    ImageDraw.Draw(image).rectangle(in_crop(place, image, grow=grow), fill=MIDDLE_GREY)
+    return image
+
+
+def box_map(place: Place, *, size: int) -> Image.Image:
+    """White where the box is, black elsewhere, as large as the crop of the scene."""
+    crop = read_crop(place.picture, place.crop, size=size)
+    image = Image.new("RGB", crop.size)
+    ImageDraw.Draw(image).rectangle(in_crop(place, image, grow=0), fill="white")
+    return image
+
+
+def in_crop(place: Place, image: Image.Image, *, grow: float) -> tuple[int, int, int, int]:
+    """The corners of the box, grown by `grow` pixels of the scene, in `image` of its crop."""
     left, top, right, bottom = place.box
     scale = image.width / (place.crop[2] - place.crop[0])
-    grow = GROWN * max(right - left, bottom - top)
     x, y = left - grow - place.crop[0], top - grow - place.crop[1]
     width, height = right - left + 2 * grow, bottom - top + 2 * grow
-    corners = (x * scale, y * scale, (x + width) * scale, (y + height) * scale)
-    ImageDraw.Draw(image).rectangle(tuple(map(round, corners)), fill=MIDDLE_GREY)
-    return image
+    corners = x * scale, y * scale, (x + width) * scale, (y + height) * scale
+    return round(corners[0]), round(corners[1]), round(corners[2]), round(corners[3])
 
 
 def crop_around(box: Box, size: tuple[int, int]) -> Box:

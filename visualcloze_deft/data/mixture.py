@@ -187,7 +187,7 @@ def row_of(
             pictures.append(given(role))
         else:
             derived = DERIVED[role]
-            size = grid.cell_size(given("target").size, resolution)
+            size = grid.cell_size(given(derived.needs[0]).size, resolution)
             parts = {need: grid.fitted(given(need), size) for need in derived.needs}
             pictures.append(derived.make(parts, rng))
     return tuple(pictures)
