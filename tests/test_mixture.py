@@ -53,6 +53,11 @@ class Flat:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def kinds(self) -> dict[frozenset[str], range]:
+        poor = {frozenset({"target"}): range(self.poor)} if self.poor else {}
+        return {**poor, self.roles: range(self.poor, self.count)}
+
     def item(self, index: int) -> Item:
         roles = ["target"] if index < self.poor else sorted(self.roles)
         images = {
@@ -245,9 +250,24 @@ def test_an_item_without_the_roles_is_passed_over() -> None:
         assert set(example.keys) <= {"flat 4", "flat 5"}
 
 
-def test_a_source_whose_items_all_lack_a_role_is_named() -> None:
-    with pytest.raises(UserError, match="flat: no item has the roles of mix"):
-        mixture(sources=(Flat(5, poor=5),))[0]
+def test_a_source_whose_items_all_lack_a_role_is_named_before_anything_is_drawn() -> None:
+    with pytest.raises(UserError, match=r"task mix: .*no item of flat has them all"):
+        mixture(sources=(Flat(5, poor=5),))
+
+
+def test_items_are_drawn_alike_whatever_roles_they_have_beside_those_needed() -> None:
+    """Three items with all roles, six with target alone: a task that needs target alone."""
+    examples = drawn(task(roles="gray target"), sources=(Flat(9, poor=6),), examples=(1,))
+    counts = Counter(example.keys[0] for example in examples)
+    assert set(counts) == {f"flat {k}" for k in range(9)}
+    assert all(count / DRAWS == about(1 / 9) for count in counts.values())
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_part_knows_the_kinds_of_its_own_items(held_out: bool) -> None:
+    part = Part(Flat(23, poor=9), every=4, held_out=held_out)
+    found = {k: roles for roles, indices in part.kinds.items() for k in indices}
+    assert found == {k: frozenset(part.item(k).images) for k in range(len(part))}
 
 
 def test_roles_that_follow_from_the_target_need_no_source() -> None:
@@ -302,11 +322,11 @@ def test_training_and_held_out_items_part_a_source(count: int) -> None:
     assert held_out == [source.item(k).key for k in range(3, count, 4)]
 
 
-def test_sheets_take_the_first_source_that_has_items_and_leave_out_what_none_has() -> None:
+def test_sheets_take_the_first_source_that_has_items_and_the_heaviest_tasks() -> None:
     full, poor = Flat(8, name="full"), Flat(8, name="poor", poor=8)
-    tasks = {"mix": task(), "other": task("other", "c target")}
-    mixture = Mixture(tasks, [poor, full, Flat(4, roles="c target", poor=4)], seed=0, resolution=16)
-    found = queries(mixture, count=2)
-    assert [example.task for example in found] == ["mix", "mix"]
-    with pytest.raises(UserError, match="no item has the roles of other"):
-        queries(Mixture({"other": tasks["other"]}, mixture.sources, seed=0, resolution=16))
+    tasks = {name: task(name) for name in ("x", "y", "z")}
+    weights = {"x": 1, "y": 3, "z": 2}
+    mixed = Mixture(tasks, [poor, full], seed=0, resolution=16, weights=weights)
+    found = queries(mixed, count=2, tasks=2)
+    assert [example.task for example in found] == ["y", "y", "z", "z"]
+    assert all(key.startswith("full") for example in found for key in example.keys)

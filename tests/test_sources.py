@@ -700,6 +700,8 @@ def test_every_source_keeps_the_promises_of_a_source(name: str, tmp_path: Path) 
     items = [source.item(k) for k in range(len(source))]
     assert source.roles == {role for item in items for role in item.images}
     assert len({item.key for item in items}) == len(items)
+    told = {k: roles for roles, indices in source.kinds.items() for k in indices}
+    assert told == {k: frozenset(item.images) for k, item in enumerate(items)}
     again = pickle.loads(pickle.dumps(source)).item(0)  # as a worker process gets it
     for role, make in items[0].images.items():
         assert make().mode == "RGB"

@@ -14,9 +14,7 @@ from visualcloze_deft.data.item import Source
 from visualcloze_deft.data.mixture import (
     Example,
     Mixture,
-    NoItems,
     content,
-    draw_items,
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
@@ -35,11 +33,10 @@ STEPS = 20
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
     """A grid of `task` as inference sees it: its own targets hidden, all words said.
 
-    From the first source that has items for it; raises `NoItems` where none has.
+    From the first source that has items for it.
     """
     rng = np.random.default_rng([mixture.seed, SHEETS + index])
-    source = mixture.serving[task.name][0]
-    items = draw_items(source, task, min(rows, len(source)), rng)
+    items = mixture.serving[task.name][0].draw(rows, rng)
     return Example(
         index=index,
         task=task.name,
@@ -54,22 +51,14 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
 def queries(
     mixture: Mixture, *, count: int = 1, rows: int = 2, tasks: int | None = None
 ) -> list[Example]:
-    """`count` grids of every task, or of the `tasks` tasks drawn most often; without tasks that no
-    item serves, e.g. no held-out one.
-
-    Raises `UserError` where no task is left.
-    """
+    """`count` grids of every task, or of the `tasks` tasks drawn most often."""
     heaviest = np.argsort(-mixture.proportions, kind="stable")[:tasks]
-    found: list[Example] = []
-    lacking = None
-    for task in (task for k, task in enumerate(mixture.tasks.values()) if k in heaviest):
-        try:
-            found += [query_of(mixture, task, index=k, rows=rows) for k in range(count)]
-        except NoItems as error:
-            lacking = error
-    if lacking and not found:
-        raise lacking
-    return found
+    return [
+        query_of(mixture, task, index=index, rows=rows)
+        for place, task in enumerate(mixture.tasks.values())
+        if place in heaviest
+        for index in range(count)
+    ]
 
 
 def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:

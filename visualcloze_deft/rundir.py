@@ -15,7 +15,7 @@ import tomli_w
 
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.item import Part
-from visualcloze_deft.data.mixture import Mixture, serves, serving
+from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import (
@@ -78,24 +78,13 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
     known = load_tasks(Path(folder) for folder in run.data.task_folders)
     weights = weights_of(run, known)
     tasks = {name: known[name] for name in weights}
-    if leaves_out(run.data.tasks):
-        tasks = {
-            name: task
-            for name, task in tasks.items()
-            if any(serves(source, task) for source in sources)
-        }
+    if held_out or leaves_out(run.data.tasks):
+        tasks = {n: t for n, t in tasks.items() if any(len(Able(s, t)) for s in sources)}
         if not tasks:
             raise UserError(
                 f"no task can be made from {', '.join(run.data.sources)}: "
                 + "; ".join(f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources)
             )
-    elif not held_out:
-        for task in tasks.values():
-            if not any(serves(source, task) for source in serving(task, sources)):
-                raise UserError(
-                    f"task {task.name}: no item of {', '.join(run.data.sources)} has all its "
-                    f"roles: {', '.join(task.roles)}"
-                )
     return Mixture(
         tasks,
         sources,

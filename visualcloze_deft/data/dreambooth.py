@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cached_property, partial
 from itertools import permutations
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class DreamBooth:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], range]:
+        return {self.roles: range(len(self))}
 
     def item(self, index: int) -> Item:
         reference, target = self.pairs[index]

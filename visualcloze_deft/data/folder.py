@@ -12,11 +12,11 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
-from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.item import Item, kinds_of
 from visualcloze_deft.errors import UserError, nearest
 
 # Where the texts of the item called {0} may stand. The first file found counts.
@@ -51,6 +51,10 @@ class Folder:
 
     def item(self, index: int) -> Item:
         return self.items[index]
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], list[int]]:
+        return kinds_of(item.images for item in self.items)
 
 
 def read_folder(root: Path) -> list[Item]:

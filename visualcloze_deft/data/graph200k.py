@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from visualcloze_deft.data.images import listing, read_image
-from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.item import Item, kinds_of
 from visualcloze_deft.errors import UserError, nearest
 
 ROLES = {  # condition with one picture -> role
@@ -71,6 +71,10 @@ class Graph200K:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], list[int]]:
+        return kinds_of(map(picture_names, self.rows))
 
     def item(self, index: int) -> Item:
         row = self.rows[index]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -23,7 +23,7 @@ from visualcloze_deft.data.images import (
     read_crop,
     read_image,
 )
-from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.item import Item, kinds_of
 from visualcloze_deft.errors import UserError
 
 VIEWS = 24  # of a complete turn
@@ -92,6 +92,10 @@ class InsDet:
 
     def item(self, index: int) -> Item:
         return self.items[index]
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], list[int]]:
+        return kinds_of(item.images for item in self.items)
 
 
 def turned(name: str, views: list[View]) -> list[Item]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 
@@ -30,7 +32,8 @@ class Source(Protocol):
     """A finite, seekable set of items.
 
     roles: the roles that at least one item has. `item(i)` depends on `i` alone, so that any
-    number of workers and ranks may read side by side.
+    number of workers and ranks may read side by side. `kinds` tells which items have which
+    roles without reading a picture: every index stands under one set of roles, in order.
     """
 
     name: str
@@ -39,6 +42,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, index: int) -> Item: ...
+
+    @property
+    def kinds(self) -> Mapping[frozenset[str], Sequence[int]]: ...
+
+
+def kinds_of(roles_of_items: Iterable[Iterable[str]]) -> dict[frozenset[str], list[int]]:
+    """What `Source.kinds` gives, from the roles of each item in turn."""
+    found: dict[frozenset[str], list[int]] = {}
+    for index, roles in enumerate(roles_of_items):
+        found.setdefault(frozenset(roles), []).append(index)
+    return found
 
 
 class Part:
@@ -59,3 +73,14 @@ class Part:
         if self.held_out:
             return self.source.item(index * self.every + self.every - 1)
         return self.source.item(index + index // (self.every - 1))
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], Sequence[int]]:
+        found: dict[frozenset[str], Sequence[int]] = {}
+        for roles, indices in self.source.kinds.items():
+            whole = np.asarray(indices)
+            kept_out = whole % self.every == self.every - 1
+            own = whole[kept_out] if self.held_out else whole[~kept_out]
+            if len(own):
+                found[roles] = own // self.every if self.held_out else own - own // self.every
+        return found

@@ -16,10 +16,6 @@ from visualcloze_deft.registry import Task, usual
 from visualcloze_deft.settings import Recipe
 
 
-class NoItems(UserError):
-    """No item of a source has all the roles of a task."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One training sample: complete rows, the columns hidden in the last one, and the words."""
@@ -73,8 +69,7 @@ class Mixture:
         name = list(self.tasks)[rng.choice(len(self.tasks), p=self.proportions)]
         task = self.tasks[name]
         sources = self.serving[name]
-        source = sources[rng.integers(len(sources))]
-        items = draw_items(source, task, self._rows(index), rng)
+        items = sources[rng.integers(len(sources))].draw(self._rows(index), rng)
         order = self._order(task, rng)
         if rng.random() < recipe.hide_target:
             hidden = tuple(role in task.targets for role in order)
@@ -120,50 +115,45 @@ class Mixture:
         return (*conditions, *task.targets)
 
 
-def serving(task: Task, sources: Sequence[Source]) -> list[Source]:
-    """The sources that have, or from which one can derive, every role of `task`.
+class Able:
+    """The items of a source that have all roles of a task, or all that theirs are made of."""
 
-    Where no single item has them all, the sources whose items have them between them: drawing from
-    those raises `NoItems`.
+    def __init__(self, source: Source, task: Task) -> None:
+        self.source = source
+        self.parts = [
+            indices for roles, indices in source.kinds.items() if not missing(task.roles, roles)
+        ]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.parts else 0
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Item, ...]:
+        """`count` different items, or all where there are no more."""
+        places = rng.choice(len(self), min(count, len(self)), replace=False)
+        return tuple(self.source.item(self[place]) for place in places)
+
+    def __getitem__(self, place: int) -> int:
+        """The index in the source of the item at `place` among these."""
+        part = int(np.searchsorted(self.ends, place, side="right"))
+        return int(self.parts[part][place - self.ends[part]])  # counted from the part's end
+
+
+def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
+    """What each source has for `task`; of sources none of whose items has all its roles, nothing.
+
+    Raises `UserError` where no source has.
     """
-    found = [source for source in sources if not missing(task.roles, source.roles)]
+    found = [able for able in (Able(source, task) for source in sources) if len(able)]
     if not found:
         lacks = "; ".join(
             f"{source.name} lacks {', '.join(sorted(missing(task.roles, source.roles)))}"
+            if missing(task.roles, source.roles)
+            else f"no item of {source.name} has them all"
             for source in sources
         )
         raise UserError(f"task {task.name}: no data source has all its roles ({lacks})")
-    return [source for source in found if serves(source, task)] or found
-
-
-def serves(source: Source, task: Task) -> bool:
-    """Whether at least one item has all the roles; looks no further than the first that has."""
-    if missing(task.roles, source.roles):
-        return False
-    return any(
-        not missing(task.roles, frozenset(source.item(i).images)) for i in range(len(source))
-    )
-
-
-def draw_items(
-    source: Source, task: Task, count: int, rng: np.random.Generator
-) -> tuple[Item, ...]:
-    """`count` different items that have the task's roles; fewer where the source has no more."""
-    items: list[Item] = []
-    tried: set[int] = set()
-    while len(items) < count:
-        index = int(rng.integers(len(source)))
-        if index in tried:
-            if len(tried) == len(source):
-                break
-            continue
-        tried.add(index)
-        item = source.item(index)
-        if not missing(task.roles, frozenset(item.images)):
-            items.append(item)
-    if not items:
-        raise NoItems(f"{source.name}: no item has the roles of {task.name}: {task.roles}")
-    return tuple(items)
+    return found
 
 
 def row_of(

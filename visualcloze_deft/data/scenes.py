@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,10 @@ class Scenes:
             images={role: partial(getattr(picture, role)) for role in sorted(self.roles)},
             texts={"caption": caption(scene), "instruction": scene.instruction},
         )
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], range]:
+        return {self.roles: range(self.count)}
 
     def classes(self, index: int, role: str) -> NDArray[np.uint8]:
         """(size, size, 3): what each pixel of a picture shows, as indices of `NOUNS`, `COLOURS`
