@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import pickle
@@ -12,11 +13,13 @@ import warnings
 import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageColor
 
 from visualcloze_deft.cli import main
+from visualcloze_deft.data import graph_table
 from visualcloze_deft.data.dreambooth import DreamBooth
 from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
@@ -673,6 +676,88 @@ def test_an_insdet_without_objects_is_refused(tmp_path: Path) -> None:
     paint(tmp_path / "Objects" / "001_cup" / "images" / "001.jpg")
     with pytest.raises(UserError, match="no object with two views"):
         InsDet(tmp_path)
+
+
+# ---- graph200k as a table
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def graph_rows() -> dict[str, list[object]]:
+    """Four rows of the published columns: complete; without style; reference of another subject;
+    target alone. Pictures of one colour per column."""
+    colours = dict(zip(graph_table.COLUMNS, ImageColor.colormap, strict=False))
+    rows: dict[str, list[object]] = {}
+    for column, colour in colours.items():
+        whole = {"bytes": png(colour), "path": None}
+        rows[column] = [whole] * 3 + [whole if column == "target" else None]
+        if "Style" in column:
+            rows[column][1] = None
+    rows["description"] = [{"item": "A fox.", "description_0": "In snow."}] * 4
+    rows["quality_assessment"] = [{"objectConsistency": k} for k in (5, 3, 2, 5)]
+    return rows
+
+
+def write_table(folder: Path, form: str) -> str:
+    """The rows as the hub's parquet, as what `save_to_disk` writes, or with texts as JSON."""
+    rows = graph_rows()
+    if form == "json":
+        for name in ("description", "quality_assessment"):
+            rows[name] = [json.dumps(value) for value in rows[name]]
+    table = datasets.Dataset.from_dict(rows)
+    if form != "json":  # pictures as a feature of the library, else plain cells
+        for column in graph_table.COLUMNS:
+            table = table.cast_column(column, datasets.Image())
+    if form == "disk":
+        table.save_to_disk(str(folder / "table"))
+        return str(folder / "table")
+    (folder / "data").mkdir()
+    table.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    return f"{folder}@test"
+
+
+@pytest.mark.parametrize("form", ["parquet", "disk", "json"])
+def test_a_published_graph200k_is_read_without_unpacking(tmp_path: Path, form: str) -> None:
+    source = open_source(f"graph200k={write_table(tmp_path, form)}", size=32, seed=0)
+    everything = frozenset(graph_table.COLUMNS.values())
+    assert source.roles == everything == Graph200K.may_have
+    assert len(source) == 4
+    style = {role for role in everything if "style" in role or "redux" in role}
+    expected = [everything, everything - style, everything - {"reference"}, {"target"}]
+    assert [set(source.item(k).images) for k in range(4)] == [set(roles) for roles in expected]
+    told = {k: roles for roles, indices in source.kinds.items() for k in indices}
+    assert [told[k] for k in range(4)] == [frozenset(roles) for roles in expected]
+    colours = dict(zip(graph_table.COLUMNS, ImageColor.colormap, strict=False))
+    for column, role in graph_table.COLUMNS.items():
+        found = source.item(0).image(role).getpixel((3, 3))
+        assert found == ImageColor.getrgb(colours[column]), column
+    assert source.item(0).texts["caption"] == "A fox. In snow."
+    again = pickle.loads(pickle.dumps(source))  # as a worker process gets it
+    assert again.item(1).image("depth").tobytes() == source.item(1).image("depth").tobytes()
+
+
+def test_a_broken_cell_names_its_item_and_role(tmp_path: Path) -> None:
+    rows = graph_rows()
+    rows["depth"][1] = {"bytes": png("red")[:-30], "path": None}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    source = open_source(f"graph200k={tmp_path}", size=32, seed=0)
+    with pytest.raises(UserError, match=r"item 1, depth: cannot be read as an image"):
+        source.item(1).image("depth")
+
+
+def test_a_table_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected data.json, train\*.parquet"):
+        open_source(f"graph200k={tmp_path}", size=32, seed=0)
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="expected Graph200K's columns, target among them"):
+        open_source(f"graph200k={tmp_path}", size=32, seed=0)
+    (tmp_path / "train.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError):
+        open_source(f"graph200k={tmp_path}", size=32, seed=0)
 
 
 # ---- the table of sources

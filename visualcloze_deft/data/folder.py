@@ -12,11 +12,11 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
-from visualcloze_deft.data.item import Item, kinds_of
+from visualcloze_deft.data.item import Item, Listed
 from visualcloze_deft.errors import UserError, nearest
 
 # Where the texts of the item called {0} may stand. The first file found counts.
@@ -29,32 +29,22 @@ _SUFFIXED = re.compile(r"(.+?)_(view_turned|style_image|style_reference|image_\d
 _LAYOUTS = "a table *.jsonl, subfolders depth/0001.png, or suffixes 0001_depth.png"
 
 
-class Folder:
+class Folder(Listed):
     """The source `folder` at `path`: a folder in one of the three layouts, or a .jsonl file."""
 
     name = "folder"
 
     def __init__(self, path: Path) -> None:
         if path.is_dir():
-            self.items = read_folder(path)
+            items = read_folder(path)
         elif path.is_file() and path.suffix == ".jsonl":
-            self.items = read_table(path)
+            items = read_table(path)
         else:
             raise UserError(f"{path}: no such folder or .jsonl file")
-        if not self.items:
+        if not items:
             found = listing(path) if path.is_dir() else "no row"
             raise UserError(f"{path}: expected {_LAYOUTS}; found {found}")
-        self.roles = frozenset(role for item in self.items for role in item.images)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def item(self, index: int) -> Item:
-        return self.items[index]
-
-    @cached_property
-    def kinds(self) -> dict[frozenset[str], list[int]]:
-        return kinds_of(item.images for item in self.items)
+        super().__init__(items)
 
 
 def read_folder(root: Path) -> list[Item]:

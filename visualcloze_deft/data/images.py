@@ -5,6 +5,7 @@ Whatever is wrong with a file, of any format and depth, ends in one `UserError` 
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ def read_image(path: Path) -> Image.Image:
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return as_rgb(str(path), image)
+
+
+def read_encoded(name: str, data: bytes) -> Image.Image:
+    """The picture in `data`, as `read_image` would give it; `name` is for messages."""
+    with _opened(name, data) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return as_rgb(name, image)
 
 
 def read_crop(path: Path, box: Box, *, size: int) -> Image.Image:
@@ -85,13 +93,14 @@ def listing(folder: Path) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture in `path`, its header read; what goes wrong in the block is a `UserError`."""
+def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The picture in `path`, or in `data` called so, its header read; what goes wrong in the block
+    is a `UserError`."""
     too_large = f"{path}: more than {LIMIT // 10**6} million pixels; scale it down first"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on metadata nobody reads here, and on size: see LIMIT
-            with Image.open(path) as image:
+            with Image.open(path if data is None else io.BytesIO(data)) as image:
                 if image.width * image.height > LIMIT:
                     raise UserError(too_large)
                 if not image.width * image.height:
@@ -104,7 +113,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except UnidentifiedImageError:
-        what = "not an image that can be read" if path.stat().st_size else "an empty file"
+        size = Path(path).stat().st_size if data is None else len(data)
+        what = "not an image that can be read" if size else "an empty file"
         raise UserError(f"{path}: {what}") from None
     except Image.DecompressionBombError:
         raise UserError(too_large) from None

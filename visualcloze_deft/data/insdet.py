@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -23,7 +23,7 @@ from visualcloze_deft.data.images import (
     read_crop,
     read_image,
 )
-from visualcloze_deft.data.item import Item, kinds_of
+from visualcloze_deft.data.item import Item, Listed
 from visualcloze_deft.errors import UserError
 
 VIEWS = 24  # of a complete turn
@@ -53,7 +53,7 @@ class Place:
     crop: Box
 
 
-class InsDet:
+class InsDet(Listed):
     """The source `insdet` at `root`: turned objects, objects in scenes, places, backgrounds.
 
     size: the side in pixels below which a crop of a scene keeps all the pixels of its picture.
@@ -67,35 +67,25 @@ class InsDet:
             found = f"found {listing(root)}" if root.is_dir() else "no such folder"
             raise UserError(f"{root}: expected the folders Objects and Scenes; {found}")
         views = read_views(root / "Objects")
-        self.items = [item for name in views for item in turned(name, views[name])]
+        items = [item for name in views for item in turned(name, views[name])]
         for path in sorted(root.glob("Scenes/*/*/rgb_*.xml")):
-            self.items += [placed(place, size=size) for place in read_places(path, views)]
+            items += [placed(place, size=size) for place in read_places(path, views)]
         for folder in sorted(root.glob("Scenes/*/*/")):
-            self.items += moved(folder, size=size)
+            items += moved(folder, size=size)
         if (root / "Background").is_dir():
-            self.items += [
+            items += [
                 Item(
                     key=f"background {stem}",
                     images={"target": partial(read_whole, path, size=size)},
                 )
                 for stem, path in images_in(root / "Background").items()
             ]
-        if not self.items:
+        if not items:
             raise UserError(
                 f"{root}: no object with two views in Objects/*/images, and no box with the name "
                 f"of one in Scenes/*/*/rgb_*.xml; Objects holds {listing(root / 'Objects')}"
             )
-        self.roles = frozenset(role for item in self.items for role in item.images)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def item(self, index: int) -> Item:
-        return self.items[index]
-
-    @cached_property
-    def kinds(self) -> dict[frozenset[str], list[int]]:
-        return kinds_of(item.images for item in self.items)
+        super().__init__(items)
 
 
 def turned(name: str, views: list[View]) -> list[Item]:

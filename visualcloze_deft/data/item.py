@@ -55,6 +55,26 @@ def kinds_of(roles_of_items: Iterable[Iterable[str]]) -> dict[frozenset[str], li
     return found
 
 
+class Listed:
+    """A source all of whose items are at hand."""
+
+    name: str
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.roles = frozenset(role for item in items for role in item.images)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, index: int) -> Item:
+        return self.items[index]
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], list[int]]:
+        return kinds_of(item.images for item in self.items)
+
+
 class Part:
     """Every `every`-th item of a source (`held_out`), or all the others."""
 

@@ -35,6 +35,16 @@ def _scenes(count: str, size: int, seed: int) -> Source:
     return Scenes(size=size, seed=seed, count=int(count))
 
 
+def _graph200k(place: str) -> Source:
+    """Unpacked (a data.json beside its pictures), or as a table: a folder of parquet or arrow
+    files, or a data set of the hub, with "@SPLIT" behind it ("train" where not said)."""
+    if Path(place).is_file() or (Path(place) / "data.json").is_file():
+        return Graph200K(Path(place))
+    from visualcloze_deft.data.graph_table import GraphTable  # which imports datasets
+
+    return GraphTable(place)
+
+
 ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "folder": anything
     "scenes": Scenes.roles,
     "graph200k": Graph200K.may_have,
@@ -44,7 +54,7 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
 SOURCES: dict[str, Callable[[str, int, int], Source]] = {
     "scenes": _scenes,
     "folder": lambda path, _size, _seed: Folder(Path(path)),
-    "graph200k": lambda path, _size, _seed: Graph200K(Path(path)),
+    "graph200k": lambda place, _size, _seed: _graph200k(place),
     "dreambooth": lambda path, _size, _seed: DreamBooth(Path(path)),
     "insdet": lambda path, size, _seed: InsDet(Path(path), size=size),
 }

@@ -1,0 +1,163 @@
+"""Graph200K as it is published: a table of the `datasets` library, one row an item, pictures
+encoded in its cells (`VisualCloze/Graph200K` on the hub). Nothing is unpacked; a picture is
+decoded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute
+from PIL import Image
+
+from visualcloze_deft.data.graph200k import CONSISTENT, texts
+from visualcloze_deft.data.images import listing, read_encoded
+from visualcloze_deft.data.item import Item
+from visualcloze_deft.errors import UserError
+
+COLUMNS = {  # column with pictures -> role
+    "target": "target",
+    "ref": "reference",
+    "sam2_mask": "segmentation",
+    "uniformer": "uniformer",
+    "qwen_2_5_mask": "object_masks",
+    "qwen_2_5_bounding_box": "boxes",
+    "foreground": "mask",
+    "normal": "normal",
+    "depth": "depth",
+    "canny": "canny",
+    "hed": "hed",
+    "mlsd": "mlsd",
+    "openpose": "openpose",
+    "DepthEdit": "depth_edit",
+    "FillEdit_image_0": "before",
+    "InstantStyle_image_0": "style_image",
+    "InstantStyle_ref_0": "style_reference",
+    "ReduxStyle_image_0": "redux_image",
+    "ReduxStyle_ref_0": "redux_reference",
+}
+
+
+class GraphTable:
+    """The source `graph200k` at `place`: a folder with parquet files or one that `save_to_disk`
+    wrote, or a hub id; "@SPLIT" behind it chooses the split, "train" by default."""
+
+    name = "graph200k"
+
+    def __init__(self, place: str) -> None:
+        where, _, split = place.partition("@")
+        self.place = place
+        table = open_table(where, split or "train")
+        if "target" not in table.column_names:
+            raise UserError(
+                f"{place}: expected Graph200K's columns, target among them; found "
+                f"{', '.join(table.column_names[:8])}"
+            )
+        self.table = table
+        self.cells = {
+            role: encoded(table.select_columns([column]), column)
+            for column, role in COLUMNS.items()
+            if column in table.column_names
+        }
+        words = [n for n in ("description", "quality_assessment") if n in table.column_names]
+        self.words = table.select_columns(words) if words else None
+        self.roles: frozenset[str] = frozenset().union(*self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], Sequence[int]]:
+        """From which cells are empty, without reading a picture."""
+        there = {role: self._there(cells) for role, cells in self.cells.items()}
+        if "reference" in there:
+            there["reference"] = there["reference"] & self._consistent()
+        roles = list(there)
+        bits = sum(there[role].astype(np.int64) << k for k, role in enumerate(roles))
+        found: dict[frozenset[str], Sequence[int]] = {}
+        for pattern in np.unique(bits).tolist():
+            own = frozenset(role for k, role in enumerate(roles) if pattern >> k & 1)
+            found[own] = np.flatnonzero(bits == pattern).tolist()
+        return found
+
+    def item(self, index: int) -> Item:
+        words = {} if self.words is None else self.words[index]
+        images: dict[str, Callable[[], Image.Image]] = {
+            role: partial(self._picture, role, index)
+            for role, cells in self.cells.items()
+            if cells[index][cells.column_names[0]] is not None
+        }
+        if not consistent(words):
+            images.pop("reference", None)
+        row = {"description": said(words.get("description")), "condition": {}}
+        return Item(key=f"item {index}", images=images, texts=texts(row))
+
+    def _picture(self, role: str, index: int) -> Image.Image:
+        cells = self.cells[role]
+        cell = cells[index][cells.column_names[0]]
+        return read_encoded(f"{self.place}, item {index}, {role}", cell["bytes"] or b"")
+
+    def _there(self, cells: datasets.Dataset) -> np.ndarray:
+        column = cells.with_format("arrow")[:][cells.column_names[0]]
+        found: np.ndarray = pyarrow.compute.is_valid(column).to_numpy()
+        return found
+
+    def _consistent(self) -> np.ndarray:
+        if self.words is None or "quality_assessment" not in self.words.column_names:
+            return np.zeros(len(self), bool)
+        quality = self.words.select_columns(["quality_assessment"])
+        return np.array([consistent(row) for row in quality], bool)
+
+
+def open_table(where: str, split: str) -> datasets.Dataset:
+    """The table in a folder, or of the hub."""
+    folder = Path(where)
+    datasets.disable_progress_bars()
+    try:
+        if not folder.exists():
+            if where.count("/") != 1:
+                raise UserError(f"{where}: no such folder")
+            return datasets.load_dataset(where, split=split)
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            found = datasets.load_from_disk(str(folder))
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        files = sorted(str(path) for path in folder.rglob(f"{split}*.parquet"))
+        if not files:
+            raise UserError(
+                f"{folder}: expected data.json, {split}*.parquet, or what save_to_disk writes; "
+                f"found {listing(folder)}"
+            )
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    finally:
+        datasets.enable_progress_bars()
+
+
+def encoded(table: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The column's cells as {"bytes", "path"}, or None."""
+    if isinstance(table.features[column], datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def said(cell: object) -> Mapping[str, Any]:
+    """A cell that holds an object, or the JSON of one."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return {}
+    return cell if isinstance(cell, dict) else {}
+
+
+def consistent(words: Mapping[str, object]) -> bool:
+    """Whether the reference shows the target's subject."""
+    found = said(words.get("quality_assessment")).get("objectConsistency")
+    return isinstance(found, int | float) and found >= CONSISTENT
