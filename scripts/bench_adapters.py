@@ -5,7 +5,7 @@ DEFT, with the authors' formula (arXiv 2509.22793 as it is written: the whole ad
 every forward), and with this package's layers. Variants take turns in every round and medians are
 compared, because machines are noisy. On a GPU `--blocks 19 38` is FLUX.1-Fill itself with random
 weights. Prints tables and writes bench.json; what that file holds already, measured in the same
-way, is not measured again.
+way, is not measured again, so remove it after a change of the code.
 Axes: n tokens, o outputs, i inputs, r rank.
 """
 
@@ -393,6 +393,27 @@ class Bench:
             lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
+    def summary(self) -> str:
+        """Markdown: for each variant the smallest and largest ratio to the reference."""
+        layers = [rows for title, rows in self.tables.items() if "->" in title]
+        columns = [name for name in layers[0][0] if name != "variant"] if layers else []
+        lines = [f"**One layer, all {len(layers)} cases below: smallest to largest ratio**", ""]
+        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for variant in VARIANTS:
+            spans = []
+            for column in columns:
+                ratios = [
+                    float(row[column]) / float(base[column])
+                    for rows in layers
+                    for base in rows
+                    for row in rows
+                    if base["variant"] == REFERENCE and row["variant"] == variant
+                ]
+                spans.append(f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "")
+            if any(spans) and variant != REFERENCE:
+                lines.append(f"| {variant} | {' | '.join(spans)} |")
+        return "\n".join(lines)
+
     def write(self, path: Path, report: Path | None) -> None:
         """JSON, and Markdown where asked for; after every case, to lose nothing."""
         text = json.dumps({"setup": self.setup, "tables": self.tables}, indent=1)
@@ -405,7 +426,7 @@ class Bench:
                 f"{setup['torch']}, medians of {setup['rounds']} rounds. peft LoRA in figures, the "
                 "others as ratios to it."
             )
-            parts = [head, *map(self.table, self.tables)]
+            parts = [head, self.summary(), *map(self.table, self.tables)]
             report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
