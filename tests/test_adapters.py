@@ -218,6 +218,18 @@ def test_a_transformer_with_an_adapter_takes_no_second_one(
         adapters.attach(transformer, Adapter(rank=4), seed=0)
 
 
+def test_a_second_load_is_refused_and_keeps_the_first(
+    transformer: FluxTransformer2DModel, tmp_path: Path
+) -> None:
+    adapters.attach(transformer, Adapter(rank=4), seed=0)
+    perturb(transformer)
+    adapters.save(transformer, tmp_path, base="micro")
+    before = run(transformer)
+    with pytest.raises(UserError, match="has an adapter already"):
+        adapters.load(transformer, tmp_path)
+    assert torch.equal(run(transformer), before)
+
+
 def test_a_rank_larger_than_a_layer_names_the_layer(transformer: FluxTransformer2DModel) -> None:
     with pytest.raises(UserError, match=r"rank 33: larger than .*to_q, which has 32 inputs"):
         adapters.attach(transformer, Adapter(rank=33, layers=r".*to_q"), seed=0)

@@ -63,8 +63,7 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     """
     pattern = re.compile(layers(settings))
     matched = {n: m for n, m in transformer.named_modules() if pattern.fullmatch(n)}
-    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
-        raise UserError("this transformer has an adapter already; load the base again")
+    check_bare(transformer)
     other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
     if other or not matched:
         linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
@@ -88,6 +87,11 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     for layer in deft.layers(transformer).values():
         layer.start(NAME)
     deft.share_bases(transformer)
+
+
+def check_bare(transformer: nn.Module) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+        raise UserError("this transformer has an adapter already; load the base again")
 
 
 def add(transformer: FluxTransformer2DModel, config: PeftConfig) -> None:
@@ -187,6 +191,7 @@ def load(
 
     Raises `UserError` where files are missing or truncated, or made for another model or rank.
     """
+    check_bare(transformer)
     config = read_config(folder)
     tensors = read_weights(folder)
     config.inference_mode = not trainable
@@ -238,7 +243,7 @@ def check_fit(
 
 
 def detach(transformer: FluxTransformer2DModel) -> None:
-    """Take all adapters off again; the layers are what they were before the first."""
+    """Take the adapter off again; the layers are what they were before."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             parent, _, last = name.rpartition(".")

@@ -451,14 +451,15 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     """
     from tqdm import tqdm
 
-    from visualcloze_deft.data.check import SIZE, look_at_all, report
+    from visualcloze_deft.data.check import look_at_all, report
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.registry import load_tasks
 
     tasks = load_tasks(map(Path, folders))
-    total = len(open_source(source, size=SIZE, seed=0))
+    opened = open_source(source, size=512, seed=0)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    seen = tqdm(look_at_all(source, workers=workers), desc="reading", total=total, unit="item")
+    items = look_at_all(opened, workers=workers)
+    seen = tqdm(items, desc="reading", total=len(opened), unit="item")
     lines, broken = report(seen, tasks)
     for line in lines:
         click.echo(line)

@@ -119,13 +119,12 @@ def export(
             cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
             lowrank.write(staged, cast, kind, shapes=shapes, metadata=about)
         if live is not None and plain is not None:
-            reader, read = reader_of(kind, shapes, written)
+            reader, read, in_weights = reader_of(kind, shapes, written)
             try:
                 loaded = read(staged, base)
                 found = answer(loaded, 1.0)
             except (ValueError, RuntimeError, KeyError, AssertionError) as error:
                 raise UserError(f"export {path}: {reader} cannot read it: {error}") from None
-            in_weights = reader.startswith("this package") or kind == "merged"
             rounding = ROUNDING[written if kind == "merged" else precision] if in_weights else 0
             weights_off, beyond = change_error(loaded, changes, weights, rounding)
             noise = max(NOISE[precision], NOISE[written] if kind == "merged" else 0)
@@ -331,8 +330,10 @@ Base = Callable[[], Transformer]
 Reader = Callable[[Path, Base], Transformer]
 
 
-def reader_of(kind: Format, shapes: lowrank.Shapes, written: torch.dtype) -> tuple[str, Reader]:
-    """Who reads a written file again, by name, and how."""
+def reader_of(
+    kind: Format, shapes: lowrank.Shapes, written: torch.dtype
+) -> tuple[str, Reader, bool]:
+    """Who reads a written file again, by name, how, and whether the change is in weights then."""
 
     def through_peft(path: Path, base: Base) -> Transformer:
         return PeftModel.from_pretrained(base(), path).get_base_model()
@@ -351,13 +352,14 @@ def reader_of(kind: Format, shapes: lowrank.Shapes, written: torch.dtype) -> tup
 
     inner = shapes["single_transformer_blocks.0.proj_out"][0]
     if kind == "kohya" and inner == FLUX_WIDTH:
-        return "diffusers", through_diffusers
+        return "diffusers", through_diffusers, False
+    us = "this package"
     return {
-        "peft": ("peft", through_peft),
-        "diffusers": ("diffusers", through_diffusers),
-        "merged": ("diffusers", as_model),
-        "kohya": ("this package (diffusers reads kohya's names at FLUX's width only)", ourselves),
-        "comfyui": ("this package (ComfyUI is no dependency)", ourselves),
+        "peft": ("peft", through_peft, False),
+        "diffusers": ("diffusers", through_diffusers, False),
+        "merged": ("diffusers", as_model, True),
+        "kohya": (f"{us} (diffusers reads kohya's names at FLUX's width only)", ourselves, True),
+        "comfyui": (f"{us} (ComfyUI is no dependency)", ourselves, True),
     }[kind]
 
 

@@ -97,10 +97,10 @@ def example_sheet(examples: list[Example]) -> Image.Image:
 
 def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
     """Different items of a source drawn by `seed`, each with all its pictures and its caption."""
-    drawn = np.random.default_rng(seed).permutation(min(len(source), 10**7))[:count]
+    rng = np.random.default_rng(seed)
     pages = []
-    for index in sorted(int(k) for k in drawn):
-        item = source.item(index)
+    for index in np.sort(rng.choice(len(source), min(count, len(source)), replace=False)):
+        item = source.item(int(index))
         roles = sorted(item.images, key=lambda role: (role != "target", role))
         title = f"{item.key}: {', '.join(roles)}. {' / '.join(item.texts.values())}"
         pages.append(draw_grid([[item.image(role) for role in roles]], title=title))

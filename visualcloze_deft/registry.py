@@ -30,8 +30,12 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "columns": (dict, list),
 }
 _FAMILY = {"each": str, "name": str, "without": list}
-_WORDS = {str: "text", dict: "table", list: "list", (str, list): "text or a list of texts"}
-_WORDS[(dict, list)] = "table of phrases or a list of roles"
+_WORDS: dict[object, str] = {
+    str: "text",
+    list: "list",
+    (str, list): "text or a list of texts",
+    (dict, list): "table of phrases or a list of roles",
+}
 
 Words = Callable[[Sequence[str]], str]
 """Chooses one of several phrases that mean the same."""
@@ -273,22 +277,26 @@ def load_roles(folders: Iterable[Path] = ()) -> Roles:
     """The shipped roles and sets, then those of `folders` that have any, which may replace them."""
     roles = Roles()
     for folder in (TASKS, *folders):
-        if not folder.is_dir():
-            raise UserError(f"task folder {folder}: no such folder")
-        if (folder / ROLES_FILE).is_file():
-            roles = roles | read_roles(folder / ROLES_FILE)
+        roles = roles | _roles_in(folder)
     return roles
+
+
+def _roles_in(folder: Path) -> Roles:
+    if not folder.is_dir():
+        raise UserError(f"task folder {folder}: no such folder")
+    path = folder / ROLES_FILE
+    return read_roles(path) if path.is_file() else Roles()
 
 
 def load_tasks(folders: Iterable[Path] = ()) -> dict[str, Task]:
     """All tasks by name, group by group: the shipped ones and those of `folders`.
 
-    No two may have one name.
+    No two may have one name. A folder's words do not change the tasks before it.
     """
-    own = tuple(folders)
+    roles = Roles()
     tasks: dict[str, Task] = {}
-    for k, folder in enumerate((TASKS, *own)):
-        roles = load_roles(own[:k])  # a folder's words do not change the tasks before it
+    for folder in (TASKS, *folders):
+        roles = roles | _roles_in(folder)
         for path in sorted(folder.glob("*.toml")):
             for task in read_tasks(path, roles) if path.name != ROLES_FILE else ():
                 if task.name in tasks:

@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 
 from visualcloze_deft.data.derive import missing
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.registry import Task
-
-SIZE = 512  # pixels that pictures are decoded at where their format can be decoded smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +40,21 @@ def look(source: Source, index: int) -> Seen:
     return Seen(key=item.key, sizes=sizes, faults=faults, texts=texts)
 
 
-def look_at_all(spec: str, *, workers: int) -> Iterator[Seen]:
-    """Every item of the source `spec`, in order, read by `workers` processes (0: by this one)."""
-    source = open_source(spec, size=SIZE, seed=0)
+def look_at_all(source: Source, *, workers: int) -> Iterator[Seen]:
+    """Every item of `source`, in order, read by `workers` processes (0: by this one)."""
     if workers == 0:
         yield from (look(source, index) for index in range(len(source)))
         return
-    with ProcessPoolExecutor(workers, initializer=_open, initargs=(spec,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_receive, initargs=(source,)) as pool:
         yield from pool.map(_look, range(len(source)), chunksize=8)
 
 
 _source: Source  # of a reading process
 
 
-def _open(spec: str) -> None:
+def _receive(source: Source) -> None:
     global _source
-    _source = open_source(spec, size=SIZE, seed=0)
+    _source = source
 
 
 def _look(index: int) -> Seen:

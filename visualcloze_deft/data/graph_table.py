@@ -16,26 +16,15 @@ import numpy as np
 import pyarrow.compute
 from PIL import Image
 
-from visualcloze_deft.data.graph200k import CONSISTENT, texts
+from visualcloze_deft.data.graph200k import CONSISTENT, ROLES, texts
 from visualcloze_deft.data.images import listing, read_encoded
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.errors import UserError
 
 COLUMNS = {  # column with pictures -> role
-    "target": "target",
-    "ref": "reference",
-    "sam2_mask": "segmentation",
-    "uniformer": "uniformer",
+    **{name: role for name, role in ROLES.items() if name not in ("reference", "mask", "bbox")},
     "qwen_2_5_mask": "object_masks",
     "qwen_2_5_bounding_box": "boxes",
-    "foreground": "mask",
-    "normal": "normal",
-    "depth": "depth",
-    "canny": "canny",
-    "hed": "hed",
-    "mlsd": "mlsd",
-    "openpose": "openpose",
-    "DepthEdit": "depth_edit",
     "FillEdit_image_0": "before",
     "InstantStyle_image_0": "style_image",
     "InstantStyle_ref_0": "style_reference",
@@ -67,19 +56,18 @@ class GraphTable:
         }
         words = [n for n in ("description", "quality_assessment") if n in table.column_names]
         self.words = table.select_columns(words) if words else None
-        self.roles: frozenset[str] = frozenset().union(*self.kinds)
+        self.there = {role: there(cells) for role, cells in self.cells.items()}
+        if "reference" in self.there:
+            self.there["reference"] &= self._consistent()
+        self.roles = frozenset(role for role, rows in self.there.items() if rows.any())
 
     def __len__(self) -> int:
         return len(self.table)
 
     @cached_property
     def kinds(self) -> dict[frozenset[str], Sequence[int]]:
-        """From which cells are empty, without reading a picture."""
-        there = {role: self._there(cells) for role, cells in self.cells.items()}
-        if "reference" in there:
-            there["reference"] = there["reference"] & self._consistent()
-        roles = list(there)
-        bits = sum(there[role].astype(np.int64) << k for k, role in enumerate(roles))
+        roles = list(self.there)
+        bits = sum(self.there[role].astype(np.int64) << k for k, role in enumerate(roles))
         found: dict[frozenset[str], Sequence[int]] = {}
         for pattern in np.unique(bits).tolist():
             own = frozenset(role for k, role in enumerate(roles) if pattern >> k & 1)
@@ -87,14 +75,12 @@ class GraphTable:
         return found
 
     def item(self, index: int) -> Item:
-        words = {} if self.words is None else self.words[index]
         images: dict[str, Callable[[], Image.Image]] = {
             role: partial(self._picture, role, index)
-            for role, cells in self.cells.items()
-            if cells[index][cells.column_names[0]] is not None
+            for role, rows in self.there.items()
+            if rows[index]
         }
-        if not consistent(words):
-            images.pop("reference", None)
+        words = {} if self.words is None else self.words[index]
         row = {"description": said(words.get("description")), "condition": {}}
         return Item(key=f"item {index}", images=images, texts=texts(row))
 
@@ -103,16 +89,20 @@ class GraphTable:
         cell = cells[index][cells.column_names[0]]
         return read_encoded(f"{self.place}, item {index}, {role}", cell["bytes"] or b"")
 
-    def _there(self, cells: datasets.Dataset) -> np.ndarray:
-        column = cells.with_format("arrow")[:][cells.column_names[0]]
-        found: np.ndarray = pyarrow.compute.is_valid(column).to_numpy()
-        return found
-
     def _consistent(self) -> np.ndarray:
-        if self.words is None or "quality_assessment" not in self.words.column_names:
+        """Whether each reference shows the target's subject."""
+        column = "quality_assessment"
+        if self.words is None or column not in self.words.column_names:
             return np.zeros(len(self), bool)
-        quality = self.words.select_columns(["quality_assessment"])
-        return np.array([consistent(row) for row in quality], bool)
+        levels = (said(cell).get("objectConsistency") for cell in self.words[:][column])
+        return np.array([isinstance(k, int | float) and k >= CONSISTENT for k in levels], bool)
+
+
+def there(cells: datasets.Dataset) -> np.ndarray:
+    """Which cells of a table of one column hold something, without reading it."""
+    column = cells.with_format("arrow")[:][cells.column_names[0]]
+    found: np.ndarray = pyarrow.compute.is_valid(column).to_numpy()
+    return found.copy()  # to be written to
 
 
 def open_table(where: str, split: str) -> datasets.Dataset:
@@ -155,9 +145,3 @@ def said(cell: object) -> Mapping[str, Any]:
         except ValueError:
             return {}
     return cell if isinstance(cell, dict) else {}
-
-
-def consistent(words: Mapping[str, object]) -> bool:
-    """Whether the reference shows the target's subject."""
-    found = said(words.get("quality_assessment")).get("objectConsistency")
-    return isinstance(found, int | float) and found >= CONSISTENT
