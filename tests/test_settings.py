@@ -8,6 +8,8 @@ import pytest
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import CONFIGS
+from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.rundir import mixture_of, weights_of
 from visualcloze_deft.settings import Run, config_for, load_run, parse_run, setting_names, write_run
 
 
@@ -21,7 +23,8 @@ def test_a_shipped_run_file_is_found_by_name_and_by_path(path: Path) -> None:
 
 
 def test_the_small_base_brings_its_run_file_and_other_models_do_not() -> None:
-    assert config_for(None) == config_for("tiny") == "tiny"
+    assert config_for(None) == config_for("tiny", ["scenes=9"]) == "tiny"
+    assert config_for(None, ["scenes", "folder=x"]) == "tiny-photos"
     assert load_run("tiny").model == "tiny"
     assert load_run(config_for("some/model")) == Run()
 
@@ -61,6 +64,28 @@ def test_an_override_sets_its_setting_and_nothing_else(override: str, value: obj
 
 def test_the_last_override_wins_also_over_the_file() -> None:
     assert load_run("tiny", ["steps=3", "steps=4"]).steps == 4
+
+
+def test_groups_and_patterns_do_not_weigh_what_is_named_itself() -> None:
+    known = load_tasks()
+    weights = {"*": 0.0, "depth-to-image": 3.0}
+
+    def weigh(tasks: str) -> dict[str, float]:
+        run = parse_run({"data": {"tasks": tasks, "weights": weights}}, where="")
+        return weights_of(run, known)
+
+    assert weigh("all") == dict.fromkeys(known, 0.0) | {"depth-to-image": 3.0}
+    assert weigh("deraining, depth-to-image=2") == {"deraining": 1.0, "depth-to-image": 6.0}
+    assert weigh("restoration*,deraining=2")["deraining"] == 2.0
+    assert set(weigh("all,-depth-to-image").values()) == {0.0}
+
+
+def test_a_task_of_weight_0_is_not_in_the_run() -> None:
+    run = parse_run({"data": {"weights": {"*": 0.0, "depth-to-image": 3.0}}}, where="")
+    assert set(mixture_of(run).tasks) == {"depth-to-image"}
+    run = parse_run({"data": {"weights": {"*": 0.0}}}, where="")
+    with pytest.raises(UserError, match="every task has weight 0"):
+        mixture_of(run)
 
 
 def test_a_weight_is_set_by_the_name_of_its_task() -> None:

@@ -67,7 +67,7 @@ def cli() -> None:
 @click.option("--resolution", type=int, help="Side of a square cell in pixels.")
 @click.option("--lr", type=float, help="Learning rate.")
 @click.option("--seed", type=int, help="Seed of everything random.")
-@click.option("--output", metavar="DIR", help="Run folder; default runs/demo.")
+@click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo.")
 @click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
@@ -96,7 +96,7 @@ def train(
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
-    config = config or config_for(options["model"])
+    config = config or config_for(options["model"], data)
     names = {
         "tasks": "data.tasks",
         "method": "adapter.method",
@@ -129,8 +129,10 @@ def train(
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
-    from visualcloze_deft.rundir import tasks_of
+    from visualcloze_deft.registry import load_tasks
+    from visualcloze_deft.rundir import weights_of
 
+    weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}
     for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
         by_group.setdefault(task.group, []).append(float(share))
@@ -140,8 +142,10 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
         many = f", {len(shares)} tasks" if len(shares) > 1 else ""
         click.echo(f"         {sum(shares):6.1%} {group}{many}")
-    if left_out := set(tasks_of(run)) - set(mixture.tasks):
-        click.echo(f"         without data, so left out: {len(left_out)} of 'vcdeft tasks list'")
+    if unweighted := sum(not weight for weight in weights.values()):
+        click.echo(f"         {unweighted} more have weight 0 here; --tasks NAME trains one")
+    if left_out := len(weights) - unweighted - len(mixture.tasks):
+        click.echo(f"         {left_out} more are left out: no data has their roles")
     click.echo(
         f"training {run.steps} steps of {processes} x {run.batch} x {run.accumulate} grids, "
         f"ZeRO-{run.zero}, into {run.output}"

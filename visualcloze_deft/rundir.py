@@ -61,7 +61,8 @@ PACKAGES = [
 
 
 def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
-    """The run's tasks over its sources. "all" means all tasks that the sources can serve.
+    """The run's tasks over its sources: those of a weight above 0, and of "all" and patterns those
+    that the sources can serve.
 
     held_out: over the items that `data.hold_out` keeps out of training, if it keeps any.
     """
@@ -77,8 +78,8 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
         sources = [Part(source, every=every, held_out=held_out) for source in sources]
     known = load_tasks(Path(folder) for folder in run.data.task_folders)
     weights = weights_of(run, known)
-    tasks = {name: known[name] for name in weights}
-    if held_out or leaves_out(run.data.tasks):
+    tasks = {name: known[name] for name, weight in weights.items() if weight > 0}
+    if tasks and (held_out or leaves_out(run.data.tasks)):
         tasks = {n: t for n, t in tasks.items() if any(len(Able(s, t)) for s in sources)}
         if not tasks:
             raise UserError(
@@ -101,20 +102,19 @@ def leaves_out(tasks: str) -> bool:
 
 
 def weights_of(run: Run, known: Mapping[str, Task]) -> dict[str, float]:
-    """How often each task of the run is drawn, relative to the others; where two keys of
-    `data.weights` name one task the later counts."""
+    """How often each task of the run is drawn, relative to the others.
+
+    Where two keys of `data.weights` name one task the later counts; a group or pattern there does
+    not weigh what `data.tasks` names by its own name.
+    """
+    named = {part.partition("=")[0].strip() for part in run.data.tasks.split(",")}
     given: dict[str, float] = {}
     for key, weight in run.data.weights.items():
         names = matching(known, key)
         if not names:
             raise UserError(f"data.weights names {key!r}; {nearest(key, known)}")
-        given |= dict.fromkeys(names, weight)
+        given |= {name: weight for name in names if name == key or name not in named}
     return {n: said * given.get(n, 1.0) for n, said in select(known, run.data.tasks).items()}
-
-
-def tasks_of(run: Run) -> dict[str, Task]:
-    known = load_tasks(Path(folder) for folder in run.data.task_folders)
-    return {name: known[name] for name in select(known, run.data.tasks)}
 
 
 def resolution_of(run: Run) -> int:

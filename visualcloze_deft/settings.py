@@ -89,8 +89,8 @@ class Data(_Section):
     task_folders: tuple[str, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Task, group or pattern -> how often a task is drawn, relative to 1; of several that name one
-    task the last counts, and tasks that are not trained do nothing."""
+    """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
+    that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
@@ -245,9 +245,12 @@ def write_run(run: Run, path: Path) -> None:
     staged.replace(path)
 
 
-def config_for(model: str | None) -> str | None:
-    """The shipped run file that holds where none is named: the small base has its own."""
-    return "tiny" if model in (None, "tiny") else None
+def config_for(model: str | None, sources: Sequence[str] = ()) -> str | None:
+    """The shipped run file that holds where none is named: the small base has two, one for scenes
+    and one for pictures of the user's own."""
+    if model not in (None, "tiny"):
+        return None
+    return "tiny-photos" if any(not s.startswith("scenes") for s in sources) else "tiny"
 
 
 def find_config(name: str) -> Path:
