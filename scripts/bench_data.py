@@ -1,24 +1,38 @@
-"""How fast grids are drawn: python scripts/bench_data.py --data folder=PATH [--data ...]
+"""How fast grids are drawn, sources opened, and how evenly tokens are dealt:
 
-One process: grids of 3 x 3 cells drawn by the mixture and built to strips, against the floor, a
-loop that only decodes the same pictures and resizes them to cells. Both take turns; medians of
-rounds. Then where the time goes.
+    python scripts/bench_data.py --data folder=PATH [--data ...]
+
+1. One process: grids of 3 x 3 cells drawn by the mixture and joined to strips, against the floor, a
+   loop that only decodes the same pictures and resizes them to cells. Both take turns; medians of
+   rounds. Then where the time goes.
+2. Tables of 20,000 and 200,000 made rows, each opened twice in a process of its own: seconds and
+   peak memory.
+3. How long eight processes wait for the one with most tokens, all tasks mixed.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import json
 import pstats
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 from visualcloze_deft import grid
+from visualcloze_deft.cells import cell_size
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import load_tasks, select
 from visualcloze_deft.settings import Recipe
 
@@ -29,15 +43,7 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=PATH")
-    parser.add_argument("--tasks", default="restoration-with-reference")
-    parser.add_argument("--resolution", type=int, default=384)
-    parser.add_argument("--grids", type=int, default=24, help="a round")
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def time_grids(options: argparse.Namespace) -> None:
     sources = [open_source(spec, size=options.resolution, seed=0) for spec in options.data]
     known = load_tasks()
     tasks = {name: known[name] for name in select(known, options.tasks)}
@@ -49,7 +55,7 @@ def main() -> None:
     def drawn() -> None:
         for index in range(first, first + options.grids):
             example = mixture[index]
-            grid.build(example.rows, resolution=options.resolution, hidden=example.hidden)
+            grid.join(example.rows, hidden=example.hidden)
 
     def floor() -> None:
         for index in range(first, first + options.grids):
@@ -58,7 +64,7 @@ def main() -> None:
                 for role in tasks[task].roles:
                     if role in items[key].images:
                         image = items[key].image(role)
-                        grid.fitted(image, grid.cell_size(image.size, options.resolution))
+                        grid.fitted(image, cell_size(image.size, options.resolution))
 
     spent: dict[str, list[float]] = {"drawn": [], "floor": []}
     for number in range(options.rounds + 1):
@@ -70,13 +76,102 @@ def main() -> None:
             if number:
                 spent[name].append(took)
     drawn_s, floor_s = (statistics.median(spent[name]) / options.grids for name in spent)
+    ratio = statistics.median(d / f for d, f in zip(*spent.values(), strict=True))
     cells = len(next(iter(tasks.values())).roles)
     print(f"{cells} columns, 3 rows, {options.resolution} px, one core: {1 / drawn_s:.1f} grids/s")
     print(f"decoding and resizing the same pictures: {1 / floor_s:.1f} grids/s")
-    print(f"drawn / floor: {drawn_s / floor_s:.2f}")
+    print(f"drawn / floor: {ratio:.2f}, median of {options.rounds} rounds")
     profile = cProfile.Profile()
     profile.runcall(drawn)
     pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+
+
+OPEN = """
+import resource, sys, time
+from pathlib import Path
+from visualcloze_deft.data import folder, graph200k, graph_table
+from visualcloze_deft.data.sources import open_source
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+source = open_source(sys.argv[1], size=384, seed=0, cache=Path(sys.argv[2]))
+source.kinds, source.item(len(source) - 1).image("target")
+took = time.perf_counter() - start
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(f"{len(source):9,} items {took:7.2f} s {grown:7.0f} MiB more")
+"""
+
+
+def time_opening(folder: Path, counts: tuple[int, ...]) -> None:
+    Image.new("RGB", (64, 64), "teal").save(folder / "a.png")
+    names = {"target": "a.png", "depth": "a.png", "canny": "a.png"}
+    for count in counts:
+        caption = "a teal square on nothing, number"
+        with (folder / f"{count}.jsonl").open("w") as file:
+            file.writelines(
+                json.dumps({**names, "caption": f"{caption} {k}"}) + "\n" for k in range(count)
+            )
+        rows = [
+            {
+                "quality_assessment": {"objectConsistency": 4},
+                "description": {"item": "a square", "description_0": f"{caption} {k}"},
+                "condition": names,
+            }
+            for k in range(count)
+        ]
+        (folder / f"data{count}.json").write_text(json.dumps(rows))
+    for kind, name in (("folder", "{}.jsonl"), ("graph200k", "data{}.json")):
+        for time_of in ("first", "again"):
+            for count in counts:
+                spec = f"{kind}={folder / name.format(count)}"
+                command = [sys.executable, "-c", OPEN, spec, str(folder / "index")]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                print(f"{kind:10} {time_of}: {done.stdout.strip()}")
+
+
+def deal(resolution: int, budget: int, steps: int) -> None:
+    tasks = load_tasks()
+    widest = max(len(task.roles) for task in tasks.values())
+    scenes = open_source("scenes", size=64, seed=0)
+    mixture = Mixture(
+        {name: t for name, t in tasks.items() if set(t.roles) <= scenes.roles},
+        [scenes],
+        seed=0,
+        resolution=resolution,
+    )
+    plan = Plan(world=8, accumulate=1, batch=1, budget=budget, tokens_of=mixture.tokens)
+    found = list(islice(plan.steps(0), steps))
+    counted = Plan(world=8, accumulate=1, batch=1, budget=0, tokens_of=mixture.tokens)
+    waits = []
+    for step in islice(counted.steps(0), steps):
+        sizes = [sum(map(mixture.tokens, part)) for part in step.parts]
+        waits.append(1 - sum(sizes) / (len(sizes) * max(sizes)))
+    grids = [step.examples / len(step.parts) for step in found]
+    print(f"{len(mixture.tasks)} tasks of up to {widest} columns at {resolution} px, 8 processes")
+    print(f"one grid each: {statistics.mean(waits):.1%} of the time is waiting")
+    print(
+        f"up to {budget} tokens each ({min(grids):.1f} to {max(grids):.1f} grids): "
+        f"{statistics.mean(step.idle for step in found):.1%}; padding: none, grids of one shape "
+        "share a call"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--tasks", default="restoration-with-reference")
+    parser.add_argument("--resolution", type=int, default=384)
+    parser.add_argument("--grids", type=int, default=24, help="a round")
+    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
+    parser.add_argument("--rows", type=int, default=200_000, help="of the larger made table")
+    parser.add_argument("--tokens", type=int, default=20_000, help="a process and step")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    time_grids(options)
+    with tempfile.TemporaryDirectory() as folder:
+        time_opening(Path(folder), (options.rows // 10, options.rows))
+    deal(options.resolution, options.tokens, steps=100)
 
 
 if __name__ == "__main__":

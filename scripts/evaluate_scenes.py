@@ -48,7 +48,7 @@ def complete(models: Models, examples: Sequence[Example], steps: int) -> list[Im
     made: list[Image.Image] = []
     for start in range(0, len(examples), BATCH):
         part = examples[start : start + BATCH]
-        grids = [grid.build(e.rows, resolution=models.resolution, hidden=e.hidden) for e in part]
+        grids = [grid.join(e.rows, hidden=e.hidden) for e in part]
         seeds = [e.index for e in part]
         found = generate(models, grids, [e.prompt for e in part], seeds=seeds, steps=steps)
         made += [images[0] for images in found]
@@ -57,7 +57,7 @@ def complete(models: Models, examples: Sequence[Example], steps: int) -> list[Im
 
 def reconstruct(models: Models, images: Sequence[Image.Image]) -> list[Image.Image]:
     side = models.resolution
-    pixels = torch.stack([grid.to_pixels(image, (side, side)) for image in images])
+    pixels = torch.stack([grid.to_pixels(grid.fitted(image, (side, side))) for image in images])
     return [grid.to_image(p) for p in models.decode_latents(models.encode_pixels(pixels))]
 
 

@@ -32,9 +32,11 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.batch import NEAREST
+from visualcloze_deft.cells import CELL_STEP
 from visualcloze_deft.data.render import COLOURS, SHAPES
 from visualcloze_deft.data.scenes import NOUNS, SURFACES
 from visualcloze_deft.folders import BASE
+from visualcloze_deft.prompt import Prompt
 
 WIDTH, HEADS = 256, 4
 AXES = (8, 28, 28)  # of a head's 64 values: row of the grid, y, x
@@ -92,8 +94,8 @@ def new_transformer(deviation: Tensor) -> FluxTransformer2DModel:
         for block in transformer.single_transformer_blocks:
             block.norm.linear.bias[2 * WIDTH :] = GATE
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            look_aside(block.attn, head=0, columns=-CELL // grid.CELL_STEP)
-            look_aside(block.attn, head=1, columns=CELL // grid.CELL_STEP)
+            look_aside(block.attn, head=0, columns=-CELL // CELL_STEP)
+            look_aside(block.attn, head=1, columns=CELL // CELL_STEP)
         look_aside(transformer.transformer_blocks[0].attn, head=2, columns=0)
     # 256 equal inputs say that a token is hidden: under Adam they would move together, 256 times
     # as fast as one. What they say at the start is enough.
@@ -197,7 +199,7 @@ class Bank:
             shard = load_file(path)
             with safe_open(path, "pt") as file:
                 notes = json.loads(file.metadata()["notes"])
-            columns = shard["clean"].shape[2] // (CELL // grid.CELL_STEP) ** 2
+            columns = shard["clean"].shape[2] // (CELL // CELL_STEP) ** 2
             for k, note in enumerate(notes):
                 if note["task"] == ADAPTERS and note["sentence"]:
                     continue
@@ -249,7 +251,7 @@ def draw(bank: Bank, step: int) -> tuple[grid.Latents, Tensor, Tensor, list[str]
         said = chosen["content"][order[-1]]
         content = said if keep_content and not silent else ""
         settled.append(content == said and not any(name in chosen["task"] for name in OPEN))
-        prompts.append(grid.prompt(rows, columns, task=task, content=content))
+        prompts.append(str(Prompt(rows=rows, columns=columns, task=task, content=content)))
     latents = grid.Latents(
         clean=torch.stack(clean).float(),
         seen=torch.stack(seen).float(),

@@ -36,6 +36,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.sample import denoise
 
 SHARDS = range(30_000, 30_007)  # far from those of the bank
@@ -70,7 +71,7 @@ def settled_strips(shard: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         if words["sentence"] and not is_open and len(drawn[0].widths[0]) == 2:
             grids += drawn
             prompts += [
-                grid.prompt(1, 2, task=words["sentence"], content=content)
+                str(Prompt(rows=1, columns=2, task=words["sentence"], content=content))
                 for content in words["content"]
             ]
     if not grids:

@@ -37,7 +37,7 @@ from transformers import (
 
 from visualcloze_deft.data.render import COLOURS, SHAPES
 from visualcloze_deft.data.scenes import Scenes, caption, draw_scene
-from visualcloze_deft.grid import CONTENT_PREFIX, layout_sentence, prompt
+from visualcloze_deft.prompt import CONTENT_PREFIX, Prompt, layout_sentence
 from visualcloze_deft.registry import Task
 
 T5_VOCABULARY = 512
@@ -249,7 +249,8 @@ def draw_prompt(
     order = task.roles if rng.random() < 0.7 else task.roles[::-1]
     text = caption(scene) if rng.random() < 0.5 else scene.instruction
     sentence = task.sentence(order)
-    whole = prompt(1 + int(rng.integers(3)), len(order), task=sentence, content=text)
+    rows = 1 + int(rng.integers(3))
+    whole = str(Prompt(rows=rows, columns=len(order), task=sentence, content=text))
     answers = torch.full((MAX_TOKENS, len(MEANINGS)), -1)
     tokens = t5.tokenize(whole)
     n = len(tokens) - len(t5.tokenize(text))  # the content comes last

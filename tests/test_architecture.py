@@ -38,7 +38,9 @@ def imports(module: str) -> set[str]:
     [
         ("errors", set()),
         ("folders", set()),
-        ("grid", {"errors"}),
+        ("cells", set()),
+        ("prompt", set()),
+        ("grid", {"cells", "errors"}),
         ("flow", set()),
         ("data.render", set()),
     ],

@@ -14,12 +14,16 @@ from diffusers.pipelines.visualcloze.pipeline_visualcloze_generation import (
     VisualClozeGenerationPipeline,
 )
 from diffusers.pipelines.visualcloze.visualcloze_utils import VisualClozeProcessor
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.batch import encode_grids
+from visualcloze_deft.cells import cell_size, row_sizes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
+from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WIDE, TALL, SQUARE = (96, 64), (50, 90), (70, 70)
@@ -138,7 +142,7 @@ def test_cells_have_the_size_that_diffusers_gives_them(resolution: int) -> None:
         if max(size) / min(size) <= 20:
             image = Image.new("1", size)
             _, [[[height, width]]], _ = processor.preprocess_image([[image]], 8)
-            assert grid.cell_size(size, resolution) == (width, height), size
+            assert cell_size(size, resolution) == (width, height), size
 
 
 def test_cells_of_whole_ratios_have_the_size_that_diffusers_gives_them() -> None:
@@ -150,18 +154,18 @@ def test_cells_of_whole_ratios_have_the_size_that_diffusers_gives_them() -> None
         new_height = int((resolution * resolution / aspect) ** 0.5)
         new_width = int(new_height * aspect)
         theirs = max(new_width // 16, 1) * 16, max(new_height // 16, 1) * 16
-        assert grid.cell_size((width, height), resolution) == theirs, (width, height)
+        assert cell_size((width, height), resolution) == theirs, (width, height)
 
 
 @pytest.mark.parametrize(("rows", "columns"), list(product((1, 2, 3), (1, 2, 4))))
 def test_the_layout_is_said_in_the_words_of_diffusers(rows: int, columns: int) -> None:
     (theirs,) = VisualClozeProcessor().get_layout_prompt((rows, columns))
-    assert grid.layout_sentence(rows, columns) == theirs
+    assert layout_sentence(rows, columns) == theirs
 
 
 def test_the_content_is_said_in_the_words_of_diffusers() -> None:
     source = inspect.getsource(VisualClozeGenerationPipeline.encode_prompt)
-    assert f'f"{grid.CONTENT_PREFIX} {{prompt}}"' in source
+    assert f'f"{CONTENT_PREFIX} {{prompt}}"' in source
 
 
 # ---- taking apart what was put together
@@ -179,7 +183,7 @@ def test_pack_and_unpack_are_inverse() -> None:
 @pytest.mark.parametrize("size", [WIDE, TALL, SQUARE, (1, 1)])
 def test_to_pixels_and_to_image_are_inverse(size: tuple[int, int]) -> None:
     image = noise(size)
-    pixels = grid.to_pixels(image, size)
+    pixels = grid.to_pixels(grid.fitted(image, size))
     assert pixels.shape == (3, size[1], size[0])
     assert (pixels.min() >= -1) & (pixels.max() <= 1)
     assert grid.to_image(pixels).tobytes() == image.tobytes()
@@ -187,13 +191,14 @@ def test_to_pixels_and_to_image_are_inverse(size: tuple[int, int]) -> None:
 
 def test_black_is_blank_and_white_is_one() -> None:
     for colour, value in (("black", grid.BLANK), ("white", 1.0)):
-        assert (grid.to_pixels(Image.new("RGB", (16, 16), colour), (16, 16)) == value).all()
+        assert (grid.to_pixels(Image.new("RGB", (16, 16), colour)) == value).all()
 
 
 def test_an_image_of_another_shape_is_cropped_evenly() -> None:
     image = Image.new("RGB", (64, 32), "red")
     image.paste("blue", (16, 0, 48, 32))
-    assert (grid.to_pixels(image, (32, 32)) == torch.tensor([-1.0, -1, 1])[:, None, None]).all()
+    pixels = grid.to_pixels(grid.fitted(image, (32, 32)))
+    assert (pixels == torch.tensor([-1.0, -1, 1])[:, None, None]).all()
 
 
 def test_values_out_of_range_are_cut_off() -> None:
@@ -209,11 +214,51 @@ def test_a_strip_is_its_cells_side_by_side(rows: list[list[Image.Image | None]])
         cells = grid.cells(strip, widths)
         assert torch.equal(torch.cat(cells, dim=-1), strip)
         for image, cell in zip(row, cells, strict=True):
-            size = (cell.shape[2], cell.shape[1])
-            whole = (
-                torch.full_like(cell, grid.BLANK) if image is None else grid.to_pixels(image, size)
-            )
+            whole = torch.full_like(cell, grid.BLANK)
+            if image is not None:
+                whole = grid.to_pixels(grid.fitted(image, (cell.shape[2], cell.shape[1])))
             assert torch.equal(cell, whole)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(32, 4000), st.integers(32, 4000)), min_size=1, max_size=4),
+    resolution=st.sampled_from([64, 384, 512]),
+)
+def test_cells_of_their_own_shape_share_a_height_and_the_area_of_the_row(
+    sizes: list[tuple[int, int]], resolution: int
+) -> None:
+    sizes = [(w, h) for w, h in sizes if 0.5 <= w / h <= 2] or [(64, 64)]
+    found = row_sizes(sizes, resolution, "own")
+    [height] = {cell[1] for cell in found}
+    assert {side % 16 for cell in found for side in cell} == {0}
+    area = len(found) * resolution**2
+    wide, many = sum(width for width, _ in found), len(found)
+    rounded = 17 * wide + 9 * height * many + 256 * many  # 8 pixels of height, 8 of each width
+    assert abs(wide * height - area) <= rounded
+    for (width, _), (w, h) in zip(found, sizes, strict=True):
+        assert abs(width - height * w / h) <= 8 or width == 16
+
+
+def test_square_cells_are_square_whatever_the_pictures() -> None:
+    assert row_sizes([WIDE, None, TALL], 64, "square") == [(64, 64)] * 3
+
+
+def test_a_target_of_its_own_shape_takes_that_of_the_example_above() -> None:
+    rows = [[noise(WIDE), noise(TALL)], [noise(SQUARE), None]]
+    built = grid.build(rows, resolution=64, cells="own")
+    (_, tall), (square, made) = built.widths
+    heights = [height for height, _ in built.shape]
+    assert tall < heights[0]
+    assert made < heights[1] == square
+
+
+def test_joined_cells_are_taken_as_they_are() -> None:
+    rows = [[noise((32, 48)), noise((64, 48))]]
+    built = grid.join(rows, hidden=[False, True])
+    assert built.widths == ((32, 64),)
+    assert torch.equal(built.strips[0][:, :, :32], grid.to_pixels(rows[0][0]))
+    assert built.hidden[0][:, :, 32:].all()
+    assert not built.hidden[0][:, :, :32].any()
 
 
 def test_only_missing_cells_are_hidden_and_only_hidden_ones_are_blank() -> None:
@@ -232,7 +277,7 @@ def test_a_hidden_column_is_known_to_the_strip_and_not_seen() -> None:
     rows = [[noise(seed=1), noise(seed=2)]]
     built = grid.build(rows, resolution=64, hidden=[True, False])
     known, shown = (grid.cells(strips[0], built.widths[0]) for strips in (built.strips, built.seen))
-    assert torch.equal(known[0], grid.to_pixels(rows[0][0], (64, 64)))
+    assert torch.equal(known[0], grid.to_pixels(grid.fitted(rows[0][0], (64, 64))))
     assert (shown[0] == grid.BLANK).all()
     assert torch.equal(known[1], shown[1])
 
@@ -255,15 +300,6 @@ def test_every_token_has_an_id_of_its_own() -> None:
     assert len(ids) == len(ids.unique(dim=0)) == 8 + 8 + 1
     assert ids.min(dim=0).values.tolist() == [1, 0, 0]
     assert ids.max(dim=0).values.tolist() == [3, 3, 3]
-
-
-def test_empty_parts_of_the_text_are_left_out() -> None:
-    layout = grid.layout_sentence(2, 3)
-    assert grid.prompt(2, 3) == layout
-    assert grid.prompt(2, 3, task="Paint.") == f"{layout} Paint."
-    assert grid.prompt(2, 3, content="a cup").endswith(
-        f"images arranged side by side. {grid.CONTENT_PREFIX} a cup"
-    )
 
 
 # ---- what is no grid

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from visualcloze_deft import grid
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import read_requests, request
+from visualcloze_deft.prompt import Prompt, layout_sentence
 from visualcloze_deft.registry import load_tasks
 
 TASKS = load_tasks()
@@ -41,7 +41,7 @@ def test_null_is_what_is_generated_and_paths_are_relative_to_the_file(
 def test_the_prompt_holds_layout_task_and_content(grid_file: GridFile) -> None:
     [asked] = read_requests(grid_file(content_prompt="a cup"), TASKS, seed=None)
     sentence = TASKS["depth-to-image"].sentence()
-    assert asked.prompt == grid.prompt(2, 2, task=sentence, content="a cup")
+    assert asked.prompt == Prompt(rows=2, columns=2, task=sentence, content="a cup")
 
 
 def test_a_task_prompt_replaces_the_sentence_of_the_task(grid_file: GridFile) -> None:
@@ -54,7 +54,7 @@ def test_a_task_prompt_replaces_the_sentence_of_the_task(grid_file: GridFile) ->
 
 def test_without_task_and_prompt_the_examples_speak_alone(grid_file: GridFile) -> None:
     [asked] = read_requests(grid_file({"rows": [ROW, QUERY]}), TASKS, seed=None)
-    assert asked.prompt == grid.layout_sentence(2, 2)
+    assert str(asked.prompt) == layout_sentence(2, 2)
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,10 @@ def test_words_can_be_switched_on_and_off(
 def test_the_prompt_starts_with_the_layout() -> None:
     for example in drawn(count=20):
         rows, columns = len(example.rows), len(example.rows[0])
-        assert example.prompt.startswith(f"A grid layout with {rows} rows and {columns} columns")
-        assert example.task_sentence in example.prompt
-        assert example.content in example.prompt
+        said = str(example.prompt)
+        assert said.startswith(f"A grid layout with {rows} rows and {columns} columns")
+        assert example.task_sentence in said
+        assert example.content in said
 
 
 def test_tasks_are_drawn_alike_or_by_their_weights() -> None:

@@ -14,10 +14,12 @@ from PIL import Image
 
 from visualcloze_deft import InContextPipeline, grid, sample
 from visualcloze_deft.batch import encode_grids
+from visualcloze_deft.cells import cell_size
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import request
 from visualcloze_deft.models import load_models, merge_lora
+from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
 
 STEPS = 4
 
@@ -67,8 +69,8 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
     for height, width in built.shape:  # what diffusers drew for its known latents
         torch.randn(1, 16, height // 8, width // 8, generator=generator)
     noise = torch.randn(latents.seen.shape, generator=generator)
-    layout = (grid.layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
-    text, pooled = models.encode_text([f"{layout} {task} {grid.CONTENT_PREFIX} {content}"])
+    layout = (layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
+    text, pooled = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
     velocity = sample.velocity_of(models, latents, text, pooled, guidance=30.0)
     times, x = models.times(STEPS, noise.shape[1]), noise
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_several_targets_anywhere_come_back_in_order(pipe: InContextPipeline) ->
 def test_a_cell_keeps_the_aspect_of_its_row(pipe: InContextPipeline) -> None:
     wide = Image.new("RGB", (128, 64), "red")
     (image,) = pipe(rows=[[wide, None]], steps=1, resolution=64)
-    assert image.size == grid.cell_size((128, 64), 64)
+    assert image.size == cell_size((128, 64), 64)
     assert image.width > image.height
 
 
@@ -244,6 +246,7 @@ def test_a_folder_without_its_parts_is_refused(tmp_path: Path) -> None:
 
 
 def test_words_that_do_not_fit_are_named(pipe: InContextPipeline) -> None:
-    assert pipe.models.cut_text("a red ball") == ""
-    long = "red ball " * 40 + "green cone"
-    assert pipe.models.cut_text(long).endswith("green cone")
+    assert pipe.models.unread("a red ball") == {}
+    unread = pipe.models.unread("red ball " * 40 + "green cone")
+    assert unread["T5"].endswith("green cone")
+    assert unread["CLIP"].endswith("green cone")

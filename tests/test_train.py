@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import Share, learning_rate_factor
+from visualcloze_deft.train import learning_rate_factor
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
@@ -80,7 +81,7 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     optimiser = torch.optim.AdamW(rates_of, betas=run.optimiser.betas, weight_decay=0.0)
     rates = [group["lr"] for group in optimiser.param_groups]
     loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0, rollout=True)
-    draws = Draws(rundir.mixture_of(run), models.resolution)
+    draws = Draws(rundir.mixture_of(run))
     plain = []
     for step in range(run.steps):
         factor = learning_rate_factor(step, run.steps, run.optimiser)
@@ -102,6 +103,21 @@ def test_zero2_on_two_processes_follows_plain_training(two_processes: Path) -> N
     assert losses(two_processes) == pytest.approx(plain, rel=1e-5)
     for name, tensor in adapter.items():
         torch.testing.assert_close(adapter_of(two_processes)[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_the_others(micro_model: Path) -> None:
+    """Of those that are led, whose loss takes a step of the model's own, and those that are not."""
+    models = load_models(str(micro_model))
+    run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image"])
+    draws = Draws(rundir.mixture_of(run))
+    drawn = [draws[index] for index in range(12)]
+    groups = encode(models, drawn, seed=0, rollout=0.5)
+    led = torch.cat([group.start > group.t for group in groups])
+    assert 0 < led.sum() < len(led)
+    loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0, rollout=True)
+    alone = [group.some(torch.tensor([k])) for group in groups for k in range(len(group.t))]
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(groups), loss_of(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_training_moves_p_and_r(micro_model: Path, two_processes: Path) -> None:
@@ -265,19 +281,6 @@ def test_it_runs_unchanged_under_other_launchers(
     assert losses(output) == losses(two_processes)
 
 
-def test_every_example_is_seen_once_whatever_the_number_of_processes() -> None:
-    for world, batch, accumulate in [(1, 8, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2)]:
-        seen = [
-            index
-            for rank in range(world)
-            for indices in Share(
-                rank=rank, world=world, batch=batch, accumulate=accumulate
-            ).indices(3, 5)
-            for index in indices
-        ]
-        assert sorted(seen) == list(range(24, 40))
-
-
 def test_a_mistake_that_only_the_processes_find_is_one_line(
     micro_model: Path, tmp_path: Path
 ) -> None:
@@ -287,23 +290,66 @@ def test_a_mistake_that_only_the_processes_find_is_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_picture_found_by_a_reading_process_is_one_line(
-    micro_model: Path, tmp_path: Path
-) -> None:
-    """One damaged picture of four: only one of the two processes reads it first."""
+def run_with_damaged(
+    micro_model: Path, folder: Path, damaged: int, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """A run with reading processes on eight pairs of pictures, the first of them cut short."""
     for name in ("depth", "target"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(1, 5):
-            Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / f"{number}.png")
-    whole = (tmp_path / "data" / "target" / "1.png").read_bytes()
-    (tmp_path / "data" / "target" / "1.png").write_bytes(whole[:-20])
-    words = arguments(micro_model, tmp_path / "run", "--set", "data.workers=1", "--batch", "1")
-    words += ["--data", f"folder={tmp_path / 'data'}", "--tasks", "depth-to-image"]
-    done = vcdeft(*words, "--set", "data.recipe.examples=[1]")
+        (folder / "data" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (32, 32)).save(folder / "data" / name / f"{number}.png")
+    for number in range(damaged):
+        path = folder / "data" / "target" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:-20])
+    words = arguments(micro_model, folder / "run", "--set", "data.workers=1", *more)
+    words += ["--data", f"folder={folder / 'data'}", "--tasks", "depth-to-image"]
+    return vcdeft(*words)
+
+
+def test_what_cannot_be_read_is_replaced_and_listed(micro_model: Path, tmp_path: Path) -> None:
+    done = run_with_damaged(micro_model, tmp_path, 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    listed = (tmp_path / "run" / rundir.SKIPPED).read_text().splitlines()
+    assert {json.loads(line)["item"] for line in listed} == {"0"}
+    assert "0.png" in json.loads(listed[0])["why"]
+    assert f"{len(listed)} items could not be read and were replaced" in done.stderr
+    mixture = rundir.mixture_of(load_run(str(tmp_path / "run" / rundir.SETTINGS)))
+    skipped = [i for i in range(16) for _ in mixture[i].skipped]
+    assert sorted(json.loads(line)["example"] for line in listed) == skipped
+
+
+@pytest.mark.parametrize(("damaged", "more"), [(1, ["--batch", "40"]), (8, [])])
+def test_too_much_that_cannot_be_read_stops_the_run_with_one_line(
+    micro_model: Path, tmp_path: Path, damaged: int, more: list[str]
+) -> None:
+    done = run_with_damaged(micro_model, tmp_path, damaged, *more)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("vcdeft: ")]
-    assert "1.png" in line
+    said = "cannot be read, the last" if damaged == 8 else "more than data.skip_at_most = 0.02"
+    assert said in line
+    assert ".png" in line
     assert "Traceback" not in done.stderr
+
+
+def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    """Two processes of one part each, and one process of two parts stopped half way."""
+    budget = ["--set", "batch_tokens=40", "--tasks", "depth-to-image,object-insertion"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = arguments(micro_model, two, *budget)
+    assert vcdeft(*words).returncode == 0
+    words = arguments(micro_model, one, *budget, "--processes", "1", "--set", "accumulate=2")
+    assert vcdeft(*words, "--set", "save_every=1").returncode == 0
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+    seen = [json.loads(line) for line in (two / rundir.METRICS).read_text().splitlines()]
+    assert len({line["examples"] - before["examples"] for before, line in pairwise(seen)}) > 1
+    assert all(0 < line["tokens"] <= 80 and 0 <= line["idle"] < 1 for line in seen)
+    shutil.rmtree(one / "adapter")
+    shutil.rmtree(max((one / "checkpoints").iterdir()))
+    whole = losses(one)
+    assert vcdeft("train", "--output", str(one), "--resume").returncode == 0
+    assert losses(one) == whole
 
 
 def test_a_run_that_saved_nothing_can_be_started_again(micro_model: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ Axes: b batch, n tokens, l text tokens, d text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from visualcloze_deft import flow, grid
-from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.mixture import Mixture, Skipped
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
+from visualcloze_deft.plan import Plan
+from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.settings import Times
 
 NEAREST = 0.1  # time below which no sample is a rollout: an error there would be divided by t
@@ -29,7 +32,8 @@ class Drawn:
     index: int
     task: str
     grid: grid.Grid
-    prompt: str
+    prompt: Prompt
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,26 @@ class Group:
     text: Tensor
     pooled: Tensor
 
+    def some(self, places: Tensor) -> Group:
+        """The samples at `places`, a tensor of whole numbers."""
+        latents = self.latents
+        chosen = places.tolist()
+        return Group(
+            indices=tuple(self.indices[k] for k in chosen),
+            tasks=tuple(self.tasks[k] for k in chosen),
+            latents=replace(
+                latents,
+                clean=latents.clean[places],
+                seen=latents.seen[places],
+                mask=latents.mask[places],
+            ),
+            noise=self.noise[places],
+            t=self.t[places],
+            start=self.start[places],
+            text=self.text[places],
+            pooled=self.pooled[places],
+        )
+
 
 class Draws(Dataset[Drawn | UserError]):
     """A mixture's examples in pixels: what reading processes compute.
@@ -54,17 +78,37 @@ class Draws(Dataset[Drawn | UserError]):
     wrapped in that process's traceback.
     """
 
-    def __init__(self, mixture: Mixture, resolution: int) -> None:
+    def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
-        self.resolution = resolution
 
     def __getitem__(self, index: int) -> Drawn | UserError:
         try:
             example = self.mixture[index]
-            built = grid.build(example.rows, resolution=self.resolution, hidden=example.hidden)
+            built = grid.join(example.rows, hidden=example.hidden)
         except UserError as error:
             return error
-        return Drawn(index=index, task=example.task, grid=built, prompt=example.prompt)
+        return Drawn(
+            index=index,
+            task=example.task,
+            grid=built,
+            prompt=example.prompt,
+            skipped=example.skipped,
+        )
+
+
+class Own:
+    """The index lists of one process, part after part, as a `DataLoader` reads them."""
+
+    def __init__(self, plan: Plan, *, first: int, steps: int, rank: int) -> None:
+        self.plan = plan
+        self.first = first
+        self.steps = steps
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in islice(self.plan.steps(self.first), self.steps):
+            for part in step.parts[self.rank :: self.plan.world]:
+                yield list(part)
 
 
 def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> grid.Latents:

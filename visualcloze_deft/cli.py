@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,12 @@ import click
 from visualcloze_deft.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from visualcloze_deft.cells import Cells
     from visualcloze_deft.data.mixture import Mixture
     from visualcloze_deft.export import Format
     from visualcloze_deft.modelfolder import Bits
+    from visualcloze_deft.prompt import ClipText
+    from visualcloze_deft.registry import Task
     from visualcloze_deft.settings import Run
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -130,7 +134,7 @@ def train(
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
     from visualcloze_deft.registry import load_tasks
-    from visualcloze_deft.rundir import weights_of
+    from visualcloze_deft.rundir import plan_of, weights_of
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}
@@ -146,10 +150,16 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         click.echo(f"         {unweighted} more have weight 0 here; --tasks NAME trains one")
     if left_out := len(weights) - unweighted - len(mixture.tasks):
         click.echo(f"         {left_out} more are left out: no data has their roles")
+    part = f"{run.batch_tokens} tokens" if run.batch_tokens else f"{run.batch} grids"
     click.echo(
-        f"training {run.steps} steps of {processes} x {run.batch} x {run.accumulate} grids, "
+        f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
         f"ZeRO-{run.zero}, into {run.output}"
     )
+    if run.batch_tokens:
+        steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
+        grids = [step.examples / len(step.parts) for step in steps]
+        idle = sum(step.idle for step in steps) / len(steps)
+        click.echo(f"         {min(grids):.1f} to {max(grids):.1f} grids a batch, {idle:.1%} idle")
 
 
 @cli.command(context_settings=CONTEXT)
@@ -164,6 +174,16 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     show_default=True,
     help="What the blocks are kept in; needs bitsandbytes.",
 )
+@click.option(
+    "--clip-text",
+    type=click.Choice(["fit", "original"]),
+    help="Which part of a long text CLIP reads; default: as the adapter was trained.",
+)
+@click.option(
+    "--cells",
+    type=click.Choice(["row", "own", "square"]),
+    help="Shape of cells: their row's first picture's, their own; default: as the adapter's.",
+)
 @click.option("--output", default="outputs", show_default=True, metavar="DIR")
 @click.option("--seed", type=int, help="Replaces the seeds of the file.")
 @click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
@@ -176,6 +196,8 @@ def infer(
     lora: str | None,
     adapter: str | None,
     quantise: Bits,
+    clip_text: ClipText | None,
+    cells: Cells | None,
     output: str,
     seed: int | None,
     steps: int,
@@ -198,6 +220,8 @@ def infer(
         lora=lora,
         adapter=Path(adapter) if adapter else None,
         quantise=quantise,
+        clip_text=clip_text,
+        cells=cells,
         seed=seed,
         steps=steps,
         guidance=guidance,
@@ -339,8 +363,16 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 @tasks.command("show", context_settings=CONTEXT)
 @click.argument("name")
 @FOLDERS
-def show_task(name: str, folders: tuple[str, ...]) -> None:
-    """What task NAME shows, generates and says, and which data it can be made from."""
+@click.option(
+    "--model", help="Also: what its text encoders read and cut; 'tiny', folder or hub id."
+)
+@click.option("--content", default="", metavar="TEXT", help="A content sentence, with --model.")
+def show_task(name: str, folders: tuple[str, ...], model: str | None, content: str) -> None:
+    """What task NAME shows, generates and says, and which data it can be made from.
+
+    \b
+    vcdeft tasks show depth-to-image --model tiny --content "a red mug on a table"
+    """
     from visualcloze_deft.data.derive import missing
     from visualcloze_deft.data.sources import ROLES_OF
     from visualcloze_deft.registry import load_tasks
@@ -360,6 +392,28 @@ def show_task(name: str, folders: tuple[str, ...]) -> None:
         click.echo(f"  and       the {task.content} of what is generated")
     able = [source for source, roles in ROLES_OF.items() if not missing(task.roles, roles)]
     click.echo(f"  data      {', '.join([*able, 'folder'])} (where its items have these roles)")
+    if model is not None:
+        show_text(task, model, content)
+
+
+def show_text(task: Task, model: str, content: str) -> None:
+    """What each text encoder of `model` reads of a grid of two rows, and what it does not."""
+    from visualcloze_deft.models import load_tokenizers, text_length
+    from visualcloze_deft.prompt import Prompt, clip_text, fits, unread
+
+    clip, t5 = load_tokenizers(model)
+    whole = Prompt(rows=2, columns=len(task.roles), task=task.sentence(), content=content)
+    read = [
+        ("T5", t5, text_length(t5), str(whole)),
+        ("CLIP", clip, clip.model_max_length, clip_text(whole, fits(clip))),
+        ("CLIP, original order", clip, clip.model_max_length, str(whole)),
+    ]
+    for encoder, tokenizer, length, text in read:
+        count = len(tokenizer(text, verbose=False).input_ids)
+        click.echo(f"{encoder}: {count} tokens, reads {min(count, length)} of at most {length}")
+        click.echo(f"  {text}")
+        if lost := unread(tokenizer, text, length):
+            click.echo(f"  lost: {lost}")
 
 
 @tasks.command("check", context_settings=CONTEXT)

@@ -1,4 +1,4 @@
-"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips, tokens, ids, text, and back.
+"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips, tokens, ids, and back.
 
 A row joined side by side is a strip; every strip is encoded as one picture and stays a sequence of
 its own. Axes: b batch, c channels, h w pixels or latents, p q patch (2 x 2), i j pixels of one
@@ -16,11 +16,9 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from visualcloze_deft.cells import CELL_STEP, PATCH, VAE_SCALE, Cells, row_sizes
 from visualcloze_deft.errors import UserError
 
-VAE_SCALE = 8  # pixels a side per latent, FLUX's autoencoder
-PATCH = 2  # latents a side per token
-CELL_STEP = VAE_SCALE * PATCH
 BLANK = -1.0  # what a hidden cell shows: black, as in diffusers' VisualClozeProcessor
 
 Row = Sequence[Image.Image | None]
@@ -72,23 +70,6 @@ class Latents:
         return self.mask.mean(dim=-1)
 
 
-def cell_size(image_size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) of a cell: area near `resolution` squared, sides divisible by 16.
-
-    The same rounding as diffusers' VisualClozeProcessor.
-
-    >>> cell_size((640, 480), 384)
-    (432, 320)
-    """
-    width, height = image_size
-    new_height = int((resolution**2 * height / width) ** 0.5)
-    new_width = int(new_height * width / height)
-    return (
-        max(new_width // CELL_STEP, 1) * CELL_STEP,
-        max(new_height // CELL_STEP, 1) * CELL_STEP,
-    )
-
-
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resized to cover `size` (width, height), the rest cropped evenly."""
     if image.size == size:
@@ -96,9 +77,9 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) in -1..1; `fitted` to `size`."""
-    values = np.array(fitted(image, size).convert("RGB"))
+def to_pixels(image: Image.Image) -> Tensor:
+    """(3, h, w) in -1..1."""
+    values = np.array(image.convert("RGB"))
     return torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -125,25 +106,49 @@ def check_rows(rows: Sequence[Row]) -> None:
         raise UserError("the grid shows no image at all; give at least one")
 
 
-def build(rows: Sequence[Row], *, resolution: int, hidden: Sequence[bool] | None = None) -> Grid:
-    """Rows of images to a `Grid`. A row takes its size from its first image.
+def build(
+    rows: Sequence[Row],
+    *,
+    resolution: int,
+    hidden: Sequence[bool] | None = None,
+    cells: Cells = "row",
+) -> Grid:
+    """Rows of pictures of any size to a `Grid`, see `row_sizes`.
 
-    `hidden` marks the columns to hide in the last row; by default those that are None. A query
-    row without any image takes the size of the row above.
+    `hidden` marks the columns to hide in the last row; by default those that are None.
     """
-    hidden = hidden or [image is None for image in rows[-1]]
+    found: list[list[Image.Image]] = []
+    sizes: list[tuple[int, int]] = []
+    for row in rows:
+        sizes = row_sizes(
+            [image.size if image else None for image in row], resolution, cells, sizes
+        )
+        found.append(
+            [
+                Image.new("RGB", size) if image is None else fitted(image, size)
+                for image, size in zip(row, sizes, strict=True)
+            ]
+        )
+    return join(found, hidden=hidden or [image is None for image in rows[-1]])
+
+
+def join(rows: Sequence[Sequence[Image.Image]], *, hidden: Sequence[bool]) -> Grid:
+    """Rows of cells, those of a row of one height, to a `Grid`; `hidden` marks columns of the
+    last."""
     strips, masks, widths = [], [], []
-    size = (resolution, resolution)
     for r, row in enumerate(rows):
-        known = [image for image in row if image is not None]
-        size = cell_size(known[0].size, resolution) if known else size
-        width, height = size
-        blank = torch.full((3, height, width), BLANK)
-        cells = [blank if image is None else to_pixels(image, size) for image in row]
         marks = hidden if r == len(rows) - 1 else [False] * len(row)
-        strips.append(torch.cat(cells, dim=2))
-        masks.append(torch.cat([torch.full((1, height, width), float(m)) for m in marks], dim=2))
-        widths.append((width,) * len(row))
+        strips.append(torch.cat([to_pixels(image) for image in row], dim=2))
+        masks.append(
+            torch.cat(
+                [
+                    torch.full((1, image.height, image.width), float(mark))
+                    for image, mark in zip(row, marks, strict=True)
+                ],
+                dim=2,
+            )
+        )
+        widths.append(tuple(image.width for image in row))
     return Grid(strips=tuple(strips), hidden=tuple(masks), widths=tuple(widths))
 
 
@@ -185,20 +190,3 @@ def position_ids(shape: Sequence[tuple[int, int]]) -> Tensor:
         )
         rows.append(torch.stack([torch.full_like(y, index), y, x], dim=-1).reshape(-1, 3))
     return torch.cat(rows).float()
-
-
-def layout_sentence(rows: int, columns: int) -> str:
-    """VisualCloze's first sentence, word for word what its released weights were trained on."""
-    return (
-        f"A grid layout with {rows} rows and {columns} columns, "
-        f"displaying {rows * columns} images arranged side by side."
-    )
-
-
-CONTENT_PREFIX = "The last image of the last row depicts:"  # VisualCloze's words
-
-
-def prompt(rows: int, columns: int, *, task: str = "", content: str = "") -> str:
-    """The whole text of a grid: layout, task and content sentence; empty parts are left out."""
-    depicts = f"{CONTENT_PREFIX} {content}" if content else ""
-    return " ".join(part for part in (layout_sentence(rows, columns), task, depicts) if part)

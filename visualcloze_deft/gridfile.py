@@ -13,6 +13,7 @@ from PIL import Image
 from visualcloze_deft import grid
 from visualcloze_deft.data.images import as_rgb, read_image
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.registry import Task
 
 _KEYS: dict[str, tuple[type, ...]] = {
@@ -39,9 +40,10 @@ class Request:
     seed: int
 
     @property
-    def prompt(self) -> str:
-        return grid.prompt(
-            len(self.rows), len(self.rows[0]), task=self.task_prompt, content=self.content_prompt
+    def prompt(self) -> Prompt:
+        rows, columns = len(self.rows), len(self.rows[0])
+        return Prompt(
+            rows=rows, columns=columns, task=self.task_prompt, content=self.content_prompt
         )
 
     @property

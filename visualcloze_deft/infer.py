@@ -11,13 +11,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft import grid
+from visualcloze_deft.cells import CELL_STEP, Cells
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests
 from visualcloze_deft.modelfolder import WEIGHTS, Bits, fingerprint, told_by
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.pipeline import InContextPipeline
+from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.sheet import draw_grid
 
@@ -32,6 +33,8 @@ def infer(
     lora: str | None,
     adapter: Path | None,
     quantise: Bits,
+    clip_text: ClipText | None,
+    cells: Cells | None,
     seed: int | None,
     steps: int,
     guidance: float,
@@ -45,12 +48,18 @@ def infer(
     """
     if not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: give a number, e.g. 30")
-    if resolution is not None and resolution % grid.CELL_STEP:
-        raise UserError(f"--resolution {resolution}: give a multiple of {grid.CELL_STEP}")
+    if resolution is not None and resolution % CELL_STEP:
+        raise UserError(f"--resolution {resolution}: give a multiple of {CELL_STEP}")
     requests = read_requests(examples, load_tasks(map(Path, task_folders)), seed=seed)
     output_folder(output)
     pipe = InContextPipeline.from_pretrained(
-        model, adapter=adapter, lora=lora, quantise=quantise, task_folders=task_folders
+        model,
+        adapter=adapter,
+        lora=lora,
+        quantise=quantise,
+        clip_text=clip_text,
+        cells=cells,
+        task_folders=task_folders,
     )
     shared: dict[str, object] = {
         "model": model,
@@ -61,6 +70,8 @@ def infer(
         "dtype": str(pipe.models.transformer.dtype).removeprefix("torch."),
         "device": pipe.models.device.type,
         "quantise": quantise,
+        "clip_text": pipe.models.clip_text,
+        "cells": pipe.cells,
         "steps": steps,
         "guidance": guidance,
         "resolution": resolution or pipe.models.resolution,
@@ -75,8 +86,8 @@ def infer(
     first = 1 + max((leading_number(path.name) for path in output.iterdir()), default=0)
     with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
         for number, asked in enumerate(requests, first):
-            if cut := pipe.models.cut_text(asked.prompt):
-                tqdm.write(f"grid {number}: the model does not read the end of its text: {cut}")
+            for encoder, words in pipe.models.unread(asked.prompt).items():
+                tqdm.write(f"grid {number}: {encoder} does not read the end of its text: {words}")
             images = pipe.complete(
                 asked, steps=steps, guidance=guidance, resolution=resolution, step=bar.update
             )
@@ -112,7 +123,7 @@ def write(
     )
     recipe = {
         "images": [path.name for path in paths],
-        "prompt": asked.prompt,
+        "prompt": str(asked.prompt),
         "task": asked.task,
         "task_prompt": asked.task_prompt,
         "content_prompt": asked.content_prompt,

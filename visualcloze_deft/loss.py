@@ -42,15 +42,26 @@ class GridLoss(nn.Module):
         latents, t, start = group.latents, group.t, group.start
         noisy = flow.interpolate(latents.clean, group.noise, start)
         target = flow.velocity(latents.clean, group.noise)
-        if self.rollout:  # in every process alike: ZeRO-3 gathers weights in each call
-            with torch.no_grad():
-                guess = self.velocity(group, noisy, start).float()
-            noisy = noisy + (t - start)[:, None, None] * guess
+        if self.rollout:
+            noisy = noisy + (t - start)[:, None, None] * self.guess(group, noisy)
             led = flow.velocity_to(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)
         predicted = self.velocity(group, noisy, t)
         weight = latents.is_target + self.context_weight * (1 - latents.is_target)
         return flow.velocity_error(predicted, target, weight)
+
+    @torch.no_grad()
+    def guess(self, group: Group, noisy: Tensor) -> Tensor:
+        """The velocity of samples that are led, 0 for the others.
+
+        At least one is asked for: under ZeRO-3 the call gathers weights from every process.
+        """
+        led = (group.start > group.t).nonzero().flatten()
+        led = led if len(led) else led.new_zeros(1)
+        some = group.some(led)
+        guess = torch.zeros_like(noisy)
+        guess[led] = self.velocity(some, noisy[led], some.start).to(guess)
+        return guess
 
     def velocity(self, group: Group, noisy: Tensor, t: Tensor) -> Tensor:
         return predict_velocity(

@@ -29,6 +29,7 @@ from visualcloze_deft.modelfolder import (
     check_quantise,
     resolution_of,
 )
+from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
@@ -47,6 +48,7 @@ class Models:
     tokenizer_2: T5TokenizerFast
     scheduler: FlowMatchEulerDiscreteScheduler
     resolution: int
+    clip_text: ClipText = "fit"
 
     @property
     def device(self) -> torch.device:
@@ -55,25 +57,39 @@ class Models:
     @property
     def text_length(self) -> int:
         """T5 tokens of a prompt; longer ones are cut, shorter ones padded."""
-        return min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
+        return text_length(self.tokenizer_2)
 
-    def cut_text(self, prompt: str) -> str:
-        """The end of `prompt` that does not fit into `text_length` tokens, or ""."""
-        tokens = self.tokenizer_2(prompt, verbose=False).input_ids
-        return str(self.tokenizer_2.decode(tokens[self.text_length - 1 : -1]))
+    def read_by_clip(self, prompt: Prompt | str) -> str:
+        """What CLIP is given of `prompt`, see `prompt.clip_text`."""
+        if isinstance(prompt, str):
+            return prompt
+        return clip_text(prompt, fits(self.tokenizer), self.clip_text)
+
+    def unread(self, prompt: Prompt | str) -> dict[str, str]:
+        """The words that do not fit: by encoder, "T5" and "CLIP", where there are any."""
+        found = {
+            "T5": unread(self.tokenizer_2, str(prompt), self.text_length),
+            "CLIP": unread(
+                self.tokenizer, self.read_by_clip(prompt), self.tokenizer.model_max_length
+            ),
+        }
+        return {encoder: words for encoder, words in found.items() if words}
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_text(self, prompts: Sequence[Prompt | str]) -> tuple[Tensor, Tensor]:
         """T5 tokens (b, l, d) and CLIP's pooled vector (b, d), without attention masks, as FLUX."""
         t5 = self.tokenizer_2(
-            list(prompts),
+            [str(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.text_encoder_2.device)
         clip = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+            [self.read_by_clip(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         ).input_ids.to(self.text_encoder.device)
         text = self.text_encoder_2(t5).last_hidden_state
         return text.to(self.device), self.text_encoder(clip).pooler_output.to(self.device)
@@ -103,6 +119,11 @@ class Models:
             max_tokens=config.max_image_seq_len,
         )
         return flow.schedule(steps, mu)
+
+
+def text_length(tokenizer: T5TokenizerFast) -> int:
+    """How many of T5's tokens the transformer reads; a small model may have fewer than FLUX."""
+    return min(int(tokenizer.model_max_length), MAX_TEXT_TOKENS)
 
 
 def transformer_config(name: str) -> dict[str, Any]:
@@ -147,11 +168,12 @@ def load_models(
     device: str = "cpu",
     lora: str | None = None,
     bits: Bits = "none",
+    clip_text: ClipText = "fit",
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
     `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
-    `bits`: what the weights of its blocks are kept in.
+    `bits`: what the weights of its blocks are kept in. `clip_text`: what CLIP reads of a prompt.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     folder = BASE if name == TINY else name
@@ -174,7 +196,25 @@ def load_models(
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
     parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
     resolution = resolution_of(name)
-    return Models(name=name, resolution=resolution, transformer=transformer, **parts, **rest)
+    return Models(
+        name=name,
+        resolution=resolution,
+        clip_text=clip_text,
+        transformer=transformer,
+        **parts,
+        **rest,
+    )
+
+
+def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """The tokenizers of `load_models` alone: CLIP's and T5's."""
+    check_folder(name)
+    folder = BASE if name == TINY else name
+    try:
+        clip = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        return clip, T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar, get_args
 
 import torch
 from PIL import Image
 
 from visualcloze_deft import adapters, grid, sample
+from visualcloze_deft.cells import CELL_STEP, Cells
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.modelfolder import TINY, Bits, check_base, check_lora
+from visualcloze_deft.modelfolder import TINY, Bits, check_base, check_lora, told_by
 from visualcloze_deft.models import Models, default_dtype, load_models
+from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.registry import load_tasks
 
 
@@ -24,8 +27,11 @@ class InContextPipeline:
     >>> images = pipe(rows=[[a, b], [c, None]], task="depth-to-image")  # doctest: +SKIP
     """
 
-    def __init__(self, models: Models, *, task_folders: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, models: Models, *, cells: Cells = "row", task_folders: Sequence[str | Path] = ()
+    ) -> None:
         self.models = models
+        self.cells = cells
         self.tasks = load_tasks(Path(folder) for folder in task_folders)
 
     @classmethod
@@ -38,13 +44,17 @@ class InContextPipeline:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         quantise: Bits = "none",
+        clip_text: ClipText | None = None,
+        cells: Cells | None = None,
         task_folders: Sequence[str | Path] = (),
     ) -> InContextPipeline:
         """`model`: "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
         adapter: a folder in peft's format, e.g. RUN/adapter. lora: a diffusers FLUX LoRA merged
         into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
-        float32. quantise: keep the frozen blocks in "int8" or "nf4" (bitsandbytes).
+        float32. quantise: keep the frozen blocks in "int8" or "nf4" (bitsandbytes). clip_text: what
+        CLIP reads, see `prompt.clip_text`. cells: their shape, see `cells.Cells`. Where these two
+        are None, as the adapter was trained; "fit" and "row" without one.
         Raises `UserError` where something is missing or does not fit.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,11 +65,20 @@ class InContextPipeline:
             adapters.read_config(Path(adapter))
             adapters.read_weights(Path(adapter))
             check_base(Path(adapter), str(model))
-        models = load_models(str(model), dtype=dtype, device=device, lora=lora, bits=quantise)
+        told = told_by(Path(adapter)) if adapter is not None else {}
+        models = load_models(
+            str(model),
+            dtype=dtype,
+            device=device,
+            lora=lora,
+            bits=quantise,
+            clip_text=clip_text or one_of(told.get("clip_text"), get_args(ClipText)),
+        )
         if adapter is not None:
             adapters.load(models.transformer, Path(adapter))
             models.transformer.to(device)
-        return cls(models, task_folders=task_folders)
+        cells = cells or one_of(told.get("cells"), get_args(Cells))
+        return cls(models, cells=cells, task_folders=task_folders)
 
     def __call__(
         self,
@@ -121,9 +140,11 @@ class InContextPipeline:
             raise UserError(f"steps must be 1 or more, not {steps}")
         if not math.isfinite(guidance):
             raise UserError(f"guidance {guidance}: give a number, e.g. 30")
-        if resolution is not None and (resolution < 1 or resolution % grid.CELL_STEP):
-            raise UserError(f"resolution {resolution}: give a multiple of {grid.CELL_STEP}")
-        built = grid.build(asked.rows, resolution=resolution or self.models.resolution)
+        if resolution is not None and (resolution < 1 or resolution % CELL_STEP):
+            raise UserError(f"resolution {resolution}: give a multiple of {CELL_STEP}")
+        built = grid.build(
+            asked.rows, resolution=resolution or self.models.resolution, cells=self.cells
+        )
         (images,) = sample.generate(
             self.models,
             [built],
@@ -134,3 +155,11 @@ class InContextPipeline:
             step=step,
         )
         return images
+
+
+Word = TypeVar("Word", bound=str)
+
+
+def one_of(told: str | None, known: tuple[Word, ...]) -> Word:
+    """What an adapter's file says, or the first of `known` where it says nothing that is known."""
+    return next((word for word in known if word == told), known[0])

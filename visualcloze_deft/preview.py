@@ -35,16 +35,18 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
 
     From the first source that has items for it.
     """
-    rng = np.random.default_rng([mixture.seed, SHEETS + index])
-    items = mixture.serving[task.name][0].draw(rows, rng)
+    able = mixture.serving[task.name][0]
+    places = able.choose(rows, np.random.default_rng([mixture.seed, SHEETS + index]))
+    items, cells, skipped = mixture.read(able, places, task.roles, SHEETS + index)
     return Example(
         index=index,
         task=task.name,
         keys=tuple(item.key for item in items),
-        rows=mixture.rows_of(items, task.roles, SHEETS + index),
+        rows=cells,
         hidden=tuple(role in task.targets for role in task.roles),
         task_sentence=task.sentence(),
         content=content(task, items[-1]),
+        skipped=skipped,
     )
 
 
@@ -61,12 +63,12 @@ def queries(
     ]
 
 
-def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:
+def sample_sheet(models: Models, mixture: Mixture) -> Image.Image:
     """For each of the tasks drawn most often a grid with the model's answer framed, and the truth
     beside it."""
     pages = []
     for example in queries(mixture, tasks=SHOWN):
-        built = grid.build(example.rows, resolution=resolution, hidden=example.hidden)
+        built = grid.join(example.rows, hidden=example.hidden)
         (made,) = generate(
             models, [built], [example.prompt], seeds=[example.index], steps=STEPS, guidance=GUIDANCE
         )
@@ -91,7 +93,7 @@ def example_sheet(examples: list[Example]) -> Image.Image:
     for example in examples:
         last = len(example.rows) - 1
         framed = [(last, c) for c, hidden in enumerate(example.hidden) if hidden]
-        pages.append(draw_grid(example.rows, title=example.prompt, made=framed))
+        pages.append(draw_grid(example.rows, title=str(example.prompt), made=framed))
     return draw_sheet(pages, columns=min(4, len(pages)))
 
 

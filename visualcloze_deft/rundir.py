@@ -28,11 +28,13 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import only_writer
+from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
 from visualcloze_deft.settings import Run, load_run, write_run
 from visualcloze_deft.tomlfile import read_toml
 
-SETTINGS, METRICS, VERSIONS = "settings.toml", "metrics.jsonl", "versions.json"
+SETTINGS, VERSIONS = "settings.toml", "versions.json"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
 FREE_ON_RESUME = {
     "output",
     "steps",
@@ -91,8 +93,19 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
         sources,
         seed=run.seed,
         resolution=size,
+        cells=run.data.cells,
         recipe=run.data.recipe,
         weights=weights,
+    )
+
+
+def plan_of(run: Run, mixture: Mixture, *, processes: int) -> Plan:
+    return Plan(
+        world=processes,
+        accumulate=run.accumulate,
+        batch=run.batch,
+        budget=run.batch_tokens,
+        tokens_of=mixture.tokens,
     )
 
 
@@ -144,7 +157,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     output = Path(run.output)
     if resume:
         start = newest(output / "checkpoints")[0]
-        check_resumed(run, start.progress, processes)
+        check_resumed(run, start.progress, plan_of(run, mixture, processes=processes))
         check_base(start.folder, run.model)
         check_tasks(mixture, output / "tasks")
     elif saved_anything(output):
@@ -161,7 +174,7 @@ def saved_anything(output: Path) -> bool:
     return (output / "adapter").exists() or any((output / "checkpoints").glob("step-*"))
 
 
-def check_resumed(run: Run, progress: Progress, processes: int) -> None:
+def check_resumed(run: Run, progress: Progress, plan: Plan) -> None:
     """Raise `UserError` unless the run goes on as what it was, with the next examples."""
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
@@ -171,11 +184,11 @@ def check_resumed(run: Run, progress: Progress, processes: int) -> None:
                 f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
                 "it as it was or start another --output"
             )
-    batch = processes * run.batch * run.accumulate
-    if (batch, run.seed) != (progress.global_batch, progress.seed):
+    if (plan.size, run.seed) != (progress.global_batch, progress.seed):
+        what = "tokens" if run.batch_tokens else "grids"
         raise UserError(
-            f"--resume: the run takes {progress.global_batch} grids a step with seed "
-            f"{progress.seed}; now it would take {batch} with seed {run.seed}. Choose --batch, "
+            f"--resume: the run takes {progress.global_batch} {what} a step with seed "
+            f"{progress.seed}; now it would take {plan.size} with seed {run.seed}. Choose --batch, "
             "--processes and accumulate so that their product stays"
         )
     if run.steps < progress.step:
@@ -248,6 +261,8 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
         "layers": layers,
         "dropout": str(run.adapter.dropout),
         "quantise": run.quantise,
+        "clip_text": run.clip_text,
+        "cells": run.data.cells,
         "base_model": run.model,
         "base_fingerprint": fingerprint(run.model),
         "base_lora": run.model_lora or "",
@@ -256,15 +271,21 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
     }
 
 
-def keep_metrics_until(output: Path, step: int) -> None:
+def append_line(path: Path, fields: Mapping[str, object]) -> None:
+    """One more line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def keep_lines_until(output: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
-    path = output / METRICS
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
-    staged = path.with_suffix(".part")
-    staged.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(staged, path)
+    for path in (output / METRICS, output / SKIPPED):
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            staged = path.with_suffix(".part")
+            kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
+            staged.write_text(kept, encoding="utf-8")
+            os.replace(staged, path)
 
 
 def _step(line: str) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from visualcloze_deft import grid
 from visualcloze_deft.batch import encode_grids
 from visualcloze_deft.models import Models, predict_velocity
+from visualcloze_deft.prompt import Prompt
 
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
@@ -59,7 +60,7 @@ def velocity_of(
 def generate(
     models: Models,
     grids: Sequence[grid.Grid],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     *,
     seeds: Sequence[int],
     steps: int = STEPS,

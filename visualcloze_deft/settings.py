@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from visualcloze_deft.cells import Cells
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.tomlfile import read_toml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -93,8 +95,14 @@ class Data(_Section):
     that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
+    cells: Cells = "row"
+    """Shape of cells: "row", all of a row in that of its first picture, as VisualCloze generates;
+    "own", each in its picture's, at the height of its row; "square", as VisualCloze was trained."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
     """Every n-th item of each source is never trained on, and is what sheets show; 0: none."""
+    skip_at_most: Probability = 0.02
+    """Items that cannot be read are replaced by others and listed in `skipped.jsonl`; where they
+    are a larger share than this of at least 100 drawn, the run stops."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes per training process."""
     recipe: Recipe = Recipe()
@@ -164,6 +172,9 @@ class Run(_Section):
     steps: Positive = 1000
     batch: Positive = 1
     """Grids per process and step."""
+    batch_tokens: Annotated[int, Field(ge=0)] = 0
+    """Instead of `batch`: as many grids per process and step as come to this many tokens, small
+    and large ones spread so that processes wait little for each other; 0: `batch` grids."""
     accumulate: Positive = 1
     """Batches whose gradients are summed before a step."""
     processes: Annotated[int, Field(ge=0)] = 0
@@ -181,6 +192,9 @@ class Run(_Section):
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     context_weight: Probability = 1.0
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
+    clip_text: ClipText = "fit"
+    """Of a text that is too long for CLIP: "fit" keeps the content sentence and drops the layout
+    first; "original" keeps the beginning, as VisualCloze's released weights were trained."""
     guidance: float = 1.0
     """Guidance the model is told in training; VisualCloze's 1."""
     times: Times = "logit-normal"

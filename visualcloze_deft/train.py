@@ -1,19 +1,18 @@
 """The training loop: one adapter for all tasks, under DeepSpeed, on one process or many.
 
-Step s of a run sees examples s * G .. (s + 1) * G - 1 (G: grids of all processes and
-accumulated batches), whatever the number of processes.
+Which examples a step sees is `plan`'s: the next ones, whatever the number of processes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, checkpoint, rundir
-from visualcloze_deft.batch import Drawn, Draws, Group, encode
+from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
-from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.mixture import Mixture, Skipped
 from visualcloze_deft.engine import (
     gather_adapter,
     gather_moments,
@@ -40,29 +39,21 @@ from visualcloze_deft.engine import (
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models, default_dtype, load_models
 from visualcloze_deft.output import only_writer
+from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
 
+ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
+
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which examples this process sees: its rank of `world`, `batch` at a time."""
+class Seen:
+    """What became of one example: its task, its loss, and how many items it took."""
 
-    rank: int
-    world: int
-    batch: int
-    accumulate: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.world * self.batch * self.accumulate
-
-    def indices(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """One list of example indices per batch of this process."""
-        for step in range(first_step, last_step):
-            for part in range(self.accumulate):
-                start = step * self.global_batch + (part * self.world + self.rank) * self.batch
-                yield list(range(start, start + self.batch))
+    task: str
+    error: float
+    items: int
+    skipped: tuple[Skipped, ...]
 
 
 def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
@@ -93,22 +84,17 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
     output = Path(run.output)
-    share = Share(
-        rank=process.process_index,
-        world=process.num_processes,
-        batch=run.batch,
-        accumulate=run.accumulate,
-    )
-    if share.rank == 0 and not prepared:
-        rundir.prepare(run, processes=share.world, resume=resume)
-    with only_writer(output) if share.rank == 0 else nullcontext():
+    first = process.process_index == 0
+    if first and not prepared:
+        rundir.prepare(run, processes=process.num_processes, resume=resume)
+    with only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
-        train_here(run, share, process, resume=resume)
+        train_here(run, process, resume=resume)
     process.wait_for_everyone()
     process.destroy_process_group()
 
 
-def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -> None:
+def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run)
@@ -118,8 +104,9 @@ def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -
         device=str(process.device),
         lora=run.model_lora,
         bits=run.quantise,
+        clip_text=run.clip_text,
     )
-    start = latest(output, share) if resume else None
+    start = latest(output, process) if resume else None
     if start is not None:
         adapters.load(models.transformer, start.folder, trainable=True)
     elif run.adapter.start is not None:
@@ -134,12 +121,16 @@ def train_here(run: Run, share: Share, process: PartialState, *, resume: bool) -
     engine = start_engine(models.transformer, run)
     if start is not None:
         restore_moments(engine, start)
-    first = start.progress.step if start else 0
-    loop = Loop(run=run, mixture=mixture, models=models, engine=engine, share=share, output=output)
-    if share.rank == 0:
-        rundir.keep_metrics_until(output, first)
-        loop.writer = SummaryWriter(output / "tensorboard", purge_step=first + 1)
-    loop.run_steps(first)
+    loop = Loop(
+        run=run,
+        mixture=mixture,
+        models=models,
+        engine=engine,
+        rank=process.process_index,
+        world=process.num_processes,
+        start=start.progress if start else None,
+    )
+    loop.run_steps()
     loop.finish()
 
 
@@ -156,10 +147,10 @@ def base_dtype(run: Run, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
 
 
-def latest(output: Path, share: Share) -> Checkpoint:
+def latest(output: Path, process: PartialState) -> Checkpoint:
     """The newest good checkpoint; the same answer in every process."""
     found, damaged = checkpoint.newest(output / "checkpoints")
-    if share.rank == 0:
+    if process.is_main_process:
         for line in damaged:
             tqdm.write(line)
     return found
@@ -175,58 +166,72 @@ class Loop:
         mixture: Mixture,
         models: Models,
         engine: Any,
-        share: Share,
-        output: Path,
+        rank: int,
+        world: int,
+        start: Progress | None,
     ) -> None:
+        """start: how far the run that is resumed came."""
         self.run = run
         self.mixture = mixture
         self.shown = rundir.mixture_of(run, held_out=True) if run.data.hold_out else mixture
         self.models = models
         self.engine = engine
-        self.share = share
-        self.output = output
-        self.resolution = rundir.resolution_of(run)
+        self.rank = rank
+        self.world = world
+        self.plan = rundir.plan_of(run, mixture, processes=world)
+        self.step = start.step if start else 0
+        self.examples = start.examples if start else 0
+        self.items = self.skipped = 0
+        self.output = Path(run.output)
         self.writer: SummaryWriter | None = None
+        if rank == 0:
+            rundir.keep_lines_until(self.output, self.step)
+            self.writer = SummaryWriter(self.output / "tensorboard", purge_step=self.step + 1)
 
-    def run_steps(self, first: int) -> None:
-        run, share = self.run, self.share
+    def run_steps(self) -> None:
+        run, remaining = self.run, self.run.steps - self.step
         loader = DataLoader(
-            Draws(self.mixture, self.resolution),
-            batch_sampler=list(share.indices(first, run.steps)),
-            collate_fn=_as_list,
+            Draws(self.mixture),
+            batch_sampler=Own(self.plan, first=self.examples, steps=remaining, rank=self.rank),
+            collate_fn=list,
             num_workers=run.data.workers,
         )
         batches = iter(loader)
         with tqdm(
             desc="training",
             total=run.steps,
-            initial=first,
+            initial=self.step,
             unit="step",
-            disable=share.rank != 0,
+            disable=self.rank != 0,
             smoothing=0.05,
             mininterval=1.0,
         ) as bar:
-            for step in range(first, run.steps):
-                self.take_step(step, batches, bar)
-                done = step + 1
+            for planned in islice(self.plan.steps(self.examples), remaining):
+                self.take_step(planned, batches, bar)
+                done = self.step
                 if done % run.save_every == 0 or done == run.steps:
-                    self.save(done)
+                    self.save()
                 if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
-                    self.sheet(done)
+                    self.sheet()
 
-    def take_step(self, step: int, batches: Iterator[list[Drawn | UserError]], bar: Any) -> None:
-        run, share = self.run, self.share
-        factor = learning_rate_factor(step, run.steps, run.optimiser)
+    def take_step(
+        self, planned: Step, batches: Iterator[list[Drawn | UserError]], bar: Any
+    ) -> None:
+        run = self.run
+        factor = learning_rate_factor(self.step, run.steps, run.optimiser)
         for group in torch_optimiser(self.engine).param_groups:
             group["lr"] = group["full_lr"] * factor
         began = time.monotonic()
-        losses: dict[int, tuple[str, float]] = {}
-        noise_of_dropout = (run.seed * 1_000_003 + step) * share.world + share.rank
+        seen: dict[int, Seen] = {}
+        noise_of_dropout = (run.seed * 1_000_003 + self.step) * self.world + self.rank
         torch.manual_seed(noise_of_dropout % 2**63)
         for _ in range(run.accumulate):
-            losses |= self.backward(self.agreed(next(batches)))
+            share = len(planned.parts) / planned.examples  # parts are averaged, examples count
+            seen |= self.backward(self.agreed(next(batches)), share)
             self.engine.step()
-        self.record(step + 1, losses, factor, time.monotonic() - began, bar)
+        self.step += 1
+        self.examples += planned.examples
+        self.record(planned, seen, factor, time.monotonic() - began, bar)
 
     def agreed(self, drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
         """`drawn`, unless a reading process of any rank found a mistake: then all raise it."""
@@ -234,13 +239,13 @@ class Loop:
         found = torch.tensor(float(mistake is not None), device=self.models.device)
         torch.distributed.all_reduce(found)
         if found.item():
-            said: list[str | None] = [None] * self.share.world
+            said: list[str | None] = [None] * self.world
             torch.distributed.all_gather_object(said, mistake)
             raise UserError(next(text for text in said if text is not None))
         return cast(Sequence[Drawn], drawn)
 
-    def backward(self, drawn: Sequence[Drawn]) -> dict[int, tuple[str, float]]:
-        """Gradients of one batch; task and loss by example index."""
+    def backward(self, drawn: Sequence[Drawn], share: float) -> dict[int, Seen]:
+        """Gradients of one batch, each example's counted `share`; what was seen, by index."""
         run = self.run
         groups = encode(
             self.models,
@@ -254,12 +259,17 @@ class Loop:
         if run.zero == 3:
             groups = self.as_many_as_others(groups)
         errors = self.engine(groups)
-        self.engine.backward(errors[:count].mean() + 0 * errors[count:].sum())
+        self.engine.backward(share * errors[:count].sum() + 0 * errors[count:].sum())
         order = [index for group in groups for index in group.indices][:count]
-        tasks = [task for group in groups for task in group.tasks][:count]
+        error_of = dict(zip(order, errors[:count].tolist(), strict=True))
         return {
-            index: (task, error)
-            for index, task, error in zip(order, tasks, errors[:count].tolist(), strict=True)
+            one.index: Seen(
+                task=one.task,
+                error=error_of[one.index],
+                items=len(one.grid.strips),
+                skipped=one.skipped,
+            )
+            for one in drawn
         }
 
     def as_many_as_others(self, groups: list[Group]) -> list[Group]:
@@ -270,55 +280,72 @@ class Loop:
         return groups + [groups[-1]] * (int(most) - len(groups))
 
     def record(
-        self,
-        step: int,
-        losses: dict[int, tuple[str, float]],
-        factor: float,
-        seconds: float,
-        bar: Any,
+        self, planned: Step, seen: dict[int, Seen], factor: float, seconds: float, bar: Any
     ) -> None:
-        everyone: list[dict[int, tuple[str, float]]] = [{}] * self.share.world
-        torch.distributed.all_gather_object(everyone, losses)
-        if self.share.rank != 0:
-            return
-        merged = {index: pair for part in everyone for index, pair in part.items()}
-        by_task: dict[str, list[float]] = {}
-        for _, (task, error) in sorted(merged.items()):
-            by_task.setdefault(task, []).append(error)
-        loss = sum(error for _, error in merged.values()) / len(merged)
-        means = {task: sum(found) / len(found) for task, found in sorted(by_task.items())}
-        line = {
-            "step": step,
-            "examples": step * self.share.global_batch,
+        everyone: list[dict[int, Seen]] = [{}] * self.world
+        torch.distributed.all_gather_object(everyone, seen)
+        merged = dict(sorted((i, one) for part in everyone for i, one in part.items()))
+        if self.rank == 0:
+            self.write_metrics(planned, merged, factor, seconds)
+            bar.update(1)
+            bar.set_postfix(loss=f"{mean_error(merged.values()):.3f}", refresh=False)
+        self.count_skipped(merged)
+
+    def write_metrics(
+        self, planned: Step, seen: Mapping[int, Seen], factor: float, seconds: float
+    ) -> None:
+        by_task: dict[str, list[Seen]] = {}
+        for one in seen.values():
+            by_task.setdefault(one.task, []).append(one)
+        means = {task: mean_error(found) for task, found in sorted(by_task.items())}
+        loss, rate = mean_error(seen.values()), self.run.optimiser.lr * factor
+        line: dict[str, object] = {
+            "step": self.step,
+            "examples": self.examples,
             "loss": loss,
-            "lr": self.run.optimiser.lr * factor,
+            "lr": rate,
             "seconds": round(seconds, 4),
             "tasks": means,
         }
-        with (self.output / rundir.METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if planned.tokens:
+            line |= {"tokens": sum(planned.tokens), "idle": round(planned.idle, 4)}
+        rundir.append_line(self.output / rundir.METRICS, line)
         assert self.writer is not None
-        curves = {"loss": loss, "lr": self.run.optimiser.lr * factor}
-        curves |= {f"task/{task}": mean for task, mean in means.items()}
+        curves = {"loss": loss, "lr": rate} | {f"task/{task}": e for task, e in means.items()}
         for name, value in curves.items():
-            self.writer.add_scalar(name, value, step)
-        bar.update(1)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.writer.add_scalar(name, value, self.step)
 
-    def save(self, step: int) -> None:
+    def count_skipped(self, seen: Mapping[int, Seen]) -> None:
+        """List what could not be read; where it is too much, every process stops."""
+        skipped = [(index, one) for index, found in seen.items() for one in found.skipped]
+        self.items += sum(one.items for one in seen.values()) + len(skipped)
+        self.skipped += len(skipped)
+        if self.rank == 0:
+            for index, one in skipped:
+                line = {"step": self.step, "example": index, **asdict(one)}
+                rundir.append_line(self.output / rundir.SKIPPED, line)
+        most = self.run.data.skip_at_most
+        if skipped and self.items >= ENOUGH_ITEMS and self.skipped > most * self.items:
+            raise UserError(
+                f"{self.skipped} of {self.items} items drawn could not be read, more than "
+                f"data.skip_at_most = {most:g}; {self.output / rundir.SKIPPED} lists them, the "
+                f"last: {skipped[-1][1].why}"
+            )
+
+    def save(self) -> None:
         moments, tensors = gather_moments(self.engine), gather_adapter(self.engine)
-        if self.share.rank == 0:
+        if self.rank == 0:
             progress = Progress(
-                step=step,
-                examples=step * self.share.global_batch,
+                step=self.step,
+                examples=self.examples,
                 seed=self.run.seed,
-                global_batch=self.share.global_batch,
+                global_batch=self.plan.size,
             )
             checkpoint.save(
                 self.output / "checkpoints",
                 progress,
                 moments,
-                lambda folder: self.write_adapter(folder, tensors, step),
+                lambda folder: self.write_adapter(folder, tensors, self.step),
             )
         torch.distributed.barrier()
 
@@ -331,29 +358,34 @@ class Loop:
             metadata=rundir.adapter_metadata(self.run, step),
         )
 
-    def sheet(self, step: int) -> None:
+    def sheet(self) -> None:
         """A picture of what the adapter makes; every process samples, rank 0 writes."""
         self.models.transformer.eval()
-        page = sample_sheet(self.models, self.shown, resolution=self.resolution)
+        page = sample_sheet(self.models, self.shown)
         self.models.transformer.train()
-        if self.share.rank == 0:
+        if self.rank == 0:
             folder = self.output / "sheets"
             folder.mkdir(exist_ok=True)
-            page.save(folder / f"step-{step:06d}.png")
+            page.save(folder / f"step-{self.step:06d}.png")
 
     def finish(self) -> None:
         """Publish the adapter and the last sheet; also where a resumed run has no step left."""
         tensors = gather_adapter(self.engine)
-        if self.share.rank == 0:
+        if self.rank == 0:
             staging = self.output / ".adapter.part"
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             self.write_adapter(staging, tensors, self.run.steps)
             checkpoint.publish(staging, self.output / "adapter")
-        self.sheet(self.run.steps)
+        self.sheet()
+        if self.skipped and self.rank == 0:
+            tqdm.write(
+                f"{self.skipped} items could not be read and were replaced: "
+                f"{self.output / rundir.SKIPPED}"
+            )
         if self.writer is not None:
             self.writer.close()
 
 
-def _as_list(drawn: list[Drawn | UserError]) -> list[Drawn | UserError]:
-    return drawn
+def mean_error(seen: Collection[Seen]) -> float:
+    return sum(one.error for one in seen) / len(seen)

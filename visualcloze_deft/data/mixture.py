@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
+from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
 from visualcloze_deft.data.derive import DERIVED, missing
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.registry import Task, usual
 from visualcloze_deft.settings import Recipe
+
+MOST_SKIPPED = 20  # items for one grid that cannot be read, before the data is called broken
+NONE_LEFT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An item that could not be read, and why."""
+
+    source: str
+    item: str
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample: complete rows, the columns hidden in the last one, and the words."""
+    """One training sample: complete rows of cells, the columns hidden in the last, the words.
+
+    skipped: what was drawn first and could not be read.
+    """
 
     index: int
     task: str
@@ -27,19 +44,20 @@ class Example:
     hidden: tuple[bool, ...]
     task_sentence: str
     content: str
+    skipped: tuple[Skipped, ...] = ()
 
     @property
-    def prompt(self) -> str:
+    def prompt(self) -> Prompt:
         rows, columns = len(self.rows), len(self.rows[0])
-        return grid.prompt(rows, columns, task=self.task_sentence, content=self.content)
+        return Prompt(rows=rows, columns=columns, task=self.task_sentence, content=self.content)
 
 
 class Mixture:
     """An endless sequence of examples of `tasks` drawn from `sources`.
 
-    resolution: the side of a square cell in pixels, at which pictures are derived. weights: task
-    name -> relative frequency (1 where not named). Raises `UserError` where a task finds no source
-    with its roles.
+    resolution: the side of a square cell in pixels. cells: their shape, see `cells.Cells`. weights:
+    task name -> relative frequency (1 where not named). Raises `UserError` where a task finds no
+    source with its roles.
     """
 
     def __init__(
@@ -49,13 +67,16 @@ class Mixture:
         *,
         seed: int,
         resolution: int,
+        cells: Cells = "row",
         recipe: Recipe | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.tasks = dict(tasks)
+        self.names = list(tasks)
         self.sources = tuple(sources)
         self.seed = seed
         self.resolution = resolution
+        self.cells = cells
         self.recipe = recipe or Recipe()
         self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}
         given = [(weights or {}).get(name, 1.0) for name in self.tasks]
@@ -63,13 +84,22 @@ class Mixture:
             raise UserError("every task has weight 0; see data.weights and --tasks")
         self.proportions = np.array(given) / sum(given)
 
+    def tokens(self, index: int) -> int:
+        """About how many tokens the grid of example `index` has; no picture is read."""
+        columns = len(self.tasks[self._name(np.random.default_rng([self.seed, index]))].roles)
+        return self._rows(index) * columns * (self.resolution // CELL_STEP) ** 2
+
+    def _name(self, rng: np.random.Generator) -> str:
+        """The task of the example whose generator this is: the first that is drawn."""
+        return self.names[rng.choice(len(self.names), p=self.proportions)]
+
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng([self.seed, index])
-        recipe = self.recipe
-        name = list(self.tasks)[rng.choice(len(self.tasks), p=self.proportions)]
-        task = self.tasks[name]
+        name = self._name(rng)
+        task, recipe = self.tasks[name], self.recipe
         sources = self.serving[name]
-        items = sources[rng.integers(len(sources))].draw(self._rows(index), rng)
+        able = sources[rng.integers(len(sources))]
+        places = able.choose(self._rows(index), rng)
         order = self._order(task, rng)
         if rng.random() < recipe.hide_target:
             hidden = tuple(role in task.targets for role in order)
@@ -82,24 +112,51 @@ class Mixture:
         def words(phrases: Sequence[str]) -> str:
             return phrases[int(rng.integers(len(phrases)))] if varied else usual(phrases)
 
+        items, rows, skipped = self.read(able, places, order, index)
         return Example(
             index=index,
             task=name,
             keys=tuple(item.key for item in items),
-            rows=self.rows_of(items, order, index),
+            rows=rows,
             hidden=hidden,
             task_sentence=task.sentence(order, words) if say_task and not silent else "",
             content=content(task, items[-1]) if say_content and not silent else "",
+            skipped=skipped,
         )
 
-    def rows_of(
-        self, items: Sequence[Item], order: Sequence[str], index: int
-    ) -> tuple[tuple[Image.Image, ...], ...]:
-        """One row of pictures in the roles of `order` for each item, for example `index`."""
-        return tuple(
-            row_of(item, order, self.resolution, np.random.default_rng([self.seed, index, 2, k]))
-            for k, item in enumerate(items)
-        )
+    def read(
+        self, able: Able, places: Sequence[int], order: Sequence[str], index: int
+    ) -> tuple[tuple[Item, ...], tuple[tuple[Image.Image, ...], ...], tuple[Skipped, ...]]:
+        """The items at `places`, a row of cells in the roles of `order` of each, and what could
+        not be read: in its place comes another, drawn from (seed, index)."""
+        items, rows, skipped = [], [], []
+        others = able.others(places, np.random.default_rng([self.seed, index, 3]))
+        for k, place in enumerate(places):
+            while isinstance(found := self.row(able, place, order, index, k), Skipped):
+                skipped.append(found)
+                place = next(others, NONE_LEFT)
+                if place == NONE_LEFT or len(skipped) == MOST_SKIPPED:
+                    raise UserError(
+                        f"{found.source}: {len(skipped)} items in turn cannot be read, the last: "
+                        f"{found.why}"
+                    )
+            item, row = found
+            items.append(item)
+            rows.append(row)
+        return tuple(items), tuple(rows), tuple(skipped)
+
+    def row(
+        self, able: Able, place: int, order: Sequence[str], index: int, number: int
+    ) -> tuple[Item, tuple[Image.Image, ...]] | Skipped:
+        """An item and its pictures, as row `number` of example `index`."""
+        rng = np.random.default_rng([self.seed, index, 2, number])
+        key = f"item {able.index(place)}"
+        try:
+            item = able.item(place)
+            key = item.key
+            return item, row_of(item, order, self.resolution, self.cells, rng)
+        except UserError as error:
+            return Skipped(source=able.source.name, item=key, why=str(error))
 
     def _rows(self, index: int) -> int:
         """How many rows example `index` has, one number for each run of `run_length`."""
@@ -128,12 +185,21 @@ class Able:
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.parts else 0
 
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[Item, ...]:
-        """`count` different items, or all where there are no more."""
-        places = rng.choice(len(self), min(count, len(self)), replace=False)
-        return tuple(self.source.item(self[place]) for place in places)
+    def choose(self, count: int, rng: np.random.Generator) -> list[int]:
+        """The places of `count` different items, or of all where there are no more."""
+        found: list[int] = rng.choice(len(self), min(count, len(self)), replace=False).tolist()
+        return found
 
-    def __getitem__(self, place: int) -> int:
+    def others(self, taken: Collection[int], rng: np.random.Generator) -> Iterator[int]:
+        """The places of all items but those `taken`, in a drawn order."""
+        for place in rng.permutation(len(self)).tolist():  # drawn when the first one is asked for
+            if place not in taken:
+                yield place
+
+    def item(self, place: int) -> Item:
+        return self.source.item(self.index(place))
+
+    def index(self, place: int) -> int:
         """The index in the source of the item at `place` among these."""
         part = int(np.searchsorted(self.ends, place, side="right"))
         return int(self.parts[part][place - self.ends[part]])  # counted from the part's end
@@ -157,29 +223,35 @@ def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
 
 
 def row_of(
-    item: Item, order: Sequence[str], resolution: int, rng: np.random.Generator
+    item: Item, order: Sequence[str], resolution: int, cells: Cells, rng: np.random.Generator
 ) -> tuple[Image.Image, ...]:
-    """The item's pictures in the roles of `order`.
+    """The item's pictures in the roles of `order`, as cells.
 
     Those that the source lacks are derived at the size of a cell, so that noise or small squares
     are seen as strong as they are made.
     """
-    found: dict[str, Image.Image] = {}
+    given: dict[str, Image.Image] = {}
+    fits: dict[tuple[str, tuple[int, int]], Image.Image] = {}
 
-    def given(role: str) -> Image.Image:
-        if role not in found:
-            found[role] = item.image(role)
-        return found[role]
+    def picture(role: str) -> Image.Image:
+        if role not in given:
+            given[role] = item.image(role)
+        return given[role]
 
+    def cell(role: str, size: tuple[int, int]) -> Image.Image:
+        if (role, size) not in fits:
+            fits[role, size] = grid.fitted(picture(role), size)
+        return fits[role, size]
+
+    shown = [role if role in item.images else DERIVED[role].needs[0] for role in order]
+    sizes = row_sizes([picture(role).size for role in shown], resolution, cells)
     pictures = []
-    for role in order:
+    for role, size in zip(order, sizes, strict=True):
         if role in item.images:
-            pictures.append(given(role))
+            pictures.append(cell(role, size))
         else:
             derived = DERIVED[role]
-            size = grid.cell_size(given(derived.needs[0]).size, resolution)
-            parts = {need: grid.fitted(given(need), size) for need in derived.needs}
-            pictures.append(derived.make(parts, rng))
+            pictures.append(derived.make({need: cell(need, size) for need in derived.needs}, rng))
     return tuple(pictures)
 
 

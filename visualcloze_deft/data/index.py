@@ -1,0 +1,139 @@
+"""An index of many items in a file that is mapped, not read: a second start takes a moment, and
+processes share one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.item import Item
+from visualcloze_deft.errors import UserError
+
+FORMAT = "1"  # part of every key: raise it when what a row holds changes
+SEPARATOR = "\n"  # no role has one
+CHUNK = 10_000  # rows held while an index is made
+_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "kind": pa.string(),  # roles, joined by SEPARATOR
+        "paths": pa.list_(pa.string()),  # one for each role, as they stand in the data
+        "texts": pa.string(),  # JSON
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An item on paper. paths: role -> file, relative to the source's folder or absolute."""
+
+    key: str
+    paths: Mapping[str, str]
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Indexed:
+    """A source whose items are files, told by the rows of an index.
+
+    name, folder: of the source. table: what `index` gives.
+    """
+
+    def __init__(self, name: str, folder: Path, table: pa.Table) -> None:
+        self.name = name
+        self.folder = folder
+        self.table = table
+        self.roles = frozenset(role for kind in self.kinds for role in kind)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], np.ndarray]:
+        column = self.table["kind"].combine_chunks().dictionary_encode()
+        codes = column.indices.to_numpy(zero_copy_only=False)
+        return {
+            frozenset(kind.split(SEPARATOR)): np.flatnonzero(codes == code)
+            for code, kind in enumerate(column.dictionary.to_pylist())
+        }
+
+    def item(self, index: int) -> Item:
+        row = {name: self.table[name][index].as_py() for name in _SCHEMA.names}
+        paths = zip(row["kind"].split(SEPARATOR), row["paths"], strict=True)
+        return Item(
+            key=row["key"],
+            images={role: partial(read_image, self.folder / path) for role, path in paths},
+            texts=json.loads(row["texts"]),
+        )
+
+
+def index(
+    rows: Callable[[], Iterable[Row]], *, key: Callable[[], str], cache: Path | None
+) -> pa.Table:
+    """The table of `rows`, which are read only if `cache` has no index of this key.
+
+    cache: a folder; None: the table is held in memory. key: of all that the rows depend on.
+    """
+    if cache is None:
+        return pa.Table.from_batches(_batches(rows()), schema=_SCHEMA)
+    path = cache / f"{key()}.arrow"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".part{os.getpid()}")
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            for batch in _batches(rows()):
+                writer.write_batch(batch)
+        os.replace(staged, path)
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid):
+        raise UserError(f"{path}: a damaged index; delete it, and it is made again") from None
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
+    left = iter(rows)
+    while chunk := list(islice(left, CHUNK)):
+        columns = [
+            [row.key for row in chunk],
+            [SEPARATOR.join(row.paths) for row in chunk],
+            [list(row.paths.values()) for row in chunk],
+            [json.dumps(dict(row.texts), ensure_ascii=False) for row in chunk],
+        ]
+        yield pa.RecordBatch.from_pydict(dict(zip(_SCHEMA.names, columns, strict=True)), _SCHEMA)
+
+
+def key_of_files(paths: Iterable[Path]) -> str:
+    """A key of what stands in the files."""
+    digest = hashlib.sha256(FORMAT.encode())
+    for path in paths:
+        digest.update(f"\0{path.name}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def key_of_names(folder: Path) -> str:
+    """A key of the names, sizes and times of all files in `folder` and its subfolders."""
+    digest = hashlib.sha256(FORMAT.encode())
+    places = [str(folder)]
+    while places:
+        place = places.pop()
+        entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                places.append(entry.path)
+            else:
+                told = entry.stat()
+                name = entry.path[len(str(folder)) :]
+                digest.update(f"{name}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
