@@ -93,6 +93,9 @@ class Data(_Section):
     that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
+    annotate: dict[str, str] = {}
+    """Role -> what computes it from the target where a source lacks it: a model of transformers (a
+    folder or hub id), or a folder that `vcdeft data annotate` wrote."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
     """Every n-th item of each source is never trained on, and is what sheets show; 0: none."""
     workers: Annotated[int, Field(ge=0)] = 0
