@@ -32,6 +32,15 @@ DATA = click.option(
 )
 
 
+ANNOTATE = click.option(
+    "--annotate",
+    multiple=True,
+    metavar="ROLE=PLACE",
+    help="Where data lacks a role, compute it from the target: by a model of transformers, or from "
+    "what 'vcdeft data annotate' wrote. Repeatable.",
+)
+
+
 class Commands(click.Group):
     """A group that knows what was meant by a mistyped command."""
 
@@ -59,6 +68,7 @@ def cli() -> None:
 @click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
 @click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
 @DATA
+@ANNOTATE
 @click.option(
     "--tasks",
     help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more often.",
@@ -81,6 +91,7 @@ def train(
     /,
     config: str | None,
     data: tuple[str, ...],
+    annotate: tuple[str, ...],
     overrides: tuple[str, ...],
     resume: bool,
     **options: Any,
@@ -92,6 +103,7 @@ def train(
     vcdeft train --tasks all --zero 2
     vcdeft train --config flux-8gpu --data graph200k=/data/graph200k
     vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
+    vcdeft train --data folder=photos --annotate depth=depth-anything/Depth-Anything-V2-Small-hf
     """
     from visualcloze_deft.launch import already_launched, launch, prepared, process_count
     from visualcloze_deft.rundir import SETTINGS, prepare
@@ -116,6 +128,8 @@ def train(
     ]
     if data:
         given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
+    for role, place in places(annotate).items():
+        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
     run = load_run(config, [*given, *overrides])
     if already_launched():
         from visualcloze_deft.train import train as train_here
@@ -438,6 +452,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @click.argument("name")
 @FOLDERS
 @DATA
+@ANNOTATE
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -447,6 +462,7 @@ def preview(
     name: str,
     folders: tuple[str, ...],
     data: tuple[str, ...],
+    annotate: tuple[str, ...],
     count: int,
     hold_out: int | None,
     seed: int,
@@ -456,7 +472,7 @@ def preview(
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
     from visualcloze_deft.preview import example_sheet
 
-    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
+    mixture = preview_mixture(name, folders, data, annotate, hold_out, seed, resolution)
     path = png_path(output)
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
@@ -466,6 +482,7 @@ def preview(
 @click.argument("name")
 @FOLDERS
 @DATA
+@ANNOTATE
 @click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Per task.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
@@ -476,6 +493,7 @@ def example(
     name: str,
     folders: tuple[str, ...],
     data: tuple[str, ...],
+    annotate: tuple[str, ...],
     count: int,
     rows: int,
     hold_out: int | None,
@@ -486,13 +504,13 @@ def example(
     """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
     from visualcloze_deft.preview import queries, write_grids
 
-    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
+    mixture = preview_mixture(name, folders, data, annotate, hold_out, seed, resolution)
     click.echo(write_grids(queries(mixture, count=count, rows=rows), Path(output)))
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
 def data() -> None:
-    """Check a data source, and look at it."""
+    """Check a data source, look at it, and compute the roles it lacks."""
 
 
 @data.command("check", context_settings=CONTEXT)
@@ -543,6 +561,56 @@ def preview_data(source: str, count: int, seed: int, output: str) -> None:
     click.echo(path)
 
 
+@data.command("annotate", context_settings=CONTEXT)
+@click.argument("source", metavar="NAME=PATH")
+@click.option(
+    "--annotate", required=True, multiple=True, metavar="ROLE=MODEL", help="Repeat for more roles."
+)
+@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
+    """Compute roles that a source lacks from its targets, once, for training to read.
+
+    ROLE is depth, normal, segmentation, uniformer or mask; MODEL a folder or hub id of transformers
+    for depth estimation (depth, normal) or image segmentation. Exit code 1 where something is
+    broken.
+
+    \b
+    vcdeft data annotate folder=photos --output photo-maps \\
+        --annotate depth=depth-anything/Depth-Anything-V2-Small-hf
+    vcdeft train --data folder=photos --annotate depth=photo-maps --tasks depth-to-image
+    """
+    from visualcloze_deft.data.annotate import annotate as write
+    from visualcloze_deft.data.annotate import check_models
+    from visualcloze_deft.data.sources import open_source
+
+    models = places(annotate)
+    check_models(models)
+    opened = open_source(source, size=512, seed=0)
+    written = write(opened, models, Path(output), spec=source)
+    click.echo(f"{output}: {written.made} pictures made, {written.kept} were there")
+    for line in written.broken:
+        click.echo(f"broken: {line}", err=True)
+    if written.broken:
+        click.echo(f"{len(written.broken)} items cannot be annotated", err=True)
+        raise SystemExit(1)
+
+
+def places(annotate: Sequence[str]) -> dict[str, str]:
+    """What --annotate says: role -> place. Only roles that a model computes, each once."""
+    from visualcloze_deft.data.annotators import check_role
+
+    found: dict[str, str] = {}
+    for pair in annotate:
+        role, _, place = pair.partition("=")
+        if not place:
+            raise UserError(f"--annotate {pair!r}: expected ROLE=PLACE, e.g. depth=MODEL")
+        if role in found:
+            raise UserError(f"--annotate {pair!r}: {role} is given twice")
+        check_role(role)
+        found[role] = place
+    return found
+
+
 def png_path(output: str) -> Path:
     """`output`, if a picture can be written there."""
     from visualcloze_deft.output import output_folder
@@ -560,6 +628,7 @@ def preview_mixture(
     name: str,
     folders: tuple[str, ...],
     data: tuple[str, ...],
+    annotate: tuple[str, ...],
     hold_out: int | None,
     seed: int,
     resolution: int,
@@ -568,7 +637,7 @@ def preview_mixture(
     from visualcloze_deft.settings import parse_run
 
     wanted: dict[str, Any] = {"tasks": name, "task_folders": folders, "resolution": resolution}
-    wanted["hold_out"] = hold_out or 0
+    wanted |= {"hold_out": hold_out or 0, "annotate": places(annotate)}
     if data:
         wanted["sources"] = data
     run = parse_run({"data": wanted, "seed": seed}, where="command line")

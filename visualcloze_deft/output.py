@@ -41,7 +41,7 @@ def only_writer(path: Path, *, patience: float = 10.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise UserError(
-                        f"output {path}: another process is training there; end it first"
+                        f"output {path}: another process is writing there; end it first"
                     ) from None
                 time.sleep(0.2)
             except OSError as error:  # some network file systems have no locks

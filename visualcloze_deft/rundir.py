@@ -14,6 +14,7 @@ from typing import Any
 import tomli_w
 
 from visualcloze_deft.checkpoint import Progress, newest
+from visualcloze_deft.data.annotate import annotated, check_places
 from visualcloze_deft.data.item import Part
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
@@ -69,7 +70,9 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
     held_out: over the items that `data.hold_out` keeps out of training, if it keeps any.
     """
     size = resolution_of(run)
-    sources = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    check_places(run.data.annotate)
+    opened = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    sources = annotated(opened, run.data.annotate)
     if every := run.data.hold_out:
         for source in sources:
             if len(source) < every:

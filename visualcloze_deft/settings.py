@@ -98,6 +98,9 @@ class Data(_Section):
     cells: Cells = "row"
     """Shape of cells: "row", all of a row in that of its first picture, as VisualCloze generates;
     "own", each in its picture's, at the height of its row; "square", as VisualCloze was trained."""
+    annotate: dict[str, str] = {}
+    """Role -> what computes it from the target where a source lacks it: a model of transformers (a
+    folder or hub id), or a folder that `vcdeft data annotate` wrote."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
     """Every n-th item of each source is never trained on, and is what sheets show; 0: none."""
     skip_at_most: Probability = 0.02
