@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.derive import DERIVED, missing
+from visualcloze_deft.data.derive import DERIVED, check_shapes, missing
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.registry import Task, usual
@@ -177,8 +177,10 @@ def row_of(
             pictures.append(given(role))
         else:
             derived = DERIVED[role]
-            size = grid.cell_size(given(derived.needs[0]).size, resolution)
-            parts = {need: grid.fitted(given(need), size) for need in derived.needs}
+            whole = {need: given(need) for need in derived.needs}
+            check_shapes(item.key, whole)
+            size = grid.cell_size(whole[derived.needs[0]].size, resolution)
+            parts = {need: grid.fitted(image, size) for need, image in whole.items()}
             pictures.append(derived.make(parts, rng))
     return tuple(pictures)
 
