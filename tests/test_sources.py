@@ -863,6 +863,9 @@ def example(name: str, root: Path) -> str:
         graph(root)
     elif name == "insdet":
         insdet(root)
+    elif name == "dreambench-plus":
+        paint(root / "data" / "images" / "animal" / "00.jpg")
+        write(root / "data" / "captions" / "animal" / "00.txt", "fox\na fox at sea\na fox in snow")
     else:
         names = {"folder": ("a_depth", "a_target"), "dreambooth": ("cat/00", "cat/01")}[name]
         for stem in names:
@@ -895,9 +898,6 @@ def test_opening_a_source_decodes_no_picture(
     source.item(len(source) - 1)
 
 
-def test_scenes_are_as_many_as_asked_for() -> None:
-    assert len(open_source("scenes=7", size=16, seed=0)) == 7
-    assert len(open_source("scenes", size=16, seed=0)) == 1_000_000
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "scenes"])
 def test_an_empty_folder_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected .*found nothing") as raised:
@@ -905,13 +905,16 @@ def test_an_empty_folder_is_named(name: str, tmp_path: Path) -> None:
     assert one_line(raised).startswith(str(tmp_path))
 
 
+def test_scenes_are_as_many_as_asked_for() -> None:
+    assert len(open_source("scenes=7", size=16, seed=0)) == 7
+    assert len(open_source("scenes", size=16, seed=0)) == 1_000_000
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("folders=x", "unknown data source 'folders'; did you mean folder"),
-        ("", "unknown data source ''; known: dreambooth, folder"),
+        ("", "unknown data source ''; known: dreambench-plus, dreambooth, folder"),
         ("scenes=0", "scenes=0: the number of scenes must be a whole number above 0"),
         ("scenes=-1", "whole number above 0"),
         ("scenes=many", "whole number above 0"),
@@ -935,12 +938,13 @@ def test_a_spec_that_opens_nothing_is_refused(spec: str, message: str) -> None:
     [
         ("graph200k", 17, "target reference depth canny normal segmentation before mask"),
         ("dreambooth", 192, "reference target"),
+        ("dreambench_plus", 6, "reference"),
         ("insdet", 12, "view view_turned hole target box place place_moved"),
         ("pairs", 53, "before target image_1 image_2"),
     ],
 )
 def test_real_folders_are_read(spec: str, count: int, roles: str) -> None:
-    kind = "folder" if spec == "pairs" else spec
+    kind = "folder" if spec == "pairs" else spec.replace("_", "-")
     source = open_source(f"{kind}={REAL / spec}", size=64, seed=0)
     assert len(source) == count
     assert source.roles >= set(roles.split())

@@ -129,6 +129,7 @@ def train(
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
+    from visualcloze_deft.data.mixture import idle
     from visualcloze_deft.registry import load_tasks
     from visualcloze_deft.rundir import weights_of
 
@@ -138,6 +139,8 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         by_group.setdefault(task.group, []).append(float(share))
     click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
     click.echo(f"data     {', '.join(run.data.sources)}")
+    for source in idle(mixture.tasks, mixture.sources):
+        click.echo(f"         {source.name} has nothing that these tasks are trained on")
     click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")
     for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
         many = f", {len(shares)} tasks" if len(shares) > 1 else ""
@@ -401,8 +404,10 @@ def preview(
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
     from visualcloze_deft.preview import example_sheet
+    from visualcloze_deft.rundir import mixture_of
 
-    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
+    run = preview_run(name, folders, data, hold_out, seed, resolution)
+    mixture = mixture_of(run, held_out=True)
     path = png_path(output)
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
@@ -412,7 +417,7 @@ def preview(
 @click.argument("name")
 @FOLDERS
 @DATA
-@click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Per task.")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Per task.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=1, show_default=True)
@@ -429,11 +434,28 @@ def example(
     resolution: int,
     output: str,
 ) -> None:
-    """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
-    from visualcloze_deft.preview import queries, write_grids
+    """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'.
 
-    mixture = preview_mixture(name, folders, data, hold_out, seed, resolution)
-    click.echo(write_grids(queries(mixture, count=count, rows=rows), Path(output)))
+    Data that has what a task shows, but nothing that it generates, is asked: its pictures come last
+    in grids without a truth, below rows from other data.
+
+    \b
+    vcdeft tasks example subject-driven --data dreambench-plus=PATH --data dreambooth=PATH
+    """
+    from visualcloze_deft.preview import grids_to_try, write_grids
+    from visualcloze_deft.rundir import sources_of, tasks_of
+
+    run = preview_run(name, folders, data, hold_out, seed, resolution)
+    _, tasks = tasks_of(run)
+    grids = grids_to_try(
+        tasks,
+        sources_of(run, held_out=True),
+        seed=seed,
+        resolution=resolution,
+        count=count,
+        rows=rows,
+    )
+    click.echo(write_grids(grids, Path(output)))
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -502,23 +524,21 @@ def png_path(output: str) -> Path:
     return path
 
 
-def preview_mixture(
+def preview_run(
     name: str,
     folders: tuple[str, ...],
     data: tuple[str, ...],
     hold_out: int | None,
     seed: int,
     resolution: int,
-) -> Mixture:
-    from visualcloze_deft.rundir import mixture_of
+) -> Run:
     from visualcloze_deft.settings import parse_run
 
     wanted: dict[str, Any] = {"tasks": name, "task_folders": folders, "resolution": resolution}
     wanted["hold_out"] = hold_out or 0
     if data:
         wanted["sources"] = data
-    run = parse_run({"data": wanted, "seed": seed}, where="command line")
-    return mixture_of(run, held_out=True)
+    return parse_run({"data": wanted, "seed": seed}, where="command line")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,8 @@ from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.mixture import (
-    Example,
-    Mixture,
-    content,
-)
+from visualcloze_deft.data.mixture import Example, Mixture, able, content
+from visualcloze_deft.data.questions import questions
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.output import output_folder
@@ -59,6 +57,27 @@ def queries(
         if place in heaviest
         for index in range(count)
     ]
+
+
+def grids_to_try(
+    tasks: Mapping[str, Task],
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    resolution: int,
+    count: int,
+    rows: int,
+) -> Iterator[Example]:
+    """`count` grids of each task that there are pictures for: `questions` where a source asks it,
+    else `queries`. Raises `UserError` where there are none at all."""
+    asked = questions(tasks, sources, rows=rows)
+    served = {n: t for n, t in tasks.items() if n not in asked and able(t.roles, sources)}
+    known: list[Example] = []
+    if served or not asked:
+        mixture = Mixture(served or tasks, sources, seed=seed, resolution=resolution)
+        known = queries(mixture, count=count, rows=rows)
+    fields = {"count": count, "rows": rows, "seed": seed, "resolution": resolution}
+    return chain(*(each.grids(**fields) for each in asked.values()), known)
 
 
 def sample_sheet(models: Models, mixture: Mixture, *, resolution: int) -> Image.Image:
@@ -108,7 +127,8 @@ def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
 
 
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:
-    """The pictures of `examples` and a grid file for `vcdeft infer`; the truth stays beside it."""
+    """The pictures of `examples` and a grid file for `vcdeft infer`; a truth that is known stays
+    beside it."""
     output_folder(folder)
     path = folder / "grid.json"
     if path.exists():
@@ -121,7 +141,8 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
             for c, image in enumerate(row):
                 hidden = r == len(example.rows) - 1 and example.hidden[c]
                 name = f"{number:03d}-{r + 1}{c + 1}{'-truth' if hidden else ''}.png"
-                image.save(folder / name)
+                if image is not None:
+                    image.save(folder / name)
                 names.append(None if hidden else name)
             rows.append(names)
         entries.append(

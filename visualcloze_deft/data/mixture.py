@@ -18,12 +18,15 @@ from visualcloze_deft.settings import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample: complete rows, the columns hidden in the last one, and the words."""
+    """One sample: rows of pictures, the columns hidden in the last one, and the words.
+
+    Rows are complete, but for hidden pictures that nobody has.
+    """
 
     index: int
     task: str
     keys: tuple[str, ...]
-    rows: tuple[tuple[Image.Image, ...], ...]
+    rows: tuple[tuple[Image.Image | None, ...], ...]
     hidden: tuple[bool, ...]
     task_sentence: str
     content: str
@@ -116,12 +119,12 @@ class Mixture:
 
 
 class Able:
-    """The items of a source that have all roles of a task, or all that theirs are made of."""
+    """The items of a source that have all roles of `wanted`, or all that theirs are made of."""
 
-    def __init__(self, source: Source, task: Task) -> None:
+    def __init__(self, source: Source, wanted: Sequence[str]) -> None:
         self.source = source
         self.parts = [
-            indices for roles, indices in source.kinds.items() if not missing(task.roles, roles)
+            indices for roles, indices in source.kinds.items() if not missing(wanted, roles)
         ]
         self.ends = np.cumsum([len(part) for part in self.parts])
 
@@ -139,12 +142,22 @@ class Able:
         return int(self.parts[part][place - self.ends[part]])  # counted from the part's end
 
 
-def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
-    """What each source has for `task`; of sources none of whose items has all its roles, nothing.
+def able(wanted: Sequence[str], sources: Sequence[Source]) -> list[Able]:
+    """What each source has with the roles `wanted`; of those that have nothing, nothing."""
+    return [found for found in (Able(source, wanted) for source in sources) if len(found)]
 
-    Raises `UserError` where no source has.
+
+def idle(tasks: Mapping[str, Task], sources: Sequence[Source]) -> list[Source]:
+    """The sources that serve none of the tasks."""
+    return [s for s in sources if not any(len(Able(s, task.roles)) for task in tasks.values())]
+
+
+def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
+    """What each source has for `task`.
+
+    Raises `UserError` where no source has anything.
     """
-    found = [able for able in (Able(source, task) for source in sources) if len(able)]
+    found = able(task.roles, sources)
     if not found:
         lacks = "; ".join(
             f"{source.name} lacks {', '.join(sorted(missing(task.roles, source.roles)))}"
