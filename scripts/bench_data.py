@@ -55,7 +55,7 @@ def time_grids(options: argparse.Namespace) -> None:
     def drawn() -> None:
         for index in range(first, first + options.grids):
             example = mixture[index]
-            grid.join(example.rows, hidden=example.hidden)
+            grid.join(example.complete, hidden=example.hidden)
 
     def floor() -> None:
         for index in range(first, first + options.grids):

@@ -48,7 +48,7 @@ def complete(models: Models, examples: Sequence[Example], steps: int) -> list[Im
     made: list[Image.Image] = []
     for start in range(0, len(examples), BATCH):
         part = examples[start : start + BATCH]
-        grids = [grid.join(e.rows, hidden=e.hidden) for e in part]
+        grids = [grid.join(e.complete, hidden=e.hidden) for e in part]
         seeds = [e.index for e in part]
         found = generate(models, grids, [e.prompt for e in part], seeds=seeds, steps=steps)
         made += [images[0] for images in found]

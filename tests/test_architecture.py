@@ -55,7 +55,7 @@ def test_nothing_but_main_imports_the_command_line() -> None:
 
 
 def test_data_sources_do_not_import_each_other() -> None:
-    names = ("folder", "graph200k", "dreambooth", "insdet", "scenes")
+    names = ("folder", "graph200k", "dreambooth", "dreambench_plus", "insdet", "scenes")
     sources = {f"{PACKAGE}.data.{name}" for name in names}
     assert [pair for name in sources for pair in imports(name) & sources if pair] == []
 

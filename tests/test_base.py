@@ -74,7 +74,7 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
     """Velocity error on hidden tokens, far in the noise: right against another scene's."""
     mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
-    grids = [grid.join(e.rows, hidden=e.hidden) for e in examples]
+    grids = [grid.join(e.complete, hidden=e.hidden) for e in examples]
     right = encode_grids(models, grids, clean=True)
     wrong = replace(right, seen=right.seen.roll(1, dims=0))
     prompts = [e.prompt for e in examples]
@@ -99,7 +99,7 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
 def test_it_completes_grids_better_than_the_best_single_colour(models: Models, task: str) -> None:
     mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
-    grids = [grid.join(e.rows, hidden=e.hidden) for e in examples]
+    grids = [grid.join(e.complete, hidden=e.hidden) for e in examples]
     made = generate(
         models, grids, [e.prompt for e in examples], seeds=[e.index for e in examples], steps=8
     )

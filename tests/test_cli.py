@@ -121,7 +121,7 @@ def test_a_run_that_cannot_work_is_refused(
     assert message in train(*arguments)
 
 
-@pytest.mark.parametrize("name", ["folder", "graph200k", "dreambooth", "insdet"])
+@pytest.mark.parametrize("name", ["folder", "graph200k", "dreambooth", "dreambench-plus", "insdet"])
 def test_data_that_is_not_there_or_laid_out_otherwise_is_named(
     train: Callable[..., str], tmp_path: Path, name: str
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.data.item import Item, Part
-from visualcloze_deft.data.mixture import Example, Mixture
+from visualcloze_deft.data.mixture import Example, Mixture, row_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.preview import queries
 from visualcloze_deft.registry import Task
@@ -301,6 +301,18 @@ def test_foreground_and_background_follow_from_target_and_mask() -> None:
     left, right = (2, 8), (13, 8)
     found = {tuple(image.getpixel(p) for p in (left, right)) for image in by_role.values()}
     assert found == {(red, white), (white, red)}
+
+
+def test_a_mask_may_be_smaller_than_its_picture_but_not_cut_otherwise() -> None:
+    def cut_out_with(mask: tuple[int, int]) -> None:
+        sizes = {"target": (64, 48), "mask": mask}
+        images = {role: partial(Image.new, "RGB", size) for role, size in sizes.items()}
+        row_of(Item(key="one", images=images), ["foreground"], 16, np.random.default_rng(0))
+
+    for mask in ((64, 48), (32, 24), (21, 16)):
+        cut_out_with(mask)
+    with pytest.raises(UserError, match="one: mask has 48 x 48 pixels, but target has 64 x 48"):
+        cut_out_with((48, 48))
 
 
 def test_a_task_without_source_is_named_with_what_is_lacking() -> None:

@@ -103,6 +103,25 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     assert read_image(tmp_path / "key.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=b"\0\xff")
+    found = read_image(tmp_path / "a.png")
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("name", ["moving.gif", "moving.webp", "moving.png", "pages.tiff"])
+def test_of_a_moving_picture_the_first_one_is_read(tmp_path: Path, name: str) -> None:
+    first, *others = (Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue"))
+    lossless = {"lossless": True} if name.endswith("webp") else {}
+    first.save(tmp_path / name, save_all=True, append_images=others, **lossless)
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 3
+    assert read_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
+
+
 def test_sixteen_bits_keep_their_order_in_eight(tmp_path: Path) -> None:
     values = np.array([[0, 257, 32768, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "depth.png")
@@ -232,6 +251,7 @@ def test_the_last_image_of_an_edit_is_the_target(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"target": "b.png"', "not valid JSON"),
+        pytest.param("[" * 100_000, "not valid JSON", id="deep"),
         ("\xff", "not valid JSON"),
         ("[1, 2]", "expected an object"),
         ('{"caption": "nothing to see"}', "names no picture"),
@@ -240,6 +260,11 @@ def test_the_last_image_of_an_edit_is_the_target(tmp_path: Path) -> None:
         ('{"target": "b.png", "caption": null}', "caption must be text, not None"),
         ('{"target": "c.png"}', "target: no such file"),
         ('{"target": "."}', "target: no such file"),
+        ('{"target": ""}', "target: no such file"),
+        ('{"target": "../b.png"}', r"target: \.\./b\.png leads out of"),
+        ('{"target": "deep/../../b.png"}', "leads out of"),
+        ('{"depth": "b.png", "target": "/etc/passwd"}', "target: /etc/passwd leads out of"),
+        ('{"images": ["b.png", "../b.png"]}', r"target: \.\./b\.png leads out of"),
         ('{"images": "b.png"}', "images must be a list of paths"),
         ('{"images": []}', "images must be a list of paths"),
         ('{"images": ["b.png", 1]}', "images must be a list of paths"),
@@ -253,6 +278,51 @@ def test_a_broken_row_names_its_line(tmp_path: Path, line: str, message: str) ->
     with pytest.raises(UserError, match=message) as raised:
         Folder(tmp_path)
     assert one_line(raised).startswith(f"{path}, line 3: ")
+
+
+def test_a_path_may_be_written_in_any_way_that_stays_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "mine"
+    for name in ("b.png", "..odd/b.png"):
+        paint(root / name, "blue")
+    (root / "link").symlink_to(paint(tmp_path / "other" / "b.png", "blue").parent)
+    paths = ["b.png", "./deep/../b.png", str(root / "b.png"), "../mine/b.png"]
+    paths += ["..odd/b.png", "link/b.png", "link/../b.png"]
+    write(root / "rows.jsonl", "\n".join(json.dumps({"target": path}) for path in paths))
+    monkeypatch.chdir(tmp_path)
+    for place in (root, Path("mine"), Path("./mine/rows.jsonl"), Path("other/../mine")):
+        source = Folder(place)
+        for k in range(len(paths)):
+            assert source.item(k).image("target").getpixel((0, 0)) == (0, 0, 255)
+    monkeypatch.chdir(root)
+    assert len(Folder(Path("."))) == len(paths)
+
+
+def test_a_neighbour_of_almost_the_same_name_is_another_folder(tmp_path: Path) -> None:
+    paint(tmp_path / "mine2" / "b.png")
+    write(tmp_path / "mine" / "rows.jsonl", json.dumps({"target": "../mine2/b.png"}))
+    with pytest.raises(UserError, match="leads out of"):
+        Folder(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("layout", ["table", "subfolders", "suffixes"])
+def test_names_may_have_spaces_and_any_letters(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "meine Bilder 😀"
+    name = "ein schöner Käfer 猫"
+    if layout == "subfolders":
+        paint(root / "target" / f"{name}.PNG")
+    else:
+        paint(root / f"{name}_target.PNG")
+    if layout == "table":
+        row = json.dumps({"target": f"{name}_target.PNG", "caption": "a"}, ensure_ascii=False)
+        write(root / "rows.jsonl", row)
+    else:
+        write(root / f"{name}.txt", "a")
+    item = Folder(root).item(0)
+    assert item.image("target").size == (8, 8)
+    assert item.texts == {"caption": "a"}
+    assert layout == "table" or item.key == name
 
 
 def test_subfolders_are_roles_and_stems_are_items(tmp_path: Path) -> None:
@@ -371,6 +441,16 @@ def test_graph200k_leaves_out_a_reference_of_another_subject(
     assert "reference" not in Graph200K(graph(tmp_path, quality_assessment=quality)).roles
 
 
+def test_graph200k_names_the_item_whose_path_leads_out(tmp_path: Path) -> None:
+    path = graph(tmp_path) / "data.json"
+    good = {"condition": {"target": str(tmp_path / "target.png")}}
+    write(path, json.dumps([good, good, {"condition": {"target": "../../target.png"}}]))
+    with pytest.raises(UserError, match=r"item 2: target: .* leads out of"):
+        Graph200K(tmp_path)
+    write(path, json.dumps([good]))
+    assert Graph200K(tmp_path).item(0).image("target").size == (8, 8)
+
+
 def test_graph200k_without_words_has_no_texts(tmp_path: Path) -> None:
     assert Graph200K(graph(tmp_path, description=None)).item(0).texts == {}
 
@@ -382,6 +462,15 @@ def test_graph200k_without_words_has_no_texts(tmp_path: Path) -> None:
         ({"condition": {"depth": "target.png"}}, "the condition 'target' is missing"),
         ({"condition": {"target": 3}}, "target must be a path or null, not 3"),
         ({"condition": {"target": "gone.png"}}, r"no such file .*gone\.png"),
+        ({"condition": {"target": "../target.png"}}, r"target: \.\./target\.png leads out of"),
+        (
+            {"condition": {"target": "target.png", "depth": "/etc/passwd"}},
+            "depth: /etc/passwd leads out of",
+        ),
+        (
+            {"condition": {"target": "target.png", "FillEdit": {"image_path": ["../a.png"]}}},
+            r"FillEdit: image_path: \.\./a\.png leads out of",
+        ),
         (
             {"condition": {"target": "target.png", "dpeth": "target.png"}},
             "unknown condition 'dpeth'; did you mean depth",
@@ -568,6 +657,9 @@ def test_boxes_of_unknown_objects_are_passed_over(tmp_path: Path) -> None:
         (voc("", 80, "x", 1, 1, 2, 2), "size/width must be a number, found ''"),
         (voc(100, 80, "x", 1, 1, "two", 2), "bndbox/xmax must be a number, found 'two'"),
         (voc(100, 80, "x", 5, 5, 5, 9), "no pixel of the box 5, 5, 5, 9 lies in the picture"),
+        (voc(100, 80, "x", 9, 5, 5, 9), "no pixel of the box 9, 5, 5, 9 lies in the picture"),
+        (voc(100, 80, "x", 5, 9, 9, 5), "no pixel of the box 5, 9, 9, 5 lies in the picture"),
+        (voc(100, 80, "x", 5, 90, 9, 99), "no pixel of the box 5, 90, 9, 99 lies in the picture"),
         (voc(100, 80, "x", "nan", 5, 9, 9), "no pixel of the box nan"),
         (voc(100, 80, "x", 200, 5, 300, 9), "no pixel of the box 200"),
     ],
@@ -771,6 +863,9 @@ def example(name: str, root: Path) -> str:
         graph(root)
     elif name == "insdet":
         insdet(root)
+    elif name == "dreambench-plus":
+        paint(root / "data" / "images" / "animal" / "00.jpg")
+        write(root / "data" / "captions" / "animal" / "00.txt", "fox\na fox at sea\na fox in snow")
     else:
         names = {"folder": ("a_depth", "a_target"), "dreambooth": ("cat/00", "cat/01")}[name]
         for stem in names:
@@ -803,6 +898,13 @@ def test_opening_a_source_decodes_no_picture(
     source.item(len(source) - 1)
 
 
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "scenes"])
+def test_an_empty_folder_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected .*found nothing") as raised:
+        open_source(f"{name}={tmp_path}", size=16, seed=0)
+    assert one_line(raised).startswith(str(tmp_path))
+
+
 def test_scenes_are_as_many_as_asked_for() -> None:
     assert len(open_source("scenes=7", size=16, seed=0)) == 7
     assert len(open_source("scenes", size=16, seed=0)) == 1_000_000
@@ -812,7 +914,7 @@ def test_scenes_are_as_many_as_asked_for() -> None:
     ("spec", "message"),
     [
         ("folders=x", "unknown data source 'folders'; did you mean folder"),
-        ("", "unknown data source ''; known: dreambooth, folder"),
+        ("", "unknown data source ''; known: dreambench-plus, dreambooth, folder"),
         ("scenes=0", "scenes=0: the number of scenes must be a whole number above 0"),
         ("scenes=-1", "whole number above 0"),
         ("scenes=many", "whole number above 0"),
@@ -836,12 +938,13 @@ def test_a_spec_that_opens_nothing_is_refused(spec: str, message: str) -> None:
     [
         ("graph200k", 17, "target reference depth canny normal segmentation before mask"),
         ("dreambooth", 192, "reference target"),
+        ("dreambench_plus", 6, "reference"),
         ("insdet", 12, "view view_turned hole target box place place_moved"),
         ("pairs", 53, "before target image_1 image_2"),
     ],
 )
 def test_real_folders_are_read(spec: str, count: int, roles: str) -> None:
-    kind = "folder" if spec == "pairs" else spec
+    kind = "folder" if spec == "pairs" else spec.replace("_", "-")
     source = open_source(f"{kind}={REAL / spec}", size=64, seed=0)
     assert len(source) == count
     assert source.roles >= set(roles.split())

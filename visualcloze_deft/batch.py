@@ -84,7 +84,7 @@ class Draws(Dataset[Drawn | UserError]):
     def __getitem__(self, index: int) -> Drawn | UserError:
         try:
             example = self.mixture[index]
-            built = grid.join(example.rows, hidden=example.hidden)
+            built = grid.join(example.complete, hidden=example.hidden)
         except UserError as error:
             return error
         return Drawn(

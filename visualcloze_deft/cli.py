@@ -147,6 +147,7 @@ def train(
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
+    from visualcloze_deft.data.mixture import idle
     from visualcloze_deft.registry import load_tasks
     from visualcloze_deft.rundir import plan_of, weights_of
 
@@ -156,6 +157,8 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         by_group.setdefault(task.group, []).append(float(share))
     click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
     click.echo(f"data     {', '.join(run.data.sources)}")
+    for source in idle(mixture.tasks, mixture.sources):
+        click.echo(f"         {source.name} has nothing that these tasks are trained on")
     click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")
     for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
         many = f", {len(shares)} tasks" if len(shares) > 1 else ""
@@ -172,8 +175,11 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     if run.batch_tokens:
         steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
         grids = [step.examples / len(step.parts) for step in steps]
-        idle = sum(step.idle for step in steps) / len(steps)
-        click.echo(f"         {min(grids):.1f} to {max(grids):.1f} grids a batch, {idle:.1%} idle")
+        waiting = sum(step.idle for step in steps) / len(steps)
+        span = f"{min(grids):.1f} to {max(grids):.1f}"
+        click.echo(
+            f"         {span} grids a batch, {waiting:.1%} of the time waiting for the largest"
+        )
 
 
 @cli.command(context_settings=CONTEXT)
@@ -343,6 +349,13 @@ FOLDERS = click.option(
 )
 
 
+RESOLUTION = click.option(
+    "--resolution",
+    type=click.IntRange(32, 2048),
+    help="Side of a square cell in pixels; default: 64 for scenes, 384 for pictures.",
+)
+
+
 HOLD_OUT = click.option(
     "--hold-out",
     type=click.IntRange(2),
@@ -456,7 +469,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
+@RESOLUTION
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
 def preview(
     name: str,
@@ -466,13 +479,15 @@ def preview(
     count: int,
     hold_out: int | None,
     seed: int,
-    resolution: int,
+    resolution: int | None,
     output: str,
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
     from visualcloze_deft.preview import example_sheet
+    from visualcloze_deft.rundir import mixture_of
 
-    mixture = preview_mixture(name, folders, data, annotate, hold_out, seed, resolution)
+    run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
+    mixture = mixture_of(run, held_out=True)
     path = png_path(output)
     example_sheet([mixture[k] for k in range(count)]).save(path)
     click.echo(path)
@@ -483,11 +498,11 @@ def preview(
 @FOLDERS
 @DATA
 @ANNOTATE
-@click.option("--count", type=click.IntRange(1, 64), default=1, show_default=True, help="Per task.")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Per task.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--resolution", type=click.IntRange(32, 2048), default=64, show_default=True)
+@RESOLUTION
 @click.option("--output", default="grids", show_default=True, metavar="DIR")
 def example(
     name: str,
@@ -498,14 +513,31 @@ def example(
     rows: int,
     hold_out: int | None,
     seed: int,
-    resolution: int,
+    resolution: int | None,
     output: str,
 ) -> None:
-    """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'."""
-    from visualcloze_deft.preview import queries, write_grids
+    """Write grids of task NAME (or 'all') with their pictures: a grid.json for 'vcdeft infer'.
 
-    mixture = preview_mixture(name, folders, data, annotate, hold_out, seed, resolution)
-    click.echo(write_grids(queries(mixture, count=count, rows=rows), Path(output)))
+    Data that has what a task shows, but nothing that it generates, is asked: its pictures come last
+    in grids without a truth, below rows from other data.
+
+    \b
+    vcdeft tasks example subject-driven --data dreambench-plus=PATH --data dreambooth=PATH
+    """
+    from visualcloze_deft.preview import grids_to_try, write_grids
+    from visualcloze_deft.rundir import resolution_of, sources_of, tasks_of
+
+    run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
+    _, tasks = tasks_of(run)
+    grids = grids_to_try(
+        tasks,
+        sources_of(run, held_out=True),
+        seed=seed,
+        resolution=resolution_of(run),
+        count=count,
+        rows=rows,
+    )
+    click.echo(write_grids(grids, Path(output)))
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -624,24 +656,24 @@ def png_path(output: str) -> Path:
     return path
 
 
-def preview_mixture(
+def preview_run(
     name: str,
     folders: tuple[str, ...],
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     hold_out: int | None,
     seed: int,
-    resolution: int,
-) -> Mixture:
-    from visualcloze_deft.rundir import mixture_of
+    resolution: int | None,
+) -> Run:
     from visualcloze_deft.settings import parse_run
 
-    wanted: dict[str, Any] = {"tasks": name, "task_folders": folders, "resolution": resolution}
+    made = all(source.startswith("scenes") for source in data)
+    wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}
+    wanted["resolution"] = resolution or (64 if made else 384)
     wanted |= {"hold_out": hold_out or 0, "annotate": places(annotate)}
     if data:
         wanted["sources"] = data
-    run = parse_run({"data": wanted, "seed": seed}, where="command line")
-    return mixture_of(run, held_out=True)
+    return parse_run({"data": wanted, "seed": seed}, where="command line")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

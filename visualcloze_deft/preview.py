@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,8 @@ from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.mixture import (
-    Example,
-    Mixture,
-    content,
-)
+from visualcloze_deft.data.mixture import Example, Mixture, able, content
+from visualcloze_deft.data.questions import questions
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.output import output_folder
@@ -63,12 +61,33 @@ def queries(
     ]
 
 
+def grids_to_try(
+    tasks: Mapping[str, Task],
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    resolution: int,
+    count: int,
+    rows: int,
+) -> Iterator[Example]:
+    """`count` grids of each task that there are pictures for: `questions` where a source asks it,
+    else `queries`. Raises `UserError` where there are none at all."""
+    asked = questions(tasks, sources, rows=rows)
+    served = {n: t for n, t in tasks.items() if n not in asked and able(t.roles, sources)}
+    known: list[Example] = []
+    if served or not asked:
+        mixture = Mixture(served or tasks, sources, seed=seed, resolution=resolution)
+        known = queries(mixture, count=count, rows=rows)
+    fields = {"count": count, "rows": rows, "seed": seed, "resolution": resolution}
+    return chain(*(each.grids(**fields) for each in asked.values()), known)
+
+
 def sample_sheet(models: Models, mixture: Mixture) -> Image.Image:
     """For each of the tasks drawn most often a grid with the model's answer framed, and the truth
     beside it."""
     pages = []
     for example in queries(mixture, tasks=SHOWN):
-        built = grid.join(example.rows, hidden=example.hidden)
+        built = grid.join(example.complete, hidden=example.hidden)
         (made,) = generate(
             models, [built], [example.prompt], seeds=[example.index], steps=STEPS, guidance=GUIDANCE
         )
@@ -110,7 +129,8 @@ def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
 
 
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:
-    """The pictures of `examples` and a grid file for `vcdeft infer`; the truth stays beside it."""
+    """The pictures of `examples` and a grid file for `vcdeft infer`; a truth that is known stays
+    beside it."""
     output_folder(folder)
     path = folder / "grid.json"
     if path.exists():
@@ -123,7 +143,8 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
             for c, image in enumerate(row):
                 hidden = r == len(example.rows) - 1 and example.hidden[c]
                 name = f"{number:03d}-{r + 1}{c + 1}{'-truth' if hidden else ''}.png"
-                image.save(folder / name)
+                if image is not None:
+                    image.save(folder / name)
                 names.append(None if hidden else name)
             rows.append(names)
         entries.append(

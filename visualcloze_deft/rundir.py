@@ -15,7 +15,7 @@ import tomli_w
 
 from visualcloze_deft.checkpoint import Progress, newest
 from visualcloze_deft.data.annotate import annotated, check_places
-from visualcloze_deft.data.item import Part
+from visualcloze_deft.data.item import Part, Source
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
@@ -69,23 +69,10 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
 
     held_out: over the items that `data.hold_out` keeps out of training, if it keeps any.
     """
-    size = resolution_of(run)
-    check_places(run.data.annotate)
-    opened = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
-    sources = annotated(opened, run.data.annotate)
-    if every := run.data.hold_out:
-        for source in sources:
-            if len(source) < every:
-                raise UserError(
-                    f"data.hold_out = {every}: {source.name} has {len(source)} items; "
-                    "give a smaller one"
-                )
-        sources = [Part(source, every=every, held_out=held_out) for source in sources]
-    known = load_tasks(Path(folder) for folder in run.data.task_folders)
-    weights = weights_of(run, known)
-    tasks = {name: known[name] for name, weight in weights.items() if weight > 0}
+    sources = sources_of(run, held_out=held_out)
+    weights, tasks = tasks_of(run)
     if tasks and (held_out or leaves_out(run.data.tasks)):
-        tasks = {n: t for n, t in tasks.items() if any(len(Able(s, t)) for s in sources)}
+        tasks = {n: t for n, t in tasks.items() if any(len(Able(s, t.roles)) for s in sources)}
         if not tasks:
             raise UserError(
                 f"no task can be made from {', '.join(run.data.sources)}: "
@@ -95,7 +82,7 @@ def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
         tasks,
         sources,
         seed=run.seed,
-        resolution=size,
+        resolution=resolution_of(run),
         cells=run.data.cells,
         recipe=run.data.recipe,
         weights=weights,
@@ -110,6 +97,29 @@ def plan_of(run: Run, mixture: Mixture, *, processes: int) -> Plan:
         budget=run.batch_tokens,
         tokens_of=mixture.tokens,
     )
+
+
+def tasks_of(run: Run) -> tuple[dict[str, float], dict[str, Task]]:
+    """The weights of all that the run names, and the tasks of a weight above 0."""
+    known = load_tasks(Path(folder) for folder in run.data.task_folders)
+    weights = weights_of(run, known)
+    return weights, {name: known[name] for name, weight in weights.items() if weight > 0}
+
+
+def sources_of(run: Run, *, held_out: bool) -> list[Source]:
+    """The run's sources, with what is annotated: the items that `data.hold_out` leaves to training,
+    or those it keeps."""
+    check_places(run.data.annotate)
+    size, every = resolution_of(run), run.data.hold_out
+    opened = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    sources = annotated(opened, run.data.annotate)
+    for source in sources if every else ():
+        if len(source) < every:
+            raise UserError(
+                f"data.hold_out = {every}: {source.name} has {len(source)} items; "
+                "give a smaller one"
+            )
+    return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
 
 
 def leaves_out(tasks: str) -> bool:

@@ -83,7 +83,8 @@ class Data(_Section):
     """What is trained on."""
 
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("scenes",)
-    """NAME or NAME=PATH each: scenes, folder, graph200k, dreambooth, insdet."""
+    """NAME or NAME=PATH each: scenes, folder, graph200k, dreambooth, dreambench-plus,
+    insdet."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
     "depth-to-image=2" draws one twice as often. Of "all" and patterns, tasks without data are left

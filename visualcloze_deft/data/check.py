@@ -88,6 +88,9 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
         count = sum(n for roles, n in kinds.items() if not missing(task.roles, roles))
         if count:
             by_group[task.group].append(count)
+    if not by_group:
+        asked = [t.name for t in tasks.values() if any(not missing(t.conditions, k) for k in kinds)]
+        lines.append(f"  none; it can ask, without truth: {', '.join(asked) or 'nothing'}")
     for group, counts in by_group.items():
         span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         lines.append(f"  {group:40}{len(counts):3} with {span} items")

@@ -12,8 +12,10 @@ from numpy.random import Generator
 from PIL import Image, ImageChops, ImageOps
 
 from visualcloze_deft.data.degrade import DEGRADATIONS, Degrade
+from visualcloze_deft.errors import UserError
 
 Pictures = Mapping[str, Image.Image]
+ALIKE = 0.02  # difference in width over height that rounding to whole pixels may make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,17 @@ def missing(wanted: Iterable[str], roles: Collection[str]) -> set[str]:
     """The roles of `wanted` that neither are among `roles` nor can be made of them."""
     made = {role for role, derived in DERIVED.items() if set(derived.needs).issubset(roles)}
     return {*wanted}.difference(roles, made)
+
+
+def check_shapes(key: str, pictures: Pictures) -> None:
+    """Raise `UserError` unless pictures that one is made of have the same proportions.
+
+    A mask of half the size fits its picture; one cut otherwise marks something else.
+    """
+    (first, image), *others = pictures.items()
+    for role, other in others:
+        if abs(image.width * other.height / (image.height * other.width) - 1) > ALIKE:
+            raise UserError(
+                f"{key}: {role} has {other.width} x {other.height} pixels, but {first} has "
+                f"{image.width} x {image.height}: other proportions; cut them alike"
+            )

@@ -9,13 +9,21 @@ suffixes        0001_depth.png  0001_target.png  0001.txt  0001_instruction.txt
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
+from visualcloze_deft.data.images import (
+    check_inside,
+    folders_in,
+    images_in,
+    listing,
+    path_inside,
+    read_image,
+)
 from visualcloze_deft.data.item import Item, Listed
 from visualcloze_deft.errors import UserError, nearest
 
@@ -87,28 +95,31 @@ def _read_text(path: Path) -> str:
 
 
 def read_table(path: Path) -> list[Item]:
-    """One item per line of a .jsonl file; paths are relative to the file."""
-    items = []
+    """One item per line of a .jsonl file; paths are relative to the file and lead nowhere but into
+    its folder."""
+    file, folder, items = str(path), str(path.parent), []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{file}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, {{...}}, not {row!r}")
         names, texts = _edit(where, row) if "images" in row else _roles(where, row)
-        paths = {role: path.parent / name for role, name in names.items()}
-        for role, image in paths.items():
-            if not image.is_file():
-                raise UserError(f"{where}: {role}: no such file {image}")
+        paths: dict[str, str] = {}
+        for role, name in names.items():
+            check_inside(f"{where}: {role}", folder, name)
+            paths[role] = path_inside(folder, name)
+            if not os.path.isfile(paths[role]):
+                raise UserError(f"{where}: {role}: no such file {paths[role]}")
         items.append(_item(f"{path.name}:{number}", paths, texts))
     return items
 
 
-def _item(key: str, paths: Mapping[str, Path], texts: Mapping[str, str]) -> Item:
+def _item(key: str, paths: Mapping[str, Path | str], texts: Mapping[str, str]) -> Item:
     images = {role: partial(read_image, path) for role, path in paths.items()}
     return Item(key=key, images=images, texts=texts)
 

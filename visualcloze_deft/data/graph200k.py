@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from visualcloze_deft.data.images import listing, read_image
+from visualcloze_deft.data.images import check_inside, listing, path_inside, read_image
 from visualcloze_deft.data.item import Item, kinds_of
 from visualcloze_deft.errors import UserError, nearest
 
@@ -59,14 +59,14 @@ class Graph200K:
         if not root.exists():
             raise UserError(f"{root}: no such folder")
         path = root / "data.json" if root.is_dir() else root
-        self.folder = path.parent
+        self.folder = str(path.parent)
         self.rows = read_rows(path)
         self.roles = frozenset(role for row in self.rows for role in picture_names(row))
         for name in picture_names(self.rows[0]).values():
-            if not (self.folder / name).is_file():
+            if not Path(path_inside(self.folder, name)).is_file():
                 raise UserError(
-                    f"{path}, item 0: no such file {self.folder / name}; "
-                    f"paths are relative to {path.name}, or absolute"
+                    f"{path}, item 0: no such file {path_inside(self.folder, name)}; "
+                    f"paths are relative to {path.name}"
                 )
 
     def __len__(self) -> int:
@@ -78,9 +78,9 @@ class Graph200K:
 
     def item(self, index: int) -> Item:
         row = self.rows[index]
-        paths = {role: self.folder / name for role, name in picture_names(row).items()}
         images: dict[str, Callable[[], Image.Image]] = {
-            role: partial(read_image, path) for role, path in paths.items()
+            role: partial(read_image, path_inside(self.folder, name))
+            for role, name in picture_names(row).items()
         }
         return Item(key=f"item {index}", images=images, texts=texts(row))
 
@@ -131,16 +131,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         )
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of items, found {str(rows)[:60]!r}")
+    file, folder = str(path), str(path.parent)
     for index, row in enumerate(rows):
-        _check(f"{path}, item {index}", row)
+        _check(f"{file}, item {index}", folder, row)
     return rows
 
 
-def _check(where: str, row: object) -> None:
+def _check(where: str, folder: str, row: object) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("condition"), dict):
         raise UserError(f"{where}: expected an object with the key 'condition'")
     for key, fields in _FIELDS.items():
@@ -154,14 +155,16 @@ def _check(where: str, row: object) -> None:
         raise UserError(f"{where}: the condition 'target' is missing")
     for name, value in row["condition"].items():
         if name in LISTS:
-            _check_lists(f"{where}: {name}", value, LISTS[name])
+            _check_lists(f"{where}: {name}", folder, value, LISTS[name])
         elif name not in _KNOWN:
             raise UserError(f"{where}: unknown condition {name!r}; {nearest(name, _KNOWN)}")
         elif name in ROLES and not isinstance(value, str | None):
             raise UserError(f"{where}: {name} must be a path or null, not {value!r}")
+        elif name in ROLES and value:
+            check_inside(f"{where}: {name}", folder, value)
 
 
-def _check_lists(where: str, value: object, lists: Mapping[str, str]) -> None:
+def _check_lists(where: str, folder: str, value: object, lists: Mapping[str, str]) -> None:
     if not value:
         return
     if not isinstance(value, dict):
@@ -170,3 +173,4 @@ def _check_lists(where: str, value: object, lists: Mapping[str, str]) -> None:
         names = value.get(key)
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise UserError(f"{where}: {key} must be a list of paths, not {names!r}")
+        check_inside(f"{where}: {key}", folder, names[0])

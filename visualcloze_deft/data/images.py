@@ -6,6 +6,7 @@ Whatever is wrong with a file, of any format and depth, ends in one `UserError` 
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and heigh
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | str) -> Image.Image:
     """The upright RGB picture in `path`, fully decoded, the file closed.
 
-    Transparency is laid over white; 16 bits are scaled to 8, so that 65535 becomes 255.
+    Transparency is laid over white; 16 bits are scaled to 8, so that 65535 becomes 255. Of a
+    moving picture (GIF, WebP, PNG) or a TIFF of several pages the first is read.
     """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -90,6 +92,27 @@ def listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more}" if names else "nothing"
+
+
+def check_inside(where: str, folder: str, name: str) -> None:
+    """Raise `UserError` if `name`, which a file in `folder` gives for a picture, leads out of it.
+
+    As it is written: a link in the folder may lead anywhere, it is the user's own. `where` begins
+    the message.
+    """
+    if not name.startswith("/") and ".." not in name:
+        return  # told without the cost of making paths: tables have hundreds of thousands of rows
+    root = os.path.abspath(folder)
+    if os.path.commonpath([root, os.path.normpath(os.path.join(root, name))]) != root:
+        raise UserError(f"{where}: {name} leads out of {folder}; move it there, or link to it")
+
+
+def path_inside(folder: str, name: str) -> str:
+    """The path of `name`, which `check_inside` lets pass, in `folder`.
+
+    Without "..": behind a link they would lead elsewhere than they are written.
+    """
+    return os.path.normpath(os.path.join(folder, name))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
-from visualcloze_deft.data.derive import DERIVED, missing
+from visualcloze_deft.data.derive import DERIVED, check_shapes, missing
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.prompt import Prompt
@@ -32,19 +32,27 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample: complete rows of cells, the columns hidden in the last, the words.
+    """One sample: rows of cells, the columns hidden in the last one, and the words.
 
-    skipped: what was drawn first and could not be read.
+    Rows are complete, but for hidden pictures that nobody has. skipped: what was drawn first and
+    could not be read.
     """
 
     index: int
     task: str
     keys: tuple[str, ...]
-    rows: tuple[tuple[Image.Image, ...], ...]
+    rows: tuple[tuple[Image.Image | None, ...], ...]
     hidden: tuple[bool, ...]
     task_sentence: str
     content: str
     skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def complete(self) -> tuple[tuple[Image.Image, ...], ...]:
+        """The rows of an example all of whose pictures are known."""
+        rows = tuple(tuple(cell for cell in row if cell is not None) for row in self.rows)
+        assert [*map(len, rows)] == [*map(len, self.rows)]
+        return rows
 
     @property
     def prompt(self) -> Prompt:
@@ -173,12 +181,12 @@ class Mixture:
 
 
 class Able:
-    """The items of a source that have all roles of a task, or all that theirs are made of."""
+    """The items of a source that have all roles of `wanted`, or all that theirs are made of."""
 
-    def __init__(self, source: Source, task: Task) -> None:
+    def __init__(self, source: Source, wanted: Sequence[str]) -> None:
         self.source = source
         self.parts = [
-            indices for roles, indices in source.kinds.items() if not missing(task.roles, roles)
+            indices for roles, indices in source.kinds.items() if not missing(wanted, roles)
         ]
         self.ends = np.cumsum([len(part) for part in self.parts])
 
@@ -205,12 +213,22 @@ class Able:
         return int(self.parts[part][place - self.ends[part]])  # counted from the part's end
 
 
-def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
-    """What each source has for `task`; of sources none of whose items has all its roles, nothing.
+def able(wanted: Sequence[str], sources: Sequence[Source]) -> list[Able]:
+    """What each source has with the roles `wanted`; of those that have nothing, nothing."""
+    return [found for found in (Able(source, wanted) for source in sources) if len(found)]
 
-    Raises `UserError` where no source has.
+
+def idle(tasks: Mapping[str, Task], sources: Sequence[Source]) -> list[Source]:
+    """The sources that serve none of the tasks."""
+    return [s for s in sources if not any(len(Able(s, task.roles)) for task in tasks.values())]
+
+
+def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
+    """What each source has for `task`.
+
+    Raises `UserError` where no source has anything.
     """
-    found = [able for able in (Able(source, task) for source in sources) if len(able)]
+    found = able(task.roles, sources)
     if not found:
         lacks = "; ".join(
             f"{source.name} lacks {', '.join(sorted(missing(task.roles, source.roles)))}"
@@ -251,6 +269,7 @@ def row_of(
             pictures.append(cell(role, size))
         else:
             derived = DERIVED[role]
+            check_shapes(item.key, {need: picture(need) for need in derived.needs})
             pictures.append(derived.make({need: cell(need, size) for need in derived.needs}, rng))
     return tuple(pictures)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from visualcloze_deft.data.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.data.dreambooth import DreamBooth
 from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
@@ -49,6 +50,7 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
     "scenes": Scenes.roles,
     "graph200k": Graph200K.may_have,
     "dreambooth": DreamBooth.roles,
+    "dreambench-plus": DreamBenchPlus.roles,
     "insdet": InsDet.may_have,
 }
 SOURCES: dict[str, Callable[[str, int, int], Source]] = {
@@ -56,5 +58,6 @@ SOURCES: dict[str, Callable[[str, int, int], Source]] = {
     "folder": lambda path, _size, _seed: Folder(Path(path)),
     "graph200k": lambda place, _size, _seed: _graph200k(place),
     "dreambooth": lambda path, _size, _seed: DreamBooth(Path(path)),
+    "dreambench-plus": lambda path, _size, _seed: DreamBenchPlus(Path(path)),
     "insdet": lambda path, size, _seed: InsDet(Path(path), size=size),
 }
