@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import torch
 from PIL import Image
 
@@ -101,6 +103,9 @@ print(f"{len(source):9,} items {took:7.2f} s {grown:7.0f} MiB more")
 """
 
 
+KINDS = (("folder", "{}.jsonl"), ("graph200k", "data{}.json"), ("graph200k", "table{}"))
+
+
 def time_opening(folder: Path, counts: tuple[int, ...]) -> None:
     Image.new("RGB", (64, 64), "teal").save(folder / "a.png")
     names = {"target": "a.png", "depth": "a.png", "canny": "a.png"}
@@ -119,13 +124,35 @@ def time_opening(folder: Path, counts: tuple[int, ...]) -> None:
             for k in range(count)
         ]
         (folder / f"data{count}.json").write_text(json.dumps(rows))
-    for kind, name in (("folder", "{}.jsonl"), ("graph200k", "data{}.json")):
+        del rows
+        write_parquet(folder / f"table{count}", (folder / "a.png").read_bytes(), count)
+    for kind, name in KINDS:
         for time_of in ("first", "again"):
             for count in counts:
                 spec = f"{kind}={folder / name.format(count)}"
                 command = [sys.executable, "-c", OPEN, spec, str(folder / "index")]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                print(f"{kind:10} {time_of}: {done.stdout.strip()}")
+                places = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=True, env=places
+                )
+                print(f"{kind + ' ' + name.format('N'):22} {time_of}: {done.stdout.strip()}")
+
+
+def write_parquet(folder: Path, picture: bytes, count: int) -> None:
+    folder.mkdir()
+    cells = [{"bytes": picture, "path": None}] * count
+    table = datasets.Dataset.from_dict(
+        {
+            "target": cells,
+            "depth": cells,
+            "reference": cells,
+            "description": [
+                {"item": "A square.", "description_0": f"Teal, {k}."} for k in range(count)
+            ],
+            "quality_assessment": [{"objectConsistency": k % 6} for k in range(count)],
+        }
+    )
+    table.to_parquet(folder / "train-00000-of-00001.parquet")
 
 
 def deal(resolution: int, budget: int, steps: int) -> None:

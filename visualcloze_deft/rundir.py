@@ -35,6 +35,7 @@ from visualcloze_deft.settings import Run, load_run, write_run
 from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, VERSIONS = "settings.toml", "versions.json"
+INDEX = "index"  # folder of the sources' indexes
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
 FREE_ON_RESUME = {
     "output",
@@ -63,13 +64,14 @@ PACKAGES = [
 ]
 
 
-def mixture_of(run: Run, *, held_out: bool = False) -> Mixture:
+def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -> Mixture:
     """The run's tasks over its sources: those of a weight above 0, and of "all" and patterns those
     that the sources can serve.
 
-    held_out: over the items that `data.hold_out` keeps out of training, if it keeps any.
+    held_out: over the items that `data.hold_out` keeps out of training, if it keeps any. cache: a
+    folder for the sources' indexes.
     """
-    sources = sources_of(run, held_out=held_out)
+    sources = sources_of(run, held_out=held_out, cache=cache)
     weights, tasks = tasks_of(run)
     if tasks and (held_out or leaves_out(run.data.tasks)):
         tasks = {n: t for n, t in tasks.items() if any(len(Able(s, t.roles)) for s in sources)}
@@ -106,12 +108,12 @@ def tasks_of(run: Run) -> tuple[dict[str, float], dict[str, Task]]:
     return weights, {name: known[name] for name, weight in weights.items() if weight > 0}
 
 
-def sources_of(run: Run, *, held_out: bool) -> list[Source]:
+def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[Source]:
     """The run's sources, with what is annotated: the items that `data.hold_out` leaves to training,
-    or those it keeps."""
+    or those it keeps. cache: a folder for their indexes."""
     check_places(run.data.annotate)
     size, every = resolution_of(run), run.data.hold_out
-    opened = [open_source(spec, size=size, seed=run.seed) for spec in run.data.sources]
+    opened = [open_source(spec, size=size, seed=run.seed, cache=cache) for spec in run.data.sources]
     sources = annotated(opened, run.data.annotate)
     for source in sources if every else ():
         if len(source) < every:
@@ -160,23 +162,23 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
             raise UserError("adapter.start keeps its own scale and layers: leave alpha and layers")
         check_start(folder, wanted.method, wanted.rank, run.model_lora or "")
         check_base(folder, run.model)
-    mixture = mixture_of(run)
+    output = Path(run.output)
+    if not resume and saved_anything(output):
+        raise UserError(
+            f"output {output} holds another run; go on with --resume or choose another --output"
+        )
+    mixture = mixture_of(run, cache=output / INDEX)
     items = sum(len(source) for source in mixture.sources)
     if items < processes:
         raise UserError(
             f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
             "name more data or fewer --processes"
         )
-    output = Path(run.output)
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan_of(run, mixture, processes=processes))
         check_base(start.folder, run.model)
         check_tasks(mixture, output / "tasks")
-    elif saved_anything(output):
-        raise UserError(
-            f"output {output} holds another run; go on with --resume or choose another --output"
-        )
     with only_writer(output):
         describe(run, mixture, output)
     return mixture

@@ -97,7 +97,7 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
 def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
-    mixture = rundir.mixture_of(run)
+    mixture = rundir.mixture_of(run, cache=Path(run.output) / rundir.INDEX)
     models = load_models(
         run.model,
         dtype=base_dtype(run, process.device.type),
@@ -173,7 +173,10 @@ class Loop:
         """start: how far the run that is resumed came."""
         self.run = run
         self.mixture = mixture
-        self.shown = rundir.mixture_of(run, held_out=True) if run.data.hold_out else mixture
+        self.shown = mixture
+        if run.data.hold_out:
+            cache = Path(run.output) / rundir.INDEX
+            self.shown = rundir.mixture_of(run, held_out=True, cache=cache)
         self.models = models
         self.engine = engine
         self.rank = rank

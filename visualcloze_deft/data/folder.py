@@ -12,8 +12,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from visualcloze_deft.data.images import (
@@ -22,9 +21,8 @@ from visualcloze_deft.data.images import (
     images_in,
     listing,
     path_inside,
-    read_image,
 )
-from visualcloze_deft.data.item import Item, Listed
+from visualcloze_deft.data.index import Indexed, Row, index, key_of_files, key_of_names
 from visualcloze_deft.errors import UserError, nearest
 
 # Where the texts of the item called {0} may stand. The first file found counts.
@@ -37,33 +35,37 @@ _SUFFIXED = re.compile(r"(.+?)_(view_turned|style_image|style_reference|image_\d
 _LAYOUTS = "a table *.jsonl, subfolders depth/0001.png, or suffixes 0001_depth.png"
 
 
-class Folder(Listed):
-    """The source `folder` at `path`: a folder in one of the three layouts, or a .jsonl file."""
+class Folder(Indexed):
+    """The source `folder` at `path`: a folder in one of the three layouts, or a .jsonl file.
 
-    name = "folder"
+    cache: where its index is kept, see `index`.
+    """
 
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            items = read_folder(path)
-        elif path.is_file() and path.suffix == ".jsonl":
-            items = read_table(path)
-        else:
+    def __init__(self, path: Path, *, cache: Path | None = None) -> None:
+        tables = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not path.is_dir() and not (path.is_file() and path.suffix == ".jsonl"):
             raise UserError(f"{path}: no such folder or .jsonl file")
-        if not items:
+        folder = path if path.is_dir() else path.parent
+        if tables:
+            rows = index(
+                lambda: (row for table in tables for row in read_table(table)),
+                key=lambda: key_of_files(tables),
+                cache=cache,
+            )
+        else:
+            rows = index(lambda: read_folder(path), key=lambda: key_of_names(path), cache=cache)
+        if not rows.num_rows:
             found = listing(path) if path.is_dir() else "no row"
             raise UserError(f"{path}: expected {_LAYOUTS}; found {found}")
-        super().__init__(items)
+        super().__init__("folder", folder, rows)
 
 
-def read_folder(root: Path) -> list[Item]:
-    """The items of the tables in `root`; without any, those of its subfolders or suffixes."""
-    tables = sorted(root.glob("*.jsonl"))
-    if tables:
-        return [item for table in tables for item in read_table(table)]
-    by_stem: dict[str, dict[str, Path]] = defaultdict(dict)
+def read_folder(root: Path) -> Iterator[Row]:
+    """The items in subfolders of `root`, or of its pictures' suffixes."""
+    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
     for folder in folders_in(root):
         for stem, path in images_in(folder).items():
-            by_stem[stem][folder.name] = path
+            by_stem[stem][folder.name] = f"{folder.name}/{path.name}"
     loose = images_in(root)
     if by_stem and loose:
         raise UserError(f"{root}: pictures both in subfolders and beside them; keep one layout")
@@ -71,20 +73,20 @@ def read_folder(root: Path) -> list[Item]:
         parts = _SUFFIXED.fullmatch(stem)
         if parts is None:
             raise UserError(f"{path}: expected a role at the end, such as {stem}_target")
-        by_stem[parts[1]][parts[2]] = path
-    return [_paired(root, stem, paths) for stem, paths in sorted(by_stem.items())]
+        by_stem[parts[1]][parts[2]] = path.name
+    return (_paired(root, stem, paths) for stem, paths in sorted(by_stem.items()))
 
 
-def _paired(root: Path, stem: str, paths: Mapping[str, Path]) -> Item:
+def _paired(root: Path, stem: str, paths: Mapping[str, str]) -> Row:
     if len(paths) == 1 and "target" not in paths:
-        [path] = paths.values()
-        raise UserError(f"{path}: stands alone; no other role has a picture called {stem!r}")
+        [name] = paths.values()
+        raise UserError(f"{root / name}: stands alone; no other role has a picture called {stem!r}")
     texts = {}
     for name, places in TEXTS.items():
         for path in (root / place.format(stem) for place in places):
             if name not in texts and path.is_file():
                 texts[name] = _read_text(path)
-    return _item(stem, paths, texts)
+    return Row(key=stem, paths=paths, texts=texts)
 
 
 def _read_text(path: Path) -> str:
@@ -94,34 +96,32 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def read_table(path: Path) -> list[Item]:
+def read_table(path: Path) -> Iterator[Row]:
     """One item per line of a .jsonl file; paths are relative to the file and lead nowhere but into
     its folder."""
-    file, folder, items = str(path), str(path.parent), []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, {{...}}, not {row!r}")
-        names, texts = _edit(where, row) if "images" in row else _roles(where, row)
-        paths: dict[str, str] = {}
-        for role, name in names.items():
-            check_inside(f"{where}: {role}", folder, name)
-            paths[role] = path_inside(folder, name)
-            if not os.path.isfile(paths[role]):
-                raise UserError(f"{where}: {role}: no such file {paths[role]}")
-        items.append(_item(f"{path.name}:{number}", paths, texts))
-    return items
+    file, folder = str(path), str(path.parent)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                names, texts = _row(where, line)
+                for role, name in names.items():
+                    check_inside(f"{where}: {role}", folder, name)
+                    if not os.path.isfile(path_inside(folder, name)):
+                        missing = path_inside(folder, name)
+                        raise UserError(f"{where}: {role}: no such file {missing}")
+                yield Row(key=f"{path.name}:{number}", paths=names, texts=texts)
 
 
-def _item(key: str, paths: Mapping[str, Path | str], texts: Mapping[str, str]) -> Item:
-    images = {role: partial(read_image, path) for role, path in paths.items()}
-    return Item(key=key, images=images, texts=texts)
+def _row(where: str, line: bytes) -> tuple[dict[str, str], dict[str, str]]:
+    """File names and texts of a line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, {{...}}, not {row!r}")
+    return _edit(where, row) if "images" in row else _roles(where, row)
 
 
 def _roles(where: str, row: Mapping[str, object]) -> tuple[dict[str, str], dict[str, str]]:

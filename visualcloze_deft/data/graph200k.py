@@ -7,15 +7,12 @@ A row: {"quality_assessment": {"objectConsistency": 4, ...} or null, "descriptio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from visualcloze_deft.data.images import check_inside, listing, path_inside, read_image
-from visualcloze_deft.data.item import Item, kinds_of
+from visualcloze_deft.data.images import check_inside, listing, path_inside
+from visualcloze_deft.data.index import Indexed, Row, index, key_of_files
 from visualcloze_deft.errors import UserError, nearest
 
 ROLES = {  # condition with one picture -> role
@@ -49,40 +46,39 @@ _FIELDS: dict[str, dict[str, Any]] = {  # key of a row -> key in it -> what may 
 CONSISTENT = 3  # least objectConsistency of a reference (VisualCloze, arXiv 2504.07960)
 
 
-class Graph200K:
-    """The source `graph200k` at `root`, a folder with `data.json`, or that file itself."""
+class Graph200K(Indexed):
+    """The source `graph200k` at `root`, a folder with `data.json`, or that file itself.
 
-    name = "graph200k"
+    cache: where its index is kept, see `index`.
+    """
+
     may_have = frozenset(ROLES.values()) | {r for roles in LISTS.values() for r in roles.values()}
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, cache: Path | None = None) -> None:
         if not root.exists():
             raise UserError(f"{root}: no such folder")
         path = root / "data.json" if root.is_dir() else root
-        self.folder = str(path.parent)
-        self.rows = read_rows(path)
-        self.roles = frozenset(role for row in self.rows for role in picture_names(row))
-        for name in picture_names(self.rows[0]).values():
-            if not Path(path_inside(self.folder, name)).is_file():
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such file; expected the data.json that unpacking Graph200K writes, "
+                f"found {listing(path.parent)}"
+            )
+        rows = index(lambda: items_of(path), key=lambda: key_of_files([path]), cache=cache)
+        super().__init__("graph200k", path.parent, rows)
+
+
+def items_of(path: Path) -> Iterator[Row]:
+    """The items in `data.json`, whose first has its pictures."""
+    folder = str(path.parent)
+    for number, row in enumerate(read_rows(path)):
+        names = picture_names(row)
+        for name in names.values() if number == 0 else ():
+            if not Path(path_inside(folder, name)).is_file():
                 raise UserError(
-                    f"{path}, item 0: no such file {path_inside(self.folder, name)}; "
+                    f"{path}, item 0: no such file {path_inside(folder, name)}; "
                     f"paths are relative to {path.name}"
                 )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def kinds(self) -> dict[frozenset[str], list[int]]:
-        return kinds_of(map(picture_names, self.rows))
-
-    def item(self, index: int) -> Item:
-        row = self.rows[index]
-        images: dict[str, Callable[[], Image.Image]] = {
-            role: partial(read_image, path_inside(self.folder, name))
-            for role, name in picture_names(row).items()
-        }
-        return Item(key=f"item {index}", images=images, texts=texts(row))
+        yield Row(key=f"item {number}", paths=names, texts=texts(row))
 
 
 def picture_names(row: Mapping[str, Any]) -> dict[str, str]:
@@ -124,11 +120,6 @@ def _in_sentence(words: str) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The checked list in `data.json`."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; expected the data.json that unpacking Graph200K writes, "
-            f"found {listing(path.parent)}"
-        )
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -136,8 +127,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of items, found {str(rows)[:60]!r}")
     file, folder = str(path), str(path.parent)
-    for index, row in enumerate(rows):
-        _check(f"{file}, item {index}", folder, row)
+    for number, row in enumerate(rows):
+        _check(f"{file}, item {number}", folder, row)
     return rows
 
 

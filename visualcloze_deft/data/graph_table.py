@@ -94,8 +94,13 @@ class GraphTable:
         column = "quality_assessment"
         if self.words is None or column not in self.words.column_names:
             return np.zeros(len(self), bool)
-        levels = (said(cell).get("objectConsistency") for cell in self.words[:][column])
-        return np.array([isinstance(k, int | float) and k >= CONSISTENT for k in levels], bool)
+        cells = self.words.with_format("arrow")[:][column]
+        levels = (said(cell.as_py()).get("objectConsistency") for cell in cells)
+        return np.fromiter(
+            (isinstance(level, int | float) and level >= CONSISTENT for level in levels),
+            bool,
+            count=len(self),
+        )
 
 
 def there(cells: datasets.Dataset) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.images import path_inside, read_image
 from visualcloze_deft.data.item import Item
-from visualcloze_deft.errors import UserError
 
 FORMAT = "1"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
@@ -35,7 +35,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An item on paper. paths: role -> file, relative to the source's folder or absolute."""
+    """An item on paper. paths: role -> file in the source's folder, as it is written there."""
 
     key: str
     paths: Mapping[str, str]
@@ -58,20 +58,24 @@ class Indexed:
         return int(self.table.num_rows)
 
     @cached_property
-    def kinds(self) -> dict[frozenset[str], np.ndarray]:
-        column = self.table["kind"].combine_chunks().dictionary_encode()
+    def kinds(self) -> dict[frozenset[str], Sequence[int]]:
+        column = pa.compute.dictionary_encode(self.table["kind"].combine_chunks())
         codes = column.indices.to_numpy(zero_copy_only=False)
-        return {
-            frozenset(kind.split(SEPARATOR)): np.flatnonzero(codes == code)
-            for code, kind in enumerate(column.dictionary.to_pylist())
-        }
+        found: dict[frozenset[str], Sequence[int]] = {}
+        for code, kind in enumerate(column.dictionary.to_pylist()):
+            roles = frozenset(kind.split(SEPARATOR))
+            found[roles] = [*found.get(roles, []), *np.flatnonzero(codes == code).tolist()]
+        return {roles: sorted(indices) for roles, indices in found.items()}
 
     def item(self, index: int) -> Item:
         row = {name: self.table[name][index].as_py() for name in _SCHEMA.names}
         paths = zip(row["kind"].split(SEPARATOR), row["paths"], strict=True)
         return Item(
             key=row["key"],
-            images={role: partial(read_image, self.folder / path) for role, path in paths},
+            images={
+                role: partial(read_image, path_inside(str(self.folder), path))
+                for role, path in paths
+            },
             texts=json.loads(row["texts"]),
         )
 
@@ -86,17 +90,35 @@ def index(
     if cache is None:
         return pa.Table.from_batches(_batches(rows()), schema=_SCHEMA)
     path = cache / f"{key()}.arrow"
+    found = _mapped(path)
+    if found is None:
+        _write(rows(), path)
+        found = _mapped(path)
+        assert found is not None
+    return found
+
+
+def _mapped(path: Path) -> pa.Table | None:
+    """The table in a file, which stays on disk; None where it is not there, or damaged."""
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".part{os.getpid()}")
-        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-            for batch in _batches(rows()):
-                writer.write_batch(batch)
-        os.replace(staged, path)
+        return None
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid):
-        raise UserError(f"{path}: a damaged index; delete it, and it is made again") from None
+        return None
+
+
+def _write(rows: Iterable[Row], path: Path) -> None:
+    """A table in a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(f".part{os.getpid()}")
+    try:
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            for batch in _batches(rows):
+                writer.write_batch(batch)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
@@ -112,10 +134,10 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
 
 
 def key_of_files(paths: Iterable[Path]) -> str:
-    """A key of what stands in the files."""
+    """A key of where the files are and what stands in them."""
     digest = hashlib.sha256(FORMAT.encode())
     for path in paths:
-        digest.update(f"\0{path.name}\0".encode())
+        digest.update(f"\0{path.absolute()}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -123,9 +145,9 @@ def key_of_files(paths: Iterable[Path]) -> str:
 
 
 def key_of_names(folder: Path) -> str:
-    """A key of the names, sizes and times of all files in `folder` and its subfolders."""
+    """A key of the paths, sizes and times of all files in `folder` and its subfolders."""
     digest = hashlib.sha256(FORMAT.encode())
-    places = [str(folder)]
+    places = [str(folder.absolute())]
     while places:
         place = places.pop()
         entries = sorted(os.scandir(place), key=lambda entry: entry.name)
@@ -134,6 +156,5 @@ def key_of_names(folder: Path) -> str:
                 places.append(entry.path)
             else:
                 told = entry.stat()
-                name = entry.path[len(str(folder)) :]
-                digest.update(f"{name}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
+                digest.update(f"{entry.path}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from visualcloze_deft.data.dreambench_plus import DreamBenchPlus
@@ -15,32 +16,42 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError, nearest
 
 
-def open_source(spec: str, *, size: int, seed: int) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """size: the side in pixels pictures are wanted at; seed: of what is made, not read; cache: a
+    folder for indexes, None for none."""
+
+    size: int
+    seed: int
+    cache: Path | None = None
+
+
+def open_source(spec: str, *, size: int, seed: int, cache: Path | None = None) -> Source:
     """The source named by `spec`.
 
-    size: the side in pixels its pictures are wanted at; seed: of what is made, not read.
+    size, seed, cache: see `Opening`.
     """
     name, _, argument = spec.partition("=")
     if name not in SOURCES:
         raise UserError(f"unknown data source {name!r}; {nearest(name, SOURCES)}")
     if name != "scenes" and not argument:
         raise UserError(f"data source {name!r} needs a path: {name}=PATH")
-    return SOURCES[name](argument, size, seed)
+    return SOURCES[name](argument, Opening(size=size, seed=seed, cache=cache))
 
 
-def _scenes(count: str, size: int, seed: int) -> Source:
+def _scenes(count: str, opening: Opening) -> Source:
     if not count:
-        return Scenes(size=size, seed=seed)
+        return Scenes(size=opening.size, seed=opening.seed)
     if not count.isdecimal() or not int(count):
         raise UserError(f"scenes={count}: the number of scenes must be a whole number above 0")
-    return Scenes(size=size, seed=seed, count=int(count))
+    return Scenes(size=opening.size, seed=opening.seed, count=int(count))
 
 
-def _graph200k(place: str) -> Source:
+def _graph200k(place: str, opening: Opening) -> Source:
     """Unpacked (a data.json beside its pictures), or as a table: a folder of parquet or arrow
     files, or a data set of the hub, with "@SPLIT" behind it ("train" where not said)."""
     if Path(place).is_file() or (Path(place) / "data.json").is_file():
-        return Graph200K(Path(place))
+        return Graph200K(Path(place), cache=opening.cache)
     from visualcloze_deft.data.graph_table import GraphTable  # which imports datasets
 
     return GraphTable(place)
@@ -53,11 +64,11 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
     "dreambench-plus": DreamBenchPlus.roles,
     "insdet": InsDet.may_have,
 }
-SOURCES: dict[str, Callable[[str, int, int], Source]] = {
+SOURCES: dict[str, Callable[[str, Opening], Source]] = {
     "scenes": _scenes,
-    "folder": lambda path, _size, _seed: Folder(Path(path)),
-    "graph200k": lambda place, _size, _seed: _graph200k(place),
-    "dreambooth": lambda path, _size, _seed: DreamBooth(Path(path)),
-    "dreambench-plus": lambda path, _size, _seed: DreamBenchPlus(Path(path)),
-    "insdet": lambda path, size, _seed: InsDet(Path(path), size=size),
+    "folder": lambda path, opening: Folder(Path(path), cache=opening.cache),
+    "graph200k": _graph200k,
+    "dreambooth": lambda path, _: DreamBooth(Path(path)),
+    "dreambench-plus": lambda path, _: DreamBenchPlus(Path(path)),
+    "insdet": lambda path, opening: InsDet(Path(path), size=opening.size),
 }
