@@ -97,7 +97,7 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
 def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
-    mixture = rundir.mixture_of(run, cache=Path(run.output) / rundir.INDEX)
+    mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
     models = load_models(
         run.model,
         dtype=base_dtype(run, process.device.type),
