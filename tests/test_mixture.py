@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from visualcloze_deft.data.item import Item, Part
 from visualcloze_deft.data.mixture import Example, Mixture, row_of
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.preview import queries
+from visualcloze_deft.preview import one_of_each, queries
 from visualcloze_deft.registry import Task
 from visualcloze_deft.settings import Recipe
 
@@ -333,6 +334,66 @@ def test_training_and_held_out_items_part_a_source(count: int) -> None:
     trained, held_out = ([part.item(k).key for k in range(len(part))] for part in parts)
     assert sorted([*trained, *held_out]) == sorted(source.item(k).key for k in range(count))
     assert held_out == [source.item(k).key for k in range(3, count, 4)]
+
+
+def test_a_preview_shows_one_grid_of_each_task_or_group() -> None:
+    tasks = [task("x"), task("y", group="h"), task("z")]
+    mixed = mixture(*tasks)
+    assert [example.task for example in one_of_each(mixed, "task")] == ["x", "y", "z"]
+    found = one_of_each(mixed, "group")
+    assert [example.task for example in found] == ["x", "y"]
+    assert all(example.hidden == (False, False, True) for example in found)
+
+
+# Unreadable items: those whose index is in `broken`.
+
+
+class Broken(Flat):
+    """A source of which some items cannot be read, their pictures or their texts."""
+
+    def __init__(self, broken: set[int], *, whole: bool = False, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.broken = broken
+        self.whole = whole
+
+    def item(self, index: int) -> Item:
+        item = super().item(index)
+        if index not in self.broken:
+            return item
+        if self.whole:
+            raise UserError(f"item {index}: no text")
+
+        def unreadable() -> Image.Image:
+            raise UserError(f"{index}.png: cut short")
+
+        return replace(item, images={**item.images, "b": unreadable})
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_unreadable_item_is_replaced_and_told_and_nothing_else_changes(whole: bool) -> None:
+    sound = drawn(sources=(Flat(9),), count=80)
+    found = drawn(sources=(Broken({3, 5}, whole=whole, count=9),), count=80)
+    assert any(example.skipped for example in found)
+    for before, after in zip(sound, found, strict=True):
+        lost = [key for key in before.keys if key in ("flat 3", "flat 5")]
+        assert len(after.keys) == len(set(after.keys)) == len(before.keys)
+        assert not {"flat 3", "flat 5"} & {*after.keys}
+        assert {one.why for one in after.skipped} >= {
+            f"item {key[-1]}: no text" if whole else f"{key[-1]}.png: cut short" for key in lost
+        }
+        if not after.skipped:
+            assert content_of(after) == content_of(before)
+        kept = [k for k, key in enumerate(before.keys) if key not in lost]
+        assert [after.keys[k] for k in kept] == [before.keys[k] for k in kept]
+    again = drawn(sources=(Broken({3, 5}, whole=whole, count=9),), count=80)
+    assert [*map(content_of, again)] == [*map(content_of, found)]
+
+
+def test_a_source_of_unreadable_items_alone_is_named_and_does_not_spin() -> None:
+    for count in (2, 500):
+        broken = Broken(set(range(count)), count=count)
+        with pytest.raises(UserError, match="items in turn cannot be read, the last"):
+            drawn(sources=(broken,), count=1)
 
 
 def test_sheets_take_the_first_source_that_has_items_and_the_heaviest_tasks() -> None:

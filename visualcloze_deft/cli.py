@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from visualcloze_deft.data.mixture import Mixture
     from visualcloze_deft.export import Format
     from visualcloze_deft.modelfolder import Bits
+    from visualcloze_deft.preview import Each
     from visualcloze_deft.prompt import ClipText
     from visualcloze_deft.registry import Task
     from visualcloze_deft.settings import Run
@@ -467,6 +468,11 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @DATA
 @ANNOTATE
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option(
+    "--each",
+    type=click.Choice(["task", "group"]),
+    help="One grid of each, as 'vcdeft infer' would be asked, instead of --count drawn ones.",
+)
 @HOLD_OUT
 @click.option("--seed", type=int, default=0, show_default=True)
 @RESOLUTION
@@ -477,19 +483,26 @@ def preview(
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     count: int,
+    each: Each | None,
     hold_out: int | None,
     seed: int,
     resolution: int | None,
     output: str,
 ) -> None:
-    """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG."""
-    from visualcloze_deft.preview import example_sheet
+    """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG.
+
+    \b
+    vcdeft tasks preview deraining --data folder=photos
+    vcdeft tasks preview all --each group --data graph200k=PATH --data scenes
+    """
+    from visualcloze_deft.preview import example_sheet, one_of_each
     from visualcloze_deft.rundir import mixture_of
 
     run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
     mixture = mixture_of(run, held_out=True)
     path = png_path(output)
-    example_sheet([mixture[k] for k in range(count)]).save(path)
+    drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
+    example_sheet(drawn).save(path)
     click.echo(path)
 
 

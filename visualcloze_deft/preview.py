@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ SHOWN = 12
 """Tasks on a sheet made while training."""
 STEPS = 20
 """Steps of the sheets made while training."""
+Each = Literal["task", "group"]
 
 
 def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
@@ -59,6 +61,14 @@ def queries(
         if place in heaviest
         for index in range(count)
     ]
+
+
+def one_of_each(mixture: Mixture, each: Each) -> list[Example]:
+    """A grid of every task, or of the first task of every group, as inference sees it."""
+    first: dict[str, Task] = {}
+    for task in mixture.tasks.values():
+        first.setdefault(task.group if each == "group" else task.name, task)
+    return [query_of(mixture, task, index=k) for k, task in enumerate(first.values())]
 
 
 def grids_to_try(
