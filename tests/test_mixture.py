@@ -308,7 +308,7 @@ def test_a_mask_may_be_smaller_than_its_picture_but_not_cut_otherwise() -> None:
     def cut_out_with(mask: tuple[int, int]) -> None:
         sizes = {"target": (64, 48), "mask": mask}
         images = {role: partial(Image.new, "RGB", size) for role, size in sizes.items()}
-        row_of(Item(key="one", images=images), ["foreground"], 16, np.random.default_rng(0))
+        row_of(Item(key="one", images=images), ["foreground"], 16, "row", np.random.default_rng(0))
 
     for mask in ((64, 48), (32, 24), (21, 16)):
         cut_out_with(mask)
