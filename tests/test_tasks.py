@@ -470,6 +470,21 @@ def test_the_listing_shows_every_task_with_what_is_generated() -> None:
         assert re.search(rf"^  {task.name} .*-> {task.roles[-1]}$", listing, re.MULTILINE)
 
 
+def test_what_the_encoders_read_and_lose_of_a_text_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "a red striped cube and a blue spotted ball on a green checkered floor, grey wall, " * 2
+    main(["tasks", "show", "depth-to-image", "--model", "tiny", "--content", f"{words} last word"])
+    t5, clip, original = capsys.readouterr().out.split("tokens, reads ")[1:]
+    assert "of at most 40" in t5
+    assert "last word" in t5.split("lost:")[1]
+    assert "of at most 77" in clip
+    content = f"The last image of the last row depicts: {words.strip()}"
+    assert content in clip.split("lost:")[0]
+    assert "A grid layout" not in clip.split("CLIP, original")[0]
+    assert "last word" in original.split("lost:")[1]
+
+
 def test_a_task_is_shown_and_checked_and_listed_for_programs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:

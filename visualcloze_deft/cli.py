@@ -392,7 +392,7 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 @click.argument("name")
 @FOLDERS
 @click.option(
-    "--model", help="Also: what its text encoders read and cut; 'tiny', folder or hub id."
+    "--model", help="Also what this model's text encoders read and lose of a grid's text."
 )
 @click.option("--content", default="", metavar="TEXT", help="A content sentence, with --model.")
 def show_task(name: str, folders: tuple[str, ...], model: str | None, content: str) -> None:
