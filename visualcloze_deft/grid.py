@@ -79,8 +79,13 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def to_pixels(image: Image.Image) -> Tensor:
     """(3, h, w) in -1..1."""
-    values = np.array(image.convert("RGB"))
-    return torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels_of(np.asarray(image.convert("RGB")))
+
+
+def pixels_of(values: np.ndarray) -> Tensor:
+    """(h, w, 3) bytes to (3, h, w) in -1..1."""
+    channels = np.array(rearrange(values, "h w c -> c h w"), order="C")  # its own, to be written
+    return torch.from_numpy(channels).float().div_(127.5).sub_(1)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -137,18 +142,15 @@ def join(rows: Sequence[Sequence[Image.Image]], *, hidden: Sequence[bool]) -> Gr
     last."""
     strips, masks, widths = [], [], []
     for r, row in enumerate(rows):
-        marks = hidden if r == len(rows) - 1 else [False] * len(row)
-        strips.append(torch.cat([to_pixels(image) for image in row], dim=2))
-        masks.append(
-            torch.cat(
-                [
-                    torch.full((1, image.height, image.width), float(mark))
-                    for image, mark in zip(row, marks, strict=True)
-                ],
-                dim=2,
-            )
-        )
-        widths.append(tuple(image.width for image in row))
+        values = np.concatenate([np.asarray(image.convert("RGB")) for image in row], axis=1)
+        strips.append(pixels_of(values))
+        own = tuple(image.width for image in row)
+        mask = torch.zeros(1, row[0].height, sum(own))
+        if r == len(rows) - 1:
+            for cell, mark in zip(cells(mask, own), hidden, strict=True):
+                cell.fill_(float(mark))
+        masks.append(mask)
+        widths.append(own)
     return Grid(strips=tuple(strips), hidden=tuple(masks), widths=tuple(widths))
 
 

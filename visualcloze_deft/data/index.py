@@ -59,13 +59,21 @@ class Indexed:
 
     @cached_property
     def kinds(self) -> dict[frozenset[str], Sequence[int]]:
-        column = pa.compute.dictionary_encode(self.table["kind"].combine_chunks())
-        codes = column.indices.to_numpy(zero_copy_only=False)
-        found: dict[frozenset[str], Sequence[int]] = {}
-        for code, kind in enumerate(column.dictionary.to_pylist()):
-            roles = frozenset(kind.split(SEPARATOR))
-            found[roles] = [*found.get(roles, []), *np.flatnonzero(codes == code).tolist()]
-        return {roles: sorted(indices) for roles, indices in found.items()}
+        of_kind: dict[str, int] = {}
+        roles: dict[frozenset[str], int] = {}
+        parts = []
+        for chunk in self.table["kind"].chunks:
+            encoded = pa.compute.dictionary_encode(chunk)
+            for kind in encoded.dictionary.to_pylist():
+                if kind not in of_kind:  # the same roles in another order are one kind
+                    own = frozenset(kind.split(SEPARATOR))
+                    of_kind[kind] = roles.setdefault(own, len(roles))
+            here = np.array([of_kind[kind] for kind in encoded.dictionary.to_pylist()], np.int32)
+            parts.append(here[encoded.indices.to_numpy()])
+        codes = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        if len(roles) == 1:
+            return dict.fromkeys(roles, range(len(codes)))
+        return {own: np.flatnonzero(codes == code).tolist() for own, code in roles.items()}
 
     def item(self, index: int) -> Item:
         row = {name: self.table[name][index].as_py() for name in _SCHEMA.names}
