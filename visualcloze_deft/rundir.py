@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,14 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
         raise UserError(
             f"output {output} holds another run; go on with --resume or choose another --output"
         )
-    mixture = mixture_of(run, cache=output / INDEX)
-    items = sum(len(source) for source in mixture.sources)
-    if items < processes:
-        raise UserError(
-            f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
-            "name more data or fewer --processes"
-        )
+    with unmade(output):
+        mixture = mixture_of(run, cache=output / INDEX)
+        items = sum(len(source) for source in mixture.sources)
+        if items < processes:
+            raise UserError(
+                f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
+                "name more data or fewer --processes"
+            )
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan_of(run, mixture, processes=processes))
@@ -182,6 +184,18 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
+
+
+@contextmanager
+def unmade(output: Path) -> Iterator[None]:
+    """A run that is refused leaves no folder behind where there was none."""
+    fresh = not output.exists()
+    try:
+        yield
+    except UserError:
+        if fresh:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
 
 
 def saved_anything(output: Path) -> bool:
