@@ -16,6 +16,8 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.plan import Plan, Step, pack
 from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.rundir import mixture_of, plan_of
+from visualcloze_deft.settings import parse_run
 
 SIZES = [32, 96, 64, 32, 128, 48]  # in turn
 
@@ -72,9 +74,14 @@ def test_processes_wait_little_for_the_one_with_most() -> None:
     assert sum(step.idle for step in found) / len(found) < 0.05
 
 
-def test_a_grid_larger_than_the_budget_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_tokens = 100: a grid of this run has 128 tokens"):
-        steps(plan(budget=100), 3)
+def test_no_grid_has_more_tokens_than_a_run_says_and_a_smaller_budget_is_refused() -> None:
+    tasks = "depth-to-image,object-insertion"
+    run = parse_run({"data": {"tasks": tasks, "resolution": 32}}, where="")
+    mixture = mixture_of(run)
+    assert max(map(mixture.tokens, range(200))) == mixture.most_tokens == 3 * 3 * 4
+    tight = run.model_copy(update={"batch_tokens": 35})
+    with pytest.raises(UserError, match="batch_tokens = 35: grids of this run have up to 36"):
+        plan_of(tight, mixture, processes=1)
 
 
 def test_the_largest_go_first_to_the_part_that_has_least() -> None:

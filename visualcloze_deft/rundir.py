@@ -49,6 +49,7 @@ FREE_ON_RESUME = {
     "save_every",
     "sheet_every",
     "data.workers",
+    "data.skip_at_most",
 }
 """Settings that may change when a run goes on: they leave the examples of every step as they were.
 
@@ -93,6 +94,12 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
 
 
 def plan_of(run: Run, mixture: Mixture, *, processes: int) -> Plan:
+    """How the run's examples are dealt. Raises `UserError` where not every grid fits."""
+    if 0 < run.batch_tokens < mixture.most_tokens:
+        raise UserError(
+            f"batch_tokens = {run.batch_tokens}: grids of this run have up to "
+            f"{mixture.most_tokens} tokens; give that many or more"
+        )
     return Plan(
         world=processes,
         accumulate=run.accumulate,
@@ -170,6 +177,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
         )
     with unmade(output):
         mixture = mixture_of(run, cache=output / INDEX)
+        plan = plan_of(run, mixture, processes=processes)
         items = sum(len(source) for source in mixture.sources)
         if items < processes:
             raise UserError(
@@ -178,7 +186,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
             )
     if resume:
         start = newest(output / "checkpoints")[0]
-        check_resumed(run, start.progress, plan_of(run, mixture, processes=processes))
+        check_resumed(run, start.progress, plan)
         check_base(start.folder, run.model)
         check_tasks(mixture, output / "tasks")
     with only_writer(output):

@@ -228,8 +228,8 @@ class Loop:
         seen: dict[int, Seen] = {}
         noise_of_dropout = (run.seed * 1_000_003 + self.step) * self.world + self.rank
         torch.manual_seed(noise_of_dropout % 2**63)
+        share = len(planned.parts) / planned.examples  # parts are averaged, examples count
         for _ in range(run.accumulate):
-            share = len(planned.parts) / planned.examples  # parts are averaged, examples count
             seen |= self.backward(self.agreed(next(batches)), share)
             self.engine.step()
         self.step += 1

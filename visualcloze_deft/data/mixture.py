@@ -97,6 +97,16 @@ class Mixture:
         columns = len(self.tasks[self._name(np.random.default_rng([self.seed, index]))].roles)
         return self._rows(index) * columns * (self.resolution // CELL_STEP) ** 2
 
+    @property
+    def most_tokens(self) -> int:
+        """The most that `tokens` gives for any example."""
+        rows = max(k for k, weight in enumerate(self.recipe.examples, 1) if weight)
+        drawn = (
+            self.tasks[name] for name, p in zip(self.names, self.proportions, strict=True) if p
+        )
+        columns = max(len(task.roles) for task in drawn)
+        return rows * columns * (self.resolution // CELL_STEP) ** 2
+
     def _name(self, rng: np.random.Generator) -> str:
         """The task of the example whose generator this is: the first that is drawn."""
         return self.names[rng.choice(len(self.names), p=self.proportions)]
