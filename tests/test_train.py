@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import Group, run, vcdeft
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft import adapters, rundir
@@ -42,17 +43,6 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
         "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2 rollout=0.5"
     )
     return [*base, *(word for setting in sets.split() for word in ("--set", setting)), *more]
-
-
-def vcdeft(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "visualcloze_deft", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-        check=False,
-    )
 
 
 def losses(output: Path) -> list[float]:
@@ -150,11 +140,11 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(two_processes: Path) ->
     assert not list(newest.glob("*.pt"))
 
 
-def test_another_run_is_not_overwritten(micro_model: Path, two_processes: Path) -> None:
+def test_another_run_is_not_overwritten(
+    micro_model: Path, two_processes: Path, refused: Callable[..., str]
+) -> None:
     before = adapter_of(two_processes)
-    refused = vcdeft(*arguments(micro_model, two_processes))
-    assert refused.returncode == 2
-    assert "holds another run" in refused.stderr
+    assert "holds another run" in refused(*arguments(micro_model, two_processes))
     assert all(torch.equal(before[n], t) for n, t in adapter_of(two_processes).items())
 
 
@@ -176,43 +166,44 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     process.wait()
     assert list((output / "checkpoints").glob("step-*"))
     assert not (output / "adapter").exists()
-    resumed = vcdeft("train", "--output", str(output), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    run(["train", "--output", output, "--resume"])
     assert losses(output) == losses(two_processes)
     expected = adapter_of(two_processes)
     assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("processes", "options"),
     [
-        "--zero 2 --processes 1 --method para --set precision=bfloat16 --set quantise=int8",
-        "--zero 2 --set quantise=nf4",
+        (1, "--zero 2 --method para --set precision=bfloat16 --set quantise=int8"),
+        (2, "--zero 2 --set quantise=nf4"),
     ],
 )
-def test_quantised_bases_are_trained_on(micro_model: Path, tmp_path: Path, options: str) -> None:
+def test_quantised_bases_are_trained_on(
+    micro_model: Path, tmp_path: Path, processes: int, options: str
+) -> None:
     output = tmp_path / "run"
-    done = vcdeft(*arguments(micro_model, output, *options.split()))
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = [*arguments(micro_model, output), *options.split()]
+    run(words, processes=processes)
     assert {t.dtype for t in adapter_of(output).values()} == {torch.float32}
     assert all(math.isfinite(loss) for loss in losses(output))
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("processes", "options"),
     [
-        "--zero 3 --set sheet_every=4",
-        f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}",
-        f"--zero 1 --set checkpointing=false {OFFLOAD}",
-        "--zero 0 --processes 1 --set accumulate=2",
+        (2, "--zero 3 --set sheet_every=4"),
+        (2, f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}"),
+        (2, f"--zero 1 --set checkpointing=false {OFFLOAD}"),
+        (2, "--zero 0"),
+        (1, "--zero 0 --set accumulate=2"),
     ],
 )
 def test_other_ways_to_run_train_save_and_resume(
-    micro_model: Path, two_processes: Path, tmp_path: Path, options: str
+    micro_model: Path, two_processes: Path, tmp_path: Path, processes: int, options: str
 ) -> None:
     output = tmp_path / "run"
-    done = vcdeft(*arguments(micro_model, output, *options.split()))
-    assert done.returncode == 0, done.stderr[-2000:]
+    run([*arguments(micro_model, output), *options.split()], processes=processes)
     trained, curve = adapter_of(output), losses(output)
     # the same examples in the same order: the same losses and adapter to rounding
     assert curve == pytest.approx(losses(two_processes), rel=1e-4)
@@ -221,8 +212,7 @@ def test_other_ways_to_run_train_save_and_resume(
         assert (trained[name] - tensor).norm() < 1e-3 * tensor.norm()
     shutil.rmtree(output / "adapter")
     shutil.rmtree(output / "checkpoints" / "step-000006")
-    resumed = vcdeft("train", "--output", str(output), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    run(["train", "--output", output, "--resume"], processes=processes)
     assert losses(output) == pytest.approx(curve, rel=1e-6)
     for name, tensor in adapter_of(output).items():
         torch.testing.assert_close(tensor, trained[name], atol=1e-7, rtol=1e-5)
@@ -233,8 +223,7 @@ def test_zero3_follows_plain_training_where_ranks_have_different_numbers_of_shap
 ) -> None:
     output = tmp_path / "run"
     words = arguments(micro_model, output, "--zero", "3", "--steps", "3")
-    done = vcdeft(*words, "--tasks", "depth-to-image,object-insertion")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run([*words, "--tasks", "depth-to-image,object-insertion"])
     mixture = rundir.mixture_of(load_run(str(output / rundir.SETTINGS)))
     wide = [len(mixture[i].rows[0]) > 2 for i in range(12)]  # a step: 2 of rank 0, 2 of rank 1
     mixed = [wide[k] != wide[k + 1] for k in range(0, 12, 2)]
@@ -248,8 +237,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_gives_its_adapter(
     output = tmp_path / "run"
     shutil.copytree(two_processes, output)
     shutil.rmtree(output / "adapter")
-    resumed = vcdeft("train", "--output", str(output), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    run(["train", "--output", output, "--resume"])
     expected = adapter_of(two_processes)
     assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
 
@@ -290,9 +278,7 @@ def test_a_mistake_that_only_the_processes_find_is_one_line(
     assert "Traceback" not in done.stderr
 
 
-def run_with_damaged(
-    micro_model: Path, folder: Path, damaged: int, *more: str
-) -> subprocess.CompletedProcess[str]:
+def with_damaged(micro_model: Path, folder: Path, damaged: int, *more: str) -> list[str]:
     """A run with reading processes on eight pairs of pictures, the first of them cut short."""
     for name in ("depth", "target"):
         (folder / "data" / name).mkdir(parents=True)
@@ -303,16 +289,15 @@ def run_with_damaged(
         path.write_bytes(path.read_bytes()[:-20])
     words = arguments(micro_model, folder / "run", "--set", "data.workers=1", *more)
     words += ["--data", f"folder={folder / 'data'}", "--tasks", "depth-to-image"]
-    return vcdeft(*words)
+    return words
 
 
 def test_what_cannot_be_read_is_replaced_and_listed(micro_model: Path, tmp_path: Path) -> None:
-    done = run_with_damaged(micro_model, tmp_path, 1)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = run(with_damaged(micro_model, tmp_path, 1))
     listed = (tmp_path / "run" / rundir.SKIPPED).read_text().splitlines()
     assert {json.loads(line)["item"] for line in listed} == {"0"}
     assert "0.png" in json.loads(listed[0])["why"]
-    assert f"{len(listed)} items could not be read and were replaced" in done.stdout
+    assert f"{len(listed)} items could not be read and were replaced" in said
     mixture = rundir.mixture_of(load_run(str(tmp_path / "run" / rundir.SETTINGS)))
     skipped = [i for i in range(STEPS * 4) for _ in mixture[i].skipped]
     assert sorted(json.loads(line)["example"] for line in listed) == skipped
@@ -322,13 +307,13 @@ def test_what_cannot_be_read_is_replaced_and_listed(micro_model: Path, tmp_path:
 def test_too_much_that_cannot_be_read_stops_the_run_with_one_line(
     micro_model: Path, tmp_path: Path, damaged: int, more: list[str]
 ) -> None:
-    done = run_with_damaged(micro_model, tmp_path, damaged, *more)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("vcdeft: ")]
+    group = Group(with_damaged(micro_model, tmp_path, damaged, *more))
+    assert group.wait() == 2
+    (line,) = {line for line in group.said.splitlines() if line.startswith("vcdeft: ")}
     said = "cannot be read, the last" if damaged == 8 else "more than data.skip_at_most = 0.02"
     assert said in line
     assert ".png" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in group.said
 
 
 def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
@@ -338,9 +323,9 @@ def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
     budget = ["--set", "batch_tokens=40", "--tasks", "depth-to-image,object-insertion"]
     one, two = tmp_path / "one", tmp_path / "two"
     words = arguments(micro_model, two, *budget)
-    assert vcdeft(*words).returncode == 0
-    words = arguments(micro_model, one, *budget, "--processes", "1", "--set", "accumulate=2")
-    assert vcdeft(*words, "--set", "save_every=1").returncode == 0
+    run(words)
+    words = arguments(micro_model, one, *budget, "--set", "accumulate=2", "--set", "save_every=1")
+    run(words, processes=1)
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
     seen = [json.loads(line) for line in (two / rundir.METRICS).read_text().splitlines()]
     assert len({line["examples"] - before["examples"] for before, line in pairwise(seen)}) > 1
@@ -348,7 +333,7 @@ def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
     shutil.rmtree(one / "adapter")
     shutil.rmtree(max((one / "checkpoints").iterdir()))
     whole = losses(one)
-    assert vcdeft("train", "--output", str(one), "--resume").returncode == 0
+    run(["train", "--output", one, "--resume"], processes=1)
     assert losses(one) == whole
 
 
@@ -417,7 +402,8 @@ def test_resuming_as_another_run_is_refused(
     assert message in refused("train", "--output", two_processes, "--resume", *change)
 
 
-def test_resuming_with_another_global_batch_is_refused(two_processes: Path) -> None:
-    refused = vcdeft("train", "--output", str(two_processes), "--resume", "--batch", "3")
-    assert refused.returncode == 2
-    assert "4 grids a step" in refused.stderr
+def test_resuming_with_another_global_batch_is_refused(
+    two_processes: Path, refused: Callable[..., str]
+) -> None:
+    line = refused("train", "--output", two_processes, "--resume", "--batch", "3")
+    assert "4 grids a step" in line

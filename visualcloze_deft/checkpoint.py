@@ -10,27 +10,34 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
-KEEP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: steps taken, examples seen, and what a resumed run must share."""
+    """Where a run stands: steps taken, examples seen, and what a resumed run must share.
+
+    not_finite: steps that changed nothing because their gradient was not finite; in_a_row: how
+    many of those were the last ones.
+    """
 
     step: int
     examples: int
     seed: int
     global_batch: int
+    not_finite: int = 0
+    in_a_row: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +54,94 @@ def save(
     progress: Progress,
     moments: dict[str, Tensor],
     write_adapter: Callable[[Path], None],
+    *,
+    keep: int,
 ) -> Path:
-    """Write `folder`/step-N atomically and drop all but the newest `KEEP` checkpoints.
+    """Write `folder`/step-N atomically and drop all but the newest `keep` checkpoints.
 
-    `write_adapter` puts the adapter's files into the folder it is given.
+    `write_adapter` puts the adapter's files into the folder it is given. The parent of `folder`
+    must exist: a run folder that vanished is not made anew. Raises `UserError` where the disk is
+    full, the folder read-only or gone; what was saved before is then still there.
     """
     final = folder / f"step-{progress.step:06d}"
-    staging = folder / f".{final.name}.part"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write_adapter(staging)
-    save_file(moments, staging / MOMENTS)
-    sums = {path.name: digest(path) for path in sorted(staging.iterdir())}
-    (staging / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
-    publish(staging, final)
-    for old in _by_step(folder)[:-KEEP]:
-        if old != final:  # damaged ones of a higher number may stand beside it
-            shutil.rmtree(old)
+
+    def fill(at: Path) -> None:
+        write_adapter(at)
+        save_file(moments, at / MOMENTS)
+        sums = {path.name: digest(path) for path in sorted(at.iterdir())}
+        (at / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
+
+    with told(folder):
+        folder.mkdir(exist_ok=True)
+        replace(final, fill)
+        for old in _by_step(folder)[:-keep]:
+            if old != final:  # damaged ones of a higher number may stand beside it
+                shutil.rmtree(old)
     return final
+
+
+def replace(final: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write into a new folder beside `final`, then put that in its place."""
+    staging = final.with_name(f".{final.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        fill(staging)
+        publish(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        raise
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """What the system says on writing into `folder`, as one line for the user."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"{folder}: could not be written ({why}); what was saved before is still there. Make "
+            "room or give the folder back, then go on with --resume"
+        ) from error
 
 
 def publish(staging: Path, final: Path) -> None:
     """Flush every file of `staging` and rename it to `final`, replacing what stood there."""
-    for path in staging.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in [*staging.iterdir(), staging]:
+        flush(path)
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         final.rename(aside)
     staging.rename(final)
+    flush(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def short_of_room(folder: Path, needed: int) -> str | None:
+    """A warning where the disk of `folder` has no `needed` bytes left for the next checkpoint."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return (
+        f"{folder}: {free / 1e6:,.0f} MB free, the next checkpoint takes {needed / 1e6:,.0f} MB: "
+        "make room, or the run ends there"
+    )
 
 
 def newest(folder: Path) -> tuple[Checkpoint, list[str]]:

@@ -85,6 +85,13 @@ def cli() -> None:
 @click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo.")
 @click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="NAME",
+    help="With --resume: a setting that may differ from before, e.g. optimiser.lr.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
 @click.pass_obj
 def train(
@@ -94,6 +101,7 @@ def train(
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     overrides: tuple[str, ...],
+    allowed: tuple[str, ...],
     resume: bool,
     **options: Any,
 ) -> None:
@@ -106,8 +114,8 @@ def train(
     vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
     vcdeft train --data folder=photos --annotate depth=depth-anything/Depth-Anything-V2-Small-hf
     """
-    from visualcloze_deft.launch import already_launched, launch, prepared, process_count
-    from visualcloze_deft.rundir import SETTINGS, prepare
+    from visualcloze_deft.launch import already_launched, launch, prepared, process_count, world
+    from visualcloze_deft.rundir import SETTINGS, divided, prepare
     from visualcloze_deft.settings import config_for, load_run
 
     if resume and config is None:
@@ -132,13 +140,18 @@ def train(
     for role, place in places(annotate).items():
         given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
     run = load_run(config, [*given, *overrides])
+    if allowed and not resume:
+        raise UserError("--allow-change goes with --resume")
+    processes = world() or process_count(run.processes)
+    named = options["batch"] or any(o.startswith(("batch", "accumulate")) for o in overrides)
+    if resume and not named:
+        run = divided(run, processes=processes)
     if already_launched():
         from visualcloze_deft.train import train as train_here
 
-        train_here(run, resume=resume, prepared=prepared())
+        train_here(run, resume=resume, prepared=prepared(), allowed=allowed)
         return
-    processes = process_count(run.processes)
-    mixture = prepare(run, processes=processes, resume=resume)
+    mixture = prepare(run, processes=processes, resume=resume, allowed=allowed)
     describe_run(run, mixture, processes)
     status = launch(arguments, processes=processes)
     if status:

@@ -39,7 +39,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         rollout=run.rollout > 0,
     )
     settings = run.optimiser
-    optimiser = torch.optim.AdamW(
+    optimiser = (FiniteAdamW if run.zero == 0 else torch.optim.AdamW)(
         adapters.parameter_groups(transformer, run.adapter, lr=settings.lr),
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -54,6 +54,20 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+class FiniteAdamW(torch.optim.AdamW):
+    """AdamW that leaves everything as it is where a gradient is not finite, as ZeRO does.
+
+    For stage 0, where every process holds the whole gradient and so all of them find the same.
+    """
+
+    overflow = False  # the name under which DeepSpeed asks whether a step was applied
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        self.overflow = not all(bool(g.isfinite().all()) for g in gradients if g is not None)
+        return None if self.overflow else super().step(closure)
 
 
 def register_for_zero3(root: nn.Module) -> None:
@@ -145,7 +159,7 @@ def restore_moments(engine: Any, start: Checkpoint) -> None:
     """Put back what `gather_moments` found, under any ZeRO stage and number of processes."""
     saved = start.moments()
     optimiser = torch_optimiser(engine)
-    steps = torch.tensor(float(start.progress.step))
+    steps = torch.tensor(float(start.progress.step - start.progress.not_finite))
     for flat in stepped_tensors(engine):
         optimiser.state[flat] = {
             "step": steps.clone(),

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.signals import Asked, exit_status, handled
 
 CPU_PROCESSES = 2
 PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
@@ -18,6 +24,11 @@ PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 def already_launched() -> bool:
     """Whether torchrun, accelerate or deepspeed started this process as one of a group."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world() -> int:
+    """How many processes the group has that this one was started in; 0 where there is none."""
+    return int(os.environ["WORLD_SIZE"]) if already_launched() else 0
 
 
 def prepared() -> bool:
@@ -38,9 +49,10 @@ def process_count(wanted: int) -> int:
 def launch(arguments: Sequence[str], *, processes: int) -> int:
     """Run `vcdeft ARGUMENTS` in `processes` processes of this machine; returns the exit status.
 
-    The first process that fails ends the others; its exit status is the answer.
+    The first process that fails ends the others; its exit status is the answer, and where a signal
+    ended it, a line says so. Ctrl-C and SIGTERM are passed on once, so that the processes save and
+    leave; the second time they are killed.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -54,14 +66,38 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="",  # its own handler gives the processes 30 seconds, then kills
     )
+    asked = Asked()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        again = bool(asked)
+        asked.signal = asked.signal or number
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
     try:
-        elastic_launch(config, sys.executable)("-m", "visualcloze_deft", *arguments)
-    except (KeyboardInterrupt, SignalException):
-        return 130  # as shells say it; the processes have been ended
+        with handled(pass_on):
+            elastic_launch(config, sys.executable)("-m", "visualcloze_deft", *arguments)
     except ChildFailedError as error:
-        return max(error.get_first_failure()[1].exitcode, 1)  # a signal's is negative
+        if asked:
+            return exit_status(asked.signal)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"vcdeft: {killed(rank, failure.signal_name())}", file=sys.stderr)
+            return exit_status(-failure.exitcode)
+        return max(failure.exitcode, 1)
     return 0
+
+
+def killed(rank: int, by: str) -> str:
+    """What to say where a signal ended a process."""
+    memory = ", as systems do where memory runs out" if by == "SIGKILL" else ""
+    return (
+        f"process {rank} was ended by {by}{memory}; the others have been stopped, the last "
+        "checkpoint is whole: go on with --resume"
+    )
 
 
 def environment(processes: int) -> dict[str, str]:

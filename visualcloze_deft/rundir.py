@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from visualcloze_deft.checkpoint import Progress, newest
+from visualcloze_deft.checkpoint import Progress, newest, told
 from visualcloze_deft.data.annotate import annotated, check_places
 from visualcloze_deft.data.item import Part, Source
 from visualcloze_deft.data.mixture import Able, Mixture
@@ -32,7 +33,7 @@ from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
-from visualcloze_deft.settings import Run, load_run, write_run
+from visualcloze_deft.settings import Run, load_run, setting_names, write_run
 from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, VERSIONS = "settings.toml", "versions.json"
@@ -47,6 +48,9 @@ FREE_ON_RESUME = {
     "zero",
     "checkpointing",
     "save_every",
+    "keep",
+    "timeout",
+    "not_finite_at_most",
     "sheet_every",
     "data.workers",
     "data.skip_at_most",
@@ -55,6 +59,7 @@ FREE_ON_RESUME = {
 
 Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
 """
+FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
 PACKAGES = [
     "torch",
     "diffusers",
@@ -158,8 +163,16 @@ def resolution_of(run: Run) -> int:
     return model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
 
 
-def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
-    """Check what can be told without weights, then create or verify the run folder."""
+def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] = ()) -> Mixture:
+    """Check what can be told without weights, then create or verify the run folder.
+
+    allowed: settings that may differ from those of the run that is resumed.
+    """
+    if run.optimiser.warmup_of(run.steps) > run.steps:
+        raise UserError(
+            f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
+            'run; give less, or "auto"'
+        )
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
     if run.model_lora is not None:
@@ -186,9 +199,10 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
             )
     if resume:
         start = newest(output / "checkpoints")[0]
-        check_resumed(run, start.progress, plan)
+        check_resumed(run, start.progress, plan, allowed)
         check_base(start.folder, run.model)
-        check_tasks(mixture, output / "tasks")
+        if not any(name.startswith("data.") for name in allowed):
+            check_tasks(mixture, output / "tasks")
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
@@ -211,15 +225,26 @@ def saved_anything(output: Path) -> bool:
     return (output / "adapter").exists() or any((output / "checkpoints").glob("step-*"))
 
 
-def check_resumed(run: Run, progress: Progress, plan: Plan) -> None:
-    """Raise `UserError` unless the run goes on as what it was, with the next examples."""
+def check_resumed(run: Run, progress: Progress, plan: Plan, allowed: Collection[str]) -> None:
+    """Raise `UserError` unless the run goes on as what it was, with the next examples, but for the
+    settings `allowed` to change."""
+    known = setting_names()
+    for name in allowed:
+        if name not in known:
+            raise UserError(f"--allow-change {name!r}: no such setting; {nearest(name, known)}")
+        if name.startswith(FIXED):
+            raise UserError(
+                f"--allow-change {name}: what was trained so far is for one model, adapter and "
+                "order of examples; start another --output, with adapter.start to go on from it"
+            )
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
-    for name in sorted({*before, *now} - FREE_ON_RESUME):
-        if before.get(name) != now.get(name) and not name.startswith("deepspeed."):
+    may = ("deepspeed.", *(f"{name}." for name in allowed))
+    for name in sorted({*before, *now} - FREE_ON_RESUME - {*allowed}):
+        if before.get(name) != now.get(name) and not name.startswith(may):
             raise UserError(
                 f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
-                "it as it was or start another --output"
+                f"it as it was, start another --output, or say --allow-change {parent(name)}"
             )
     if (plan.size, run.seed) != (progress.global_batch, progress.seed):
         what = "tokens" if run.batch_tokens else "grids"
@@ -230,6 +255,31 @@ def check_resumed(run: Run, progress: Progress, plan: Plan) -> None:
         )
     if run.steps < progress.step:
         raise UserError(f"--resume: the run is at step {progress.step}, --steps is {run.steps}")
+
+
+def parent(name: str) -> str:
+    """The setting that a dotted name belongs to: an entry of a table goes by the table's name."""
+    known = setting_names()
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def divided(run: Run, *, processes: int) -> Run:
+    """A run that goes on with `processes` processes: as many grids or tokens a step as before.
+
+    Raises `UserError` where they cannot be divided so.
+    """
+    progress = newest(Path(run.output) / "checkpoints")[0].progress
+    name = "batch_tokens" if run.batch_tokens else "batch"
+    each, rest = divmod(progress.global_batch, processes * run.accumulate)
+    if rest:
+        raise UserError(
+            f"--resume: {progress.global_batch} {name} a step cannot be divided among {processes} "
+            f"processes x {run.accumulate} accumulated batches; choose another --processes or "
+            "accumulate"
+        )
+    return run.model_copy(update={name: each})
 
 
 def check_tasks(mixture: Mixture, before: Path) -> None:
@@ -309,9 +359,23 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
 
 
 def append_line(path: Path, fields: Mapping[str, object]) -> None:
-    """One more line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    """One more line of JSON, in which a number that is not finite is null."""
+    text = json.dumps(finite(fields), ensure_ascii=False, allow_nan=False)
+    with told(path), path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def finite(value: object) -> object:
+    """`value` with None for what JSON has no number for.
+
+    >>> finite({"a": [1.5, float("nan")]})
+    {'a': [1.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines_until(output: Path, step: int) -> None:

@@ -136,11 +136,15 @@ class Optimiser(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[_Momentum, _Momentum] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Annotated[int, Field(ge=0)] = 50
-    """Steps until the learning rate is reached."""
+    warmup: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps until the learning rate is reached; "auto": 50, or a tenth of a short run."""
     schedule: Literal["constant", "cosine"] = "cosine"
     clip: Annotated[float, Field(gt=0)] = 2.0
     """Largest gradient norm."""
+
+    def warmup_of(self, steps: int) -> int:
+        """Warm-up of a run of `steps` steps."""
+        return min(50, steps // 10) if self.warmup == "auto" else self.warmup
 
 
 OWNED = {
@@ -213,6 +217,13 @@ class Run(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""
+    keep: Positive = 2
+    """Checkpoints that stay; older ones go."""
+    timeout: Annotated[float, Field(ge=1)] = 1800.0
+    """Seconds without progress after which a process that hangs, or waits for one, ends the run
+    with the reason. More than a step, a save or a sheet takes."""
+    not_finite_at_most: Annotated[int, Field(ge=0)] = 5
+    """Steps in a row without a finite gradient, each skipped by all processes, that a run bears."""
     sheet_every: Annotated[int, Field(ge=0)] = 0
     """Steps between sample sheets; 0: only at the end."""
     data: Data = Data()

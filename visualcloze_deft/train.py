@@ -6,12 +6,13 @@ Which examples a step sees is `plan`'s: the next ones, whatever the number of pr
 from __future__ import annotations
 
 import math
-import shutil
+import signal
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -42,8 +43,11 @@ from visualcloze_deft.output import only_writer
 from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.settings import Optimiser, Run
+from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.watchdog import Watchdog
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
+LAUNCHER_NOTICES = 5.0  # seconds in which a launcher has seen that a process died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +67,25 @@ def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
     >>> [round(learning_rate_factor(s, 100, Optimiser(warmup=10)), 2) for s in (0, 9, 55, 99)]
     [0.1, 1.0, 0.5, 0.0]
     """
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
+    warmup = settings.warmup_of(steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if settings.schedule == "constant":
         return 1.0
-    done = (step - settings.warmup) / max(steps - settings.warmup, 1)
+    done = (step - warmup) / max(steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(run: Run, *, resume: bool, prepared: bool) -> None:
+def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = ()) -> None:
     """Train as `run` says, in every process of the launched group. Files land in `run.output`.
 
-    prepared: whether the launcher has checked everything and made the run folder.
+    prepared: whether the launcher has checked everything and made the run folder. allowed: settings
+    that may differ from those of the run that is resumed.
     """
     quiet()
     cpu = not torch.cuda.is_available()
-    process = PartialState(cpu=cpu)
+    patience = timedelta(seconds=2 * run.timeout)  # the watchdog, which can say why, comes first
+    process = PartialState(cpu=cpu, timeout=patience)
     # Its shared-memory operation is for inference; building it needs a compiler and leaves a lock
     # behind when killed, on which every later start would wait for ever (DeepSpeed 0.19).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -86,15 +93,36 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     output = Path(run.output)
     first = process.process_index == 0
     if first and not prepared:
-        rundir.prepare(run, processes=process.num_processes, resume=resume)
-    with only_writer(output) if first else nullcontext():
+        rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
+    asked = Asked()
+    with handled(asked.hear), left_alone(asked), only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
-        train_here(run, process, resume=resume)
+        with Watchdog(
+            output, rank=process.process_index, world=process.num_processes, patience=run.timeout
+        ) as watchdog:
+            train_here(run, process, resume=resume, asked=asked, watchdog=watchdog)
     process.wait_for_everyone()
     process.destroy_process_group()
 
 
-def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
+@contextmanager
+def left_alone(asked: Asked) -> Iterator[None]:
+    """Where another process dies, collective operations fail here before the launcher ends this
+    one too: it goes without a traceback, which would hide the reason."""
+    try:
+        yield
+    except RuntimeError:
+        until = time.monotonic() + LAUNCHER_NOTICES
+        while not asked and time.monotonic() < until:
+            time.sleep(0.1)
+        if asked:
+            raise SystemExit(exit_status(asked.signal)) from None
+        raise
+
+
+def train_here(
+    run: Run, process: PartialState, *, resume: bool, asked: Asked, watchdog: Watchdog
+) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
@@ -129,6 +157,8 @@ def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
         rank=process.process_index,
         world=process.num_processes,
         start=start.progress if start else None,
+        asked=asked,
+        watchdog=watchdog,
     )
     loop.run_steps()
     loop.finish()
@@ -169,8 +199,10 @@ class Loop:
         rank: int,
         world: int,
         start: Progress | None,
+        asked: Asked,
+        watchdog: Watchdog,
     ) -> None:
-        """start: how far the run that is resumed came."""
+        """start: how far the run that is resumed came; asked: whether to save and leave."""
         self.run = run
         self.mixture = mixture
         self.shown = mixture
@@ -182,8 +214,13 @@ class Loop:
         self.rank = rank
         self.world = world
         self.plan = rundir.plan_of(run, mixture, processes=world)
+        self.asked = asked
+        self.stopping = False
+        self.watchdog = watchdog
         self.step = start.step if start else 0
         self.examples = start.examples if start else 0
+        self.not_finite = start.not_finite if start else 0
+        self.in_a_row = start.in_a_row if start else 0
         self.items = self.skipped = 0
         self.output = Path(run.output)
         self.writer: SummaryWriter | None = None
@@ -212,8 +249,11 @@ class Loop:
             for planned in islice(self.plan.steps(self.examples), remaining):
                 self.take_step(planned, batches, bar)
                 done = self.step
-                if done % run.save_every == 0 or done == run.steps:
+                leaving = self.stopping and done < run.steps
+                if done % run.save_every == 0 or done == run.steps or leaving:
                     self.save()
+                if leaving:
+                    self.leave()
                 if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
                     self.sheet()
 
@@ -221,6 +261,7 @@ class Loop:
         self, planned: Step, batches: Iterator[list[Drawn | UserError]], bar: Any
     ) -> None:
         run = self.run
+        self.watchdog.doing(f"step {self.step + 1}")
         factor = learning_rate_factor(self.step, run.steps, run.optimiser)
         for group in torch_optimiser(self.engine).param_groups:
             group["lr"] = group["full_lr"] * factor
@@ -234,18 +275,25 @@ class Loop:
             self.engine.step()
         self.step += 1
         self.examples += planned.examples
-        self.record(planned, seen, factor, time.monotonic() - began, bar)
+        seen = self.record(planned, seen, factor, time.monotonic() - began, bar)
+        self.count_not_finite(planned, seen)
 
     def agreed(self, drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
         """`drawn`, unless a reading process of any rank found a mistake: then all raise it."""
-        mistake = next((str(one) for one in drawn if isinstance(one, UserError)), None)
-        found = torch.tensor(float(mistake is not None), device=self.models.device)
-        torch.distributed.all_reduce(found)
-        if found.item():
+        self.together(next((str(one) for one in drawn if isinstance(one, UserError)), None))
+        return cast(Sequence[Drawn], drawn)
+
+    def together(self, mistake: str | None) -> None:
+        """All processes raise the `mistake` that one found, and stop where one is asked to."""
+        found = torch.tensor([mistake is not None, bool(self.asked)], device=self.models.device)
+        found = found.float()
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        raising, stopping = found.bool().tolist()
+        self.stopping |= stopping
+        if raising:
             said: list[str | None] = [None] * self.world
             torch.distributed.all_gather_object(said, mistake)
             raise UserError(next(text for text in said if text is not None))
-        return cast(Sequence[Drawn], drawn)
 
     def backward(self, drawn: Sequence[Drawn], share: float) -> dict[int, Seen]:
         """Gradients of one batch, each example's counted `share`; what was seen, by index."""
@@ -284,7 +332,8 @@ class Loop:
 
     def record(
         self, planned: Step, seen: dict[int, Seen], factor: float, seconds: float, bar: Any
-    ) -> None:
+    ) -> dict[int, Seen]:
+        """Write what came of a step; returns what all processes saw, by example."""
         everyone: list[dict[int, Seen]] = [{}] * self.world
         torch.distributed.all_gather_object(everyone, seen)
         merged = dict(sorted((i, one) for part in everyone for i, one in part.items()))
@@ -293,6 +342,7 @@ class Loop:
             bar.update(1)
             bar.set_postfix(loss=f"{mean_error(merged.values()):.3f}", refresh=False)
         self.count_skipped(merged)
+        return merged
 
     def write_metrics(
         self, planned: Step, seen: Mapping[int, Seen], factor: float, seconds: float
@@ -335,22 +385,70 @@ class Loop:
                 f"last: {skipped[-1][1].why}"
             )
 
+    def count_not_finite(self, planned: Step, seen: Mapping[int, Seen]) -> None:
+        """A step without a finite gradient changed nothing, in no process; too many end the run.
+
+        Under every ZeRO stage the norm of all gradients decides, so all processes find the same.
+        """
+        if self.engine.was_step_applied():
+            self.in_a_row = 0
+            return
+        self.not_finite += 1
+        self.in_a_row += 1
+        odd = [index for index, one in seen.items() if not math.isfinite(one.error)]
+        first, last = planned.first, planned.first + planned.examples - 1
+        where = f"examples {', '.join(map(str, odd))}" if odd else f"examples {first} to {last}"
+        if self.rank == 0:
+            tqdm.write(f"step {self.step} skipped, its gradient is not finite: {where}")
+        if self.in_a_row > self.run.not_finite_at_most:
+            raise UserError(
+                f"step {self.step}: loss or gradient not finite {self.in_a_row} times in a row, "
+                f"more than not_finite_at_most = {self.run.not_finite_at_most}; the last in "
+                f"{where}. Look at them (`vcdeft tasks preview`), or lower optimiser.lr and go on "
+                "with another --output"
+            )
+
     def save(self) -> None:
+        """A checkpoint; where it cannot be written, all processes end with the reason."""
+        self.watchdog.doing(f"saving step {self.step}")
         moments, tensors = gather_moments(self.engine), gather_adapter(self.engine)
+        mistake = None
         if self.rank == 0:
             progress = Progress(
                 step=self.step,
                 examples=self.examples,
                 seed=self.run.seed,
                 global_batch=self.plan.size,
+                not_finite=self.not_finite,
+                in_a_row=self.in_a_row,
             )
-            checkpoint.save(
-                self.output / "checkpoints",
-                progress,
-                moments,
-                lambda folder: self.write_adapter(folder, tensors, self.step),
+            try:
+                saved = checkpoint.save(
+                    self.output / "checkpoints",
+                    progress,
+                    moments,
+                    lambda folder: self.write_adapter(folder, tensors, self.step),
+                    keep=self.run.keep,
+                )
+                self.warn_of_room(checkpoint.size(saved))
+            except UserError as error:
+                mistake = str(error)
+        self.together(mistake)
+
+    def warn_of_room(self, needed: int) -> None:
+        if warning := checkpoint.short_of_room(self.output, needed):
+            tqdm.write(warning)
+
+    def leave(self) -> None:
+        """End early, as asked; everything is saved."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.rank == 0:
+            tqdm.write(
+                f"stopped at step {self.step} of {self.run.steps}, saved; go on with: "
+                f"vcdeft train --output {self.run.output} --resume"
             )
-        torch.distributed.barrier()
+        raise SystemExit(exit_status(self.asked.signal or signal.SIGTERM))
 
     def write_adapter(self, folder: Path, tensors: dict[str, Tensor], step: int) -> None:
         adapters.save(
@@ -363,6 +461,7 @@ class Loop:
 
     def sheet(self) -> None:
         """A picture of what the adapter makes; every process samples, rank 0 writes."""
+        self.watchdog.doing(f"the sheet of step {self.step}")
         self.models.transformer.eval()
         page = sample_sheet(self.models, self.shown)
         self.models.transformer.train()
@@ -375,11 +474,11 @@ class Loop:
         """Publish the adapter and the last sheet; also where a resumed run has no step left."""
         tensors = gather_adapter(self.engine)
         if self.rank == 0:
-            staging = self.output / ".adapter.part"
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            self.write_adapter(staging, tensors, self.run.steps)
-            checkpoint.publish(staging, self.output / "adapter")
+            with checkpoint.told(self.output):
+                checkpoint.replace(
+                    self.output / "adapter",
+                    lambda folder: self.write_adapter(folder, tensors, self.run.steps),
+                )
         self.sheet()
         if self.skipped and self.rank == 0:
             tqdm.write(
