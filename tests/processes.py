@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,6 +66,13 @@ class Group:
                 status = status or -signal.SIGKILL
             time.sleep(0.02)
         return status or next((int(one.exitcode) for one in self.ranks if one.exitcode), 0)
+
+
+def forked(function: Callable[..., None], *given: object) -> BaseProcess:
+    """A process that calls `function`, started."""
+    process = _server.Process(target=function, args=given)
+    process.start()
+    return process
 
 
 def vcdeft(*words: object) -> subprocess.CompletedProcess[str]:

@@ -85,6 +85,7 @@ def cli() -> None:
 @click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo.")
 @click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
+@click.option("--dry-run", is_flag=True, help="One step, one save, one sheet; then say the rest.")
 @click.option(
     "--allow-change",
     "allowed",
@@ -103,6 +104,7 @@ def train(
     overrides: tuple[str, ...],
     allowed: tuple[str, ...],
     resume: bool,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Train one adapter for all tasks. Starts its own processes; also runs under torchrun,
@@ -114,7 +116,15 @@ def train(
     vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
     vcdeft train --data folder=photos --annotate depth=depth-anything/Depth-Anything-V2-Small-hf
     """
-    from visualcloze_deft.launch import already_launched, launch, prepared, process_count, world
+    from visualcloze_deft.launch import (
+        already_launched,
+        launch,
+        prepared,
+        process_count,
+        rank,
+        world,
+    )
+    from visualcloze_deft.rehearsal import clear, rehearsal, report
     from visualcloze_deft.rundir import SETTINGS, divided, prepare
     from visualcloze_deft.settings import config_for, load_run
 
@@ -142,6 +152,13 @@ def train(
     run = load_run(config, [*given, *overrides])
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
+    if dry_run and resume:
+        raise UserError("--dry-run starts a run of its own: leave --resume")
+    wanted = run
+    if dry_run:
+        run = rehearsal(wanted)
+        if rank() == 0 and not prepared():
+            clear(run)
     processes = world() or process_count(run.processes)
     named = options["batch"] or any(o.startswith(("batch", "accumulate")) for o in overrides)
     if resume and not named:
@@ -150,13 +167,16 @@ def train(
         from visualcloze_deft.train import train as train_here
 
         train_here(run, resume=resume, prepared=prepared(), allowed=allowed)
+        if dry_run and rank() == 0:
+            click.echo("\n".join(report(wanted, run)))
         return
     mixture = prepare(run, processes=processes, resume=resume, allowed=allowed)
     describe_run(run, mixture, processes)
     status = launch(arguments, processes=processes)
     if status:
         raise SystemExit(status)
-    click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
+    if not dry_run:
+        click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
 
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:

@@ -31,6 +31,11 @@ def world() -> int:
     return int(os.environ["WORLD_SIZE"]) if already_launched() else 0
 
 
+def rank() -> int:
+    """This process's number in its group; 0 where there is none."""
+    return int(os.environ["RANK"]) if already_launched() else 0
+
+
 def prepared() -> bool:
     """Whether this process's launcher is ours, which has checked settings and made the folder."""
     return PREPARED in os.environ

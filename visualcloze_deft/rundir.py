@@ -49,6 +49,7 @@ FREE_ON_RESUME = {
     "checkpointing",
     "save_every",
     "keep",
+    "compile",
     "timeout",
     "not_finite_at_most",
     "sheet_every",
@@ -173,6 +174,8 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
             'run; give less, or "auto"'
         )
+    if run.compile and run.zero == 3:
+        raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
     if run.model_lora is not None:

@@ -198,6 +198,9 @@ class Run(_Section):
     """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes."""
     checkpointing: bool = True
     """Recompute blocks in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each block (torch.compile): some minutes at the start for faster steps. Under ZeRO-3
+    weights come and go between the operations of a block: not there."""
     context_weight: Probability = 1.0
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
     clip_text: ClipText = "fit"

@@ -1,0 +1,371 @@
+"""What a training step costs: python scripts/bench_train.py --output runs/bench-train
+
+This package's engine (DeepSpeed, DEFT and LoRA) and a minimal loop of accelerate and peft's LoRA,
+written below as diffusers' example trainers do it, take turns at the same grids on the same model,
+in one process; medians are compared, because machines are noisy. Prints a table with the time of
+each part and writes bench.json. On a GPU `--blocks 19 38` is FLUX.1-Fill's transformer with random
+weights on a 3 x 3 grid of 384 px (tokens and text random too, nothing encoded) and reports model
+FLOP utilisation for each --checkpoint-blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from visualcloze_deft import adapters, checkpoint, flow, rundir
+from visualcloze_deft.batch import Draws, Drawn, Group, encode, encode_grids
+from visualcloze_deft.engine import gather_adapter, gather_moments, start_engine
+from visualcloze_deft.grid import Latents, position_ids
+from visualcloze_deft.models import Models, load_models, predict_velocity
+from visualcloze_deft.settings import Run, load_run
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+PARTS = ("encode", "forward", "backward", "optimiser")
+H100_BF16 = 989e12  # FLOP/s without sparsity, NVIDIA's data sheet
+CELL, ROWS, COLUMNS, TEXT = 384, 3, 3, 512  # of the measurement at FLUX's size
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' FLUX LoRA trainer
+
+
+def now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass
+class Times:
+    """Seconds of each part, step by step."""
+
+    of: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+
+    @contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        began = now()
+        yield
+        self.of[part].append(now() - began)
+
+    def steps(self) -> list[float]:
+        return [sum(parts) for parts in zip(*(of for of in self.of.values() if of), strict=True)]
+
+
+Step = Callable[[Any, Times], None]
+
+
+def engine_step(run: Run, models: Models) -> tuple[Step, Any]:
+    """One step of this package: what `train.Loop.take_step` does with a batch."""
+    adapters.attach(models.transformer, run.adapter, seed=run.seed)
+    engine = start_engine(models.transformer, run)
+
+    def step(batch: Any, times: Times) -> None:
+        groups = batch
+        if not isinstance(batch[0], Group):
+            with times.measured("encode"):
+                groups = encode(models, batch, seed=run.seed, times=run.times)
+        with times.measured("forward"):
+            loss = engine(groups).mean()
+        with times.measured("backward"):
+            engine.backward(loss)
+        with times.measured("optimiser"):
+            engine.step()
+
+    return step, engine
+
+
+def minimal_step(run: Run, models: Models) -> Step:
+    """One step of a plain loop: accelerate, peft's LoRA on the layers `run` adapts, torch AdamW."""
+    accelerator = Accelerator(cpu=not CUDA)
+    transformer = models.transformer.requires_grad_(False)
+    layers = adapters.layers(run.adapter)
+    config = LoraConfig(r=run.adapter.rank, lora_alpha=run.adapter.rank, target_modules=layers)
+    transformer.add_adapter(config)
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimiser = torch.optim.AdamW(trained, lr=run.optimiser.lr)
+    transformer, optimiser = accelerator.prepare(transformer, optimiser)
+
+    def inputs(batch: Any) -> tuple[Latents, torch.Tensor, torch.Tensor]:
+        if isinstance(batch[0], Group):
+            return batch[0].latents, batch[0].text, batch[0].pooled
+        text, pooled = models.encode_text([one.prompt for one in batch])
+        return encode_grids(models, [one.grid for one in batch], clean=True), text, pooled
+
+    def step(batch: Any, times: Times) -> None:
+        if isinstance(batch[0], Group):
+            latents, text, pooled = inputs(batch)
+        else:
+            with times.measured("encode"):
+                latents, text, pooled = inputs(batch)
+        with times.measured("forward"):
+            clean = latents.clean
+            noise = torch.randn_like(clean)
+            t = torch.sigmoid(torch.randn(len(clean), device=clean.device))
+            predicted = predict_velocity(
+                transformer,
+                latents.inputs(flow.interpolate(clean, noise, t)),
+                t,
+                ids=latents.ids,
+                text=text,
+                pooled=pooled,
+                guidance=run.guidance,
+            )
+            loss = functional.mse_loss(predicted.float(), (noise - clean).float())
+        with times.measured("backward"):
+            accelerator.backward(loss)
+        with times.measured("optimiser"):
+            accelerator.clip_grad_norm_(trained, run.optimiser.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return step
+
+
+def drawn_batches(run: Run, count: int) -> tuple[list[list[Drawn]], float]:
+    """Batches of one grid shape each, and the median seconds to draw one."""
+    draws, batches, seconds, index = Draws(rundir.mixture_of(run)), [], [], 0
+    while len(batches) < count:
+        began, by_shape = time.perf_counter(), {}
+        for one in (draws[k] for k in range(index, index + run.batch)):
+            by_shape.setdefault(one.grid.shape, []).append(one)
+        seconds.append(time.perf_counter() - began)
+        index += run.batch
+        batches += [same for same in by_shape.values() if len(same) == run.batch]
+    return batches[:count], statistics.median(seconds)
+
+
+def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[Group]:
+    """One group of 3 x 3 grids whose tokens and text are noise."""
+    side = CELL // 16
+    shape = ((side, COLUMNS * side),) * ROWS
+    tokens = ROWS * COLUMNS * side * side
+
+    def noise(*sizes: int) -> torch.Tensor:
+        return torch.randn(batch, *sizes, device=DEVICE, dtype=transformer.dtype)
+
+    latents = Latents(
+        clean=noise(tokens, 64),
+        seen=noise(tokens, 64),
+        mask=torch.zeros(batch, tokens, 256, device=DEVICE, dtype=transformer.dtype),
+        ids=position_ids(shape).to(DEVICE),
+    )
+    t = torch.full((batch,), 0.5, device=DEVICE)
+    config = transformer.config
+    return [
+        Group(
+            indices=tuple(range(batch)),
+            tasks=("random",) * batch,
+            latents=latents,
+            noise=noise(tokens, 64),
+            t=t,
+            start=t,
+            text=noise(TEXT, config.joint_attention_dim),
+            pooled=noise(config.pooled_projection_dim),
+        )
+    ]
+
+
+def flux(blocks: Sequence[int]) -> FluxTransformer2DModel:
+    """FLUX.1-Fill's transformer with random weights, made on the device in bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        made = FluxTransformer2DModel(
+            in_channels=384,
+            out_channels=64,
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            guidance_embeds=True,
+        )
+    torch.set_default_dtype(torch.float32)
+    return made
+
+
+def peak_memory() -> float:
+    """GB: of the GPU since the last reset, or the resident set of this process so far."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def saving(run: Run, models: Models, engine: Any) -> float:
+    """Seconds of a checkpoint."""
+    with tempfile.TemporaryDirectory() as place:
+        began = now()
+        tensors = gather_adapter(engine)
+        progress = checkpoint.Progress(step=1, examples=1, seed=0, global_batch=1)
+        checkpoint.save(
+            Path(place) / "checkpoints",
+            progress,
+            gather_moments(engine),
+            lambda at: adapters.save(models.transformer, at, base=run.model, tensors=tensors),
+            keep=1,
+        )
+        return now() - began
+
+
+def take_turns(
+    steps: dict[str, Step], batches: Sequence[Any], warmup: int
+) -> dict[str, tuple[Times, float]]:
+    """Times of each variant and its peak memory (meaningful on GPUs, where it is reset)."""
+    times, peaks = {name: Times() for name in steps}, dict.fromkeys(steps, 0.0)
+    for number, batch in enumerate(tqdm(batches, unit="round")):
+        for name, step in steps.items():
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            step(batch, times[name] if number >= warmup else Times())
+            peaks[name] = max(peaks[name], peak_memory())
+    return {name: (times[name], peaks[name]) for name in steps}
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    base = [f"batch={options.batch}", "zero=0", "checkpoint_blocks=none", "processes=1"]
+    if options.blocks:
+        return measure_flux(options)
+    run = load_run(None, [*base, f"adapter.rank={options.rank}", f"data.tasks={options.tasks}"])
+    batches, drawing = drawn_batches(run, options.rounds + options.warmup)
+    steps: dict[str, Step] = {}
+    save = 0.0
+    models = load_models(options.model)
+    for method in ("deft", "lora"):
+        own = copy.deepcopy(models)
+        adapted = run.model_copy(
+            update={"adapter": run.adapter.model_copy(update={"method": method})}
+        )
+        steps[f"vcdeft {method}"], engine = engine_step(adapted, own)
+        save = saving(adapted, own, engine) if method == "deft" else save
+    steps["accelerate + peft LoRA"] = minimal_step(run, copy.deepcopy(models))
+    rows = []
+    tokens = sum(h * w for h, w in batches[0][0].grid.shape)
+    for name, (times, _) in take_turns(steps, batches, options.warmup).items():
+        step = statistics.median(times.steps())
+        parts = {part: statistics.median(of) for part, of in times.of.items()}
+        row = {"variant": name, "data": drawing, **parts, "step": step}
+        row |= {"examples/s": options.batch / step, "tokens/s": options.batch * tokens / step}
+        rows.append(row | ({"save": save} if name == "vcdeft deft" else {}))
+    return rows
+
+
+def measure_flux(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Full FLUX geometry on a GPU, one variant after the other: two do not fit beside each other."""
+    rows = []
+    for variant in ("vcdeft deft", "vcdeft lora", "accelerate + peft LoRA"):
+        for blocks in ("none", "auto", "all"):
+            transformer = flux(options.blocks)
+            models: Any = argparse.Namespace(transformer=transformer, device=DEVICE)
+            method = variant.split()[-1].lower()
+            run = load_run(
+                None,
+                [
+                    f"batch={options.batch}",
+                    "zero=0",
+                    f"checkpoint_blocks={blocks}",
+                    f"adapter.method={method}",
+                    f"adapter.rank={options.rank}",
+                ],
+            )
+            plain = variant.startswith("accelerate")
+            if plain and blocks == "auto":
+                continue
+            if plain and blocks == "all":
+                transformer.enable_gradient_checkpointing()
+            try:
+                step = minimal_step(run, models) if plain else engine_step(run, models)[0]
+                batch = random_batch(transformer, options.batch)
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    predict_velocity(
+                        transformer,
+                        batch[0].latents.inputs(batch[0].noise),
+                        batch[0].t,
+                        ids=batch[0].latents.ids,
+                        text=batch[0].text,
+                        pooled=batch[0].pooled,
+                        guidance=1.0,
+                    )
+                found = take_turns(
+                    {variant: step}, [batch] * (options.rounds + options.warmup), options.warmup
+                )
+                times, peak = found[variant]
+                seconds = statistics.median(times.steps())
+                # forward, and backward through activations alone: 2 forwards' FLOPs in all
+                utilisation = 2 * counter.get_total_flops() / seconds / H100_BF16
+                row = {"step": seconds, "GB": peak, "MFU": utilisation}
+            except torch.cuda.OutOfMemoryError:
+                row = {"step": None, "GB": None, "MFU": None}
+            rows.append({"variant": variant, "checkpointed": blocks, **row})
+            del transformer, models, step
+            torch.cuda.empty_cache()
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names)]
+    for row in rows:
+        lines.append([shown(row.get(name)) for name in names])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tasks", default="depth-to-image,image-editing")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--blocks", type=int, nargs=2, help="double and single: FLUX, on a GPU")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench-train"))
+    options = parser.parse_args()
+    if not CUDA:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    os.environ.update(alone | {"MASTER_PORT": "29577"})
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if CUDA else "gloo", verbose=False)
+    rows = measure(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    (options.output / "bench.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
