@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, checkpoint, flow, rundir
-from visualcloze_deft.batch import Draws, Drawn, Group, encode, encode_grids
+from visualcloze_deft.batch import Drawn, Draws, Group, encode, encode_grids
 from visualcloze_deft.engine import gather_adapter, gather_moments, start_engine
 from visualcloze_deft.grid import Latents, position_ids
 from visualcloze_deft.models import Models, load_models, predict_velocity
@@ -267,7 +267,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_flux(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Full FLUX geometry on a GPU, one variant after the other: two do not fit beside each other."""
+    """Full FLUX geometry on a GPU, one variant after the other: no two fit at once."""
     rows = []
     for variant in ("vcdeft deft", "vcdeft lora", "accelerate + peft LoRA"):
         for blocks in ("none", "auto", "all"):

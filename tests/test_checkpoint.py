@@ -24,7 +24,13 @@ def moments(step: int) -> dict[str, torch.Tensor]:
 
 def saved(folder: Path, *steps: int) -> list[Path]:
     return [
-        save(folder, progress(step), moments(step), lambda at: write(at / ADAPTER, b"weights"))
+        save(
+            folder,
+            progress(step),
+            moments(step),
+            lambda at: write(at / ADAPTER, b"weights"),
+            keep=2,
+        )
         for step in steps
     ]
 
@@ -115,7 +121,7 @@ def test_an_interrupted_save_leaves_no_checkpoint_and_does_not_disturb_the_next(
 ) -> None:
     saved(tmp_path, 1)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, progress(2), moments(2), interrupted)
+        save(tmp_path, progress(2), moments(2), interrupted, keep=2)
     assert newest(tmp_path)[0].progress == progress(1)
     saved(tmp_path, 2)
     found, warnings = newest(tmp_path)

@@ -5,6 +5,7 @@ Whatever happens to a run, what it resumes to is what a run without the fault en
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -50,8 +51,10 @@ def losses(output: Path) -> list[object]:
     return [line["loss"] for line in lines(output)]
 
 
-def weights(folder: Path) -> bytes:
-    return (folder / adapters.WEIGHTS).read_bytes()
+def weights(folder: Path) -> str:
+    """The hash of an adapter's tensors; the order of the file's metadata is not always the same."""
+    tensors = sorted(load_file(folder / adapters.WEIGHTS).items())
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in tensors)).hexdigest()
 
 
 def step_folder(output: Path, step: int) -> Path:
@@ -170,7 +173,7 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(
     output = tmp_path / "run"
     command = [sys.executable, "-m", "visualcloze_deft", *map(str, words(micro_model, output))]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until(lambda: len(lines(output)) >= 2)
+    until(lambda: list((output / "checkpoints").glob("step-*")))
     ranks = psutil.Process(started.pid).children()
     second = next(r for r in ranks if r.is_running() and r.environ().get("RANK") == "1")
     second.kill()
@@ -187,7 +190,7 @@ def test_a_process_that_hangs_ends_the_run_with_its_reason(
 ) -> None:
     output = tmp_path / "run"
     group = Group(words(micro_model, output, "--set", "timeout=15"))
-    until(lambda: len(lines(output)) >= 1)
+    until(lambda: list((output / "checkpoints").glob("step-*")))
     group.send(signal.SIGSTOP, 1)
     assert group.wait() == STUCK
     assert "process 0 got no further for 1" in group.said
@@ -236,7 +239,7 @@ def refused(step, why):
     assert newest(place)[0].progress.step == 2
     assert not list(place.glob(".*")), list(place.iterdir())
 take(1); take(2)
-assert "the next checkpoint takes" in short_of_room(place, 200_000)
+assert "the next checkpoint takes" in short_of_room(place, 300_000)
 assert short_of_room(place, 100_000) is None
 refused(3, "No space left")
 subprocess.run(["mount", "-o", "remount,ro", str(place.parent)], check=True)

@@ -55,6 +55,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         config=deepspeed_config(run),
         dist_init_required=False,
     )
+    start_moments(engine, steps=0)
     return engine
 
 
@@ -163,16 +164,21 @@ def stepped_tensors(engine: Any) -> list[Tensor]:
     return [flat for group in torch_optimiser(engine).param_groups for flat in group["params"]]
 
 
+def start_moments(engine: Any, *, steps: int) -> None:
+    """AdamW's state after `steps` steps, with moments of zero: AdamW itself would make it in the
+    first step, which may be one that is skipped."""
+    for flat in stepped_tensors(engine):
+        torch_optimiser(engine).state[flat] = {
+            "step": torch.tensor(float(steps)),
+            **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
+        }
+
+
 def restore_moments(engine: Any, start: Checkpoint) -> None:
     """Put back what `gather_moments` found, under any ZeRO stage and number of processes."""
     saved = start.moments()
     optimiser = torch_optimiser(engine)
-    steps = torch.tensor(float(start.progress.step - start.progress.not_finite))
-    for flat in stepped_tensors(engine):
-        optimiser.state[flat] = {
-            "step": steps.clone(),
-            **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
-        }
+    start_moments(engine, steps=start.progress.step - start.progress.not_finite)
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     for name, parameter in adapters.trainable(engine.module.transformer).items():
