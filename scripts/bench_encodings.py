@@ -1,8 +1,10 @@
-"""When kept encodings pay: OMP_NUM_THREADS=1 python scripts/bench_encodings.py --data graph200k=PATH
+"""When kept encodings pay:
+
+    OMP_NUM_THREADS=1 python scripts/bench_encodings.py --data graph200k=PATH
 
 1. What one entry takes on disk and to look up at FLUX.1-Fill's sizes in bfloat16.
-2. A training step of the embedded base at its own resolution, in this process: encoding always, into
-   an empty folder, out of a full one. The three take turns.
+2. A training step of the embedded base at its own resolution, in this process: encoding always,
+   into an empty folder, out of a full one. The three take turns.
 3. Which share of what training asks for has been asked for before, epoch by epoch (an epoch: as
    many examples as there are items), by how grids are drawn.
 
