@@ -64,7 +64,7 @@ def strips_of(drawn: Drawn) -> Iterator[bytes]:
 
 
 def show_hits(run_of: Callable[[list[str]], Run]) -> None:
-    print("| drawn | epoch | strips found | texts found |\n|---|---|---|---|")
+    print("\n| drawn | epoch | strips found | texts found |\n|---|---|---|---|")
     for name, settings in DRAWN.items():
         run = run_of(settings)
         mixture = rundir.mixture_of(run)
@@ -101,19 +101,24 @@ def show_steps(run: Run, *, rounds: int, folder: Path) -> None:
         optimiser.zero_grad()
         return encoded - began, time.process_time() - began
 
-    cold, warm = (replace(plain, encodings=Encodings(folder / name)) for name in ("cold", "warm"))
+    empty = Encodings(folder / "empty")
+    cold, warm = (
+        replace(plain, encodings=empty),
+        replace(plain, encodings=Encodings(folder / "full")),
+    )
     all_drawn = examples(run, run.batch * rounds)
     batches = [all_drawn[k : k + run.batch] for k in range(0, len(all_drawn), run.batch)]
     for drawn in batches:
         encode(warm, drawn, seed=0)
     cold.encode_text([""])  # fingerprints are taken once, and not in a step
     cold.encode_pixels(torch.zeros(1, 3, 64, 64))
-    ways = {"none": plain, "cold": cold, "warm": warm}
+    ways = {"none": plain, "empty": cold, "full": warm}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for k, drawn in enumerate(batches):
         for name in [*ways][k % 3 :] + [*ways][: k % 3]:
             taken[name].append(step(ways[name], drawn))
-    print(f"| encodings | encoding, s | step, s |\n|---|---|---|  {rounds} rounds of {run.batch}")
+    print(f"\n{rounds} rounds of {run.batch} examples; empty folder: {empty.used}\n")
+    print("| folder | encoding, s | whole step, s |\n|---|---|---|")
     for name, found in taken.items():
         encoding, whole = (statistics.median(column) for column in zip(*found, strict=True))
         print(f"| {name} | {encoding:.3f} | {whole:.3f} |")

@@ -25,8 +25,9 @@ from visualcloze_deft.settings import Run
 def prepare(run: Run, folder: Path) -> Mixture:
     """What `run` draws from; raises `UserError` where it or the folder cannot be used."""
     check_folder(run.model)
-    output_folder(folder)
-    return rundir.mixture_of(run, cache=folder / rundir.INDEX)
+    with rundir.unmade(folder):
+        output_folder(folder)
+        return rundir.mixture_of(run, cache=folder / rundir.INDEX)
 
 
 def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool) -> None:
