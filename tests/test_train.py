@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
+from visualcloze_deft.cli import main
+from visualcloze_deft.encodings import entries
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
@@ -335,6 +338,26 @@ def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
     whole = losses(one)
     run(["train", "--output", one, "--resume"], processes=1)
     assert losses(one) == whole
+
+
+@pytest.mark.processes
+def test_a_run_that_finds_all_encodings_follows_one_that_encodes(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    words = arguments(micro_model, kept, "--processes", "1")[1:]
+    main(["data", "encode", *words, "--examples", str(STEPS * 4)])
+    once = {path: path.stat().st_mtime_ns for path in entries(kept)}
+    output = tmp_path / "run"
+    more = ["--set", f"data.encodings={kept}", "--set", "offload_encoders=true"]
+    done = vcdeft(*arguments(micro_model, output, *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(output) == pytest.approx(losses(two_processes), rel=1e-5)
+    found, made = re.search(r"(\d+) found, (\d+) made", done.stdout).groups()
+    assert int(found) > STEPS * 4 * 3  # two texts and a strip of each example, and more
+    sheet_alone = set(entries(kept)) - set(once)
+    assert int(made) >= len(sheet_alone) > 0
+    assert {path: path.stat().st_mtime_ns for path in once} == once
 
 
 def test_a_run_that_saved_nothing_can_be_started_again(micro_model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.mixture import Mixture, Skipped
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import Models
+from visualcloze_deft.models import Encoders
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.settings import Times
@@ -111,7 +111,7 @@ class Own:
                 yield list(part)
 
 
-def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> grid.Latents:
+def encode_grids(models: Encoders, grids: Sequence[grid.Grid], *, clean: bool) -> grid.Latents:
     """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
     they are not known (inference), `Latents.clean` is what is seen."""
     shape = grids[0].shape
@@ -135,7 +135,7 @@ def encode_grids(models: Models, grids: Sequence[grid.Grid], *, clean: bool) -> 
 
 
 def encode(
-    models: Models,
+    models: Encoders,
     drawn: Sequence[Drawn],
     *,
     seed: int,

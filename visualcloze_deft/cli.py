@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,30 +126,11 @@ def train(
     )
     from visualcloze_deft.rehearsal import clear, rehearsal, report
     from visualcloze_deft.rundir import SETTINGS, divided, prepare
-    from visualcloze_deft.settings import config_for, load_run
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
-    config = config or config_for(options["model"], data)
-    names = {
-        "tasks": "data.tasks",
-        "method": "adapter.method",
-        "rank": "adapter.rank",
-        "resolution": "data.resolution",
-        "lr": "optimiser.lr",
-    }
-    given = [
-        f"{names.get(name, name)}="
-        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-    if data:
-        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
-    for role, place in places(annotate).items():
-        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
-    run = load_run(config, [*given, *overrides])
+    run = run_of(config, data, annotate, overrides, options)
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
     if dry_run and resume:
@@ -177,6 +158,45 @@ def train(
         raise SystemExit(status)
     if not dry_run:
         click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
+
+
+def run_of(
+    config: str | None,
+    data: Sequence[str],
+    annotate: Sequence[str],
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+) -> Run:
+    """The run that the options of `vcdeft train` tell; `options`: by name, None where not given."""
+    from visualcloze_deft.settings import config_for, load_run
+
+    config = config or config_for(options["model"], data)
+    names = {
+        "tasks": "data.tasks",
+        "method": "adapter.method",
+        "rank": "adapter.rank",
+        "resolution": "data.resolution",
+        "lr": "optimiser.lr",
+    }
+    given = [
+        f"{names.get(name, name)}="
+        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+        for name, value in options.items()
+        if value is not None
+    ]
+    if data:
+        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
+    for role, place in places(annotate).items():
+        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
+    return load_run(config, [*given, *overrides])
+
+
+NOT_OF_A_RUN = ("output", "resume", "allowed", "dry_run")
+
+
+def of_a_run() -> list[click.Parameter]:
+    """The options of `vcdeft train` that say what its run is."""
+    return [option for option in train.params if option.name not in NOT_OF_A_RUN]
 
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
@@ -671,6 +691,47 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
     if written.broken:
         click.echo(f"{len(written.broken)} items cannot be annotated", err=True)
         raise SystemExit(1)
+
+
+@data.command("encode", context_settings=CONTEXT, params=of_a_run())
+@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+@click.option(
+    "--examples", type=click.IntRange(1), metavar="N", help="Default: as many as the run will draw."
+)
+@click.option("--text-only", is_flag=True, help="Texts, which are few and large to encode.")
+@click.pass_obj
+def encode_data(
+    arguments: Sequence[str],
+    /,
+    config: str | None,
+    data: tuple[str, ...],
+    annotate: tuple[str, ...],
+    overrides: tuple[str, ...],
+    output: str,
+    examples: int | None,
+    text_only: bool,
+    **options: Any,
+) -> None:
+    """Encode what a run will draw, before it: give the options of 'vcdeft train'.
+
+    The run then finds it with --set data.encodings=DIR. Runs may share a folder.
+
+    \b
+    vcdeft data encode --config flux-8gpu --data graph200k=PATH --output encodings
+    vcdeft train --config flux-8gpu --data graph200k=PATH --set data.encodings=encodings \\
+        --set offload_encoders=true
+    """
+    from visualcloze_deft.launch import already_launched, launch, process_count
+    from visualcloze_deft.precompute import encode_run, prepare
+
+    run = run_of(config, data, annotate, overrides, options)
+    processes = process_count(run.processes)
+    if processes == 1 or already_launched():
+        encode_run(run, Path(output), examples=examples, text_only=text_only)
+        return
+    prepare(run, Path(output))
+    if status := launch(arguments, processes=processes):
+        raise SystemExit(status)
 
 
 def places(annotate: Sequence[str]) -> dict[str, str]:

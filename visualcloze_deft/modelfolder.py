@@ -15,6 +15,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 
 Bits = Literal["none", "int8", "nf4"]  # what frozen blocks are kept in
+Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
 
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none

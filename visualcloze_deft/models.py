@@ -5,7 +5,7 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,19 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
 
 from visualcloze_deft import flow
+from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     TINY,
     Bits,
+    Precision,
     check_folder,
     check_quantise,
     resolution_of,
@@ -33,26 +35,24 @@ from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """Component names as in diffusers. `resolution`: the side of a square cell in pixels."""
+class Encoders:
+    """VAE and text encoders, named as in diffusers, which may rest elsewhere than they work.
 
-    name: str
-    transformer: FluxTransformer2DModel
+    device: where they work and give their results. encodings: where results are kept and looked up.
+    """
+
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     text_encoder_2: T5EncoderModel
     tokenizer: CLIPTokenizer
     tokenizer_2: T5TokenizerFast
-    scheduler: FlowMatchEulerDiscreteScheduler
-    resolution: int
     clip_text: ClipText = "fit"
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
+    device: torch.device = CPU
+    encodings: Encodings | None = None
 
     @property
     def text_length(self) -> int:
@@ -84,29 +84,68 @@ class Models:
             max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids.to(self.text_encoder_2.device)
+        ).input_ids
         clip = self.tokenizer(
             [self.read_by_clip(prompt) for prompt in prompts],
             padding="max_length",
             truncation=True,
             return_tensors="pt",
-        ).input_ids.to(self.text_encoder.device)
-        text = self.text_encoder_2(t5).last_hidden_state
-        return text.to(self.device), self.text_encoder(clip).pooler_output.to(self.device)
+        ).input_ids
+        text, pooled = self.text_encoder_2, self.text_encoder
+        return (
+            self.encoded(text, t5, lambda ids: text(ids).last_hidden_state),
+            self.encoded(pooled, clip, lambda ids: pooled(ids).pooler_output),
+        )
 
     @torch.no_grad()
     def encode_pixels(self, strips: Tensor) -> Tensor:
         """(b, 3, H, W) in -1..1 to (b, c, h, w): the mode, shifted and scaled as FLUX's latents."""
         config = self.vae.config
-        latents = self.vae.encode(strips.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
-        return (latents - config.shift_factor) * config.scaling_factor
+
+        def latents_of(pixels: Tensor) -> Tensor:
+            latents = self.vae.encode(pixels).latent_dist.mode()
+            return (latents - config.shift_factor) * config.scaling_factor
+
+        return self.encoded(self.vae, strips.to(self.vae.dtype), latents_of)
+
+    def encoded(
+        self, network: nn.Module, inputs: Tensor, encode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`inputs` (b, ...) through `network` with `encode`, but for what `encodings` has.
+
+        What goes there is encoded one by one: convolutions and products of matrices may round
+        otherwise in a batch of another size, and an entry is not to depend on what came with it.
+        """
+
+        def together(several: Tensor) -> Tensor:
+            with at_work(network, self.device):
+                return encode(several.to(self.device))
+
+        def one_by_one(several: Tensor) -> Tensor:
+            with at_work(network, self.device):
+                return torch.cat([encode(one.to(self.device)) for one in several.split(1)])
+
+        if self.encodings is None:
+            return together(inputs)
+        return self.encodings.through(network, inputs, one_by_one).to(self.device)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, in float32."""
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vae.decode(latents).sample.float()
+        with at_work(self.vae, self.device):
+            return self.vae.decode(latents).sample.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(Encoders):
+    """All components. `resolution`: the side of a square cell in pixels."""
+
+    name: str
+    transformer: FluxTransformer2DModel
+    scheduler: FlowMatchEulerDiscreteScheduler
+    resolution: int
 
     def times(self, steps: int, tokens: int) -> Tensor:
         """The (steps + 1,) sampling times for a grid of `tokens` tokens."""
@@ -119,6 +158,17 @@ class Models:
             max_tokens=config.max_image_seq_len,
         )
         return flow.schedule(steps, mu)
+
+
+@contextmanager
+def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """`network` on `device`, and back where it rests."""
+    rest = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(rest)
 
 
 def text_length(tokenizer: T5TokenizerFast) -> int:
@@ -169,51 +219,77 @@ def load_models(
     lora: str | None = None,
     bits: Bits = "none",
     clip_text: ClipText = "fit",
+    rest: str | None = None,
+    encodings: Encodings | None = None,
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
     `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
-    `bits`: what the weights of its blocks are kept in. `clip_text`: what CLIP reads of a prompt.
+    `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
+    `load_encoders`.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
-    folder = BASE if name == TINY else name
     check_quantise(bits)
     transformer = load_transformer(name, dtype=dtype, lora=lora)
     quantise(transformer, bits, device=device)
     transformer.to(device)
-    try:
-        with without_bars() if name == TINY else nullcontext():  # which loads in a moment
-            parts = {
-                part: kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype)
-                .to(device)
-                .eval()
-                for part, kind in _NETWORKS.items()
-            }
-        rest = {
-            part: kind.from_pretrained(folder, subfolder=part) for part, kind in _OTHERS.items()
-        }
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    parts["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
-    resolution = resolution_of(name)
+    encoders = load_encoders(
+        name, dtype=dtype, device=device, clip_text=clip_text, rest=rest, encodings=encodings
+    )
     return Models(
         name=name,
-        resolution=resolution,
-        clip_text=clip_text,
+        resolution=resolution_of(name),
         transformer=transformer,
-        **parts,
-        **rest,
+        scheduler=load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
+        **vars(encoders),
+    )
+
+
+def load_encoders(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    clip_text: ClipText = "fit",
+    rest: str | None = None,
+    encodings: Encodings | None = None,
+) -> Encoders:
+    """The models of `load_models` without the transformer.
+
+    `clip_text`: what CLIP reads of a prompt. `rest`: where they lie while they do not encode or
+    decode, if not on `device`. `encodings`: where results are kept.
+    """
+    check_folder(name)
+    with without_bars() if name == TINY else nullcontext():  # which loads in a moment
+        networks = {
+            part: load_part(name, part, kind, torch_dtype=dtype).to(rest or device).eval()
+            for part, kind in _NETWORKS.items()
+        }
+    networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    clip, t5 = load_tokenizers(name)
+    return Encoders(
+        clip_text=clip_text,
+        tokenizer=clip,
+        tokenizer_2=t5,
+        device=torch.device(device),
+        encodings=encodings,
+        **networks,
     )
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """The tokenizers of `load_models` alone: CLIP's and T5's."""
     check_folder(name)
+    clip = load_part(name, "tokenizer", CLIPTokenizer)
+    return clip, load_part(name, "tokenizer_2", T5TokenizerFast)
+
+
+def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
+    """A component of a model, by its name in diffusers' layout and its class."""
     folder = BASE if name == TINY else name
     try:
-        clip = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        return clip, T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2")
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(folder, subfolder=part, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
 
 
@@ -234,13 +310,7 @@ def load_transformer(
 ) -> FluxTransformer2DModel:
     """The transformer of `load_models` alone."""
     check_folder(name)
-    folder = BASE if name == TINY else name
-    try:
-        transformer = FluxTransformer2DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype
-        ).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+    transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=dtype).eval()
     channels = transformer.config.in_channels, transformer.config.out_channels
     if channels != CHANNELS:
         raise UserError(
@@ -257,11 +327,12 @@ _NETWORKS = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": T5EncoderModel,
 }
-_OTHERS = {
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": T5TokenizerFast,
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-}
+
+
+def dtype_of(precision: Precision, device: str) -> torch.dtype:
+    if precision == "auto":
+        return default_dtype(device)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def default_dtype(device: str) -> torch.dtype:

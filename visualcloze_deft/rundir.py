@@ -38,6 +38,7 @@ from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
+ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
 FREE_ON_RESUME = {
     "output",
@@ -55,6 +56,8 @@ FREE_ON_RESUME = {
     "sheet_every",
     "data.workers",
     "data.skip_at_most",
+    "data.encodings",
+    "offload_encoders",
 }
 """Settings that may change when a run goes on: they leave the examples of every step as they were.
 
@@ -164,6 +167,17 @@ def resolution_of(run: Run) -> int:
     return model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
 
 
+def encodings_folder(run: Run) -> Path | None:
+    """Where the run keeps encodings, if it does. Raises `UserError` where that is no folder."""
+    if not run.data.encodings:
+        return None
+    own = run.data.encodings == "run"
+    folder = Path(run.output) / ENCODINGS if own else Path(run.data.encodings)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"data.encodings {folder}: no folder; give one, or a path yet free")
+    return folder
+
+
 def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] = ()) -> Mixture:
     """Check what can be told without weights, then create or verify the run folder.
 
@@ -178,6 +192,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
         raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
+    encodings_folder(run)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from visualcloze_deft.cells import Cells
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
-from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.modelfolder import Bits, Precision
 from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.tomlfile import read_toml
 
@@ -109,6 +109,9 @@ class Data(_Section):
     are a larger share than this of at least 100 drawn, the run stops."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes per training process."""
+    encodings: str = ""
+    """Folder in which encodings of strips and texts are kept and looked up, of this run and others;
+    "run": in the run folder; "": none are kept."""
     recipe: Recipe = Recipe()
 
 
@@ -192,10 +195,13 @@ class Run(_Section):
     deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
     deepspeed.zero_optimization.offload_optimizer.device=cpu."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"
     """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes."""
+    offload_encoders: bool = False
+    """Text encoders and VAE rest in main memory and come to the GPU while they encode or decode:
+    worth it where `data.encodings` has most of what is asked."""
     checkpointing: bool = True
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -30,6 +30,7 @@ from visualcloze_deft import adapters, checkpoint, rundir
 from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture, Skipped
+from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.engine import (
     gather_adapter,
     gather_moments,
@@ -38,7 +39,7 @@ from visualcloze_deft.engine import (
     torch_optimiser,
 )
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import Models, default_dtype, load_models
+from visualcloze_deft.models import Models, dtype_of, load_models
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
@@ -126,13 +127,16 @@ def train_here(
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
+    kept = rundir.encodings_folder(run)
     models = load_models(
         run.model,
-        dtype=base_dtype(run, process.device.type),
+        dtype=dtype_of(run.precision, process.device.type),
         device=str(process.device),
         lora=run.model_lora,
         bits=run.quantise,
         clip_text=run.clip_text,
+        rest="cpu" if run.offload_encoders else None,
+        encodings=Encodings(kept) if kept else None,
     )
     start = latest(output, process) if resume else None
     if start is not None:
@@ -162,6 +166,10 @@ def train_here(
     )
     loop.run_steps()
     loop.finish()
+    if models.encodings is not None:
+        used = models.encodings.used_by_all()
+        if process.is_main_process:
+            tqdm.write(f"encodings {models.encodings.folder}: {used}")
 
 
 def quiet() -> None:
@@ -169,12 +177,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-
-
-def base_dtype(run: Run, device: str) -> torch.dtype:
-    if run.precision == "auto":
-        return default_dtype(device)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.precision]
 
 
 def latest(output: Path, process: PartialState) -> Checkpoint:
