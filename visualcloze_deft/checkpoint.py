@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
+AVERAGE = "ema.safetensors"  # only where a run keeps one
 KEEP = 2
 
 
@@ -41,16 +42,24 @@ class Checkpoint:
     def moments(self) -> dict[str, Tensor]:
         return load_file(self.folder / MOMENTS)
 
+    def average(self) -> dict[str, Tensor]:
+        """The running average of what is trained; empty where the run keeps none."""
+        path = self.folder / AVERAGE
+        return load_file(path) if path.exists() else {}
+
 
 def save(
     folder: Path,
     progress: Progress,
     moments: dict[str, Tensor],
     write_adapter: Callable[[Path], None],
+    *,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step-N atomically and drop all but the newest `KEEP` checkpoints.
 
-    `write_adapter` puts the adapter's files into the folder it is given.
+    `write_adapter` puts the adapter's files into the folder it is given. average: see
+    `Checkpoint.average`.
     """
     final = folder / f"step-{progress.step:06d}"
     staging = folder / f".{final.name}.part"
@@ -58,6 +67,8 @@ def save(
     staging.mkdir(parents=True)
     write_adapter(staging)
     save_file(moments, staging / MOMENTS)
+    if average:
+        save_file(dict(average), staging / AVERAGE)
     sums = {path.name: digest(path) for path in sorted(staging.iterdir())}
     (staging / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
     publish(staging, final)

@@ -143,7 +143,23 @@ def train(
     status = launch(arguments, processes=processes)
     if status:
         raise SystemExit(status)
-    click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
+    click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
+
+
+@cli.command("report", context_settings=CONTEXT)
+@click.argument("run", metavar="RUN")
+def report(run: str) -> None:
+    """Draw how training in the folder RUN goes, or went, into RUN/report.html.
+
+    Curves, losses on held-out grids, the last sheet and the settings, in one file that opens
+    without a server. A run writes it at its end; this makes it of one that is under way.
+
+    \b
+    vcdeft report runs/demo
+    """
+    from visualcloze_deft.report import write_report
+
+    click.echo(write_report(Path(run)))
 
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -38,6 +39,8 @@ from visualcloze_deft.tomlfile import read_toml
 SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
+EVALUATION = "evaluation.jsonl"  # a line each time held-out grids are looked at
+OTHER_SCENES = 1_000_003  # added to the seed: scenes that training does not draw
 FREE_ON_RESUME = {
     "output",
     "steps",
@@ -55,6 +58,7 @@ FREE_ON_RESUME = {
 
 Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
 """
+MISSING = "not installed"
 PACKAGES = [
     "torch",
     "diffusers",
@@ -91,6 +95,20 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
         recipe=run.data.recipe,
         weights=weights,
     )
+
+
+def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
+    """The mixture over what is never trained on: the items that `data.hold_out` keeps or, of scenes
+    alone, which have no end, those of another seed. Raises `UserError` where there is nothing."""
+    if run.data.hold_out:
+        return mixture_of(run, held_out=True, cache=cache)
+    finite = [spec for spec in run.data.sources if spec.partition("=")[0] != "scenes"]
+    if finite:
+        raise UserError(
+            f"watch.evaluate_every = {run.watch.evaluate_every}: nothing of {finite[0]} is held "
+            "out; set data.hold_out, e.g. to 10, or watch.evaluate_every to 0"
+        )
+    return mixture_of(run.model_copy(update={"seed": run.seed + OTHER_SCENES}), cache=cache)
 
 
 def plan_of(run: Run, mixture: Mixture, *, processes: int) -> Plan:
@@ -162,6 +180,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check what can be told without weights, then create or verify the run folder."""
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
+    check_trackers(run)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
@@ -178,6 +197,8 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     with unmade(output):
         mixture = mixture_of(run, cache=output / INDEX)
         plan = plan_of(run, mixture, processes=processes)
+        if run.watch.evaluate_every:
+            held_out_of(run, cache=output / INDEX)
         items = sum(len(source) for source in mixture.sources)
         if items < processes:
             raise UserError(
@@ -192,6 +213,16 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
+
+
+def check_trackers(run: Run) -> None:
+    """Raise `UserError` unless the packages of all trackers are installed."""
+    for name in run.watch.trackers:
+        if _version(name) == MISSING:
+            raise UserError(
+                f"watch.trackers names {name}, whose package is not installed; 'pip install {name}'"
+                " or take it out"
+            )
 
 
 @contextmanager
@@ -216,7 +247,7 @@ def check_resumed(run: Run, progress: Progress, plan: Plan) -> None:
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
     for name in sorted({*before, *now} - FREE_ON_RESUME):
-        if before.get(name) != now.get(name) and not name.startswith("deepspeed."):
+        if before.get(name) != now.get(name) and not name.startswith(("deepspeed.", "watch.")):
             raise UserError(
                 f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
                 "it as it was or start another --output"
@@ -314,9 +345,16 @@ def append_line(path: Path, fields: Mapping[str, object]) -> None:
         file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `append_line` wrote; of a file that is not there, nothing. A last line that is being
+    written, or was cut short by a kill, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(_step(line))]
+
+
 def keep_lines_until(output: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
-    for path in (output / METRICS, output / SKIPPED):
+    for path in (output / METRICS, output / SKIPPED, output / EVALUATION):
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             staged = path.with_suffix(".part")
@@ -336,4 +374,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING
