@@ -218,7 +218,7 @@ def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) 
         line = {"step": step, "examples": 4 * step, "loss": 0.5, "tasks": {"a<b": 0.25}}
         rundir.append_line(folder / rundir.EVALUATION, line | {"times": {"0.500": 0.5}})
     rundir.append_line(
-        folder / rundir.SKIPPED, {"source": "folder", "item": "7", "why": "<cut short>"}
+        folder / rundir.SKIPPED, {"step": 1, "source": "folder", "item": "7", "why": "<cut short>"}
     )
     with (folder / rundir.METRICS).open("a") as file:
         file.write('{"step": 41, "examp')  # what a run under way is writing
@@ -227,9 +227,9 @@ def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) 
     text = report.write_report(folder).read_text()
     page = Page(text)
     assert "40 of 1000, 160 examples" in page.text
-    assert "0.5000 at step 0, 0.5000 at 20" in page.text
+    assert "0.5000 at step 0, 0.5000 at step 20" in page.text
     assert "a<b" in page.text
-    assert "<cut short>" not in page.text  # the line of an older run has no step: left out
+    assert "<cut short>" in page.text
     assert page.tags.count("img") == 1
     assert "b" not in page.tags  # what files say is text, not markup
     assert "data:image/jpeg;base64," in text

@@ -85,18 +85,19 @@ def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = ()) -> str:
 def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
     """What stands at the top of the page."""
     last, spent = steps[-1], sum(line["seconds"] for line in steps)
-    loss = smooth(values(steps, "loss"))
+    before, now = ends(values(steps, "loss"))
     found = [
         ("model", run.model + (f" with {run.model_lora}" if run.model_lora else "")),
         ("adapter", f"{run.adapter.method}, rank {run.adapter.rank}"),
         ("data", ", ".join(run.data.sources)),
         ("steps", f"{last['step']} of {run.steps}, {last['examples']} examples"),
         ("time in steps", f"{spent / 60:.1f} minutes, {last['examples'] / spent:.2f} examples/s"),
-        ("training loss", f"{loss[0]:.4f} at first, {loss[-1]:.4f} now, smoothed"),
+        ("training loss", f"{before:.4f} in the first eighth of the steps, {now:.4f} in the last"),
     ]
     if evaluations:
-        first, now = evaluations[0], evaluations[-1]
-        text = f"{first['loss']:.4f} at step {first['step']}, {now['loss']:.4f} at {now['step']}"
+        first, last_one = evaluations[0], evaluations[-1]
+        text = f"{first['loss']:.4f} at step {first['step']}, "
+        text += f"{last_one['loss']:.4f} at step {last_one['step']}"
         found.append(("held-out loss", text))
     if "memory" in last:
         found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
@@ -112,6 +113,13 @@ def values(lines: Lines, *path: str) -> Numbers:
             value = value.get(name, {})
         found.append(np.nan if value == {} else float(value))
     return np.array(found)
+
+
+def ends(y: Numbers) -> tuple[float, float]:
+    """The means of the first and of the last eighth of the finite values."""
+    y = y[np.isfinite(y)]
+    part = -(-len(y) // 8)
+    return (float(y[:part].mean()), float(y[-part:].mean())) if part else (np.nan, np.nan)
 
 
 def smooth(y: Numbers, *, share: float = 1 / 30) -> Numbers:
@@ -139,7 +147,7 @@ def pictures(steps: Lines, evaluations: Lines) -> list[str]:
     drawn: list[tuple[str, str, Callable[[Axes], None]]] = [
         ("Loss", "mean squared error", lambda axes: draw_loss(axes, steps, evaluations)),
         ("Loss by task, smoothed", "", lambda axes: draw_tasks(axes, steps)),
-        ("Held-out loss by time", "", lambda axes: draw_times(axes, evaluations)),
+        ("Held-out loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
         ("Learning rate", "", lambda axes: draw(axes, steps, "lr")),
         ("Examples per second", "", lambda axes: draw(axes, rates(steps), "examples_per_second")),
         ("Image tokens per second", "", lambda axes: draw(axes, steps, "tokens_per_second")),
@@ -147,7 +155,7 @@ def pictures(steps: Lines, evaluations: Lines) -> list[str]:
         ("Use of the GPUs' peak", "share", lambda axes: draw(axes, steps, "utilisation")),
         ("Memory", "GiB", lambda axes: draw(axes, steps, "memory", unit=2**30)),
         ("Gradient norm, before clipping", "", lambda axes: draw(axes, steps, "gradient_norm")),
-        ("Adapter norms, relative to the first", "", lambda axes: draw_norms(axes, steps)),
+        ("Adapter norms, change since the first", "%", lambda axes: draw_norms(axes, steps)),
     ]
     return [svg for title, unit, draw_on in drawn if (svg := picture(title, unit, draw_on))]
 
@@ -212,8 +220,10 @@ def seen_tasks(steps: Lines) -> Counter[str]:
 
 def draw_times(axes: Axes, evaluations: Lines) -> None:
     x = values(evaluations, "step")
+    if evaluations:
+        axes.plot(x, values(evaluations, "loss"), "o-", color="C3", linewidth=2.5, label="mean")
     for time in evaluations[0]["times"] if evaluations else ():
-        axes.plot(x, values(evaluations, "times", time), "o-", markersize=3, label=f"t = {time}")
+        axes.plot(x, values(evaluations, "times", time), "--", linewidth=1, label=f"t = {time}")
 
 
 def draw(axes: Axes, lines: Lines, name: str, *, unit: float = 1.0) -> None:
@@ -253,21 +263,25 @@ def draw_norms(axes: Axes, steps: Lines) -> None:
     for kind in sorted({kind for line in steps for kind in line.get("norms", ())}):
         y = values(steps, "norms", kind)
         first = y[np.isfinite(y)][0]
-        axes.plot(*thinned(x, y / first), "o-", markersize=3, label=f"{kind}, first {first:.3g}")
+        axes.plot(
+            *thinned(x, 100 * (y / first - 1)),
+            "o-",
+            markersize=3,
+            label=f"{kind}, first {first:.3g}",
+        )
 
 
 def task_rows(steps: Lines, evaluations: Lines) -> str:
     """Each task's losses."""
-    head = ["task", "steps", "training at first", "now"]
-    head += ["held out at first", "now"] if evaluations else []
+    head = ["task", "steps", "training, first eighth", "last eighth"]
+    head += ["held out, first", "last"] if evaluations else []
     rows = []
     for task, count in seen_tasks(steps).most_common():
-        own = values(steps, "tasks", task)
-        loss = smooth(own[np.isfinite(own)], share=1 / 8)
+        before, now = ends(values(steps, "tasks", task))
         held = values(evaluations, "tasks", task)
         held = held[np.isfinite(held)]
-        row = [task, str(count), f"{loss[0]:.4f}", f"{loss[-1]:.4f}"]
-        rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else []))
+        row = [task, str(count), f"{before:.4f}", f"{now:.4f}"]
+        rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else ["", ""]))
     return table(rows, head=head)
 
 
