@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from processes import Group, run, vcdeft
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
@@ -36,6 +37,7 @@ from visualcloze_deft.train import learning_rate_factor
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
 OFFLOAD = f"{ZERO}.offload_optimizer.device=cpu"
+MEASURED = "--set watch.evaluate_every=4"
 SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
 
@@ -43,7 +45,8 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
     base = ["train", "--model", str(model), "--tasks", "depth-to-image,novel-view", "--rank", "4"]
     base += ["--steps", str(STEPS), "--batch", "2", "--output", str(output), "--lr", "0.01"]
     sets = (
-        "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2 rollout=0.5"
+        "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2 rollout=0.5 "
+        "ema=0.6"
     )
     return [*base, *(word for setting in sets.split() for word in ("--set", setting)), *more]
 
@@ -66,7 +69,7 @@ def two_processes(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and adapter of the run in `folder`, in this process and without DeepSpeed."""
+    """Losses and averaged adapter of the run in `folder`, in this process, without DeepSpeed."""
     run = load_run(str(folder / rundir.SETTINGS))
     models = load_models(run.model)
     adapters.attach(models.transformer, run.adapter, seed=run.seed)
@@ -75,7 +78,8 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     rates = [group["lr"] for group in optimiser.param_groups]
     loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0, rollout=True)
     draws = Draws(rundir.mixture_of(run))
-    plain = []
+    plain, trained = [], adapters.trainable(models.transformer)
+    average: dict[str, torch.Tensor] = {}
     for step in range(run.steps):
         factor = learning_rate_factor(step, run.steps, run.optimiser)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -84,11 +88,14 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
         groups = encode(models, drawn, seed=0, times="uniform", time_shift=2, rollout=0.5)
         loss = loss_of(groups).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapters.trainable(models.transformer).values(), 2.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 2.0)
         optimiser.step()
         optimiser.zero_grad()
         plain.append(loss.item())
-    return plain, adapters.state(models.transformer)
+        stays = min(run.ema, (2 + step) / (11 + step))
+        now = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        average = {n: stays * average.get(n, now[n]) + (1 - stays) * now[n] for n in now}
+    return plain, adapters.state_of(models.transformer, average)
 
 
 def test_zero2_on_two_processes_follows_plain_training(two_processes: Path) -> None:
@@ -155,8 +162,9 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     micro_model: Path, two_processes: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "killed"
+    measuring = "--set watch.evaluate_every=2 --set watch.evaluate_examples=3".split()
     process = subprocess.Popen(
-        [sys.executable, "-m", "visualcloze_deft", *arguments(micro_model, output, "--zero", "2")],
+        [sys.executable, "-m", "visualcloze_deft", *arguments(micro_model, output, *measuring)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -170,9 +178,14 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     assert list((output / "checkpoints").glob("step-*"))
     assert not (output / "adapter").exists()
     run(["train", "--output", output, "--resume"])
+    # also what is measured in between changes nothing
     assert losses(output) == losses(two_processes)
     expected = adapter_of(two_processes)
     assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
+    measured = (output / rundir.EVALUATION).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in measured] == [0, 2, 4, 6]
+    board = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -195,8 +208,8 @@ def test_quantised_bases_are_trained_on(
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, "--zero 3 --set sheet_every=4"),
-        (2, f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}"),
+        (2, "--zero 3 --set sheet_every=4 --set watch.evaluate_every=3 --set watch.norms_every=2"),
+        (2, f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD} {MEASURED}"),
         (2, f"--zero 1 --set checkpointing=false {OFFLOAD}"),
         (2, "--zero 0"),
         (1, "--zero 0 --set accumulate=2"),
@@ -350,10 +363,9 @@ def test_a_run_that_finds_all_encodings_follows_one_that_encodes(
     once = {path: path.stat().st_mtime_ns for path in entries(kept)}
     output = tmp_path / "run"
     more = ["--set", f"data.encodings={kept}", "--set", "offload_encoders=true"]
-    done = vcdeft(*arguments(micro_model, output, *more))
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = run(arguments(micro_model, output, *more))
     assert losses(output) == pytest.approx(losses(two_processes), rel=1e-5)
-    found, made = re.search(r"(\d+) found, (\d+) made", done.stdout).groups()
+    found, made = re.search(r"(\d+) found, (\d+) made", said).groups()
     assert int(found) > STEPS * 4 * 3  # two texts and a strip of each example, and more
     sheet_alone = set(entries(kept)) - set(once)
     assert int(made) >= len(sheet_alone) > 0

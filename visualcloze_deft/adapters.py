@@ -116,6 +116,15 @@ def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
+def kind(name: str) -> str:
+    """Which part of its layer the adapter parameter `name` is.
+
+    >>> kind("transformer_blocks.0.ff.net.2.deft_P.default"), kind("proj_out.lora_A.default.weight")
+    ('P', 'A')
+    """
+    return name.partition(f".{NAME}")[0][-1]
+
+
 def parameter_groups(
     transformer: nn.Module, settings: Adapter, *, lr: float
 ) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
+AVERAGE = "ema.safetensors"  # only where a run keeps one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class Checkpoint:
     def moments(self) -> dict[str, Tensor]:
         return load_file(self.folder / MOMENTS)
 
+    def average(self) -> dict[str, Tensor]:
+        """The running average of what is trained; empty where the run keeps none."""
+        path = self.folder / AVERAGE
+        return load_file(path) if path.exists() else {}
+
 
 def save(
     folder: Path,
@@ -56,10 +62,12 @@ def save(
     write_adapter: Callable[[Path], None],
     *,
     keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step-N atomically and drop all but the newest `keep` checkpoints.
 
-    `write_adapter` puts the adapter's files into the folder it is given. The parent of `folder`
+    `write_adapter` puts the adapter's files into the folder it is given. average: see
+    `Checkpoint.average`. The parent of `folder`
     must exist: a run folder that vanished is not made anew. Raises `UserError` where the disk is
     full, the folder read-only or gone; what was saved before is then still there.
     """
@@ -68,6 +76,8 @@ def save(
     def fill(at: Path) -> None:
         write_adapter(at)
         save_file(moments, at / MOMENTS)
+        if average:
+            save_file(dict(average), at / AVERAGE)
         sums = {path.name: digest(path) for path in sorted(at.iterdir())}
         (at / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
 

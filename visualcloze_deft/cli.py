@@ -157,7 +157,7 @@ def train(
     if status:
         raise SystemExit(status)
     if not dry_run:
-        click.echo(f"adapter: {run.output}/adapter   sheet: {run.output}/sheets")
+        click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
 
 
 def run_of(
@@ -197,6 +197,22 @@ NOT_OF_A_RUN = ("output", "resume", "allowed", "dry_run")
 def of_a_run() -> list[click.Parameter]:
     """The options of `vcdeft train` that say what its run is."""
     return [option for option in train.params if option.name not in NOT_OF_A_RUN]
+
+
+@cli.command("report", context_settings=CONTEXT)
+@click.argument("run", metavar="RUN")
+def report_on(run: str) -> None:
+    """Draw how training in the folder RUN goes, or went, into RUN/report.html.
+
+    Curves, losses on held-out grids, the last sheet and the settings, in one file that opens
+    without a server. A run writes it at its end; this makes it of one that is under way.
+
+    \b
+    vcdeft report runs/demo
+    """
+    from visualcloze_deft.report import write_report
+
+    click.echo(write_report(Path(run)))
 
 
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:

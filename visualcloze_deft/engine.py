@@ -5,11 +5,16 @@ What is gathered here does not depend on the ZeRO stage or the number of process
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+from deepspeed.runtime.zero.partition_parameters import (
+    GatheredParameters,
+    register_external_parameter,
+)
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -24,6 +29,7 @@ from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.settings import Run
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
+AVERAGE = "average"  # ours, in the same place
 
 
 def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
@@ -132,16 +138,25 @@ def link_moments(engine: Any) -> None:
 
 def gather_moments(engine: Any) -> dict[str, Tensor]:
     """The whole optimiser state by parameter name; every process must call it."""
+    return gather_kinds(engine, MOMENT_NAMES)
+
+
+def gather_average(engine: Any) -> dict[str, Tensor]:
+    """The running average of what is trained, as `gather_moments` names it."""
+    return gather_kinds(engine, (AVERAGE,))
+
+
+def gather_kinds(engine: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     found = {}
     for name, parameter in adapters.trainable(engine.module.transformer).items():
-        for kind in MOMENT_NAMES:
+        for kind in kinds:
             if stage0:
-                moment = torch_optimiser(engine).state[parameter][kind]
+                state = torch_optimiser(engine).state[parameter][kind]
             else:
-                moment = safe_get_full_optimizer_state(parameter, kind)
-            found[f"{kind}.{name}"] = moment.detach().cpu().clone()
+                state = safe_get_full_optimizer_state(parameter, kind)
+            found[f"{kind}.{name}"] = state.detach().cpu().clone()
     return found
 
 
@@ -157,6 +172,73 @@ def gather_adapter(engine: Any) -> dict[str, Tensor]:
     return adapters.state_of(transformer, whole)
 
 
+def adapter_of_average(engine: Any) -> dict[str, Tensor]:
+    """`gather_adapter`, of the running average. Averaged is what is trained, in this process's
+    signs: in peft's, R could change its sign from step to step."""
+    return adapters.state_of(engine.module.transformer, by_parameter(gather_average(engine)))
+
+
+def by_parameter(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{AVERAGE}."): tensor for name, tensor in average.items()}
+
+
+@torch.no_grad()
+def average(engine: Any, decay: float) -> None:
+    """Move the running average of what is trained, this process's share, towards what it is now.
+
+    It begins as what the first step leaves, and lies beside AdamW's moments, so that it is
+    gathered and put back as they are.
+    """
+    for flat in stepped_tensors(engine):
+        state = torch_optimiser(engine).state[flat]
+        if AVERAGE in state:
+            state[AVERAGE].lerp_(flat, 1 - decay)
+        elif state:  # else AdamW has not stepped, and takes a state that is not empty for its own
+            state[AVERAGE] = flat.detach().clone()
+
+
+@contextmanager
+def published(engine: Any, *, averaged: bool) -> Iterator[None]:
+    """Inside, the transformer is as it would be published: not in training, and where `averaged`
+    with the running average. Afterwards all is as it was, bit for bit. Every process must enter.
+    """
+    training = [module for module in engine.module.modules() if module.training]
+    trained = whole_parameters(engine) if averaged else {}
+    if averaged:
+        put_parameters(engine, by_parameter(gather_average(engine)))
+    engine.module.eval()
+    yield
+    for module in training:
+        module.training = True
+    if averaged:
+        put_parameters(engine, trained)
+
+
+def whole_parameters(engine: Any) -> dict[str, Tensor]:
+    """What the transformer computes with, by name; every process must call it."""
+    named = adapters.trainable(engine.module.transformer)
+    with GatheredParameters(list(named.values())):
+        return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
+
+
+def put_parameters(engine: Any, values: dict[str, Tensor]) -> None:
+    """Compute with `values` and leave what is stepped alone; every process must call it."""
+    named = adapters.trainable(engine.module.transformer)
+    with GatheredParameters(list(named.values()), modifier_rank=0), torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(values[name])
+
+
+def adapter_norms(engine: Any) -> dict[str, float]:
+    """Frobenius norms of P and R, or of A and B, mean over layers; every process must call it."""
+    named = adapters.trainable(engine.module.transformer)
+    norms: dict[str, list[float]] = {}
+    with GatheredParameters(list(named.values())):
+        for name, parameter in named.items():
+            norms.setdefault(adapters.kind(name), []).append(parameter.norm().item())
+    return {kind: sum(found) / len(found) for kind, found in sorted(norms.items())}
+
+
 def stepped_tensors(engine: Any) -> list[Tensor]:
     """What the AdamW inside steps: parameters (stage 0) or DeepSpeed's flat shares of them."""
     if engine.zero_optimization_stage() == 3:  # its groups are empty between steps
@@ -164,25 +246,27 @@ def stepped_tensors(engine: Any) -> list[Tensor]:
     return [flat for group in torch_optimiser(engine).param_groups for flat in group["params"]]
 
 
-def start_moments(engine: Any, *, steps: int) -> None:
+def start_moments(engine: Any, *, steps: int, kinds: Sequence[str] = MOMENT_NAMES) -> None:
     """AdamW's state after `steps` steps, with moments of zero: AdamW itself would make it in the
-    first step, which may be one that is skipped."""
+    first step, which may be one that is skipped. kinds: names of what is kept of each parameter."""
     for flat in stepped_tensors(engine):
         torch_optimiser(engine).state[flat] = {
             "step": torch.tensor(float(steps)),
-            **{kind: torch.zeros_like(flat) for kind in MOMENT_NAMES},
+            **{kind: torch.zeros_like(flat) for kind in kinds},
         }
 
 
 def restore_moments(engine: Any, start: Checkpoint) -> None:
-    """Put back what `gather_moments` found, under any ZeRO stage and number of processes."""
-    saved = start.moments()
+    """Put back what `gather_moments` and `gather_average` found, under any ZeRO stage and number of
+    processes."""
+    saved = start.moments() | start.average()
+    kinds = sorted({name.partition(".")[0] for name in saved})
     optimiser = torch_optimiser(engine)
-    start_moments(engine, steps=start.progress.step - start.progress.not_finite)
+    start_moments(engine, steps=start.progress.step - start.progress.not_finite, kinds=kinds)
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     for name, parameter in adapters.trainable(engine.module.transformer).items():
-        for kind in MOMENT_NAMES:
+        for kind in kinds:
             value = saved[f"{kind}.{name}"]
             if stage0:
                 optimiser.state[parameter][kind].copy_(value)

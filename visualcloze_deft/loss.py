@@ -27,7 +27,7 @@ class GridLoss(nn.Module):
         guidance: float,
         rollout: bool = False,
     ) -> None:
-        """rollout: whether groups may hold samples whose `start` is above `t`."""
+        """rollout: whether, in training, groups may hold samples whose `start` is above `t`."""
         super().__init__()
         self.transformer = transformer
         self.context_weight = context_weight
@@ -42,7 +42,7 @@ class GridLoss(nn.Module):
         latents, t, start = group.latents, group.t, group.start
         noisy = flow.interpolate(latents.clean, group.noise, start)
         target = flow.velocity(latents.clean, group.noise)
-        if self.rollout:
+        if self.rollout and self.training:
             noisy = noisy + (t - start)[:, None, None] * self.guess(group, noisy)
             led = flow.velocity_to(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)

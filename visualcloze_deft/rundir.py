@@ -40,6 +40,8 @@ SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
 ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
+EVALUATION = "evaluation.jsonl"  # a line each time held-out grids are looked at
+OTHER_SCENES = 1_000_003  # added to the seed: scenes that training does not draw
 FREE_ON_RESUME = {
     "output",
     "steps",
@@ -64,6 +66,7 @@ FREE_ON_RESUME = {
 Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
 """
 FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
+MISSING = "not installed"
 PACKAGES = [
     "torch",
     "diffusers",
@@ -100,6 +103,20 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
         recipe=run.data.recipe,
         weights=weights,
     )
+
+
+def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
+    """The mixture over what is never trained on: the items that `data.hold_out` keeps or, of scenes
+    alone, which have no end, those of another seed. Raises `UserError` where there is nothing."""
+    if run.data.hold_out:
+        return mixture_of(run, held_out=True, cache=cache)
+    finite = [spec for spec in run.data.sources if spec.partition("=")[0] != "scenes"]
+    if finite:
+        raise UserError(
+            f"watch.evaluate_every = {run.watch.evaluate_every}: nothing of {finite[0]} is held "
+            "out; set data.hold_out, e.g. to 10, or watch.evaluate_every to 0"
+        )
+    return mixture_of(run.model_copy(update={"seed": run.seed + OTHER_SCENES}), cache=cache)
 
 
 def plan_of(run: Run, mixture: Mixture, *, processes: int) -> Plan:
@@ -193,6 +210,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
     encodings_folder(run)
+    check_trackers(run)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
@@ -209,6 +227,8 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     with unmade(output):
         mixture = mixture_of(run, cache=output / INDEX)
         plan = plan_of(run, mixture, processes=processes)
+        if run.watch.evaluate_every:
+            held_out_of(run, cache=output / INDEX)
         items = sum(len(source) for source in mixture.sources)
         if items < processes:
             raise UserError(
@@ -224,6 +244,16 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
+
+
+def check_trackers(run: Run) -> None:
+    """Raise `UserError` unless the packages of all trackers are installed."""
+    for name in run.watch.trackers:
+        if _version(name) == MISSING:
+            raise UserError(
+                f"watch.trackers names {name}, whose package is not installed; 'pip install {name}'"
+                " or take it out"
+            )
 
 
 @contextmanager
@@ -257,7 +287,7 @@ def check_resumed(run: Run, progress: Progress, plan: Plan, allowed: Collection[
             )
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
-    may = ("deepspeed.", *(f"{name}." for name in allowed))
+    may = ("deepspeed.", "watch.", *(f"{name}." for name in allowed))
     for name in sorted({*before, *now} - FREE_ON_RESUME - {*allowed}):
         if before.get(name) != now.get(name) and not name.startswith(may):
             raise UserError(
@@ -396,9 +426,16 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `append_line` wrote; of a file that is not there, nothing. A last line that is being
+    written, or was cut short by a kill, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(_step(line))]
+
+
 def keep_lines_until(output: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
-    for path in (output / METRICS, output / SKIPPED):
+    for path in (output / METRICS, output / SKIPPED, output / EVALUATION):
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             staged = path.with_suffix(".part")
@@ -418,4 +455,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING

@@ -25,6 +25,17 @@ _Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 Times = Literal["logit-normal", "uniform"]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "comet_ml",
+    "aim",
+    "mlflow",
+    "clearml",
+    "dvclive",
+    "swanlab",
+]  # accelerate's trackers, each named as its package
 
 
 class _Section(BaseModel):
@@ -150,6 +161,26 @@ class Optimiser(_Section):
         return min(50, steps // 10) if self.warmup == "auto" else self.warmup
 
 
+class Watch(_Section):
+    """What is written while a run trains, for a person to look at; nothing here changes it."""
+
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves go beside `metrics.jsonl`: accelerate's trackers by name, e.g.
+    ["tensorboard", "wandb"]; each is a package of its own."""
+    project: str = "visualcloze-deft"
+    """What trackers other than TensorBoard, which writes into the run folder, file the run under.
+    """
+    tracker_options: dict[Tracker, dict[str, Any]] = {}
+    """Tracker -> what else it is started with, e.g. watch.tracker_options.wandb.entity=us."""
+    norms_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between measurements of the adapter's norms; 0: never."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between losses on held-out grids, also before the first step and after the last; 0:
+    never. Needs `data.hold_out` where data is more than scenes."""
+    evaluate_examples: Positive = 64
+    """Held-out grids, the same each time, each at five times."""
+
+
 OWNED = {
     "zero_optimization.stage": "zero",
     "train_batch_size": "batch",
@@ -223,6 +254,9 @@ class Run(_Section):
     """How often a sample is not on the straight line from picture to noise but where a sampling
     step of the model's own leads: it learns to mend its errors and, where the answer is open, the
     mean of what fits. One more forward pass a batch."""
+    ema: _Momentum = 0.0
+    """Decay of a running average of what is trained, e.g. 0.999; the average is published as
+    `adapter`, the last step's as `adapter-last`. 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""
@@ -238,6 +272,7 @@ class Run(_Section):
     data: Data = Data()
     adapter: Adapter = Adapter()
     optimiser: Optimiser = Optimiser()
+    watch: Watch = Watch()
 
 
 def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -23,17 +23,21 @@ import transformers
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, rundir
+from visualcloze_deft import adapters, checkpoint, heldout, rundir
 from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
-from visualcloze_deft.data.mixture import Mixture, Skipped
+from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.engine import (
+    adapter_norms,
+    adapter_of_average,
+    average,
     gather_adapter,
+    gather_average,
     gather_moments,
+    published,
     restore_moments,
     start_engine,
     torch_optimiser,
@@ -43,22 +47,14 @@ from visualcloze_deft.models import Models, dtype_of, load_models
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
+from visualcloze_deft.report import write_report
 from visualcloze_deft.settings import Optimiser, Run
 from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.watch import Seen, Watch, mean_error
 from visualcloze_deft.watchdog import Watchdog
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
 LAUNCHER_NOTICES = 5.0  # seconds in which a launcher has seen that a process died
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What became of one example: its task, its loss, and how many items it took."""
-
-    task: str
-    error: float
-    items: int
-    skipped: tuple[Skipped, ...]
 
 
 def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
@@ -75,6 +71,15 @@ def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
         return 1.0
     done = (step - warmup) / max(steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def averaging_factor(step: int, ema: float) -> float:
+    """How much of the running average stays at a step: `ema`, and less of the first steps.
+
+    >>> [round(averaging_factor(step, 0.99), 2) for step in (1, 10, 1000)]
+    [0.18, 0.55, 0.99]
+    """
+    return min(ema, (1 + step) / (10 + step))
 
 
 def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = ()) -> None:
@@ -208,9 +213,11 @@ class Loop:
         self.run = run
         self.mixture = mixture
         self.shown = mixture
+        cache = Path(run.output) / rundir.INDEX
         if run.data.hold_out:
-            cache = Path(run.output) / rundir.INDEX
             self.shown = rundir.mixture_of(run, held_out=True, cache=cache)
+        if run.watch.evaluate_every:
+            self.held_out = Draws(rundir.held_out_of(run, cache=cache))
         self.models = models
         self.engine = engine
         self.rank = rank
@@ -225,10 +232,8 @@ class Loop:
         self.in_a_row = start.in_a_row if start else 0
         self.items = self.skipped = 0
         self.output = Path(run.output)
-        self.writer: SummaryWriter | None = None
-        if rank == 0:
-            rundir.keep_lines_until(self.output, self.step)
-            self.writer = SummaryWriter(self.output / "tensorboard", purge_step=self.step + 1)
+        kept = self.step if start else -1
+        self.watch = Watch(run, models, rank=rank, world=world, start=kept)
 
     def run_steps(self) -> None:
         run, remaining = self.run, self.run.steps - self.step
@@ -238,7 +243,9 @@ class Loop:
             collate_fn=list,
             num_workers=run.data.workers,
         )
-        batches = iter(loader)
+        batches = self.watch.timed(iter(loader))
+        if self.step == 0:
+            self.evaluate()
         with tqdm(
             desc="training",
             total=run.steps,
@@ -252,6 +259,8 @@ class Loop:
                 self.take_step(planned, batches, bar)
                 done = self.step
                 leaving = self.stopping and done < run.steps
+                if not leaving:
+                    self.evaluate()
                 if done % run.save_every == 0 or done == run.steps or leaving:
                     self.save()
                 if leaving:
@@ -276,6 +285,8 @@ class Loop:
             seen |= self.backward(self.agreed(next(batches)), share)
             self.engine.step()
         self.step += 1
+        if run.ema:
+            average(self.engine, averaging_factor(self.step, run.ema))
         self.examples += planned.examples
         seen = self.record(planned, seen, factor, time.monotonic() - began, bar)
         self.count_not_finite(planned, seen)
@@ -315,10 +326,12 @@ class Loop:
         self.engine.backward(share * errors[:count].sum() + 0 * errors[count:].sum())
         order = [index for group in groups for index in group.indices][:count]
         error_of = dict(zip(order, errors[:count].tolist(), strict=True))
+        tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
         return {
             one.index: Seen(
                 task=one.task,
                 error=error_of[one.index],
+                tokens=tokens_of[one.index],
                 items=len(one.grid.strips),
                 skipped=one.skipped,
             )
@@ -336,39 +349,38 @@ class Loop:
         self, planned: Step, seen: dict[int, Seen], factor: float, seconds: float, bar: Any
     ) -> dict[int, Seen]:
         """Write what came of a step; returns what all processes saw, by example."""
-        everyone: list[dict[int, Seen]] = [{}] * self.world
-        torch.distributed.all_gather_object(everyone, seen)
-        merged = dict(sorted((i, one) for part in everyone for i, one in part.items()))
-        if self.rank == 0:
-            self.write_metrics(planned, merged, factor, seconds)
-            bar.update(1)
-            bar.set_postfix(loss=f"{mean_error(merged.values()):.3f}", refresh=False)
-        self.count_skipped(merged)
-        return merged
-
-    def write_metrics(
-        self, planned: Step, seen: Mapping[int, Seen], factor: float, seconds: float
-    ) -> None:
-        by_task: dict[str, list[Seen]] = {}
-        for one in seen.values():
-            by_task.setdefault(one.task, []).append(one)
-        means = {task: mean_error(found) for task, found in sorted(by_task.items())}
-        loss, rate = mean_error(seen.values()), self.run.optimiser.lr * factor
-        line: dict[str, object] = {
+        figures: dict[str, Any] = {
             "step": self.step,
             "examples": self.examples,
-            "loss": loss,
-            "lr": rate,
-            "seconds": round(seconds, 4),
-            "tasks": means,
+            "lr": self.run.optimiser.lr * factor,
         }
-        if planned.tokens:
-            line |= {"tokens": sum(planned.tokens), "idle": round(planned.idle, 4)}
-        rundir.append_line(self.output / rundir.METRICS, line)
-        assert self.writer is not None
-        curves = {"loss": loss, "lr": rate} | {f"task/{task}": e for task, e in means.items()}
-        for name, value in curves.items():
-            self.writer.add_scalar(name, value, self.step)
+        if (norm := self.engine.get_global_grad_norm()) is not None:  # ZeRO-0 does not tell
+            figures["gradient_norm"] = float(norm)
+        if self.watch.norms_due(self.step):
+            figures["norms"] = adapter_norms(self.engine)
+        everyone = self.watch.step(planned, seen, figures, seconds=seconds)
+        if self.rank == 0:
+            bar.update(1)
+            bar.set_postfix(loss=f"{mean_error(everyone.values()):.3f}", refresh=False)
+        self.count_skipped(everyone)
+        return everyone
+
+    def evaluate(self) -> None:
+        """Where it is time, the loss on held-out grids; every process measures a share."""
+        run, every = self.run, self.run.watch.evaluate_every
+        if not every or (self.step % every and self.step < run.steps):
+            return
+        self.watchdog.doing(f"the held-out loss of step {self.step}")
+        own = heldout.share(run.watch.evaluate_examples, rank=self.rank, world=self.world)
+        with published(self.engine, averaged=self.has_average):
+            found = heldout.losses(
+                self.engine.module, self.models, self.held_out, run, own=own, agreed=self.agreed
+            )
+        self.watch.evaluated(self.step, self.examples, found, heldout.times_of(run).tolist())
+
+    @property
+    def has_average(self) -> bool:
+        return self.run.ema > 0 and self.step > 0
 
     def count_skipped(self, seen: Mapping[int, Seen]) -> None:
         """List what could not be read; where it is too much, every process stops."""
@@ -414,6 +426,7 @@ class Loop:
         """A checkpoint; where it cannot be written, all processes end with the reason."""
         self.watchdog.doing(f"saving step {self.step}")
         moments, tensors = gather_moments(self.engine), gather_adapter(self.engine)
+        averaged = gather_average(self.engine) if self.run.ema else None
         mistake = None
         if self.rank == 0:
             progress = Progress(
@@ -431,6 +444,7 @@ class Loop:
                     moments,
                     lambda folder: self.write_adapter(folder, tensors, self.step),
                     keep=self.run.keep,
+                    average=averaged,
                 )
                 self.warn_of_room(checkpoint.size(saved))
             except UserError as error:
@@ -443,8 +457,7 @@ class Loop:
 
     def leave(self) -> None:
         """End early, as asked; everything is saved."""
-        if self.writer is not None:
-            self.writer.close()
+        self.watch.close()
         if self.rank == 0:
             tqdm.write(
                 f"stopped at step {self.step} of {self.run.steps}, saved; go on with: "
@@ -464,32 +477,36 @@ class Loop:
     def sheet(self) -> None:
         """A picture of what the adapter makes; every process samples, rank 0 writes."""
         self.watchdog.doing(f"the sheet of step {self.step}")
-        self.models.transformer.eval()
-        page = sample_sheet(self.models, self.shown)
-        self.models.transformer.train()
+        with published(self.engine, averaged=self.has_average):
+            page = sample_sheet(self.models, self.shown)
         if self.rank == 0:
             folder = self.output / "sheets"
             folder.mkdir(exist_ok=True)
             page.save(folder / f"step-{self.step:06d}.png")
 
     def finish(self) -> None:
-        """Publish the adapter and the last sheet; also where a resumed run has no step left."""
-        tensors = gather_adapter(self.engine)
-        if self.rank == 0:
-            with checkpoint.told(self.output):
-                checkpoint.replace(
-                    self.output / "adapter",
-                    lambda folder: self.write_adapter(folder, tensors, self.run.steps),
-                )
+        """Publish the adapter, the last sheet and the report; also where a resumed run has no step
+        left."""
+        if self.run.ema:
+            self.publish("adapter-last", gather_adapter(self.engine))
+            self.publish("adapter", adapter_of_average(self.engine))
+        else:
+            self.publish("adapter", gather_adapter(self.engine))
         self.sheet()
+        self.watch.close()
+        if self.rank == 0:
+            write_report(self.output)
         if self.skipped and self.rank == 0:
             tqdm.write(
                 f"{self.skipped} items could not be read and were replaced: "
                 f"{self.output / rundir.SKIPPED}"
             )
-        if self.writer is not None:
-            self.writer.close()
 
-
-def mean_error(seen: Collection[Seen]) -> float:
-    return sum(one.error for one in seen) / len(seen)
+    def publish(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """An adapter folder of the run, whole or not at all; rank 0 writes."""
+        if self.rank == 0:
+            with checkpoint.told(self.output):
+                checkpoint.replace(
+                    self.output / name,
+                    lambda folder: self.write_adapter(folder, tensors, self.run.steps),
+                )

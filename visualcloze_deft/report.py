@@ -1,0 +1,310 @@
+"""A run on one page: curves, the last sheet and the settings, in a file that needs no server."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+from visualcloze_deft import rundir
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.settings import Run, load_run
+
+REPORT = "report.html"
+POINTS = 600  # of a curve; more cannot be told apart
+TASKS = 10  # curves in one picture, those with most examples; the table has all tasks
+WIDEST = 1800  # pixels of the sheet
+
+Lines = Sequence[Mapping[str, Any]]
+Numbers = NDArray[np.float64]
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of the run in `folder`, also of one under way; the file appears whole.
+
+    Raises `UserError` where `folder` holds no run, or one that has not taken a step.
+    """
+    settings = folder / rundir.SETTINGS
+    if not settings.is_file():
+        raise UserError(f"{folder}: no run there; name a folder that 'vcdeft train' wrote")
+    steps = rundir.read_lines(folder / rundir.METRICS)
+    if not steps:
+        raise UserError(f"{folder}: the run has not taken a step yet")
+    evaluations = rundir.read_lines(folder / rundir.EVALUATION)
+    skipped = rundir.read_lines(folder / rundir.SKIPPED)
+    parts = [
+        f"<h1>{escape(folder.resolve().name)}</h1>",
+        table(facts(load_run(str(settings)), steps, evaluations)),
+        f'<div class="curves">{"".join(pictures(steps, evaluations))}</div>',
+        "<h2>Tasks</h2>" + task_rows(steps, evaluations),
+        last_sheet(folder),
+        skipped_part(skipped),
+        f"<h2>Settings</h2><pre>{escape(settings.read_text(encoding='utf-8'))}</pre>",
+    ]
+    path, staged = folder / REPORT, folder / f".{REPORT}.part"
+    staged.write_text(PAGE.format(title=escape(folder.name), body="\n".join(parts)), "utf-8")
+    staged.replace(path)
+    return path
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 1240px;
+  padding: 0 1em; }}
+h1, h2 {{ font-weight: 600; margin: 1.2em 0 .4em; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .15em 1.2em .15em 0; text-align: left; vertical-align: top; }}
+th {{ border-bottom: 1px solid #ccc; font-weight: 600; }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1em; }}
+.curves svg, img {{ width: 100%; height: auto; }}
+pre {{ background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = ()) -> str:
+    """An HTML table of `rows` below `head`."""
+    lines = ["".join(f"<th>{escape(word)}</th>" for word in head)] if head else []
+    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
+    """What stands at the top of the page."""
+    last, spent = steps[-1], sum(line["seconds"] for line in steps)
+    before, now = ends(values(steps, "loss"))
+    found = [
+        ("model", run.model + (f" with {run.model_lora}" if run.model_lora else "")),
+        ("adapter", f"{run.adapter.method}, rank {run.adapter.rank}"),
+        ("data", ", ".join(run.data.sources)),
+        ("steps", f"{last['step']} of {run.steps}, {last['examples']} examples"),
+        ("time in steps", f"{spent / 60:.1f} minutes, {last['examples'] / spent:.2f} examples/s"),
+        ("training loss", f"{before:.4f} in the first eighth of the steps, {now:.4f} in the last"),
+    ]
+    if evaluations:
+        first, last_one = evaluations[0], evaluations[-1]
+        text = f"{first['loss']:.4f} at step {first['step']}, "
+        text += f"{last_one['loss']:.4f} at step {last_one['step']}"
+        found.append(("held-out loss", text))
+    if "memory" in last:
+        found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
+    return found
+
+
+def values(lines: Lines, *path: str) -> Numbers:
+    """The number at `path` of each line; NaN where a line has none."""
+    found = []
+    for line in lines:
+        value: Any = line
+        for name in path:
+            value = value.get(name, {})
+        found.append(np.nan if value == {} else float(value))
+    return np.array(found)
+
+
+def ends(y: Numbers) -> tuple[float, float]:
+    """The means of the first and of the last eighth of the finite values."""
+    y = y[np.isfinite(y)]
+    part = -(-len(y) // 8)
+    return (float(y[:part].mean()), float(y[-part:].mean())) if part else (np.nan, np.nan)
+
+
+def smooth(y: Numbers, *, share: float = 1 / 30) -> Numbers:
+    """A running mean without the lag of its start, over about this share of the finite values; it
+    stays where a value is not finite."""
+    keep = 1 - 1 / max(np.isfinite(y).sum() * share, 1.0)
+    total, weight, found = 0.0, 0.0, np.full(len(y), np.nan)
+    for k, value in enumerate(y):
+        if np.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        found[k] = total / weight if weight else np.nan
+    return found
+
+
+def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
+    """At most `POINTS` of the finite points, the last among them."""
+    known = np.isfinite(y)
+    x, y = x[known], y[known]
+    every = -(-len(x) // POINTS) or 1
+    return x[::-1][::every][::-1], y[::-1][::every][::-1]
+
+
+def pictures(steps: Lines, evaluations: Lines) -> list[str]:
+    """The curves as SVG; those that the run has no numbers for are left out."""
+    drawn: list[tuple[str, str, Callable[[Axes], None]]] = [
+        ("Loss", "mean squared error", lambda axes: draw_loss(axes, steps, evaluations)),
+        ("Loss by task, smoothed", "", lambda axes: draw_tasks(axes, steps)),
+        ("Held-out loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
+        ("Learning rate", "", lambda axes: draw(axes, steps, "lr")),
+        ("Examples per second", "", lambda axes: draw(axes, rates(steps), "examples_per_second")),
+        ("Image tokens per second", "", lambda axes: draw(axes, steps, "tokens_per_second")),
+        ("Waiting", "share of a step", lambda axes: draw_waiting(axes, steps)),
+        ("Use of the GPUs' peak", "share", lambda axes: draw(axes, steps, "utilisation")),
+        ("Memory", "GiB", lambda axes: draw(axes, steps, "memory", unit=2**30)),
+        ("Gradient norm, before clipping", "", lambda axes: draw(axes, steps, "gradient_norm")),
+        ("Adapter norms, change since the first", "%", lambda axes: draw_norms(axes, steps)),
+    ]
+    return [svg for title, unit, draw_on in drawn if (svg := picture(title, unit, draw_on))]
+
+
+def picture(title: str, unit: str, draw_on: Callable[[Axes], None]) -> str:
+    """One picture as SVG; empty where nothing is drawn on it."""
+    figure = Figure(figsize=(6.2, 3.1), layout="constrained")
+    axes = figure.subplots()
+    draw_on(axes)
+    if not axes.lines:
+        return ""
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if count := len(axes.get_legend_handles_labels()[1]):
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(fontsize=8, frameon=False, **(beside if count > 3 else {"loc": "best"}))
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]  # without the head of a file
+
+
+def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:
+    x, y = values(steps, "step"), values(steps, "loss")
+    smoothed = smooth(y)
+    axes.plot(*thinned(x, y), color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(*thinned(x, smoothed), color="C0", label="training, smoothed")
+    if evaluations:
+        x, held_out = values(evaluations, "step"), values(evaluations, "loss")
+        axes.plot(x, held_out, "o-", color="C3", markersize=4, label="held out")
+        smoothed = np.concatenate([smoothed, held_out])
+    keep_in_view(axes, y, smoothed)
+
+
+def keep_in_view(axes: Axes, y: Numbers, smoothed: Numbers) -> None:
+    """Let single outliers of `y` leave the picture, and nothing of `smoothed`."""
+    y, smoothed = y[np.isfinite(y)], smoothed[np.isfinite(smoothed)]
+    if len(y):
+        low = min(np.quantile(y, 0.01), *smoothed)
+        high = max(np.quantile(y, 0.99), *smoothed)
+        margin = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+
+
+def draw_tasks(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    for task in [task for task, _ in seen_tasks(steps).most_common(TASKS)]:
+        y = values(steps, "tasks", task)
+        known = np.isfinite(y)
+        axes.plot(*thinned(x[known], smooth(y[known], share=1 / 8)), linewidth=1.2, label=task)
+        axes.set_yscale("log")  # a map is a tenth of a photo's loss
+
+
+def seen_tasks(steps: Lines) -> Counter[str]:
+    """In how many steps each task was seen."""
+    return Counter(task for line in steps for task in line["tasks"])
+
+
+def draw_times(axes: Axes, evaluations: Lines) -> None:
+    x = values(evaluations, "step")
+    if evaluations:
+        axes.plot(x, values(evaluations, "loss"), "o-", color="C3", linewidth=2.5, label="mean")
+    for time in evaluations[0]["times"] if evaluations else ():
+        axes.plot(x, values(evaluations, "times", time), "--", linewidth=1, label=f"t = {time}")
+
+
+def draw(axes: Axes, lines: Lines, name: str, *, unit: float = 1.0) -> None:
+    """The figure `name` of each step and, where it is not smooth by itself, its running mean."""
+    x, y = values(lines, "step"), values(lines, name) / unit
+    if not np.isfinite(y).any():
+        return
+    smoothed = smooth(y)
+    noisy = name not in ("lr", "memory")
+    axes.plot(*thinned(x, y), color="C0", alpha=0.25 if noisy else 1, linewidth=0.8 + (not noisy))
+    if noisy:
+        axes.plot(*thinned(x, smoothed), color="C0")
+        keep_in_view(axes, y, smoothed)
+
+
+def rates(steps: Lines) -> Lines:
+    """Steps with their rate in examples, also those written before it was."""
+    before = [0, *(line["examples"] for line in steps[:-1])]
+    return [
+        {"examples_per_second": (line["examples"] - seen) / line["seconds"], **line}
+        for line, seen in zip(steps, before, strict=True)
+    ]
+
+
+def draw_waiting(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    names = {"waiting": "for data, mean", "idle": "for the largest part, planned"}
+    for name, label in names.items():
+        y = values(steps, name)
+        if np.isfinite(y).any():
+            axes.plot(*thinned(x, smooth(y)), label=label)
+    axes.set_ylim(0, None)
+
+
+def draw_norms(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    for kind in sorted({kind for line in steps for kind in line.get("norms", ())}):
+        y = values(steps, "norms", kind)
+        first = y[np.isfinite(y)][0]
+        axes.plot(
+            *thinned(x, 100 * (y / first - 1)),
+            "o-",
+            markersize=3,
+            label=f"{kind}, first {first:.3g}",
+        )
+
+
+def task_rows(steps: Lines, evaluations: Lines) -> str:
+    """Each task's losses."""
+    head = ["task", "steps", "training, first eighth", "last eighth"]
+    head += ["held out, first", "last"] if evaluations else []
+    rows = []
+    for task, count in seen_tasks(steps).most_common():
+        before, now = ends(values(steps, "tasks", task))
+        held = values(evaluations, "tasks", task)
+        held = held[np.isfinite(held)]
+        row = [task, str(count), f"{before:.4f}", f"{now:.4f}"]
+        rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else ["", ""]))
+    return table(rows, head=head)
+
+
+def last_sheet(folder: Path) -> str:
+    """The newest sample sheet, in the page itself."""
+    sheets = sorted((folder / "sheets").glob("step-*.png"))
+    if not sheets:
+        return ""
+    with Image.open(sheets[-1]) as page:
+        small = page.convert("RGB")
+    small.thumbnail((WIDEST, small.height))
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=90)
+    code = base64.b64encode(file.getvalue()).decode()
+    words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
+    return f'{words}<img alt="sample sheet" src="data:image/jpeg;base64,{code}">'
+
+
+def skipped_part(skipped: Lines) -> str:
+    """What could not be read."""
+    if not skipped:
+        return "<h2>Skipped</h2><p>Every item drawn could be read.</p>"
+    items = Counter((line["source"], line["item"], line["why"]) for line in skipped)
+    rows = [(*item, count) for item, count in items.most_common(50)]
+    more = f"<p>and {len(items) - 50} more in {rundir.SKIPPED}</p>" if len(items) > 50 else ""
+    return "<h2>Skipped</h2>" + table(rows, head=["source", "item", "why", "times"]) + more
