@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ DRAWN = {
     "all tasks": ["data.tasks=all"],
     "all tasks, their usual words": ["data.tasks=all", "data.recipe.paraphrase=0"],
 }
-EPOCHS = (1, 2, 5, 10, 20, 40)
+ENDS = (1, 2, 5, 10, 20)  # of spans of epochs
 AT_FLUX = {
     "a strip of three 384 px cells": (torch.zeros(3, 384, 1152), torch.zeros(16, 48, 144)),
     "a text by T5": (torch.zeros(512).long(), torch.zeros(512, 4096)),
@@ -64,25 +65,24 @@ def strips_of(drawn: Drawn) -> Iterator[bytes]:
 
 
 def show_hits(run_of: Callable[[list[str]], Run]) -> None:
-    print("\n| drawn | epoch | strips found | texts found |\n|---|---|---|---|")
+    print("\n| drawn | epochs | strips found | texts found |\n|---|---|---|---|")
     for name, settings in DRAWN.items():
         run = run_of(settings)
-        mixture = rundir.mixture_of(run)
-        items = sum(map(len, mixture.sources))
+        items = sum(map(len, rundir.mixture_of(run).sources))
+        asked = [
+            {"strips": list(strips_of(one)), "texts": [str(one.prompt)]}
+            for one in examples(run, ENDS[-1] * items)
+        ]
         before: set[bytes | str] = set()
-        asked = dict.fromkeys(("strips", "texts"), (0, 0))
-        for index, drawn in enumerate(examples(run, max(EPOCHS) * items)):
-            epoch, place = divmod(index, items)
-            for kind, found in (("strips", strips_of(drawn)), ("texts", iter([str(drawn.prompt)]))):
-                for key in found:
-                    hits, all_of = asked[kind]
-                    asked[kind] = hits + (key in before), all_of + 1
-                    before.add(key)
-            if place == items - 1:
-                if epoch + 1 in EPOCHS:
-                    shares = " | ".join(f"{hits / all_of:.0%}" for hits, all_of in asked.values())
-                    print(f"| {name} | {epoch + 1} | {shares} |")
-                asked = dict.fromkeys(asked, (0, 0))
+        for first, end in pairwise((0, *ENDS)):
+            shares = []
+            for kind in ("strips", "texts"):
+                keys = [key for one in asked[first * items : end * items] for key in one[kind]]
+                new = set(keys) - before
+                before |= new
+                shares.append(f"{1 - len(new) / len(keys):.0%}")
+            span = f"{first + 1} to {end}" if end > first + 1 else str(end)
+            print(f"| {name} | {span} | {' | '.join(shares)} |", flush=True)
 
 
 def show_steps(run: Run, *, rounds: int, folder: Path) -> None:

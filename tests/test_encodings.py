@@ -17,12 +17,14 @@ from torch import Tensor
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Drawn, Draws, Group, encode
+from visualcloze_deft.checkpoint import Progress
+from visualcloze_deft.cli import main
 from visualcloze_deft.encodings import Encodings, Used, digest, entries, fingerprint
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.precompute import encode_all, length_of
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.settings import Run, load_run, write_run
 
 TEXTS = ["a red mug", "a dog on a lawn", "a red mug"]
 
@@ -256,8 +258,6 @@ def test_a_run_of_batches_of_one_has_the_same_losses_with_and_without(
 def test_what_is_encoded_ahead_is_what_training_asks_for(
     micro_model: Path, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from visualcloze_deft.cli import main
-
     of_run = ["--model", str(micro_model), "--tasks", "depth-to-image", "--steps", "3"]
     of_run += ["--batch", "2", "--processes", "1"]
     main(["data", "encode", *of_run, "--output", str(tmp_path / "kept")])
@@ -297,6 +297,14 @@ def test_run_names_a_folder_of_the_run(tmp_path: Path) -> None:
     run = load_run(None, [f"output={tmp_path}", "data.encodings=run"])
     assert rundir.encodings_folder(run) == tmp_path / rundir.ENCODINGS
     assert rundir.encodings_folder(load_run(None)) is None
+
+
+def test_a_run_may_go_on_with_encodings_or_without(tmp_path: Path) -> None:
+    before = load_run(None, [f"output={tmp_path}"])
+    write_run(before, tmp_path / rundir.SETTINGS)
+    now = load_run(None, [f"output={tmp_path}", "data.encodings=run", "offload_encoders=true"])
+    plan = rundir.plan_of(now, rundir.mixture_of(now), processes=1)
+    rundir.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
