@@ -201,9 +201,9 @@ def test_quantised_bases_are_trained_on(micro_model: Path, tmp_path: Path, optio
 @pytest.mark.parametrize(
     "options",
     [
-        "--zero 3 --set sheet_every=4",
-        f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD}",
-        f"--zero 1 --set checkpointing=false {OFFLOAD}",
+        "--zero 3 --checkpoint-blocks all --set sheet_every=4",
+        f"--zero 3 --checkpoint-blocks 1 {SPLIT_ALL} {OFFLOAD}",
+        f"--zero 1 --checkpoint-blocks none {OFFLOAD}",
         "--zero 0 --processes 1 --set accumulate=2",
     ],
 )

@@ -20,6 +20,7 @@ from visualcloze_deft.data.item import Part, Source
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.memory import Load, decided, load_of
 from visualcloze_deft.modelfolder import (
     check_base,
     check_folder,
@@ -45,7 +46,7 @@ FREE_ON_RESUME = {
     "accumulate",
     "processes",
     "zero",
-    "checkpointing",
+    "checkpoint_blocks",
     "save_every",
     "sheet_every",
     "data.workers",
@@ -55,6 +56,7 @@ FREE_ON_RESUME = {
 
 Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
 """
+DECIDED = ("zero", "checkpoint_blocks")  # settings that `prepare` chooses where they are "auto"
 PACKAGES = [
     "torch",
     "diffusers",
@@ -161,7 +163,7 @@ def resolution_of(run: Run) -> int:
 def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check what can be told without weights, then create or verify the run folder."""
     check_folder(run.model)
-    check_quantise(run.quantise, run.zero)
+    check_quantise(run.quantise, zero3=run.zero == 3)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
@@ -184,6 +186,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
                 f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
                 "name more data or fewer --processes"
             )
+    run = decided(run, load_in(run, mixture), processes=processes)
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan)
@@ -192,6 +195,17 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
+
+
+def load_in(run: Run, mixture: Mixture) -> Load:
+    """The most a process computes at once on the run's examples."""
+    return load_of(run, most=mixture.most_tokens, least=mixture.least_tokens)
+
+
+def as_decided(run: Run) -> Run:
+    """`run` with what its folder says was chosen where settings left it open."""
+    kept = load_run(str(Path(run.output) / SETTINGS))
+    return run.model_copy(update={name: getattr(kept, name) for name in DECIDED})
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
         rundir.prepare(run, processes=process.num_processes, resume=resume)
     with only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
-        train_here(run, process, resume=resume)
+        train_here(rundir.as_decided(run), process, resume=resume)
     process.wait_for_everyone()
     process.destroy_process_group()
 
