@@ -70,8 +70,7 @@ def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
     def call(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(block, *inputs, use_reentrant=False) if block in again else block(*inputs)
 
-    if again:
-        transformer.enable_gradient_checkpointing(call)
+    transformer.enable_gradient_checkpointing(call)
 
 
 def register_for_zero3(root: nn.Module) -> None:

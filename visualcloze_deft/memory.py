@@ -58,25 +58,28 @@ class Activations:
     """What a forward pass leaves for the backward pass.
 
     blocks: what autograd keeps of each block. entry: what it keeps of a recomputed one, its input.
-    outside: what it keeps once, whatever the blocks do. batch: the encoded grids. work: what the
-    backward pass of one block holds beside.
+    outside: what it keeps after the last. positions: sines and cosines that all blocks read.
+    batch: the encoded grids. work: what the backward pass of one block holds beside.
     """
 
     blocks: tuple[int, ...]
     entry: int
     outside: int
+    positions: int
     batch: int
     work: int
 
     def kept(self, recomputed: int) -> int:
         """By autograd when the forward pass ends, the first `recomputed` blocks recomputed."""
-        return self.outside + recomputed * self.entry + sum(self.blocks[recomputed:])
+        read = self.positions if recomputed < len(self.blocks) else 0
+        return self.outside + recomputed * self.entry + sum(self.blocks[recomputed:]) + read
 
     def peak(self, recomputed: int) -> int:
         """The most at any time. A recomputed block comes back when all later ones are done."""
+        before = self.outside + recomputed * self.entry
         again = max(self.blocks[:recomputed], default=0)
-        later = self.outside + recomputed * self.entry + again
-        return self.batch + self.work + max(self.kept(recomputed), later)
+        most = before + max(again, sum(self.blocks[recomputed:]))
+        return self.batch + self.positions + self.work + most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +197,6 @@ def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Act
         blocks.append(count(first=not reached) if reached or own else 0)
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
-    turned = 2 * SINGLE * model.head * (load.image + load.text)  # sines and cosines of positions
-    last = load.grids * load.image * width * size
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
     # What a single block's backward holds at once beside what was kept: the gradients of its widest
     # tensors and their sums; LoRA's in float32. Followed tensor by tensor at FLUX's sizes.
@@ -203,7 +204,8 @@ def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Act
     return Activations(
         blocks=tuple(blocks),
         entry=tokens * width * size,
-        outside=turned + last,
+        outside=tokens * width * size,  # the last norm reads a view of what the last block gave
+        positions=2 * SINGLE * model.head * (load.image + load.text),
         batch=values * size,
         work=held * tokens * width * size,
     )

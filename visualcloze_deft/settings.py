@@ -191,7 +191,7 @@ class Run(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"
-    """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes."""
+    """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes, fp8 does not."""
     checkpoint_blocks: Annotated[int, Field(ge=0)] | Literal["auto", "none", "all"] = "auto"
     """How many blocks, from the first on, are recomputed in the backward pass: less memory, all of
     them about a third more time. "auto": as many as memory needs; on CPU none."""
