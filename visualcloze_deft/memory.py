@@ -22,10 +22,13 @@ from visualcloze_deft.modelfolder import WEIGHTS, Bits, check_quantise
 from visualcloze_deft.modelsize import (
     BLOCK,
     FLUX_LAYERS,
+    PARAMETERS,
     Flux,
+    double_block,
     flux,
     parameters_of,
     settings_of,
+    single_block,
     text_tokens_of,
 )
 from visualcloze_deft.settings import Adapter, Run
@@ -229,7 +232,7 @@ def stored(model: Flux, bits: Bits, size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a GPU holds at the peak of a step.
+    """What a process holds at the peak of a step.
 
     adapter: its values and DeepSpeed's copies. gathered: of the base and the adapter, from other
     GPUs. gradients: with the buffer they are summed in. optimiser: AdamW's two moments.
@@ -267,6 +270,10 @@ class MemoryPlan:
     def tensors(self) -> list[int]:
         return adapter_tensors(self.model, self.run.adapter)
 
+    @cached_property
+    def base(self) -> int:
+        return stored(self.model, self.run.quantise, self.size)
+
     @property
     def blocks(self) -> int:
         return len(self.model.blocks)
@@ -280,11 +287,11 @@ class MemoryPlan:
         zero = self.run.deepspeed.get("zero_optimization", {})
         whole = sum(self.tensors) * SINGLE
         share = -(-whole // self.processes)
-        base = stored(self.model, self.run.quantise, self.size)
-        biggest = max(i * o for i, o in self.model.linear.values()) * self.size
-        gathered = biggest if self.run.quantise != "none" else 0  # one weight out of its bits
+        base, gathered = self.base, 0
+        if self.run.quantise != "none":  # one weight out of its bits
+            gathered = max(i * o for i, o in self.model.linear.values()) * self.size
         if stage == 3:
-            gathered = self.gathered(zero, base)
+            gathered = self.gathered(zero)
             base = 0 if _offloaded(zero, "param") else -(-base // self.processes)
         held, moments, summed = self.held(stage, zero, whole, share)
         return Parts(
@@ -296,6 +303,16 @@ class MemoryPlan:
             encoders=self.encoders,
             activations=self.activations.peak(recomputed),
         )
+
+    def peak(self, stage: Stage, recomputed: int) -> int:
+        """The most a process holds: at the peak of a step, or when the whole base has been loaded
+        and ZeRO-3 has not yet divided it."""
+        return max(self.parts(stage, recomputed).peak, self.loaded)
+
+    @property
+    def loaded(self) -> int:
+        """When models and adapter are loaded, before DeepSpeed starts."""
+        return self.base + self.encoders + sum(self.tensors) * SINGLE
 
     def held(
         self, stage: Stage, zero: Mapping[str, Any], whole: int, share: int
@@ -313,18 +330,15 @@ class MemoryPlan:
         summed = whole if stage == 1 and self.run.accumulate > 1 else share
         return values + share, 2 * share, summed + bucket
 
-    def gathered(self, zero: Mapping[str, Any], base: int) -> int:
+    def gathered(self, zero: Mapping[str, Any]) -> int:
         """What ZeRO-3 fetches for the layers at work, and the small tensors it keeps then."""
         largest = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
         small = sum(count for count in self.tensors if count < largest) * SINGLE
         small += sum(o for _, o in self.model.linear.values() if o < largest) * self.size
         live = int(zero.get("stage3_max_live_parameters", LIVE))
-        block = max(map(self.block_size, self.model.blocks))
-        return min(max(live, block) * self.size, base) + small
-
-    def block_size(self, block: str) -> int:
-        inside = (s for n, s in self.model.linear.items() if n.startswith(f"{block}."))
-        return sum((i + 1) * o for i, o in inside)
+        sizes = (single_block if self.model.single else double_block)(self.model.width).values()
+        block = sum((inputs + 1) * outputs for inputs, outputs in sizes)
+        return min(max(live, block) * self.size, self.base) + small
 
     def least(self, stage: Stage, memory: int) -> int | None:
         """The fewest blocks to recompute that fit into `memory`; None if no number does."""
@@ -332,7 +346,7 @@ class MemoryPlan:
         return next(fits, None)
 
     def fits(self, stage: Stage, recomputed: int, memory: int) -> bool:
-        return self.parts(stage, recomputed).peak <= usable(memory)
+        return self.peak(stage, recomputed) <= usable(memory)
 
     def choose(self, memory: int, *, recompute: bool = True) -> tuple[Stage, int] | None:
         """The stage and number of recomputed blocks of `run` with "auto" filled in: the lowest
@@ -364,13 +378,13 @@ class MemoryPlan:
         stages = self.stages if self.run.zero == "auto" else (self.run.zero,)
         counts = range(self.blocks + 1) if self.recomputed is None else (self.recomputed,)
         ways = ((stage, count) for stage in stages for count in counts)
-        return min(ways, key=lambda way: self.parts(*way).peak)
+        return min(ways, key=lambda way: self.peak(*way))
 
     def way_out(self) -> str:
         """What to do where nothing fits."""
         stage, blocks = self.smallest()
         return (
-            f"the least is about {gigabytes(self.parts(stage, blocks).peak)} with --zero {stage} "
+            f"the least is about {gigabytes(self.peak(stage, blocks))} with --zero {stage} "
             f"--checkpoint-blocks {blocks}, and {RESERVE:.0%} are left free: lower --batch or "
             "--resolution, set quantise, or give both options to try it all the same"
         )
@@ -398,12 +412,11 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
     """
     check_quantise(run.quantise, zero3=run.zero == 3)
     size = 2 if run.precision == "bfloat16" or (run.precision == "auto" and gpu) else SINGLE
-    others = sum(
-        parameters_of(run.model, name) for name in ("text_encoder", "text_encoder_2", "vae")
-    )
+    model = flux(settings_of(run.model, "transformer"))
+    others = sum(parameters_of(run.model, part) for part in PARAMETERS)
     plan = MemoryPlan(
         run=run,
-        model=flux(settings_of(run.model, "transformer")),
+        model=model,
         load=load,
         processes=processes,
         size=size,

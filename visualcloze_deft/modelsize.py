@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ BLOCK = re.compile(r"((?:single_)?transformer_blocks\.\d+)\.(.*)")
 
 MAX_TEXT_TOKENS = 512  # FLUX's T5 length
 
-Network = Literal["transformer", "text_encoder", "text_encoder_2", "vae"]
+Other = Literal["text_encoder", "text_encoder_2", "vae"]
+Network = Literal["transformer"] | Other
 Sides = tuple[int, int]  # inputs and outputs of a linear layer
 
 
@@ -79,7 +81,7 @@ class Flux:
         single = (f"single_transformer_blocks.{k}" for k in range(self.single))
         return (*double, *single)
 
-    @property
+    @cached_property
     def linear(self) -> dict[str, Sides]:
         """All linear layers by name, each with a bias."""
         w = self.width
@@ -193,14 +195,14 @@ def _resnet(inputs: int, outputs: int) -> int:
     return 2 * (inputs + outputs) + _conv(inputs, outputs) + _conv(outputs, outputs) + shortcut
 
 
-PARAMETERS = {
+PARAMETERS: dict[Other, Callable[[Mapping[str, Any]], int]] = {
     "text_encoder": clip_parameters,
     "text_encoder_2": t5_parameters,
     "vae": vae_parameters,
 }
 
 
-def parameters_of(name: str, network: Literal["text_encoder", "text_encoder_2", "vae"]) -> int:
+def parameters_of(name: str, network: Other) -> int:
     """Parameters of one of the other networks of a model, see `settings_of`."""
     try:
         return PARAMETERS[network](settings_of(name, network))

@@ -52,6 +52,7 @@ class Way:
     stage: Stage
     recomputed: int
     parts: Parts
+    peak: int
     fits: bool
 
 
@@ -99,19 +100,21 @@ class Planned:
         yield f"memory   {gigabytes(self.memory)} a process, {RESERVE:.0%} of it left free"
         yield ""
         names = [*Parts.__dataclass_fields__, "peak"]
-        yield f"{'zero':>4} {'blocks':>6} " + " ".join(f"{name:>11}" for name in names)
+        yield f"{'zero':>4} {'blocks':>6} " + " ".join(f"{name[:10]:>10}" for name in names)
         for one in self.ways:
-            sizes = [*vars(one.parts).values(), one.parts.peak]
+            sizes = [*vars(one.parts).values(), one.peak]
             yield (
                 f"{one.stage:>4} {one.recomputed:>6} "
-                + " ".join(f"{size / 1e9:>11.3f}" for size in sizes)
+                + " ".join(f"{size / 1e9:>10.3f}" for size in sizes)
                 + ("  fits" if one.fits else "")
             )
         yield "GB of each process at its peak; blocks: how many are recomputed in the backward pass"
+        if any(one.peak > one.parts.peak for one in self.ways):
+            yield f"loading the base whole takes {gigabytes(plan.loaded)} before ZeRO-3 divides it"
         yield ""
         if found := self.chosen:
             options = f"--zero {found.stage} --checkpoint-blocks {found.recomputed}"
-            yield f"choose   {options}: about {gigabytes(found.parts.peak)}"
+            yield f"choose   {options}: about {gigabytes(found.peak)}"
         else:
             yield f"choose   nothing fits; {plan.left_open().way_out()}"
         if self.rate:
@@ -134,7 +137,7 @@ class Planned:
                 "zero": found.stage,
                 "checkpoint_blocks": found.recomputed,
                 "parts": vars(found.parts),
-                "peak": found.parts.peak,
+                "peak": found.peak,
                 "fits": found.fits,
             }
 
@@ -158,6 +161,7 @@ def way(plan: MemoryPlan, stage: Stage, recomputed: int, memory: int) -> Way:
         stage=stage,
         recomputed=recomputed,
         parts=plan.parts(stage, recomputed),
+        peak=plan.peak(stage, recomputed),
         fits=plan.fits(stage, recomputed, memory),
     )
 
@@ -214,7 +218,7 @@ def in_short(plan: MemoryPlan, memory: int) -> list[str]:
     parts = plan.parts(stage, blocks)
     named = {name: size for name, size in vars(parts).items() if size}
     return [
-        f"memory   about {gigabytes(parts.peak)} of {gigabytes(memory)} a process: "
+        f"memory   about {gigabytes(plan.peak(stage, blocks))} of {gigabytes(memory)} a process: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named.items()),
         f"         {blocks} of {plan.blocks} blocks recomputed; vcdeft plan shows other ways",
     ]
