@@ -336,7 +336,7 @@ class MemoryPlan:
         small = sum(count for count in self.tensors if count < largest) * SINGLE
         small += sum(o for _, o in self.model.linear.values() if o < largest) * self.size
         live = int(zero.get("stage3_max_live_parameters", LIVE))
-        sizes = (single_block if self.model.single else double_block)(self.model.width).values()
+        sizes = (double_block if self.model.double else single_block)(self.model.width).values()
         block = sum((inputs + 1) * outputs for inputs, outputs in sizes)
         return min(max(live, block) * self.size, self.base) + small
 
