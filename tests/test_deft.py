@@ -620,7 +620,7 @@ def test_training_computes_no_more_than_lora(kind: str) -> None:
     assert counts[0] <= 1.03 * counts[1]
 
 
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize("bits", ["int8", "nf4", "fp8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_quantised_weight_gradients_are_those_of_its_dense_form(kind: str, bits: Bits) -> None:
     plain = adopted(peft_net(kind, i=128, o=64))

@@ -37,7 +37,7 @@ from visualcloze_deft.train import learning_rate_factor
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
 OFFLOAD = f"{ZERO}.offload_optimizer.device=cpu"
-MEASURED = "--set watch.evaluate_every=4"
+MEASURED = "--set watch.evaluate_every=3 --set watch.norms_every=2"
 SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
 
@@ -208,9 +208,9 @@ def test_quantised_bases_are_trained_on(
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, "--zero 3 --set sheet_every=4 --set watch.evaluate_every=3 --set watch.norms_every=2"),
-        (2, f"--zero 3 --set checkpointing=false {SPLIT_ALL} {OFFLOAD} {MEASURED}"),
-        (2, f"--zero 1 --set checkpointing=false {OFFLOAD}"),
+        (2, f"--zero 3 --checkpoint-blocks all --set sheet_every=4 {MEASURED}"),
+        (2, f"--zero 3 --checkpoint-blocks 1 {SPLIT_ALL} {OFFLOAD} {MEASURED}"),
+        (2, f"--zero 1 --checkpoint-blocks none {OFFLOAD}"),
         (2, "--zero 0"),
         (1, "--zero 0 --set accumulate=2"),
     ],

@@ -101,7 +101,7 @@ def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tenso
     engine, *_ = deepspeed.initialize(
         model=net,
         optimizer=optimiser_of(net),
-        config=deepspeed_config(run),
+        config=deepspeed_config(run, values=sum(p.numel() for p in net.parameters())),
         dist_init_required=False,
     )
     losses = []

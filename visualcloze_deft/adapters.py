@@ -23,15 +23,10 @@ from torch import Tensor, nn
 from visualcloze_deft import deft
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
+from visualcloze_deft.modelsize import FLUX_LAYERS
 from visualcloze_deft.settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
-# Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
-FLUX_LAYERS = (
-    r".*transformer_blocks\.\d+\."
-    r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-    r"|ff\.net\.(0\.proj|2)|ff_context\.net\.(0\.proj|2)|proj_mlp|proj_out)"
-)
 
 
 def layers(settings: Adapter) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,29 +61,93 @@ def cli() -> None:
     First steps:
       vcdeft tasks list                           what grids it knows
       vcdeft train --tasks all --zero 2           one DEFT adapter for all tasks
+      vcdeft plan --config flux-8gpu              what a run needs of each GPU, known before
       vcdeft infer --examples grid.json --adapter runs/demo/adapter
     """
 
 
+def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+RUN_OPTIONS = [
+    click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one."),
+    click.option(
+        "--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill."
+    ),
+    DATA,
+    ANNOTATE,
+    click.option(
+        "--tasks",
+        help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more "
+        "often.",
+    ),
+    click.option("--method", help="deft, deft-relaxed, para or lora."),
+    click.option("--rank", type=int, help="Rank of the adapter."),
+    click.option(
+        "--zero",
+        callback=number_or_word,
+        help="DeepSpeed ZeRO stage: 0, 1, 2, 3, or 'auto', the lowest that fits.",
+    ),
+    click.option(
+        "--checkpoint-blocks",
+        callback=number_or_word,
+        help="Blocks to recompute in the backward pass: a number, 'all', 'none', or 'auto', as "
+        "many as memory needs.",
+    ),
+    click.option("--steps", type=int, help="Optimiser steps in all."),
+    click.option("--batch", type=int, help="Grids per process and step."),
+    click.option("--resolution", type=int, help="Side of a square cell in pixels."),
+    click.option("--lr", type=float, help="Learning rate."),
+    click.option("--seed", type=int, help="Seed of everything random."),
+    click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo."),
+    click.option(
+        "--processes", type=int, help="Default: one per GPU; two on a machine without GPU."
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting."
+    ),
+]  # of `train` and `plan`
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run_of(
+    config: str | None,
+    data: Sequence[str],
+    annotate: Sequence[str],
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+) -> Run:
+    """The settings that `RUN_OPTIONS` say, over a run file."""
+    from visualcloze_deft.settings import config_for, load_run
+
+    names = {
+        "tasks": "data.tasks",
+        "method": "adapter.method",
+        "rank": "adapter.rank",
+        "resolution": "data.resolution",
+        "lr": "optimiser.lr",
+    }
+    given = [
+        f"{names.get(name, name)}="
+        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+        for name, value in options.items()
+        if value is not None
+    ]
+    if data:
+        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
+    for role, place in places(annotate).items():
+        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
+    return load_run(config or config_for(options["model"], data), [*given, *overrides])
+
+
 @cli.command(context_settings=CONTEXT)
-@click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one.")
-@click.option("--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill.")
-@DATA
-@ANNOTATE
-@click.option(
-    "--tasks",
-    help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more often.",
-)
-@click.option("--method", help="deft, deft-relaxed, para or lora.")
-@click.option("--rank", type=int, help="Rank of the adapter.")
-@click.option("--zero", type=int, help="DeepSpeed ZeRO stage: 0, 1, 2 or 3.")
-@click.option("--steps", type=int, help="Optimiser steps in all.")
-@click.option("--batch", type=int, help="Grids per process and step.")
-@click.option("--resolution", type=int, help="Side of a square cell in pixels.")
-@click.option("--lr", type=float, help="Learning rate.")
-@click.option("--seed", type=int, help="Seed of everything random.")
-@click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo.")
-@click.option("--processes", type=int, help="Default: one per GPU; two on a machine without GPU.")
+@run_options
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
 @click.option("--dry-run", is_flag=True, help="One step, one save, one sheet; then say the rest.")
 @click.option(
@@ -93,7 +157,6 @@ def cli() -> None:
     metavar="NAME",
     help="With --resume: a setting that may differ from before, e.g. optimiser.lr.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting.")
 @click.pass_obj
 def train(
     arguments: Sequence[str],
@@ -125,7 +188,7 @@ def train(
         world,
     )
     from visualcloze_deft.rehearsal import clear, rehearsal, report
-    from visualcloze_deft.rundir import SETTINGS, divided, prepare
+    from visualcloze_deft.rundir import SETTINGS, as_decided, divided, prepare
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
@@ -152,43 +215,13 @@ def train(
             click.echo("\n".join(report(wanted, run)))
         return
     mixture = prepare(run, processes=processes, resume=resume, allowed=allowed)
+    run = as_decided(run)
     describe_run(run, mixture, processes)
     status = launch(arguments, processes=processes)
     if status:
         raise SystemExit(status)
     if not dry_run:
         click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
-
-
-def run_of(
-    config: str | None,
-    data: Sequence[str],
-    annotate: Sequence[str],
-    overrides: Sequence[str],
-    options: Mapping[str, Any],
-) -> Run:
-    """The run that the options of `vcdeft train` tell; `options`: by name, None where not given."""
-    from visualcloze_deft.settings import config_for, load_run
-
-    config = config or config_for(options["model"], data)
-    names = {
-        "tasks": "data.tasks",
-        "method": "adapter.method",
-        "rank": "adapter.rank",
-        "resolution": "data.resolution",
-        "lr": "optimiser.lr",
-    }
-    given = [
-        f"{names.get(name, name)}="
-        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-    if data:
-        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
-    for role, place in places(annotate).items():
-        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
-    return load_run(config, [*given, *overrides])
 
 
 NOT_OF_A_RUN = ("output", "resume", "allowed", "dry_run")
@@ -218,8 +251,10 @@ def report_on(run: str) -> None:
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
     from visualcloze_deft.data.mixture import idle
+    from visualcloze_deft.memory import memory_here, plan_here
+    from visualcloze_deft.planned import in_short
     from visualcloze_deft.registry import load_tasks
-    from visualcloze_deft.rundir import plan_of, weights_of
+    from visualcloze_deft.rundir import load_in, plan_of, weights_of
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}
@@ -242,6 +277,9 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
         f"ZeRO-{run.zero}, into {run.output}"
     )
+    memory = plan_here(run, load_in(run, mixture), processes=processes)
+    for line in in_short(memory, memory_here(processes)):
+        click.echo(line)
     if run.batch_tokens:
         steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
         grids = [step.examples / len(step.parts) for step in steps]
@@ -253,16 +291,47 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
 
 
 @cli.command(context_settings=CONTEXT)
+@run_options
+@click.option("--memory", metavar="SIZE", help="Of a GPU, e.g. 80GB; default: what is here.")
+@click.option("--grid", metavar="ROWSxCOLUMNS", help="The largest grid; default: that of the data.")
+@click.option("--run", "before", metavar="DIR", help="An earlier run, for its steps an hour.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan(
+    config: str | None,
+    data: tuple[str, ...],
+    annotate: tuple[str, ...],
+    overrides: tuple[str, ...],
+    memory: str | None,
+    grid: str | None,
+    before: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """What `vcdeft train` with the same options needs of each GPU, before a weight is read: for
+    every ZeRO stage, with blocks recomputed or not. Needs of a model its config.json files alone.
+
+    \b
+    vcdeft plan --config flux-8gpu --data graph200k=/data/graph200k
+    vcdeft plan --config flux-1gpu --grid 3x3 --memory 24GB --processes 1 --set quantise=nf4
+    """
+    from visualcloze_deft import planned
+
+    run = run_of(config, data, annotate, overrides, options)
+    found = planned.planned(run, memory=memory, grid=grid, before=Path(before) if before else None)
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_table())
+
+
+@cli.command(context_settings=CONTEXT)
 @click.option("--examples", required=True, metavar="FILE", help="Grid file (JSON).")
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
 @click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base, e.g. VisualCloze's.")
 @click.option("--adapter", metavar="DIR", help="Adapter folder, e.g. runs/demo/adapter.")
 @click.option(
     "--quantise",
-    type=click.Choice(["none", "int8", "nf4"]),
+    type=click.Choice(["none", "int8", "nf4", "fp8"]),
     default="none",
     show_default=True,
-    help="What the blocks are kept in; needs bitsandbytes.",
+    help="What the blocks are kept in; int8 and nf4 need bitsandbytes.",
 )
 @click.option(
     "--clip-text",

@@ -22,10 +22,12 @@ from deepspeed.utils import (
 )
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
 from visualcloze_deft.loss import GridLoss
+from visualcloze_deft.memory import BUCKET
 from visualcloze_deft.settings import Run
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
@@ -34,8 +36,7 @@ AVERAGE = "average"  # ours, in the same place
 
 def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     """DeepSpeed's engine around the transformer and AdamW over the adapter."""
-    if run.checkpointing:
-        transformer.enable_gradient_checkpointing()
+    recompute(transformer, run.checkpoint_blocks)
     if run.zero == 3:
         register_for_zero3(transformer)
     if run.compile:
@@ -54,11 +55,12 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     )
     for group in optimiser.param_groups:
         group["full_lr"] = group["lr"]
+    trained = adapters.trainable(transformer).values()
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimiser,
-        model_parameters=adapters.trainable(transformer).values(),
-        config=deepspeed_config(run),
+        model_parameters=trained,
+        config=deepspeed_config(run, values=sum(parameter.numel() for parameter in trained)),
         dist_init_required=False,
     )
     start_moments(engine, steps=0)
@@ -85,6 +87,21 @@ class FiniteAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
+def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
+    """Recompute the first `blocks` blocks ("all", "none") in the backward pass.
+
+    The first, because their turn in it comes when all others have given back what they kept.
+    """
+    every = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    chosen = {"all": every, "none": []}[blocks] if isinstance(blocks, str) else every[:blocks]
+    again = set(chosen)
+
+    def call(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, use_reentrant=False) if block in again else block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
+
+
 def register_for_zero3(root: nn.Module) -> None:
     """Tell ZeRO-3 what each DEFT layer in `root` reads without calling the module that holds it."""
     for layer in deft.layers(root).values():
@@ -92,14 +109,16 @@ def register_for_zero3(root: nn.Module) -> None:
             register_external_parameter(layer, parameter)
 
 
-def deepspeed_config(run: Run) -> dict[str, Any]:
+def deepspeed_config(run: Run, *, values: int) -> dict[str, Any]:
+    """DeepSpeed's settings for training so many values: its buffer for gradients, which is 2 GB
+    where nothing is said, holds no more than they need."""
     ours = {
         "train_micro_batch_size_per_gpu": run.batch,
         "gradient_accumulation_steps": run.accumulate,
         "gradient_clipping": run.optimiser.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": run.zero},
+        "zero_optimization": {"stage": run.zero, "reduce_bucket_size": min(BUCKET, values)},
         "steps_per_print": 10**9,
     }
     return over(ours, run.deepspeed)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 
-Bits = Literal["none", "int8", "nf4"]  # what frozen blocks are kept in
+Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
 
 TINY = "tiny"
@@ -125,13 +125,11 @@ def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
         )
 
 
-def check_quantise(kind: Bits, zero: int = 0) -> None:
-    """Raise `UserError` where weights cannot be kept in `kind`."""
-    if kind == "none":
-        return
-    if find_spec("bitsandbytes") is None:
+def check_quantise(kind: Bits, *, zero3: bool = False) -> None:
+    """Raise `UserError` where weights cannot be kept in `kind`. zero3: under ZeRO-3."""
+    if kind in ("int8", "nf4") and find_spec("bitsandbytes") is None:
         raise UserError(f"quantise {kind!r} needs bitsandbytes: pip install bitsandbytes")
-    if zero == 3:
+    if kind != "none" and zero3:
         raise UserError(
             f"quantise {kind!r} with --zero 3: a quantised weight cannot be split over processes; "
             "give --zero 2"

@@ -31,10 +31,10 @@ from visualcloze_deft.modelfolder import (
     check_quantise,
     resolution_of,
 )
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
-MAX_TEXT_TOKENS = 512  # FLUX's T5 length
 CPU = torch.device("cpu")
 
 

@@ -52,9 +52,9 @@ class InContextPipeline:
 
         adapter: a folder in peft's format, e.g. RUN/adapter. lora: a diffusers FLUX LoRA merged
         into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
-        float32. quantise: keep the frozen blocks in "int8" or "nf4" (bitsandbytes). clip_text: what
-        CLIP reads, see `prompt.clip_text`. cells: their shape, see `cells.Cells`. Where these two
-        are None, as the adapter was trained; "fit" and "row" without one.
+        float32. quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8".
+        clip_text: what CLIP reads, see `prompt.clip_text`. cells: their shape, see `cells.Cells`.
+        Where these two are None, as the adapter was trained; "fit" and "row" without one.
         Raises `UserError` where something is missing or does not fit.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,9 @@
-"""Frozen weights in 8 or 4 bits, through bitsandbytes: FLUX's blocks in 12 or 6.5 GB, not 24.
+"""Frozen weights in 8 or 4 bits: FLUX's blocks in 12 or 6.5 GB, not 24.
 
-int8 keeps a scale for each output (Dettmers et al. 2022, arXiv 2208.07339), nf4 blocks of 64 values
-on the quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314).
+Through bitsandbytes, int8 keeps a scale for each output (Dettmers et al. 2022, arXiv 2208.07339),
+nf4 blocks of 64 values on the quantiles of a normal distribution (Dettmers et al. 2023, arXiv
+2305.14314). fp8 needs torch alone: float8_e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433) and a
+scale for each output, computed with in the base's precision.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from visualcloze_deft.modelfolder import Bits
 
@@ -30,6 +33,8 @@ def quantise(transformer: FluxTransformer2DModel, kind: Bits, *, device: str) ->
 
 def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
     """A layer that will hold the same weight in `kind` once it is moved to a device."""
+    if kind == "fp8":
+        return Float8Linear(layer)
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     size, bias = (layer.in_features, layer.out_features), layer.bias is not None
@@ -49,12 +54,61 @@ def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
     return found
 
 
+class Float8Linear(nn.Linear):
+    """A frozen layer whose weight is kept in float8_e4m3fn and a float32 scale for each output.
+
+    diffusers' layerwise casting is not for training: the weight is back in 8 bits when the backward
+    pass reads it, and what torch would save instead is the whole cast weight.
+    """
+
+    scale: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        bias = layer.bias is not None
+        super().__init__(layer.in_features, layer.out_features, bias=bias, device="meta")
+        weight = layer.weight.data.float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        small = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+        # as bytes: a change of the module's precision, or what sends parameters to other processes,
+        # then leaves them alone
+        self.weight = nn.Parameter(small.view(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.compute_dtype = layer.weight.dtype
+        if bias:
+            self.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+
+    def dense(self) -> Tensor:
+        """The weight (o i) in the base's precision."""
+        values = self.weight.view(torch.float8_e4m3fn).to(self.compute_dtype)
+        return values.mul_(self.scale[:, None].to(self.compute_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Float8Product.apply(x, self)
+        return product
+
+
+class _Float8Product(torch.autograd.Function):
+    """x W^T + b, whose backward pass makes W again: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Float8Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dense(), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense(), None
+
+
 def dense(layer: nn.Linear) -> Tensor:
     """A layer's weight (o i) in floating point: as it is, or out of its quantised form."""
     weight: Any = layer.weight
     if weight.is_floating_point():
         dense_already: Tensor = weight
         return dense_already
+    if isinstance(layer, Float8Linear):
+        return layer.dense()
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear8bitLt
 

@@ -21,6 +21,7 @@ from visualcloze_deft.data.item import Part, Source
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.memory import Load, decided, load_of
 from visualcloze_deft.modelfolder import (
     check_base,
     check_folder,
@@ -49,7 +50,7 @@ FREE_ON_RESUME = {
     "accumulate",
     "processes",
     "zero",
-    "checkpointing",
+    "checkpoint_blocks",
     "save_every",
     "keep",
     "compile",
@@ -65,6 +66,7 @@ FREE_ON_RESUME = {
 
 Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
 """
+DECIDED = ("zero", "checkpoint_blocks")  # settings that `prepare` chooses where they are "auto"
 FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
 MISSING = "not installed"
 PACKAGES = [
@@ -208,7 +210,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     if run.compile and run.zero == 3:
         raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
     check_folder(run.model)
-    check_quantise(run.quantise, run.zero)
+    check_quantise(run.quantise, zero3=run.zero == 3)
     encodings_folder(run)
     check_trackers(run)
     if run.model_lora is not None:
@@ -235,6 +237,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
                 f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
                 "name more data or fewer --processes"
             )
+    run = decided(run, load_in(run, mixture), processes=processes)
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan, allowed)
@@ -254,6 +257,17 @@ def check_trackers(run: Run) -> None:
                 f"watch.trackers names {name}, whose package is not installed; 'pip install {name}'"
                 " or take it out"
             )
+
+
+def load_in(run: Run, mixture: Mixture) -> Load:
+    """The most a process computes at once on the run's examples."""
+    return load_of(run, most=mixture.most_tokens, least=mixture.least_tokens)
+
+
+def as_decided(run: Run) -> Run:
+    """`run` with what its folder says was chosen where settings left it open."""
+    kept = load_run(str(Path(run.output) / SETTINGS))
+    return run.model_copy(update={name: getattr(kept, name) for name in DECIDED})
 
 
 @contextmanager

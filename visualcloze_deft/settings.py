@@ -221,20 +221,21 @@ class Run(_Section):
     """Batches whose gradients are summed before a step."""
     processes: Annotated[int, Field(ge=0)] = 0
     """0: one per GPU, or two on a machine without GPU."""
-    zero: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    zero: Literal[0, 1, 2, 3, "auto"] = 2
+    """DeepSpeed ZeRO stage; "auto": the lowest whose memory fits, see `vcdeft plan`."""
     deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
     deepspeed.zero_optimization.offload_optimizer.device=cpu."""
     precision: Precision = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"
-    """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes."""
+    """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes, fp8 does not."""
     offload_encoders: bool = False
     """Text encoders and VAE rest in main memory and come to the GPU while they encode or decode:
     worth it where `data.encodings` has most of what is asked."""
-    checkpointing: bool = True
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    checkpoint_blocks: Annotated[int, Field(ge=0)] | Literal["auto", "none", "all"] = "auto"
+    """How many blocks, from the first on, are recomputed in the backward pass: less memory, all of
+    them about a third more time. "auto": as many as memory needs; on CPU none."""
     compile: bool = False
     """Compile each block (torch.compile): some minutes at the start for faster steps. Under ZeRO-3
     weights come and go between the operations of a block: not there."""
@@ -283,13 +284,17 @@ def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
     return parse_run(fields, where=file or "command line")
 
 
+EITHER = (["data", "resolution"], ["checkpoint_blocks"])  # settings that are a number or a word
+
+
 def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
     try:
         return Run.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         loc = [str(part) for part in first["loc"]]
-        place = ".".join(loc[:2] if loc[:2] == ["data", "resolution"] else loc)
+        one_of = next((p for p in EITHER if loc[: len(p)] == p), loc)  # without the kind tried
+        place = ".".join(one_of)
         if first["type"] == "extra_forbidden":
             raise UserError(
                 f"{where}: unknown setting {place!r}; {nearest(place, setting_names())}"

@@ -106,6 +106,7 @@ def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = 
         with Watchdog(
             output, rank=process.process_index, world=process.num_processes, patience=run.timeout
         ) as watchdog:
+            run = rundir.as_decided(run)
             train_here(run, process, resume=resume, asked=asked, watchdog=watchdog)
     process.wait_for_everyone()
     process.destroy_process_group()

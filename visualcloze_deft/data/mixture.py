@@ -100,12 +100,20 @@ class Mixture:
     @property
     def most_tokens(self) -> int:
         """The most that `tokens` gives for any example."""
-        rows = max(k for k, weight in enumerate(self.recipe.examples, 1) if weight)
-        drawn = (
-            self.tasks[name] for name, p in zip(self.names, self.proportions, strict=True) if p
-        )
-        columns = max(len(task.roles) for task in drawn)
-        return rows * columns * (self.resolution // CELL_STEP) ** 2
+        return max(self._sizes())
+
+    @property
+    def least_tokens(self) -> int:
+        """The least that `tokens` gives for any example."""
+        return min(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """What `tokens` gives: for each number of rows and of columns that are drawn."""
+        cell = (self.resolution // CELL_STEP) ** 2
+        rows = [k for k, weight in enumerate(self.recipe.examples, 1) if weight]
+        drawn = zip(self.names, self.proportions, strict=True)
+        columns = {len(self.tasks[name].roles) for name, p in drawn if p}
+        return [r * c * cell for r in rows for c in columns]
 
     def _name(self, rng: np.random.Generator) -> str:
         """The task of the example whose generator this is: the first that is drawn."""

@@ -1,0 +1,379 @@
+"""Memory known beforehand: each count against the real network, backward pass or process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zero_memory
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from visualcloze_deft import adapters, rundir
+from visualcloze_deft.cli import main
+from visualcloze_deft.engine import recompute
+from visualcloze_deft.memory import (
+    RESERVE,
+    STAGES,
+    Load,
+    MemoryPlan,
+    activations_of,
+    memory_plan,
+    stored,
+    usable,
+)
+from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.models import load_models, load_transformer, predict_velocity
+from visualcloze_deft.modelsize import (
+    clip_parameters,
+    flux,
+    parameters_of,
+    settings_of,
+    t5_parameters,
+    vae_parameters,
+)
+from visualcloze_deft.quantise import quantise
+from visualcloze_deft.settings import Adapter, load_run, write_run
+
+
+def asked(model: nn.Module, load: Load) -> dict[str, Tensor]:
+    """Random inputs of `predict_velocity` for a load."""
+    config, dtype = model.config, model.dtype
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(dtype)
+
+    return {
+        "inputs": random(load.grids, load.image, config.in_channels),
+        "t": torch.rand(load.grids, generator=draw),
+        "ids": torch.ones(load.image, 3),
+        "text": random(load.grids, load.text, config.joint_attention_dim),
+        "pooled": random(load.grids, config.pooled_projection_dim),
+    }
+
+
+def bytes_saved(model: nn.Module, load: Load) -> int:
+    """What autograd keeps of one forward pass, without parameters: storages, each counted once."""
+    ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ours:
+            found[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        predict_velocity(model, **asked(model, load), guidance=1.0)
+    return sum(size for size, _ in found.values())
+
+
+FLUX = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # and diffusers' defaults
+T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+FLUX_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+@pytest.fixture
+def flux_settings(tmp_path: Path) -> Path:
+    """A folder with the settings of FLUX.1-Fill's networks and nothing else."""
+    parts = {"transformer": FLUX, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": FLUX_VAE}
+    for part, settings in parts.items():
+        (tmp_path / "flux" / part).mkdir(parents=True)
+        (tmp_path / "flux" / part / "config.json").write_text(json.dumps(settings))
+    return tmp_path / "flux"
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["micro", "tiny"])
+def test_networks_are_as_large_as_their_settings_say(micro_model: Path, name: str) -> None:
+    name = str(micro_model) if name == "micro" else name
+    models = load_models(name)
+    transformer = flux(settings_of(name, "transformer"))
+    assert transformer.parameters == size(models.transformer)
+    linear = {n: m for n, m in models.transformer.named_modules() if isinstance(m, nn.Linear)}
+    assert transformer.linear == {n: (m.in_features, m.out_features) for n, m in linear.items()}
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        assert parameters_of(name, part) == size(getattr(models, part))
+
+
+def test_flux_is_as_large_as_published() -> None:
+    assert flux(FLUX).parameters / 1e9 == pytest.approx(11.9, abs=0.01)
+    assert t5_parameters(T5_XXL) / 1e9 == pytest.approx(4.76, abs=0.01)
+    assert clip_parameters(CLIP_L) / 1e6 == pytest.approx(123, abs=0.5)
+    assert vae_parameters(FLUX_VAE) / 1e6 == pytest.approx(84, abs=0.5)
+
+
+WAYS = [
+    Adapter(rank=4),
+    Adapter(rank=4, method="para", dropout=0.1),
+    Adapter(rank=4, method="lora"),
+    Adapter(rank=4, layers=r".*transformer_blocks.*(to_q|proj_out|norm1\.linear)"),
+]
+
+
+def adapted(name: str, settings: Adapter) -> FluxTransformer2DModel:
+    model = load_transformer(name, dtype=torch.float32).train()
+    adapters.attach(model, settings, seed=0)
+    return model
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=lambda s: f"{s.method}-{s.layers[-5:]}")
+@pytest.mark.parametrize("name", ["micro", "tiny"])
+def test_what_autograd_keeps_is_as_planned(micro_model: Path, name: str, settings: Adapter) -> None:
+    name = str(micro_model) if name == "micro" else name
+    model = adapted(name, settings)
+    sizes = flux(settings_of(name, "transformer"))
+    for load in (Load(grids=1, image=36, text=40), Load(grids=2, image=96, text=40)):
+        plan = activations_of(sizes, settings, load, 4)
+        for blocks in (0, 1, len(sizes.blocks)):
+            recompute(model, blocks)
+            assert bytes_saved(model, load) == pytest.approx(plan.kept(blocks), rel=0.06)
+
+
+def test_gradients_are_the_same_however_many_blocks_are_recomputed() -> None:
+    model = adapted("tiny", Adapter(rank=4))
+    load, found = Load(grids=2, image=36, text=40), []
+    for blocks in (0, 2, "all"):
+        recompute(model, blocks)
+        predict_velocity(model, **asked(model, load), guidance=1.0).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in adapters.trainable(model).values()])
+        model.zero_grad()
+    assert any(gradient.any() for gradient in found[0])
+    assert all(
+        torch.equal(*pair) for more in found[1:] for pair in zip(found[0], more, strict=True)
+    )
+
+
+class FlashAttention(TorchFunctionMode):
+    """Attention that keeps no weights, as on CPU and GPU, on the meta device too."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        parts = (kwargs["query"], kwargs["key"], kwargs["value"])
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)[0]
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the tensors alive, and the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known and storage._cdata not in given:
+                self.known[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+    def forget(self, storage: int) -> None:
+        self.now -= self.known.pop(storage, 0)
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("method", ["deft", "lora"])
+def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
+    """At FLUX's width and a 3x3 grid of 384 pixels in bfloat16, on one block of either kind."""
+    few = FLUX | {"num_layers": 1, "num_single_layers": 1}
+    load = Load(grids=1, image=5184, text=512)
+    settings = Adapter(rank=32, method=method)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(few).to(torch.bfloat16).train()
+        adapters.attach(model, settings, seed=0)
+        given = {k: v.to("meta") for k, v in asked(model, load).items()}
+        with FlashAttention():
+            kept = bytes_saved(model, load)
+            with Living() as living:
+                predict_velocity(model, **given, guidance=1.0).sum().backward()
+    plan = activations_of(flux(few), settings, load, 2)
+    assert kept == pytest.approx(plan.kept(0), rel=0.03)
+    assert living.most == pytest.approx(plan.peak(0), rel=0.1)
+
+
+@pytest.mark.processes
+def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*words, zero_memory.__file__, str(tmp_path / "held.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    held = json.loads((tmp_path / "held.json").read_text())
+    for stage in STAGES:
+        run = zero_memory.run_under(stage)
+        plan = memory_plan(run, Load(grids=1, image=16, text=8), processes=2, gpu=False)
+        parts = plan.parts(stage, 0)
+        # what is there between two passes: ZeRO-1 and -2 have let go of the buffer they sum in
+        planned = parts.base + parts.adapter + parts.gradients + parts.optimiser
+        if stage != 3:
+            planned -= sum(plan.tensors) * 4
+        assert held[str(stage)] == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", ["none", "fp8", "int8", "nf4"])
+def test_a_base_takes_the_bytes_that_are_planned(bits: Bits) -> None:
+    model = load_transformer("tiny", dtype=torch.bfloat16)
+    quantise(model, bits, device="cpu")
+    tensors = [*model.parameters(), *model.buffers()]
+    scales = 0.03 if bits in ("int8", "nf4") else 0  # bitsandbytes has those beside parameters
+    found = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    planned = stored(flux(settings_of("tiny", "transformer")), bits, 2)
+    assert found == pytest.approx(planned, rel=0.002 + scales)
+
+
+@pytest.mark.parametrize("method", ["deft", "lora"])
+def test_a_base_in_fp8_answers_nearly_as_before_and_can_be_trained_on(method: str) -> None:
+    load = Load(grids=2, image=36, text=40)
+    model = load_transformer("tiny", dtype=torch.float32)
+    given = asked(model, load)
+    with torch.no_grad():
+        before = predict_velocity(model, **given, guidance=1.0)
+        quantise(model, "fp8", device="cpu")
+        after = predict_velocity(model, **given, guidance=1.0)
+    assert 0 < (after - before).norm() < 0.1 * before.norm()
+    adapters.attach(model, Adapter(method=method, rank=4), seed=0)
+    optimiser = torch.optim.AdamW(adapters.trainable(model).values(), lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss = predict_velocity(model, **given, guidance=1.0).float().square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(after.float().square().mean().item(), rel=0.05)
+    assert losses[-1] < 0.9 * losses[0]
+    assert {p.dtype for p in adapters.trainable(model).values()} == {torch.float32}
+
+
+def plan_of(folder: Path, *overrides: str, processes: int = 8) -> MemoryPlan:
+    words = [f"model={folder}", "precision=bfloat16", "adapter.rank=32", *overrides]
+    run = load_run(None, words)
+    return memory_plan(run, Load(grids=1, image=5184, text=512), processes=processes, gpu=True)
+
+
+def test_as_few_blocks_are_recomputed_as_fit(flux_settings: Path) -> None:
+    plan = plan_of(flux_settings)
+    for memory in (48 * 10**9, 80 * 10**9):
+        for stage in STAGES:
+            least = plan.least(stage, memory)
+            assert least is not None
+            assert plan.peak(stage, least) <= usable(memory)
+            assert least == 0 or plan.peak(stage, least - 1) > usable(memory)
+    assert plan.least(2, 24 * 10**9) is None
+
+
+def test_auto_takes_the_lowest_stage_that_fits_and_zero_3_where_the_base_does_not(
+    flux_settings: Path,
+) -> None:
+    plan = plan_of(flux_settings, "zero=auto")
+    assert plan.choose(200 * 10**9) == (0, 0)
+    assert plan.choose(80 * 10**9) == (0, plan.least(0, 80 * 10**9))
+    between = (plan.peak(1, 57) + plan.peak(3, 57)) // 2
+    stage, blocks = plan.choose(int(between / (1 - RESERVE))) or (0, 0)
+    assert (stage, blocks > 0) == (3, True)
+    assert plan.choose(10**9) is None
+    alone = plan_of(flux_settings, "zero=auto", processes=1)
+    assert alone.choose(80 * 10**9) == (0, alone.least(0, 80 * 10**9))
+    fixed = plan_of(flux_settings, "zero=2", "checkpoint_blocks=all")
+    assert fixed.choose(80 * 10**9) == (2, 57)
+
+
+def test_a_run_folder_says_what_auto_became(micro_model: Path, tmp_path: Path) -> None:
+    run = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}", "zero=auto"])
+    rundir.prepare(run, processes=2, resume=False)
+    kept = load_run(str(tmp_path / "run" / rundir.SETTINGS))
+    assert (kept.zero, kept.checkpoint_blocks) == (0, 0)
+    assert rundir.as_decided(run) == kept
+
+
+def test_plan_needs_settings_alone(flux_settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "flux-8gpu", "--model", str(flux_settings), "--grid", "3x3"]
+    main([*words, "--memory", "48GB", "--rank", "32", "--batch", "1"])
+    assert "choose   --zero 0 --checkpoint-blocks " in capsys.readouterr().out
+    main([*words, "--memory", "24GB", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] is None
+    assert found["parameters"] == flux(FLUX).parameters
+    assert {way["zero"] for way in found["ways"]} == {0, 1, 2, 3}
+    for way in found["ways"]:
+        assert way["peak"] >= sum(way["parts"].values())
+
+
+def test_steps_an_hour_are_those_of_an_earlier_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"step": k, "seconds": s}) for k, s in enumerate((9.0, 2.0, 2.0), 1)]
+    (tmp_path / rundir.METRICS).write_text("\n".join(lines))
+    write_run(load_run("tiny", ["batch=4"]), tmp_path / rundir.SETTINGS)
+    main(["plan", "--grid", "2x2", "--run", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "1800 steps an hour" in said
+    assert "other settings, though: batch\n" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "much"], "--memory 'much': expected a size"),
+        (["--grid", "3"], "--grid '3': expected ROWSxCOLUMNS"),
+        (["--run", "nowhere"], "--run nowhere: no steps"),
+        (["--checkpoint-blocks", "9"], "the model has 5 blocks"),
+        (["--zero", "3", "--set", "quantise=fp8"], "cannot be split over processes"),
+        (["--model", "nowhere"], "model 'nowhere': transformer/config.json cannot be had"),
+        (["--checkpoint-blocks", "some"], "checkpoint_blocks = 'some'"),
+    ],
+)
+def test_a_mistake_is_named(refused: Callable[..., str], words: list[str], message: str) -> None:
+    grid = [] if "--grid" in words else ["--grid", "2x2"]
+    assert message in refused("plan", *grid, *words)

@@ -1,0 +1,83 @@
+"""What each process really holds under every ZeRO stage, in one group that torchrun starts:
+
+torchrun --nproc-per-node 2 zero_memory.py OUTPUT
+
+The embedded base in bfloat16 with a DEFT adapter takes a step and a backward pass under each stage;
+rank 0 writes the bytes of all tensors then alive to OUTPUT as JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from visualcloze_deft import adapters, grid
+from visualcloze_deft.batch import Group
+from visualcloze_deft.engine import start_engine
+from visualcloze_deft.models import load_transformer
+from visualcloze_deft.settings import Run, load_run
+
+LARGEST = 1000  # values of a tensor that ZeRO-3 keeps whole
+
+
+def run_under(stage: int) -> Run:
+    small = f"deepspeed.zero_optimization.stage3_param_persistence_threshold={LARGEST}"
+    words = ["precision=bfloat16", "adapter.rank=16", "checkpoint_blocks=none"]
+    return load_run(None, [f"zero={stage}", *words, small])
+
+
+def alive() -> dict[int, int]:
+    """Bytes by storage."""
+    gc.collect()
+    tensors = [
+        thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+    ]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def group() -> Group:
+    clean = torch.randn(1, 16, 64, dtype=torch.bfloat16)
+    ids = torch.ones(16, 3)
+    mask = torch.ones(1, 16, 256, dtype=torch.bfloat16)
+    return Group(
+        indices=(0,),
+        tasks=("a task",),
+        latents=grid.Latents(clean=clean, seen=clean, mask=mask, ids=ids),
+        noise=torch.randn(1, 16, 64, dtype=torch.bfloat16),
+        t=torch.tensor([0.5]),
+        start=torch.tensor([0.5]),
+        text=torch.randn(1, 8, 64, dtype=torch.bfloat16),
+        pooled=torch.randn(1, 64, dtype=torch.bfloat16),
+    )
+
+
+def held(stage: int) -> int:
+    """Bytes that training under `stage` has added when gradients are there and moments, too."""
+    before = alive()
+    run = run_under(stage)
+    transformer = load_transformer("tiny", dtype=torch.bfloat16)
+    adapters.attach(transformer, run.adapter, seed=0)
+    engine = start_engine(transformer, run)
+    for _ in range(2):
+        loss = engine([group()]).sum()
+        engine.backward(loss)
+        del loss
+        found = sum(size for key, size in alive().items() if key not in before)
+        engine.step()
+    engine.destroy()
+    return found
+
+
+if __name__ == "__main__":
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    sizes = {stage: held(stage) for stage in (0, 1, 2, 3)}
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(sizes), encoding="utf-8")
+    torch.distributed.destroy_process_group()

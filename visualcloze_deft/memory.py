@@ -1,0 +1,499 @@
+"""The memory a run needs on each GPU, known before a weight is read: from settings and sizes alone.
+
+What is held follows DeepSpeed 0.19's ZeRO stages; what autograd keeps of a block is counted tensor
+by tensor, as diffusers' blocks, our DEFT layer and peft's LoRA leave it. The tests hold both
+against real processes and real backward passes. All sizes are bytes, a GB is 10^9 of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import WEIGHTS, Bits, check_quantise
+from visualcloze_deft.modelsize import (
+    BLOCK,
+    FLUX_LAYERS,
+    PARAMETERS,
+    Flux,
+    double_block,
+    flux,
+    parameters_of,
+    settings_of,
+    single_block,
+    text_tokens_of,
+)
+from visualcloze_deft.settings import Adapter, Run
+
+RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
+BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+LIVE = 1_000_000_000 + 50_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size
+PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold
+SINGLE = 4  # bytes of float32
+STAGES = (0, 1, 2, 3)
+
+Stage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a process computes at once: so many grids of `image` and `text` tokens each."""
+
+    grids: int
+    image: int
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grids * (self.image + self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a forward pass leaves for the backward pass.
+
+    blocks: what autograd keeps of each block. entry: what it keeps of a recomputed one, its input.
+    outside: what it keeps after the last. positions: sines and cosines that all blocks read.
+    batch: the encoded grids. work: what the backward pass of one block holds beside.
+    """
+
+    blocks: tuple[int, ...]
+    entry: int
+    outside: int
+    positions: int
+    batch: int
+    work: int
+
+    def kept(self, recomputed: int) -> int:
+        """By autograd when the forward pass ends, the first `recomputed` blocks recomputed."""
+        read = self.positions if recomputed < len(self.blocks) else 0
+        return self.outside + recomputed * self.entry + sum(self.blocks[recomputed:]) + read
+
+    def peak(self, recomputed: int) -> int:
+        """The most at any time. A recomputed block comes back when all later ones are done."""
+        before = self.outside + recomputed * self.entry
+        again = max(self.blocks[:recomputed], default=0)
+        most = before + max(again, sum(self.blocks[recomputed:]))
+        return self.batch + self.positions + self.work + most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Counts what autograd keeps of a block whose layers `wrapped` carry an adapter.
+
+    size: bytes of a value of the base's precision.
+    """
+
+    model: Flux
+    load: Load
+    adapter: Adapter
+    wrapped: frozenset[str]
+    size: int
+
+    def reads(self, layers: str, rows: int, width: int, *, there: bool = False) -> int:
+        """By the adapters of `layers`, which read one (rows, width) tensor. there: whether
+        something else keeps that tensor already."""
+        count = sum(name in self.wrapped for name in layers.split())
+        lora, rank = self.adapter.method == "lora", self.adapter.rank
+        own = SINGLE if lora else self.size  # peft's LoRA casts its input to float32
+        each = rows * rank * own
+        if not lora:
+            each += rank * width * self.size  # A, formed from the weight
+        if self.adapter.dropout:
+            each += 2 * rows * width * own  # what is left of the tensor, and which values are
+        elif own != self.size:
+            each += rows * width * own
+        elif count and not there:
+            return rows * width * own + count * each
+        return count * each
+
+    def attention(self, rows: int) -> int:
+        """Queries and keys before their norm, in float32, and what the attention itself reads and
+        gives: queries, keys, values, output and a logarithm for each head."""
+        width, heads = self.model.width, self.model.heads
+        return rows * (2 * width * SINGLE + 4 * width * self.size + 3 * heads * SINGLE)
+
+    def modulation(self, layer: str, scales: int, gates: int, rows: int) -> int:
+        """Shifts, scales and gates of a norm; what they multiply where they are trained."""
+        width, grids = self.model.width, self.load.grids
+        found = self.reads(layer, grids, width)
+        found += grids * width * (3 * gates + scales) * self.size
+        if layer in self.wrapped:
+            found += (scales + gates) * rows * width * self.size
+        return found + scales * 2 * rows * SINGLE  # mean and deviation
+
+    def double(self, *, first: bool) -> int:
+        w, grids = self.model.width, self.load.grids
+        found = self.attention(self.load.tokens)
+        for tokens, norm, into, out, ff in (
+            (self.load.image, "norm1", "attn.to_q attn.to_k attn.to_v", "attn.to_out.0", "ff"),
+            (
+                self.load.text,
+                "norm1_context",
+                "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+                "attn.to_add_out",
+                "ff_context",
+            ),
+        ):
+            rows = grids * tokens
+            found += self.modulation(f"{norm}.linear", 2, 2, rows)
+            found += (5 if first else 6) * rows * w * self.size  # into both norms and the GELU
+            found += self.reads(into, rows, w)
+            found += self.reads(out, rows, w, there=grids == 1)  # more are cut apart and copied
+            found += self.reads(f"{ff}.net.0.proj", rows, w)
+            found += self.reads(f"{ff}.net.2", rows, 4 * w)
+        return found
+
+    def single(self, *, first: bool) -> int:
+        w, rows = self.model.width, self.load.tokens
+        found = self.attention(rows) + self.modulation("norm.linear", 1, 1, rows)
+        found += (4 if first else 5) * rows * w * self.size  # into the norm and the GELU
+        found += self.reads("attn.to_q attn.to_k attn.to_v proj_mlp", rows, w)
+        return found + self.reads("proj_out", rows, 5 * w)
+
+
+def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
+    """The linear layers that get an adapter."""
+    if settings.start is None:
+        pattern = FLUX_LAYERS if settings.layers == "flux" else settings.layers
+        return [name for name in model.linear if re.fullmatch(pattern, name)]
+    with safe_open(Path(settings.start) / WEIGHTS, "np") as file:
+        tensors = list(file.keys())
+    names = {re.sub(r"(base_model\.model\.)?(.*)\.(deft|lora)_.*", r"\2", t) for t in tensors}
+    return [name for name in model.linear if name in names]
+
+
+def adapter_tensors(model: Flux, settings: Adapter) -> list[int]:
+    """Values in each tensor of the adapter."""
+    found = []
+    for name in adapted_layers(model, settings):
+        inputs, outputs = model.linear[name]
+        found.append(settings.rank * outputs)
+        if settings.method != "para":
+            found.append(settings.rank * inputs)
+    return found
+
+
+def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Activations:
+    """What one forward pass of the adapted transformer leaves; size: bytes of a value of the base.
+
+    A block before the first adapter keeps nothing: no gradient reaches it.
+    """
+    wrapped: dict[str, set[str]] = {}
+    for name in adapted_layers(model, settings):
+        if inside := BLOCK.fullmatch(name):
+            wrapped.setdefault(inside[1], set()).add(inside[2])
+    blocks: list[int] = []
+    reached = False
+    for name in model.blocks:
+        own = frozenset(wrapped.get(name, ()))
+        kept = Kept(model=model, load=load, adapter=settings, wrapped=own, size=size)
+        count = kept.single if name.startswith("single") else kept.double
+        blocks.append(count(first=not reached) if reached or own else 0)
+        reached = reached or bool(own)
+    tokens, width = load.tokens, model.width
+    values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
+    # What a single block's backward holds at once beside what was kept: the gradients of its widest
+    # tensors and their sums; LoRA's in float32. Followed tensor by tensor at FLUX's sizes.
+    held = 15 if settings.method == "lora" and size < SINGLE else 13
+    return Activations(
+        blocks=tuple(blocks),
+        entry=tokens * width * size,
+        outside=tokens * width * size,  # the last norm reads a view of what the last block gave
+        positions=2 * SINGLE * model.head * (load.image + load.text),
+        batch=values * size,
+        work=held * tokens * width * size,
+    )
+
+
+def stored(model: Flux, bits: Bits, size: int) -> int:
+    """Bytes of the frozen transformer; `bits` is what the blocks' linear layers are kept in."""
+    total = model.parameters * size
+    if bits == "none":
+        return total
+    for name, (inputs, outputs) in model.linear.items():
+        if BLOCK.fullmatch(name):
+            values = inputs * outputs
+            if bits == "nf4":  # scales of 64 values in a byte, and of 256 scales in float32
+                small = values // 2 + values // 64 + values // 64 // 256 * SINGLE
+            else:
+                small = values + outputs * SINGLE
+            total += small - values * size
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a process holds at the peak of a step.
+
+    adapter: its values and DeepSpeed's copies. gathered: of the base and the adapter, from other
+    GPUs. gradients: with the buffer they are summed in. optimiser: AdamW's two moments.
+    """
+
+    base: int
+    gathered: int
+    adapter: int
+    gradients: int
+    optimiser: int
+    encoders: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a run needs under each ZeRO stage and number of recomputed blocks."""
+
+    run: Run
+    model: Flux
+    load: Load
+    processes: int
+    size: int
+    encoders: int
+
+    @cached_property
+    def activations(self) -> Activations:
+        return activations_of(self.model, self.run.adapter, self.load, self.size)
+
+    @cached_property
+    def tensors(self) -> list[int]:
+        return adapter_tensors(self.model, self.run.adapter)
+
+    @cached_property
+    def base(self) -> int:
+        return stored(self.model, self.run.quantise, self.size)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those this base can be trained under."""
+        return (0, 1, 2) if self.run.quantise != "none" else (0, 1, 2, 3)
+
+    def parts(self, stage: Stage, recomputed: int) -> Parts:
+        zero = self.run.deepspeed.get("zero_optimization", {})
+        whole = sum(self.tensors) * SINGLE
+        share = -(-whole // self.processes)
+        base, gathered = self.base, 0
+        if self.run.quantise != "none":  # one weight out of its bits
+            gathered = max(i * o for i, o in self.model.linear.values()) * self.size
+        if stage == 3:
+            gathered = self.gathered(zero)
+            base = 0 if _offloaded(zero, "param") else -(-base // self.processes)
+        held, moments, summed = self.held(stage, zero, whole, share)
+        return Parts(
+            base=base,
+            gathered=gathered,
+            adapter=held,
+            gradients=summed,
+            optimiser=moments,
+            encoders=self.encoders,
+            activations=self.activations.peak(recomputed),
+        )
+
+    def peak(self, stage: Stage, recomputed: int) -> int:
+        """The most a process holds: at the peak of a step, or when the whole base has been loaded
+        and ZeRO-3 has not yet divided it."""
+        return max(self.parts(stage, recomputed).peak, self.loaded)
+
+    @property
+    def loaded(self) -> int:
+        """When models and adapter are loaded, before DeepSpeed starts."""
+        return self.base + self.encoders + sum(self.tensors) * SINGLE
+
+    def held(
+        self, stage: Stage, zero: Mapping[str, Any], whole: int, share: int
+    ) -> tuple[int, int, int]:
+        """Bytes of the adapter with its copies, of the moments, and of the gradients."""
+        if stage == 0:
+            summing = min(whole, BUCKET * SINGLE) if self.processes > 1 else 0
+            return whole, 2 * whole, whole + summing
+        bucket = int(zero.get("reduce_bucket_size", min(BUCKET, sum(self.tensors)))) * SINGLE
+        if stage != 3 and zero.get("overlap_comm"):
+            bucket *= 2
+        values = share if stage == 3 else whole
+        if _offloaded(zero, "optimizer"):
+            return values, 0, bucket
+        summed = whole if stage == 1 and self.run.accumulate > 1 else share
+        return values + share, 2 * share, summed + bucket
+
+    def gathered(self, zero: Mapping[str, Any]) -> int:
+        """What ZeRO-3 fetches for the layers at work, and the small tensors it keeps then."""
+        largest = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
+        small = sum(count for count in self.tensors if count < largest) * SINGLE
+        small += sum(o for _, o in self.model.linear.values() if o < largest) * self.size
+        live = int(zero.get("stage3_max_live_parameters", LIVE))
+        sizes = (double_block if self.model.double else single_block)(self.model.width).values()
+        block = sum((inputs + 1) * outputs for inputs, outputs in sizes)
+        return min(max(live, block) * self.size, self.base) + small
+
+    def least(self, stage: Stage, memory: int) -> int | None:
+        """The fewest blocks to recompute that fit into `memory`; None if no number does."""
+        fits = (n for n in range(self.blocks + 1) if self.fits(stage, n, memory))
+        return next(fits, None)
+
+    def fits(self, stage: Stage, recomputed: int, memory: int) -> bool:
+        return self.peak(stage, recomputed) <= usable(memory)
+
+    def choose(self, memory: int, *, recompute: bool = True) -> tuple[Stage, int] | None:
+        """The stage and number of recomputed blocks of `run` with "auto" filled in: the lowest
+        stage that fits, then the fewest blocks. None if nothing fits.
+
+        recompute: whether "auto" may recompute blocks.
+        """
+        stages = self.stages if self.run.zero == "auto" else (self.run.zero,)
+        if self.run.zero == "auto" and self.processes == 1:
+            stages = (0,)  # there is nothing to divide
+        for stage in stages:
+            blocks = self.recomputed
+            if blocks is None:
+                blocks = self.least(stage, memory) if recompute else 0
+            if blocks is not None and self.fits(stage, blocks, memory):
+                return stage, blocks
+        return None
+
+    @property
+    def recomputed(self) -> int | None:
+        """How many blocks the run says to recompute; None for "auto"."""
+        said = self.run.checkpoint_blocks
+        if isinstance(said, int):
+            return said
+        return {"none": 0, "all": self.blocks, "auto": None}[said]
+
+    def smallest(self) -> tuple[Stage, int]:
+        """The stage and number of recomputed blocks that need least, of those `run` leaves open."""
+        stages = self.stages if self.run.zero == "auto" else (self.run.zero,)
+        counts = range(self.blocks + 1) if self.recomputed is None else (self.recomputed,)
+        ways = ((stage, count) for stage in stages for count in counts)
+        return min(ways, key=lambda way: self.peak(*way))
+
+    def way_out(self) -> str:
+        """What to do where nothing fits."""
+        stage, blocks = self.smallest()
+        return (
+            f"the least is about {gigabytes(self.peak(stage, blocks))} with --zero {stage} "
+            f"--checkpoint-blocks {blocks}, and {RESERVE:.0%} are left free: lower --batch or "
+            "--resolution, set quantise, or give both options to try it all the same"
+        )
+
+    def left_open(self) -> MemoryPlan:
+        """The same with stage and recomputed blocks to be chosen."""
+        run = self.run.model_copy(update={"zero": "auto", "checkpoint_blocks": "auto"})
+        return replace(self, run=run)
+
+
+def _offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+
+
+def usable(memory: int) -> int:
+    """What of a GPU's memory a plan may fill."""
+    return int(memory * (1 - RESERVE))
+
+
+def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPlan:
+    """The plan of `run` for so many processes. gpu: what "auto" precision is on GPUs.
+
+    Raises `UserError` where the model's settings cannot be read, or it has fewer blocks than are to
+    be recomputed.
+    """
+    check_quantise(run.quantise, zero3=run.zero == 3)
+    size = 2 if run.precision == "bfloat16" or (run.precision == "auto" and gpu) else SINGLE
+    model = flux(settings_of(run.model, "transformer"))
+    others = sum(parameters_of(run.model, part) for part in PARAMETERS)
+    plan = MemoryPlan(
+        run=run,
+        model=model,
+        load=load,
+        processes=processes,
+        size=size,
+        encoders=others * size,
+    )
+    if (plan.recomputed or 0) > plan.blocks:
+        raise UserError(
+            f"checkpoint_blocks = {run.checkpoint_blocks}: the model has {plan.blocks} blocks; "
+            "give fewer, or all"
+        )
+    return plan
+
+
+def plan_here(run: Run, load: Load, *, processes: int) -> MemoryPlan:
+    """`memory_plan` for the machine it is called on."""
+    return memory_plan(run, load, processes=processes, gpu=on_gpu())
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def load_of(run: Run, *, most: int, least: int) -> Load:
+    """What a process of `run` computes at once, where grids have `least` to `most` tokens.
+
+    With a budget of tokens it is the number of the smallest grids, which bring most text.
+    """
+    grids = max(run.batch_tokens // least, 1) if run.batch_tokens else run.batch
+    image = run.batch_tokens // grids if run.batch_tokens else most
+    return Load(grids=grids, image=image, text=text_tokens_of(run.model))
+
+
+def memory_here(processes: int) -> int:
+    """Bytes a process can use: of the smallest GPU, or its share of the machine's memory."""
+    import torch
+
+    if gpus := torch.cuda.device_count():
+        return min(torch.cuda.get_device_properties(k).total_memory for k in range(gpus))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+
+
+def decided(run: Run, load: Load, *, processes: int) -> Run:
+    """`run` with `zero` and `checkpoint_blocks` chosen where they are "auto".
+
+    On CPU no block is recomputed. Raises `UserError` where nothing fits.
+    """
+    gpu = on_gpu()
+    if run.zero != "auto" and (run.checkpoint_blocks != "auto" or not gpu):
+        blocks = 0 if run.checkpoint_blocks == "auto" else run.checkpoint_blocks
+        return run.model_copy(update={"checkpoint_blocks": blocks})
+    plan = plan_here(run, load, processes=processes)
+    memory = memory_here(processes)
+    way = plan.choose(memory, recompute=gpu)
+    if way is None:
+        raise UserError(f"nothing fits into {gigabytes(memory)} a process; {plan.way_out()}")
+    return run.model_copy(update={"zero": way[0], "checkpoint_blocks": way[1]})
+
+
+def gigabytes(size: int) -> str:
+    """
+    >>> gigabytes(23_804_782_720)
+    '23.8 GB'
+    """
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"
+
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int:
+    """
+    >>> parse_memory("80GB"), parse_memory("23.5 GiB")
+    (80000000000, 25232932864)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not found or found[2].upper() not in UNITS or not float(found[1]):
+        raise UserError(f"--memory {text!r}: expected a size such as 80GB, 24GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
