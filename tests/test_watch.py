@@ -44,7 +44,7 @@ def group() -> Iterator[None]:
 
 def micro_run(model: Path, output: Path, *more: str) -> Run:
     fields = [f"model={model}", f"output={output}", "data.tasks=depth-to-image,novel-view"]
-    return load_run(None, [*fields, "adapter.rank=4", "checkpointing=false", *more])
+    return load_run(None, [*fields, "adapter.rank=4", "checkpoint_blocks=none", *more])
 
 
 def seen(task: str, error: float, tokens: int = 10) -> watch.Seen:

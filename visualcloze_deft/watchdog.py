@@ -62,8 +62,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         allowed = self.patience + AFTER * self.rank
+        looked = time.monotonic()
         while not self.ended.wait(min(1.0, self.patience / 4)):
-            if time.monotonic() - self.since > allowed:
+            slept, looked = time.monotonic() - looked, time.monotonic()
+            if slept > self.patience / 2:  # the whole process was suspended, and the others with it
+                self.since += slept
+            if looked - self.since > allowed:
                 break
         if self.ended.is_set():
             return
