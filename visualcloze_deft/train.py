@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, rundir
+from visualcloze_deft import adapters, checkpoint, rundir, sharded
 from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture, Skipped
 from visualcloze_deft.engine import (
+    deepspeed_config,
     gather_adapter,
     gather_moments,
     restore_moments,
@@ -98,13 +99,15 @@ def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
+    dtype = base_dtype(run, process.device.type)
     models = load_models(
         run.model,
-        dtype=base_dtype(run, process.device.type),
+        dtype=dtype,
         device=str(process.device),
         lora=run.model_lora,
         bits=run.quantise,
         clip_text=run.clip_text,
+        split=sharded.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
     )
     start = latest(output, process) if resume else None
     if start is not None:
@@ -117,7 +120,7 @@ def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
             dropout=run.adapter.dropout,
         )
     else:
-        adapters.attach(models.transformer, run.adapter, seed=run.seed)
+        adapters.attach(models.transformer, run.adapter, seed=run.seed, whole=sharded.whole)
     engine = start_engine(models.transformer, run)
     if start is not None:
         restore_moments(engine, start)
