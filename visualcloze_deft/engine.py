@@ -24,6 +24,12 @@ from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.settings import Run
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
+ON_CPU = {"device": "cpu"}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimiser": {"offload_optimizer": ON_CPU},
+    "parameters": {"offload_optimizer": ON_CPU, "offload_param": ON_CPU},
+}  # DeepSpeed's settings for our `offload`
 
 
 def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
@@ -70,7 +76,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "gradient_clipping": run.optimiser.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": run.zero},
+        "zero_optimization": {"stage": run.zero} | OFFLOADED[run.offload],
         "steps_per_print": 10**9,
     }
     return over(ours, run.deepspeed)

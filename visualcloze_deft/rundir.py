@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     "accumulate",
     "processes",
     "zero",
+    "offload",
     "checkpointing",
     "save_every",
     "sheet_every",
@@ -162,6 +163,7 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     """Check what can be told without weights, then create or verify the run folder."""
     check_folder(run.model)
     check_quantise(run.quantise, run.zero)
+    check_offload(run)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
@@ -192,6 +194,13 @@ def prepare(run: Run, *, processes: int, resume: bool) -> Mixture:
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
+
+
+def check_offload(run: Run) -> None:
+    """Raise `UserError` where the run's ZeRO stage splits nothing that could be offloaded."""
+    least = {"none": 0, "optimiser": 1, "parameters": 3}[run.offload]
+    if run.zero < least:
+        raise UserError(f"offload {run.offload!r} with --zero {run.zero}: give --zero {least}")
 
 
 @contextmanager

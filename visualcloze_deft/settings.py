@@ -185,9 +185,12 @@ class Run(_Section):
     """0: one per GPU, or two on a machine without GPU."""
     zero: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "optimiser", "parameters"] = "none"
+    """What a GPU leaves in the computer's memory: the optimiser's state (ZeRO 1 to 3), or that and
+    its share of the weights (ZeRO 3)."""
     deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
-    deepspeed.zero_optimization.offload_optimizer.device=cpu."""
+    deepspeed.zero_optimization.stage3_max_live_parameters=100000000."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"

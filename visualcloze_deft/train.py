@@ -86,13 +86,26 @@ def train(run: Run, *, resume: bool, prepared: bool) -> None:
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
     output = Path(run.output)
     first = process.process_index == 0
-    if first and not prepared:
-        rundir.prepare(run, processes=process.num_processes, resume=resume)
+    if not prepared:
+        prepare_once(run, process, resume=resume)
     with only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
         train_here(run, process, resume=resume)
     process.wait_for_everyone()
     process.destroy_process_group()
+
+
+def prepare_once(run: Run, process: PartialState, *, resume: bool) -> None:
+    """Make the run folder in the first process; what that one refuses, all do, on every node."""
+    said: list[str | None] = [None]
+    if process.is_main_process:
+        try:
+            rundir.prepare(run, processes=process.num_processes, resume=resume)
+        except UserError as mistake:
+            said = [str(mistake)]
+    torch.distributed.broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
 
 
 def train_here(run: Run, process: PartialState, *, resume: bool) -> None:
