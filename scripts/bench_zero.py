@@ -70,7 +70,7 @@ def cost(words: list[str]) -> Cost:
         most: dict[int, int] = {}
         while run.poll() is None:
             for process in psutil.Process(run.pid).children(recursive=True):
-                most[process.pid] = max(most.get(process.pid, 0), own_memory(process.pid))
+                most[process.pid] = max(most.get(process.pid, 0), own_memory(process))
             time.sleep(0.05)
         if run.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {run.returncode}")
@@ -79,13 +79,13 @@ def cost(words: list[str]) -> Cost:
     return Cost(seconds=statistics.median(seconds), memory=max(most.values()))
 
 
-def own_memory(pid: int) -> int:
+def own_memory(process: psutil.Process) -> int:
     """Bytes of a process that no file holds; 0 once it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        held = process.memory_info()
+    except psutil.Error:
         return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+    return held.rss - held.shared
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def split(
 ) -> Path:
     output = tmp_path_factory.mktemp("split")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    given_back = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # memory freed is not held any more
+    given_back = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # what is freed is held no longer
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **given_back}
     done = subprocess.run(
         [*words, zero_shards.__file__, *map(str, (large, micro_model, lora, output))],

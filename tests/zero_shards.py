@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
+import psutil
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
@@ -43,9 +44,8 @@ PRECISION = torch.float32
 
 def own_memory() -> int:
     """Bytes that this process holds and no file does: pages of mapped files do not count."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    (kilobytes,) = [line.split()[1] for line in lines if line.startswith("Anonymous:")]
-    return int(kilobytes) << 10
+    held = psutil.Process().memory_info()
+    return held.rss - held.shared
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def most_memory(found: dict[str, int]) -> Iterator[None]:
     found["taken"] = 0
 
     def watch() -> None:
-        while not done.wait(0.005):
+        while not done.wait(0.01):
             found["taken"] = max(found["taken"], own_memory() - start)
 
     watcher = threading.Thread(target=watch)
