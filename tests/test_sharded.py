@@ -85,7 +85,7 @@ def test_no_process_holds_more_than_its_share_of_the_base(split: Path, large: Pa
     for rank in (0, 1):
         found = json.loads((split / f"{rank}.json").read_text())
         assert 0.49 * base < found["held_after_loading"] < 0.51 * base
-        assert found["held_after_loading"] < found["taken"] < 0.75 * base
+        assert found["held_after_loading"] < found["taken"] < 0.85 * base
 
 
 def test_gathered_again_it_is_the_whole_base_with_a_lora_merged_and_the_same_adapter(
