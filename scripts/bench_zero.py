@@ -4,8 +4,8 @@ python scripts/bench_zero.py --model tiny --batch 2 --steps 12 --rounds 3
 python scripts/bench_zero.py --model FOLDER --stages 2,3 -- --set KEY=VALUE ...
 
 Seconds: the median of a run's steps after the first two; then the median, and the least and most,
-over rounds. Memory: the most that a process held of its own at any time (Linux: anonymous pages;
-files that are mapped do not count) in a run, the larger of its processes; the median over rounds.
+over rounds. Memory: the most that a process held of its own until then (Linux: anonymous pages;
+files that are mapped do not count), the larger of its processes; the median over rounds.
 What follows `--` goes to `vcdeft train`.
 """
 
@@ -51,8 +51,8 @@ def main() -> None:
     for _ in range(asked.rounds):
         for stage in stages:
             words = ["--zero", stage, "--model", asked.model, "--batch", str(asked.batch)]
-            words += ["--steps", str(asked.steps), "--processes", str(asked.processes)]
-            costs[stage].append(cost(words + asked.more))
+            words += ["--steps", str(2 * asked.steps), "--processes", str(asked.processes)]
+            costs[stage].append(cost(words + asked.more, steps=asked.steps))
             print(stage, costs[stage][-1], file=sys.stderr, flush=True)
     print("| stage | seconds a step (least to most) | memory a process, MB |\n|---|---|---|")
     for stage, found in costs.items():
@@ -62,21 +62,30 @@ def main() -> None:
         print(f"| {stage} | {shown} | {memory / 1e6:.0f} |")
 
 
-def cost(words: list[str]) -> Cost:
-    """Train once in a folder that is thrown away."""
+def cost(words: list[str], *, steps: int) -> Cost:
+    """Train `steps` steps in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "visualcloze_deft", "train", "--output", folder, *words]
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         most: dict[int, int] = {}
-        while run.poll() is None:
+        metrics = Path(folder) / METRICS
+        while run.poll() is None and len(steps_of(metrics)) < steps:
             for process in psutil.Process(run.pid).children(recursive=True):
                 most[process.pid] = max(most.get(process.pid, 0), own_memory(process))
             time.sleep(0.05)
-        if run.returncode:
+        if run.poll() is None:
+            run.terminate()  # without the sheet at the end
+        elif run.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {run.returncode}")
-        lines = (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines[WARM_UP:]]
+        run.wait()
+        seconds = steps_of(metrics)[WARM_UP:]
     return Cost(seconds=statistics.median(seconds), memory=max(most.values()))
+
+
+def steps_of(metrics: Path) -> list[float]:
+    """Seconds of the steps that a run has written down so far."""
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
+    return [json.loads(line)["seconds"] for line in lines]
 
 
 def own_memory(process: psutil.Process) -> int:
