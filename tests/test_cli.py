@@ -85,6 +85,10 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         (["--tasks", ","], "no task named"),
         (["--method", "dept"], "adapter.method = 'dept': input should be 'deft', 'deft-relaxed'"),
         (["--rank", "0"], "adapter.rank = 0"),
+        (
+            ["--set", "offload=parameters"],
+            "offload 'parameters' with --zero 2: give --zero 3",
+        ),
         (["--zero", "4"], "zero = 4: input should be 0, 1, 2 or 3"),
         (["--steps", "-5"], "steps = -5"),
         (["--batch", "0"], "batch = 0"),

@@ -36,7 +36,6 @@ from visualcloze_deft.train import learning_rate_factor
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
-OFFLOAD = f"{ZERO}.offload_optimizer.device=cpu"
 MEASURED = "--set watch.evaluate_every=3 --set watch.norms_every=2"
 SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
@@ -209,8 +208,8 @@ def test_quantised_bases_are_trained_on(
     ("processes", "options"),
     [
         (2, f"--zero 3 --checkpoint-blocks all --set sheet_every=4 {MEASURED}"),
-        (2, f"--zero 3 --checkpoint-blocks 1 {SPLIT_ALL} {OFFLOAD} {MEASURED}"),
-        (2, f"--zero 1 --checkpoint-blocks none {OFFLOAD}"),
+        (2, f"--zero 3 --checkpoint-blocks 1 {SPLIT_ALL} --set offload=parameters {MEASURED}"),
+        (2, "--zero 1 --checkpoint-blocks none --set offload=optimiser"),
         (2, "--zero 0"),
         (1, "--zero 0 --set accumulate=2"),
     ],
@@ -258,6 +257,13 @@ def test_a_run_killed_after_its_last_checkpoint_still_gives_its_adapter(
     assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node=2 -m",
     "accelerate": "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 "
@@ -271,9 +277,7 @@ def test_it_runs_unchanged_under_other_launchers(
     micro_model: Path, two_processes: Path, tmp_path: Path, launcher: str
 ) -> None:
     output = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        words = LAUNCHERS[launcher].format(port=free.getsockname()[1]).split()
+    words = LAUNCHERS[launcher].format(port=free_port()).split()
     command = [sys.executable, "-m", *words, "visualcloze_deft"]
     command += arguments(micro_model, output, "--zero", "2")
     threads = {"OMP_NUM_THREADS": "1"}  # which torchrun alone sets by itself
@@ -283,6 +287,43 @@ def test_it_runs_unchanged_under_other_launchers(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(output) == losses(two_processes)
+
+
+def on_two_nodes(logs: Path, *words: str) -> tuple[list[int], list[str]]:
+    """Exit codes and output of two launchers of one process each, which find each other over a
+    port of this machine."""
+    launcher = "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id two --rdzv-endpoint"
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher.split()]
+    command += [f"localhost:{free_port()}", "--local-addr", "localhost", "-m", "visualcloze_deft"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    paths = [logs / f"{node}.log" for node in range(2)]
+    nodes = []
+    for path in paths:
+        with path.open("wb") as log:
+            started = [*command, *words]
+            nodes.append(subprocess.Popen(started, stdout=log, stderr=log, env=environment))
+    ended = [node.wait(timeout=300) for node in nodes]
+    return ended, [path.read_text() for path in paths]
+
+
+@pytest.mark.processes
+def test_two_nodes_train_what_two_processes_of_one_do(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    ended, said = on_two_nodes(tmp_path, *arguments(micro_model, output, "--zero", "2"))
+    assert ended == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert losses(output) == losses(two_processes)
+    assert all(torch.equal(adapter_of(two_processes)[n], t) for n, t in adapter_of(output).items())
+
+
+@pytest.mark.processes
+def test_what_the_first_node_refuses_every_node_says(
+    micro_model: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    ended, said = on_two_nodes(tmp_path, *arguments(micro_model, two_processes))
+    assert 0 not in ended
+    assert all("holds another run" in text and "RuntimeError" not in text for text in said)
 
 
 def test_a_mistake_that_only_the_processes_find_is_one_line(

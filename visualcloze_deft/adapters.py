@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,16 @@ def peft_config(settings: Adapter) -> PeftConfig:
     )
 
 
-def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int) -> None:
+def attach(
+    transformer: FluxTransformer2DModel,
+    settings: Adapter,
+    *,
+    seed: int,
+    whole: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
+) -> None:
     """Freeze `transformer` and add a trainable float32 adapter; DEFT and LoRA start as identity.
+
+    whole: gives a context in which a weight can be read, where it is split over processes.
 
     Raises `UserError` where `settings.layers` matches no layer, or one that is not linear.
     """
@@ -80,7 +90,8 @@ def attach(transformer: FluxTransformer2DModel, settings: Adapter, *, seed: int)
     keep_single_precision(transformer)
     deft.adopt(transformer)
     for layer in deft.layers(transformer).values():
-        layer.start(NAME)
+        with whole(layer.get_base_layer().weight):
+            layer.start(NAME)
     deft.share_bases(transformer)
 
 

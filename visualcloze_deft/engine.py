@@ -28,7 +28,7 @@ from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.memory import BUCKET
-from visualcloze_deft.settings import Run
+from visualcloze_deft.settings import OFFLOADED, Run
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
 AVERAGE = "average"  # ours, in the same place
@@ -109,7 +109,7 @@ def register_for_zero3(root: nn.Module) -> None:
             register_external_parameter(layer, parameter)
 
 
-def deepspeed_config(run: Run, *, values: int) -> dict[str, Any]:
+def deepspeed_config(run: Run, *, values: int = BUCKET) -> dict[str, Any]:
     """DeepSpeed's settings for training so many values: its buffer for gradients, which is 2 GB
     where nothing is said, holds no more than they need."""
     ours = {
@@ -118,7 +118,8 @@ def deepspeed_config(run: Run, *, values: int) -> dict[str, Any]:
         "gradient_clipping": run.optimiser.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": run.zero, "reduce_bucket_size": min(BUCKET, values)},
+        "zero_optimization": {"stage": run.zero, "reduce_bucket_size": min(BUCKET, values)}
+        | OFFLOADED[run.offload],
         "steps_per_print": 10**9,
     }
     return over(ours, run.deepspeed)

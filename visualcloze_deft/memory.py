@@ -31,7 +31,7 @@ from visualcloze_deft.modelsize import (
     single_block,
     text_tokens_of,
 )
-from visualcloze_deft.settings import Adapter, Run
+from visualcloze_deft.settings import OFFLOADED, Adapter, Run
 
 RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
@@ -284,7 +284,7 @@ class MemoryPlan:
         return (0, 1, 2) if self.run.quantise != "none" else (0, 1, 2, 3)
 
     def parts(self, stage: Stage, recomputed: int) -> Parts:
-        zero = self.run.deepspeed.get("zero_optimization", {})
+        zero = OFFLOADED[self.run.offload] | self.run.deepspeed.get("zero_optimization", {})
         whole = sum(self.tensors) * SINGLE
         share = -(-whole // self.processes)
         base, gathered = self.base, 0
@@ -305,14 +305,9 @@ class MemoryPlan:
         )
 
     def peak(self, stage: Stage, recomputed: int) -> int:
-        """The most a process holds: at the peak of a step, or when the whole base has been loaded
-        and ZeRO-3 has not yet divided it."""
-        return max(self.parts(stage, recomputed).peak, self.loaded)
-
-    @property
-    def loaded(self) -> int:
-        """When models and adapter are loaded, before DeepSpeed starts."""
-        return self.base + self.encoders + sum(self.tensors) * SINGLE
+        """The most a process holds: at the peak of a step. Loading takes less under every stage,
+        as ZeRO-3 divides the base while it is read."""
+        return self.parts(stage, recomputed).peak
 
     def held(
         self, stage: Stage, zero: Mapping[str, Any], whole: int, share: int

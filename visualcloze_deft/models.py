@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
@@ -36,6 +39,7 @@ from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
 CPU = torch.device("cpu")
+Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,16 +225,17 @@ def load_models(
     clip_text: ClipText = "fit",
     rest: str | None = None,
     encodings: Encodings | None = None,
+    split: Split | None = None,
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
     `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
     `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
-    `load_encoders`.
+    `load_encoders`. `split`: see `load_transformer`.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     check_quantise(bits)
-    transformer = load_transformer(name, dtype=dtype, lora=lora)
+    transformer = load_transformer(name, dtype=dtype, lora=lora, split=split)
     quantise(transformer, bits, device=device)
     transformer.to(device)
     encoders = load_encoders(
@@ -306,11 +311,16 @@ def without_bars() -> Iterator[None]:
 
 
 def load_transformer(
-    name: str, *, dtype: torch.dtype, lora: str | None = None
+    name: str, *, dtype: torch.dtype, lora: str | None = None, split: Split | None = None
 ) -> FluxTransformer2DModel:
-    """The transformer of `load_models` alone."""
+    """The transformer of `load_models` alone.
+
+    split: called on all that has weights, one layer after the other where `lora` is merged. They
+    are views of their mapped files until then, in the files' precision, which `lora` is merged in.
+    """
     check_folder(name)
-    transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=dtype).eval()
+    kept_as = stored_dtype(name) if split else dtype
+    transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as).eval()
     channels = transformer.config.in_channels, transformer.config.out_channels
     if channels != CHANNELS:
         raise UserError(
@@ -318,8 +328,23 @@ def load_transformer(
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
     if lora is not None:
-        merge_lora(transformer, lora)
+        merge_lora(transformer, lora, split=split)
+    if split is not None:
+        split(transformer)
     return transformer
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
+    folder = BASE if name == TINY else Path(name)
+    if not folder.is_dir():
+        patterns = ["transformer/*.json", "transformer/*.safetensors"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    path = next(iter(sorted((folder / "transformer").glob("*.safetensors"))), None)
+    if path is None:
+        raise UserError(f"model {name!r}: no .safetensors file in {folder / 'transformer'}")
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 _NETWORKS = {
@@ -343,8 +368,10 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
-    """Add a diffusers FLUX LoRA into the transformer's weights, for good."""
+def merge_lora(
+    transformer: FluxTransformer2DModel, lora: str, *, split: Split | None = None
+) -> None:
+    """Add a diffusers FLUX LoRA into the transformer's weights, for good; `split` each layer."""
     try:
         tensors, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(
             lora, return_alphas=True, return_lora_metadata=True
@@ -365,7 +392,13 @@ def merge_lora(transformer: FluxTransformer2DModel, lora: str) -> None:
             transformer=transformer,
             adapter_name="merged",
         )
-        transformer.fuse_lora(adapter_names=["merged"])
+        for layer in transformer.modules():
+            if isinstance(layer, BaseTunerLayer):
+                base = layer.get_base_layer()
+                base.weight.data = base.weight.data.clone()  # not in the pages of a mapped file
+                layer.merge(adapter_names=["merged"])
+                if split is not None:
+                    split(base)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"LoRA {lora!r} does not fit this transformer: {str(error).splitlines()[0]}"

@@ -109,8 +109,6 @@ class Planned:
                 + ("  fits" if one.fits else "")
             )
         yield "GB of each process at its peak; blocks: how many are recomputed in the backward pass"
-        if any(one.peak > one.parts.peak for one in self.ways):
-            yield f"loading the base whole takes {gigabytes(plan.loaded)} before ZeRO-3 divides it"
         yield ""
         if found := self.chosen:
             options = f"--zero {found.stage} --checkpoint-blocks {found.recomputed}"

@@ -51,6 +51,7 @@ FREE_ON_RESUME = {
     "processes",
     "zero",
     "checkpoint_blocks",
+    "offload",
     "save_every",
     "keep",
     "compile",
@@ -238,6 +239,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
                 "name more data or fewer --processes"
             )
     run = decided(run, load_in(run, mixture), processes=processes)
+    check_offload(run)  # whose stage may have been chosen just now
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan, allowed)
@@ -268,6 +270,13 @@ def as_decided(run: Run) -> Run:
     """`run` with what its folder says was chosen where settings left it open."""
     kept = load_run(str(Path(run.output) / SETTINGS))
     return run.model_copy(update={name: getattr(kept, name) for name in DECIDED})
+
+
+def check_offload(run: Run) -> None:
+    """Raise `UserError` where the run's ZeRO stage splits nothing that could be offloaded."""
+    least = {"none": 0, "optimiser": 1, "parameters": 3}[run.offload]
+    if run.zero != "auto" and run.zero < least:
+        raise UserError(f"offload {run.offload!r} with --zero {run.zero}: give --zero {least}")
 
 
 @contextmanager

@@ -192,6 +192,14 @@ OWNED = {
 }  # DeepSpeed's settings that one of ours decides
 
 
+ON_CPU = {"device": "cpu"}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimiser": {"offload_optimizer": ON_CPU},
+    "parameters": {"offload_optimizer": ON_CPU, "offload_param": ON_CPU},
+}  # DeepSpeed's settings for `offload`
+
+
 def _not_owned(settings: dict[str, Any]) -> dict[str, Any]:
     for name, ours in OWNED.items():
         *sections, last = name.split(".")
@@ -223,9 +231,12 @@ class Run(_Section):
     """0: one per GPU, or two on a machine without GPU."""
     zero: Literal[0, 1, 2, 3, "auto"] = 2
     """DeepSpeed ZeRO stage; "auto": the lowest whose memory fits, see `vcdeft plan`."""
+    offload: Literal["none", "optimiser", "parameters"] = "none"
+    """What a GPU leaves in the computer's memory: the optimiser's state (ZeRO 1 to 3), or that and
+    its share of the weights (ZeRO 3)."""
     deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
-    deepspeed.zero_optimization.offload_optimizer.device=cpu."""
+    deepspeed.zero_optimization.stage3_max_live_parameters=100000000."""
     precision: Precision = "auto"
     """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
     quantise: Bits = "none"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, heldout, rundir
+from visualcloze_deft import adapters, checkpoint, heldout, rundir, sharded
 from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture
@@ -34,6 +34,7 @@ from visualcloze_deft.engine import (
     adapter_norms,
     adapter_of_average,
     average,
+    deepspeed_config,
     gather_adapter,
     gather_average,
     gather_moments,
@@ -98,8 +99,8 @@ def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = 
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
     output = Path(run.output)
     first = process.process_index == 0
-    if first and not prepared:
-        rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
+    if not prepared:
+        prepare_once(run, process, resume=resume, allowed=allowed)
     asked = Asked()
     with handled(asked.hear), left_alone(asked), only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
@@ -127,6 +128,21 @@ def left_alone(asked: Asked) -> Iterator[None]:
         raise
 
 
+def prepare_once(
+    run: Run, process: PartialState, *, resume: bool, allowed: Collection[str]
+) -> None:
+    """Make the run folder in the first process; what that one refuses, all do, on every node."""
+    said: list[str | None] = [None]
+    if process.is_main_process:
+        try:
+            rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
+        except UserError as mistake:
+            said = [str(mistake)]
+    torch.distributed.broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
+
+
 def train_here(
     run: Run, process: PartialState, *, resume: bool, asked: Asked, watchdog: Watchdog
 ) -> None:
@@ -134,15 +150,17 @@ def train_here(
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
     kept = rundir.encodings_folder(run)
+    dtype = dtype_of(run.precision, process.device.type)
     models = load_models(
         run.model,
-        dtype=dtype_of(run.precision, process.device.type),
+        dtype=dtype,
         device=str(process.device),
         lora=run.model_lora,
         bits=run.quantise,
         clip_text=run.clip_text,
         rest="cpu" if run.offload_encoders else None,
         encodings=Encodings(kept) if kept else None,
+        split=sharded.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
     )
     start = latest(output, process) if resume else None
     if start is not None:
@@ -155,7 +173,7 @@ def train_here(
             dropout=run.adapter.dropout,
         )
     else:
-        adapters.attach(models.transformer, run.adapter, seed=run.seed)
+        adapters.attach(models.transformer, run.adapter, seed=run.seed, whole=sharded.whole)
     engine = start_engine(models.transformer, run)
     if start is not None:
         restore_moments(engine, start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -119,7 +120,9 @@ def _mapped(path: Path) -> pa.Table | None:
 def _write(rows: Iterable[Row], path: Path) -> None:
     """A table in a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(f".part{os.getpid()}")
+    staged = path.with_suffix(
+        f".part{uuid.uuid4().hex}"
+    )  # a process of another node may do so, too
     try:
         with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             for batch in _batches(rows):
