@@ -253,6 +253,11 @@ def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite() -> None
     assert smoothed[1:].tolist() == [2.0] * 4
 
 
+def test_a_loss_that_was_not_finite_is_a_gap() -> None:
+    lines = [{"loss": 1.0}, {"loss": None}, {}]
+    assert np.isnan(report.values(lines, "loss")).tolist() == [False, True, True]
+
+
 def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     x = np.arange(10_001.0)
     few, _ = report.thinned(x, x)

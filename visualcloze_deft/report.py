@@ -105,13 +105,13 @@ def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
 
 
 def values(lines: Lines, *path: str) -> Numbers:
-    """The number at `path` of each line; NaN where a line has none."""
+    """The number at `path` of each line; NaN where a line has none, or null for one not finite."""
     found = []
     for line in lines:
         value: Any = line
         for name in path:
             value = value.get(name, {})
-        found.append(np.nan if value == {} else float(value))
+        found.append(np.nan if value is None or value == {} else float(value))
     return np.array(found)
 
 
