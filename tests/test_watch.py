@@ -176,6 +176,7 @@ def test_the_running_average_is_a_plain_one_and_is_saved_shown_and_taken_up_agai
         progress,
         engine.gather_moments(trained),
         lambda at: adapters.save(models.transformer, at, base=run.model, tensors=before),
+        keep=1,
         average=engine.gather_average(trained),
     )
     again = load_models(run.model)

@@ -18,8 +18,9 @@ def rehearsal(run: Run) -> Run:
             f"output {run.output} holds another run; go on with --resume or choose another --output"
         )
     optimiser = run.optimiser.model_copy(update={"warmup": 0})
+    watch = run.watch.model_copy(update={"trackers": (), "evaluate_every": 0})
     fields = {"output": f"{run.output}.dry-run", "steps": 1, "sheet_every": 0}
-    return run.model_copy(update=fields | {"optimiser": optimiser})
+    return run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
 
 
 def clear(rehearsed: Run) -> None:
