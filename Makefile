@@ -1,5 +1,6 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
 # make test: set up and run the tests.   make check: ruff and mypy.
+# make test-faults: twenty runs killed at random times, then resumed; some minutes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +8,7 @@ SHOWN := canny-to-image,depth-to-image,segmentation-to-image,image-to-depth,imag
 	image-editing,novel-view,object-insertion,colourisation,deblurring,subject-driven
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup
+.PHONY: demo test test-faults check setup
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -25,6 +26,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults tests
 
 check: setup
 	$(BIN)/ruff check .

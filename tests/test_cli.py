@@ -94,6 +94,14 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         (["--batch", "0"], "batch = 0"),
         (["--lr", "0"], "optimiser.lr = 0"),
         (["--lr", "nan"], "optimiser.lr = nan"),
+        (
+            ["--steps", "20", "--set", "optimiser.warmup=21"],
+            "optimiser.warmup = 21: longer than the 20 steps",
+        ),
+        (["--zero", "3", "--set", "compile=true"], "compile is not for ZeRO-3"),
+        (["--allow-change", "lr"], "--allow-change goes with --resume"),
+        (["--resume", "--dry-run"], "--dry-run starts a run of its own"),
+        (["--lr", "nan"], "optimiser.lr = nan"),
         (["--seed", "-1"], "seed = -1"),
         (["--resolution", "100"], "data.resolution = 100"),
         (

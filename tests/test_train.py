@@ -27,6 +27,7 @@ from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
 from visualcloze_deft.cli import main
 from visualcloze_deft.encodings import entries
+from visualcloze_deft.engine import compile_blocks
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models
@@ -476,6 +477,71 @@ def test_resuming_as_another_run_is_refused(
     two_processes: Path, refused: Callable[..., str], change: list[str], message: str
 ) -> None:
     assert message in refused("train", "--output", two_processes, "--resume", *change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--lr", "0.02", "--allow-change", "optimiser.lr"], None),
+        (["--set", "data.weights={novel-view = 2}", "--allow-change", "data.weights"], None),
+        (["--lr", "0.02"], "or say --allow-change optimiser.lr"),
+        (["--rank", "8", "--allow-change", "adapter.rank"], "start another --output"),
+        (["--allow-change", "lr"], "no such setting; did you mean optimiser.lr"),
+    ],
+)
+def test_what_may_change_is_named(
+    two_processes: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    change: list[str],
+    message: str | None,
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(two_processes, output)
+    words = ["train", "--output", output, "--resume", *change]
+    if message is None:
+        run(words)  # which has no step left to take
+    else:
+        assert message in refused(*words)
+
+
+def test_a_batch_is_divided_anew_among_other_processes(two_processes: Path) -> None:
+    was = load_run(str(two_processes / rundir.SETTINGS))
+    assert [rundir.divided(was, processes=count).batch for count in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match="4 batch a step cannot be divided among 3 processes"):
+        rundir.divided(was, processes=3)
+
+
+def test_a_dry_run_says_what_the_run_will_take_and_leaves_a_sheet(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    said = run(arguments(micro_model, output, "--dry-run", "--steps", "500"))
+    assert "step 1: 4 grids" in said
+    assert "500 such steps" in said
+    assert "checkpoint 0." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run.dry-run.png"]
+    assert Image.open(tmp_path / "run.dry-run.png").width > 100
+
+
+def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model: Path) -> None:
+    run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "adapter.rank=4"])
+    draws = Draws(rundir.mixture_of(run))
+    models = load_models(run.model)
+    groups = encode(models, [draws[index] for index in range(2)], seed=0)
+    adapters.attach(models.transformer, run.adapter, seed=0)
+    loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(models.transformer)
+        loss = loss_of(groups).mean()
+        loss.backward()
+        trained = adapters.trainable(models.transformer).values()
+        found.append([loss.detach(), *(p.grad for p in trained if p.grad is not None)])
+        models.transformer.zero_grad(set_to_none=True)
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_resuming_with_another_global_batch_is_refused(
