@@ -7,6 +7,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120  # two minutes before the end: the run saves and leaves
 set -euo pipefail
 
 GPUS=8  # of a node, as above
@@ -16,7 +17,7 @@ PORT=$((20000 + SLURM_JOB_ID % 20000))  # free on the first node: one of its own
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / GPUS))
 
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" \
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:$PORT" \
   -m visualcloze_deft train --config flux-8gpu-zero3 \
   --data graph200k=/shared/graph200k --output /shared/runs/flux "$@"

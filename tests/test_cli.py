@@ -93,7 +93,6 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         (["--steps", "-5"], "steps = -5"),
         (["--batch", "0"], "batch = 0"),
         (["--lr", "0"], "optimiser.lr = 0"),
-        (["--lr", "nan"], "optimiser.lr = nan"),
         (
             ["--steps", "20", "--set", "optimiser.warmup=21"],
             "optimiser.warmup = 21: longer than the 20 steps",

@@ -194,7 +194,7 @@ def test_a_process_that_hangs_ends_the_run_with_its_reason(
     group.send(signal.SIGSTOP, 1)
     assert group.wait() == STUCK
     assert "process 0 got no further for 1" in group.said
-    assert re.search(r"process 1 was at step \d, ?|process 1 was at ", group.said)
+    assert re.search(r"\(process 1 was at (step|saving step) \d \d+ s ago\)", group.said)
     run([*RESUME, output])
     assert_as_whole(output, whole)
 

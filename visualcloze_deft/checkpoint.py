@@ -124,7 +124,12 @@ def publish(staging: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         final.rename(aside)
-    staging.rename(final)
+    try:
+        staging.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     flush(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

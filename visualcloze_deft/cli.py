@@ -254,7 +254,7 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     from visualcloze_deft.memory import memory_here, plan_here
     from visualcloze_deft.planned import in_short
     from visualcloze_deft.registry import load_tasks
-    from visualcloze_deft.rundir import load_in, plan_of, weights_of
+    from visualcloze_deft.rundir import load_in, plan_of, to_plan, weights_of
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}
@@ -277,7 +277,7 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
         f"ZeRO-{run.zero}, into {run.output}"
     )
-    memory = plan_here(run, load_in(run, mixture), processes=processes)
+    memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
     for line in in_short(memory, memory_here(processes)):
         click.echo(line)
     if run.batch_tokens:

@@ -207,13 +207,13 @@ def average(engine: Any, decay: float) -> None:
     """Move the running average of what is trained, this process's share, towards what it is now.
 
     It begins as what the first step leaves, and lies beside AdamW's moments, so that it is
-    gathered and put back as they are.
+    gathered and put back as they are. decay: how much of it stays.
     """
     for flat in stepped_tensors(engine):
         state = torch_optimiser(engine).state[flat]
         if AVERAGE in state:
             state[AVERAGE].lerp_(flat, 1 - decay)
-        elif state:  # else AdamW has not stepped, and takes a state that is not empty for its own
+        else:
             state[AVERAGE] = flat.detach().clone()
 
 

@@ -18,6 +18,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.signals import Asked, exit_status, handled
 
 CPU_PROCESSES = 2
+ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
 PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 
 
@@ -76,8 +77,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
     asked = Asked()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        again = bool(asked)
-        asked.signal = asked.signal or number
+        again = asked.twice(number)
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
@@ -86,9 +86,9 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         with handled(pass_on):
             elastic_launch(config, sys.executable)("-m", "visualcloze_deft", *arguments)
     except ChildFailedError as error:
-        if asked:
-            return exit_status(asked.signal)
         rank, failure = error.get_first_failure()
+        if asked and failure.exitcode in ENDED_AS_ASKED:
+            return exit_status(asked.signal)
         if failure.exitcode < 0:
             print(f"vcdeft: {killed(rank, failure.signal_name())}", file=sys.stderr)
             return exit_status(-failure.exitcode)

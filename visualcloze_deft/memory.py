@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import WEIGHTS, Bits, check_quantise
@@ -41,6 +41,12 @@ SINGLE = 4  # bytes of float32
 STAGES = (0, 1, 2, 3)
 
 Stage = Literal[0, 1, 2, 3]
+ZERO: tuple[Stage, ...] = (0, 1, 2, 3)
+LEAST = {
+    "none": 0,
+    "optimiser": 1,
+    "parameters": 3,
+}  # the first stage that splits what is offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +171,12 @@ def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
     if settings.start is None:
         pattern = FLUX_LAYERS if settings.layers == "flux" else settings.layers
         return [name for name in model.linear if re.fullmatch(pattern, name)]
-    with safe_open(Path(settings.start) / WEIGHTS, "np") as file:
-        tensors = list(file.keys())
+    path = Path(settings.start) / WEIGHTS
+    try:
+        with safe_open(path, "np") as file:
+            tensors = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter.start: {path} cannot be read: {error}") from None
     names = {re.sub(r"(base_model\.model\.)?(.*)\.(deft|lora)_.*", r"\2", t) for t in tensors}
     return [name for name in model.linear if name in names]
 
@@ -280,8 +290,9 @@ class MemoryPlan:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those this base can be trained under."""
-        return (0, 1, 2) if self.run.quantise != "none" else (0, 1, 2, 3)
+        """Those this base can be trained under, with the run's `offload` and `compile`."""
+        whole = self.run.quantise != "none" or self.run.compile
+        return tuple(s for s in ZERO if s >= LEAST[self.run.offload] and not (whole and s == 3))
 
     def parts(self, stage: Stage, recomputed: int) -> Parts:
         zero = OFFLOADED[self.run.offload] | self.run.deepspeed.get("zero_optimization", {})
@@ -313,9 +324,10 @@ class MemoryPlan:
         self, stage: Stage, zero: Mapping[str, Any], whole: int, share: int
     ) -> tuple[int, int, int]:
         """Bytes of the adapter with its copies, of the moments, and of the gradients."""
+        kept = 3 if self.run.ema else 2  # the moments, and the running average beside them
         if stage == 0:
             summing = min(whole, BUCKET * SINGLE) if self.processes > 1 else 0
-            return whole, 2 * whole, whole + summing
+            return whole, kept * whole, whole + summing
         bucket = int(zero.get("reduce_bucket_size", min(BUCKET, sum(self.tensors)))) * SINGLE
         if stage != 3 and zero.get("overlap_comm"):
             bucket *= 2
@@ -323,7 +335,7 @@ class MemoryPlan:
         if _offloaded(zero, "optimizer"):
             return values, 0, bucket
         summed = whole if stage == 1 and self.run.accumulate > 1 else share
-        return values + share, 2 * share, summed + bucket
+        return values + share, kept * share, summed + bucket
 
     def gathered(self, zero: Mapping[str, Any]) -> int:
         """What ZeRO-3 fetches for the layers at work, and the small tensors it keeps then."""
@@ -351,7 +363,7 @@ class MemoryPlan:
         """
         stages = self.stages if self.run.zero == "auto" else (self.run.zero,)
         if self.run.zero == "auto" and self.processes == 1:
-            stages = (0,)  # there is nothing to divide
+            stages = self.stages[:1]  # there is nothing to divide
         for stage in stages:
             blocks = self.recomputed
             if blocks is None:
@@ -415,14 +427,17 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
         load=load,
         processes=processes,
         size=size,
-        encoders=others * size,
+        encoders=0 if run.offload_encoders and gpu else others * size,
     )
-    if (plan.recomputed or 0) > plan.blocks:
-        raise UserError(
-            f"checkpoint_blocks = {run.checkpoint_blocks}: the model has {plan.blocks} blocks; "
-            "give fewer, or all"
-        )
+    check_blocks(run, model)
     return plan
+
+
+def check_blocks(run: Run, model: Flux) -> None:
+    """Raise `UserError` where more blocks are to be recomputed than there are."""
+    said, there = run.checkpoint_blocks, len(model.blocks)
+    if isinstance(said, int) and said > there:
+        raise UserError(f"checkpoint_blocks = {said}: the model has {there} blocks; give fewer")
 
 
 def plan_here(run: Run, load: Load, *, processes: int) -> MemoryPlan:
@@ -461,6 +476,8 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
     On CPU no block is recomputed. Raises `UserError` where nothing fits.
     """
     gpu = on_gpu()
+    if isinstance(run.checkpoint_blocks, int):
+        check_blocks(run, flux(settings_of(run.model, "transformer")))
     if run.zero != "auto" and (run.checkpoint_blocks != "auto" or not gpu):
         blocks = 0 if run.checkpoint_blocks == "auto" else run.checkpoint_blocks
         return run.model_copy(update={"checkpoint_blocks": blocks})

@@ -339,7 +339,10 @@ def stored_dtype(name: str) -> torch.dtype:
     folder = BASE if name == TINY else Path(name)
     if not folder.is_dir():
         patterns = ["transformer/*.json", "transformer/*.safetensors"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
     path = next(iter(sorted((folder / "transformer").glob("*.safetensors"))), None)
     if path is None:
         raise UserError(f"model {name!r}: no .safetensors file in {folder / 'transformer'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,13 +24,21 @@ from visualcloze_deft.memory import (
     memory_plan,
     parse_memory,
 )
-from visualcloze_deft.rundir import METRICS, SETTINGS, flat, load_in, mixture_of, resolution_of
+from visualcloze_deft.rundir import (
+    METRICS,
+    SETTINGS,
+    flat,
+    load_in,
+    mixture_of,
+    read_lines,
+    resolution_of,
+)
 from visualcloze_deft.settings import Run, load_run
 
 TIMED = 100  # last steps of an earlier run whose median counts
 # What leaves a step's time as it is.
 WITHOUT_TIME = re.compile(
-    r"output|steps|seed|save_every|sheet_every|context_weight|guidance|clip_text|times|time_shift|"
+    r"output|steps|seed|save_every|sheet_every|keep|timeout|not_finite_at_most|watch\..*|context_weight|guidance|clip_text|times|time_shift|"
     r"optimiser\..*|adapter\.(alpha|start|p_lr_ratio)|model_lora|data\.(hold_out|skip_at_most)"
 )
 
@@ -193,10 +200,9 @@ def load_of_grid(run: Run, grid: str) -> Load:
 
 def rate_of(folder: Path, run: Run) -> Rate:
     """How fast the run in `folder` was: the median of its last steps."""
-    path = folder / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[-TIMED:]
-        seconds = median(float(json.loads(line)["seconds"]) for line in lines)
+        lines = read_lines(folder / METRICS)[-TIMED:]
+        seconds = median(float(line["seconds"]) for line in lines)
     except (OSError, ValueError, KeyError, TypeError) as error:  # also where there is no step
         raise UserError(f"--run {folder}: no steps in {METRICS}: {error}") from None
     settings = [flat(r.model_dump(mode="json")) for r in (load_run(str(folder / SETTINGS)), run)]

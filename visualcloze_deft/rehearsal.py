@@ -17,9 +17,12 @@ def rehearsal(run: Run) -> Run:
         raise UserError(
             f"output {run.output} holds another run; go on with --resume or choose another --output"
         )
+    rundir.check_settings(run)  # of which the first step needs only some
     optimiser = run.optimiser.model_copy(update={"warmup": 0})
-    watch = run.watch.model_copy(update={"trackers": (), "evaluate_every": 0})
-    fields = {"output": f"{run.output}.dry-run", "steps": 1, "sheet_every": 0}
+    watch = run.watch.model_copy(update={"trackers": ()})
+    output = Path(run.output)
+    beside = str(output.with_name(f"{output.name}.dry-run"))
+    fields = {"output": beside, "steps": 1, "sheet_every": 0}
     return run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
 
 
@@ -36,7 +39,7 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     (saved,) = (folder / "checkpoints").glob("step-*")
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free
-    sheet = folder.with_name(f"{folder.name}.png")
+    sheet = folder.with_suffix(".dry-run.png")
     shutil.copyfile(max((folder / "sheets").glob("*.png")), sheet)
     shutil.rmtree(folder)
     hours = run.steps * step["seconds"] / 3600

@@ -21,7 +21,7 @@ from visualcloze_deft.data.item import Part, Source
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.memory import Load, decided, load_of
+from visualcloze_deft.memory import LEAST, Load, decided, load_of
 from visualcloze_deft.modelfolder import (
     check_base,
     check_folder,
@@ -65,7 +65,8 @@ FREE_ON_RESUME = {
 }
 """Settings that may change when a run goes on: they leave the examples of every step as they were.
 
-Another `steps` stretches a cosine schedule, so the learning rate goes on from where the new one is.
+Another `steps` stretches a cosine schedule and the "auto" warm-up of a run of less than 500 steps,
+so the learning rate goes on from where the new one is.
 """
 DECIDED = ("zero", "checkpoint_blocks")  # settings that `prepare` chooses where they are "auto"
 FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
@@ -203,17 +204,10 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
 
     allowed: settings that may differ from those of the run that is resumed.
     """
-    if run.optimiser.warmup_of(run.steps) > run.steps:
-        raise UserError(
-            f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
-            'run; give less, or "auto"'
-        )
-    if run.compile and run.zero == 3:
-        raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
+    check_settings(run)
     check_folder(run.model)
     check_quantise(run.quantise, zero3=run.zero == 3)
     encodings_folder(run)
-    check_trackers(run)
     if run.model_lora is not None:
         check_lora(run.model_lora)
     if run.adapter.start is not None and not resume:
@@ -238,7 +232,8 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
                 f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
                 "name more data or fewer --processes"
             )
-    run = decided(run, load_in(run, mixture), processes=processes)
+    chosen = decided(to_plan(run), load_in(run, mixture), processes=processes)
+    run = run.model_copy(update={name: getattr(chosen, name) for name in DECIDED})
     check_offload(run)  # whose stage may have been chosen just now
     if resume:
         start = newest(output / "checkpoints")[0]
@@ -251,8 +246,15 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     return mixture
 
 
-def check_trackers(run: Run) -> None:
-    """Raise `UserError` unless the packages of all trackers are installed."""
+def check_settings(run: Run) -> None:
+    """Raise `UserError` where settings do not go together or a tracker's package is missing."""
+    if run.optimiser.warmup_of(run.steps) > run.steps:
+        raise UserError(
+            f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
+            'run; give less, or "auto"'
+        )
+    if run.compile and run.zero == 3:
+        raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
     for name in run.watch.trackers:
         if _version(name) == MISSING:
             raise UserError(
@@ -266,6 +268,16 @@ def load_in(run: Run, mixture: Mixture) -> Load:
     return load_of(run, most=mixture.most_tokens, least=mixture.least_tokens)
 
 
+def to_plan(run: Run) -> Run:
+    """`run` as its memory is planned: an adapter that it started from lies in its own checkpoint,
+    once there is one, whatever became of the first folder."""
+    saved = sorted((Path(run.output) / "checkpoints").glob("step-*"))
+    if run.adapter.start is None or not saved:
+        return run
+    adapter = run.adapter.model_copy(update={"start": str(saved[-1])})
+    return run.model_copy(update={"adapter": adapter})
+
+
 def as_decided(run: Run) -> Run:
     """`run` with what its folder says was chosen where settings left it open."""
     kept = load_run(str(Path(run.output) / SETTINGS))
@@ -274,7 +286,7 @@ def as_decided(run: Run) -> Run:
 
 def check_offload(run: Run) -> None:
     """Raise `UserError` where the run's ZeRO stage splits nothing that could be offloaded."""
-    least = {"none": 0, "optimiser": 1, "parameters": 3}[run.offload]
+    least = LEAST[run.offload]
     if run.zero != "auto" and run.zero < least:
         raise UserError(f"offload {run.offload!r} with --zero {run.zero}: give --zero {least}")
 

@@ -276,7 +276,8 @@ class Run(_Section):
     """Checkpoints that stay; older ones go."""
     timeout: Annotated[float, Field(ge=1)] = 1800.0
     """Seconds without progress after which a process that hangs, or waits for one, ends the run
-    with the reason. More than a step, a save or a sheet takes."""
+    with the reason: more than a step, a save, a sheet, or loading and downloading the model takes.
+    On GPUs NCCL gives up by itself after 10 minutes in a collective operation of DeepSpeed's."""
     not_finite_at_most: Annotated[int, Field(ge=0)] = 5
     """Steps in a row without a finite gradient, each skipped by all processes, that a run bears."""
     sheet_every: Annotated[int, Field(ge=0)] = 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ASKING = (signal.SIGINT, signal.SIGTERM)
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_REQUEST = 2.0  # seconds: launchers and queues pass one request on as several signals
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -18,14 +20,27 @@ class Asked:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal > 0
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def twice(self, number: int) -> bool:
+        """Hear a signal; whether it is a request of its own after the first."""
         if self:
-            os._exit(exit_status(self.signal))  # asked twice
-        self.signal = number
+            return time.monotonic() - self.since > ONE_REQUEST
+        self.signal, self.since = number, time.monotonic()
+        return False
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if self.twice(number):
+            os._exit(exit_status(self.signal))
+
+
+def deaf(worker: int) -> None:
+    """For processes that only serve another: that one decides when they end."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_status(number: int) -> int:

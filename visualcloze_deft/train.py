@@ -50,7 +50,7 @@ from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.report import write_report
 from visualcloze_deft.settings import Optimiser, Run
-from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.signals import Asked, deaf, exit_status, handled
 from visualcloze_deft.watch import Seen, Watch, mean_error
 from visualcloze_deft.watchdog import Watchdog
 
@@ -99,15 +99,16 @@ def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = 
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
     output = Path(run.output)
     first = process.process_index == 0
-    if not prepared:
-        prepare_once(run, process, resume=resume, allowed=allowed)
+    if prepared:
+        run = rundir.as_decided(run)
+    else:
+        run = prepare_once(run, process, resume=resume, allowed=allowed)
     asked = Asked()
     with handled(asked.hear), left_alone(asked), only_writer(output) if first else nullcontext():
         process.wait_for_everyone()
         with Watchdog(
             output, rank=process.process_index, world=process.num_processes, patience=run.timeout
         ) as watchdog:
-            run = rundir.as_decided(run)
             train_here(run, process, resume=resume, asked=asked, watchdog=watchdog)
     process.wait_for_everyone()
     process.destroy_process_group()
@@ -119,7 +120,9 @@ def left_alone(asked: Asked) -> Iterator[None]:
     one too: it goes without a traceback, which would hide the reason."""
     try:
         yield
-    except RuntimeError:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
         until = time.monotonic() + LAUNCHER_NOTICES
         while not asked and time.monotonic() < until:
             time.sleep(0.1)
@@ -128,19 +131,20 @@ def left_alone(asked: Asked) -> Iterator[None]:
         raise
 
 
-def prepare_once(
-    run: Run, process: PartialState, *, resume: bool, allowed: Collection[str]
-) -> None:
-    """Make the run folder in the first process; what that one refuses, all do, on every node."""
-    said: list[str | None] = [None]
+def prepare_once(run: Run, process: PartialState, *, resume: bool, allowed: Collection[str]) -> Run:
+    """Make the run folder in the first process; what that one decides or refuses, all do, on every
+    node, also where another node does not see its files yet."""
+    said: list[Run | str] = [run]
     if process.is_main_process:
         try:
             rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
+            said = [rundir.as_decided(run)]
         except UserError as mistake:
             said = [str(mistake)]
     torch.distributed.broadcast_object_list(said)
-    if said[0] is not None:
+    if isinstance(said[0], str):
         raise UserError(said[0])
+    return said[0]
 
 
 def train_here(
@@ -151,6 +155,7 @@ def train_here(
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
     kept = rundir.encodings_folder(run)
     dtype = dtype_of(run.precision, process.device.type)
+    watchdog.doing("loading the model")
     models = load_models(
         run.model,
         dtype=dtype,
@@ -162,6 +167,7 @@ def train_here(
         encodings=Encodings(kept) if kept else None,
         split=sharded.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
     )
+    watchdog.doing("attaching the adapter")
     start = latest(output, process) if resume else None
     if start is not None:
         adapters.load(models.transformer, start.folder, trainable=True)
@@ -174,6 +180,7 @@ def train_here(
         )
     else:
         adapters.attach(models.transformer, run.adapter, seed=run.seed, whole=sharded.whole)
+    watchdog.doing("starting DeepSpeed")
     engine = start_engine(models.transformer, run)
     if start is not None:
         restore_moments(engine, start)
@@ -261,9 +268,10 @@ class Loop:
             batch_sampler=Own(self.plan, first=self.examples, steps=remaining, rank=self.rank),
             collate_fn=list,
             num_workers=run.data.workers,
+            worker_init_fn=deaf,  # a signal to all processes must leave the last step its data
         )
         batches = self.watch.timed(iter(loader))
-        if self.step == 0:
+        if not self.watch.has_evaluated(self.step):  # a run may have been ended before it did
             self.evaluate()
         with tqdm(
             desc="training",
@@ -305,7 +313,8 @@ class Loop:
             self.engine.step()
         self.step += 1
         if run.ema:
-            average(self.engine, averaging_factor(self.step, run.ema))
+            stepped = self.engine.was_step_applied()
+            average(self.engine, averaging_factor(self.step, run.ema) if stepped else 1.0)
         self.examples += planned.examples
         seen = self.record(planned, seen, factor, time.monotonic() - began, bar)
         self.count_not_finite(planned, seen)

@@ -77,6 +77,12 @@ class Watch:
             yield batch
             began = time.monotonic()
 
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the loss on held-out grids of `step` is written already."""
+        return any(
+            line["step"] == step for line in rundir.read_lines(self.output / rundir.EVALUATION)
+        )
+
     def norms_due(self, step: int) -> bool:
         every = self.run.watch.norms_every
         return every > 0 and step % every == 0

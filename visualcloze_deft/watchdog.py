@@ -71,8 +71,10 @@ class Watchdog:
                 break
         if self.ended.is_set():
             return
-        print(f"vcdeft: {self.reason()}", file=sys.stderr, flush=True)
-        os._exit(STUCK)  # the main thread is inside a library and cannot be asked
+        try:
+            print(f"vcdeft: {self.reason()}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(STUCK)  # the main thread is inside a library and cannot be asked
 
     def reason(self) -> str:
         """One line: how long this process has waited, and where each other was last seen."""
