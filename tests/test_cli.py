@@ -89,7 +89,7 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
             ["--set", "offload=parameters"],
             "offload 'parameters' with --zero 2: give --zero 3",
         ),
-        (["--zero", "4"], "zero = 4: input should be 0, 1, 2 or 3"),
+        (["--zero", "4"], "zero = 4: input should be 0, 1, 2, 3 or 'auto'"),
         (["--steps", "-5"], "steps = -5"),
         (["--batch", "0"], "batch = 0"),
         (["--lr", "0"], "optimiser.lr = 0"),

@@ -26,7 +26,7 @@ from processes import Group, forked, run
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast
 
-from visualcloze_deft import adapters, rundir
+from visualcloze_deft import adapters, rundir, signals
 from visualcloze_deft.checkpoint import Progress, newest, save
 from visualcloze_deft.engine import FiniteAdamW
 from visualcloze_deft.watchdog import STUCK
@@ -155,16 +155,42 @@ def test_asked_to_end_a_run_saves_and_leaves(
 
 
 def test_asked_twice_a_run_leaves_at_once(micro_model: Path, tmp_path: Path) -> None:
+    """Also where its step cannot end, because another process hangs."""
     output = tmp_path / "run"
-    group = Group(words(micro_model, output, "--set", "save_every=100", "--steps", 500))
+    command = [sys.executable, "-m", "visualcloze_deft", *map(str, words(micro_model, output))]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: lines(output))
-    group.send(signal.SIGSTOP)  # both signals are there before a step can end
-    group.send(signal.SIGTERM)
-    group.send(signal.SIGINT)
-    group.send(signal.SIGCONT)
-    assert group.wait() == 128 + signal.SIGINT or group.wait() == 128 + signal.SIGTERM
-    assert "Traceback" not in group.said
-    assert not list((output / "checkpoints").glob("step-*"))
+    rank(started.pid, 1).suspend()
+    started.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(signals.ONE_REQUEST + 1)
+    started.send_signal(signal.SIGINT)
+    said, _ = started.communicate(timeout=20)
+    assert started.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in said
+
+
+def rank(launcher: int, number: int) -> psutil.Process:
+    """A training process of our own launcher."""
+    children = psutil.Process(launcher).children()
+    return next(one for one in children if one.environ().get("RANK") == str(number))
+
+
+def test_a_signal_to_all_processes_leaves_the_reading_ones_at_work(
+    micro_model: Path, whole: Path, tmp_path: Path
+) -> None:
+    """As torchrun and SLURM send it: to every process of a group, not to the ranks alone."""
+    output = tmp_path / "run"
+    more = ("--set", "data.workers=1", "--set", "save_every=100")
+    group = Group(words(micro_model, output, *more))
+    until(lambda: len(lines(output)) >= 2)
+    ranks = [psutil.Process(one.pid) for one in group.ranks]
+    for process in [child for one in ranks for child in one.children()] + ranks:
+        process.send_signal(signal.SIGTERM)
+    assert group.wait() == 128 + signal.SIGTERM
+    assert "saved; go on with" in group.said
+    run([*RESUME, output])
+    assert_as_whole(output, whole)
 
 
 def test_a_process_that_dies_ends_the_run_with_its_reason(
@@ -174,9 +200,7 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(
     command = [sys.executable, "-m", "visualcloze_deft", *map(str, words(micro_model, output))]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: list((output / "checkpoints").glob("step-*")))
-    ranks = psutil.Process(started.pid).children()
-    second = next(r for r in ranks if r.is_running() and r.environ().get("RANK") == "1")
-    second.kill()
+    rank(started.pid, 1).kill()
     said, _ = started.communicate(timeout=120)
     assert started.returncode == 128 + signal.SIGKILL
     assert "process 1 was ended by SIGKILL" in said
