@@ -1,6 +1,6 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
 # make test: set up and run the tests.   make check: ruff and mypy.
-# make test-faults: twenty runs killed at random times, then resumed; some minutes.
+# make test-faults: runs that are killed, stopped and starved, then resumed; some minutes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv

@@ -30,12 +30,13 @@ from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, checkpoint, flow, rundir
 from visualcloze_deft.batch import Drawn, Draws, Group, encode, encode_grids
 from visualcloze_deft.engine import gather_adapter, gather_moments, start_engine
+from visualcloze_deft.flops import peak as device_peak
+from visualcloze_deft.flops import training_flops
 from visualcloze_deft.grid import Latents, position_ids
 from visualcloze_deft.models import Models, load_models, predict_velocity
 from visualcloze_deft.settings import Run, load_run
@@ -43,7 +44,7 @@ from visualcloze_deft.settings import Run, load_run
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PARTS = ("encode", "forward", "backward", "optimiser")
-H100_BF16 = 989e12  # FLOP/s without sparsity, NVIDIA's data sheet
+BASE = ["zero=0", "processes=1"]
 CELL, ROWS, COLUMNS, TEXT = 384, 3, 3, 512  # of the measurement at FLUX's size
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' FLUX LoRA trainer
 
@@ -239,9 +240,9 @@ def take_turns(
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    base = [f"batch={options.batch}", "zero=0", "checkpoint_blocks=none", "processes=1"]
     if options.blocks:
         return measure_flux(options)
+    base = [*BASE, f"batch={options.batch}", "checkpoint_blocks=none"]
     run = load_run(None, [*base, f"adapter.rank={options.rank}", f"data.tasks={options.tasks}"])
     batches, drawing = drawn_batches(run, options.rounds + options.warmup)
     steps: dict[str, Step] = {}
@@ -269,53 +270,44 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_flux(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Full FLUX geometry on a GPU, one variant after the other: no two fit at once."""
     rows = []
+    half = sum(options.blocks) // 2
     for variant in ("vcdeft deft", "vcdeft lora", "accelerate + peft LoRA"):
-        for blocks in ("none", "auto", "all"):
-            transformer = flux(options.blocks)
-            models: Any = argparse.Namespace(transformer=transformer, device=DEVICE)
-            method = variant.split()[-1].lower()
-            run = load_run(
-                None,
-                [
-                    f"batch={options.batch}",
-                    "zero=0",
-                    f"checkpoint_blocks={blocks}",
-                    f"adapter.method={method}",
-                    f"adapter.rank={options.rank}",
-                ],
-            )
-            plain = variant.startswith("accelerate")
-            if plain and blocks == "auto":
-                continue
-            if plain and blocks == "all":
-                transformer.enable_gradient_checkpointing()
+        plain = variant.startswith("accelerate")
+        for blocks in ("none", "all") if plain else ("none", half, "all"):
+            row: dict[str, Any] = {"variant": variant, "recomputed": blocks}
             try:
-                step = minimal_step(run, models) if plain else engine_step(run, models)[0]
-                batch = random_batch(transformer, options.batch)
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
-                    predict_velocity(
-                        transformer,
-                        batch[0].latents.inputs(batch[0].noise),
-                        batch[0].t,
-                        ids=batch[0].latents.ids,
-                        text=batch[0].text,
-                        pooled=batch[0].pooled,
-                        guidance=1.0,
-                    )
-                found = take_turns(
-                    {variant: step}, [batch] * (options.rounds + options.warmup), options.warmup
-                )
-                times, peak = found[variant]
-                seconds = statistics.median(times.steps())
-                # forward, and backward through activations alone: 2 forwards' FLOPs in all
-                utilisation = 2 * counter.get_total_flops() / seconds / H100_BF16
-                row = {"step": seconds, "GB": peak, "MFU": utilisation}
+                row |= measure_blocks(options, variant, blocks)
             except torch.cuda.OutOfMemoryError:
-                row = {"step": None, "GB": None, "MFU": None}
-            rows.append({"variant": variant, "checkpointed": blocks, **row})
-            del transformer, models, step
+                row["step"] = "out of memory"
+            rows.append(row)
             torch.cuda.empty_cache()
     return rows
+
+
+def measure_blocks(
+    options: argparse.Namespace, variant: str, blocks: str | int
+) -> dict[str, float]:
+    """Seconds of a step, peak GB and model FLOP utilisation of one variant."""
+    transformer = flux(options.blocks)
+    models: Any = argparse.Namespace(transformer=transformer, device=DEVICE)
+    method = "deft" if variant.endswith("deft") else "lora"
+    adapter = [f"adapter.method={method}", f"adapter.rank={options.rank}"]
+    run = load_run(None, [*BASE, f"batch={options.batch}", f"checkpoint_blocks={blocks}", *adapter])
+    if variant.startswith("accelerate"):
+        if blocks == "all":
+            transformer.enable_gradient_checkpointing()
+        step = minimal_step(run, models)
+    else:
+        step = engine_step(run, models)[0]
+    batch = random_batch(transformer, options.batch)
+    rounds = [batch] * (options.rounds + options.warmup)
+    times, peak = take_turns({variant: step}, rounds, options.warmup)[variant]
+    seconds = statistics.median(times.steps())
+    tokens = batch[0].latents.clean.shape[1]
+    needed = options.batch * training_flops(transformer.config, tokens, TEXT)
+    found = {"step": seconds, "GB": peak}
+    most = device_peak(torch.cuda.get_device_name())
+    return found | ({"MFU": needed / seconds / most} if most else {})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -31,6 +31,7 @@ from visualcloze_deft.checkpoint import Progress, newest, save
 from visualcloze_deft.engine import FiniteAdamW
 from visualcloze_deft.watchdog import STUCK
 
+pytestmark = pytest.mark.faults
 STEPS = 6
 RESUME = ["train", "--resume", "--output"]
 
@@ -87,7 +88,6 @@ def finish(model: Path, output: Path) -> None:
     run([*RESUME, output] if saved else words(model, output))
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("number", range(20))
 def test_a_run_killed_at_a_random_time_ends_as_one_that_was_not(
     micro_model: Path, whole: Path, tmp_path: Path, number: int

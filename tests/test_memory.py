@@ -237,7 +237,6 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
     assert living.most == pytest.approx(plan.peak(0), rel=0.1)
 
 
-@pytest.mark.processes
 def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

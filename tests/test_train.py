@@ -37,7 +37,7 @@ from visualcloze_deft.train import learning_rate_factor
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
-MEASURED = "--set watch.evaluate_every=3 --set watch.norms_every=2"
+MEASURED = "--set watch.evaluate_every=3 --set watch.evaluate_examples=2"
 SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
 
@@ -307,7 +307,6 @@ def on_two_nodes(logs: Path, *words: str) -> tuple[list[int], list[str]]:
     return ended, [path.read_text() for path in paths]
 
 
-@pytest.mark.processes
 def test_two_nodes_train_what_two_processes_of_one_do(
     micro_model: Path, two_processes: Path, tmp_path: Path
 ) -> None:
@@ -318,7 +317,6 @@ def test_two_nodes_train_what_two_processes_of_one_do(
     assert all(torch.equal(adapter_of(two_processes)[n], t) for n, t in adapter_of(output).items())
 
 
-@pytest.mark.processes
 def test_what_the_first_node_refuses_every_node_says(
     micro_model: Path, two_processes: Path, tmp_path: Path
 ) -> None:
@@ -395,7 +393,6 @@ def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
     assert losses(one) == whole
 
 
-@pytest.mark.processes
 def test_a_run_that_finds_all_encodings_follows_one_that_encodes(
     micro_model: Path, two_processes: Path, tmp_path: Path
 ) -> None:
