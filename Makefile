@@ -1,6 +1,6 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
 # make test: set up and run the tests.   make check: ruff and mypy.
-# make test-faults: runs that are killed, stopped and starved, then resumed; some minutes.
+# make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; ten minutes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -8,7 +8,7 @@ SHOWN := canny-to-image,depth-to-image,segmentation-to-image,image-to-depth,imag
 	image-editing,novel-view,object-insertion,colourisation,deblurring,subject-driven
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults check setup
+.PHONY: demo test test-processes check setup
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -27,8 +27,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-faults: setup
-	$(BIN)/python -m pytest -m faults tests
+test-processes: setup
+	$(BIN)/python -m pytest -m processes tests
 
 check: setup
 	$(BIN)/ruff check .

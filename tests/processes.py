@@ -103,4 +103,7 @@ def _run(rank: int, world: int, port: int, words: list[str], said: str) -> None:
     from visualcloze_deft.cli import main
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of reading processes, as without a server
     main(words)

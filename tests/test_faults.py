@@ -31,7 +31,7 @@ from visualcloze_deft.checkpoint import Progress, newest, save
 from visualcloze_deft.engine import FiniteAdamW
 from visualcloze_deft.watchdog import STUCK
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.processes
 STEPS = 6
 RESUME = ["train", "--resume", "--output"]
 
@@ -129,9 +129,8 @@ def keep_saving(folder: Path, first: int) -> None:
         save(folder, progress, tensors, lambda at: None, keep=2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_a_run_saves_and_leaves(
-    micro_model: Path, whole: Path, tmp_path: Path, number: signal.Signals
+    micro_model: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Started by a person: our own launcher is asked, and asks the processes."""
     output = tmp_path / "run"
@@ -143,9 +142,9 @@ def test_asked_to_end_a_run_saves_and_leaves(
         text=True,
     )
     until(lambda: len(lines(output)) >= 2)
-    started.send_signal(number)
+    started.send_signal(signal.SIGINT)
     said, _ = started.communicate(timeout=120)
-    assert started.returncode == 128 + number, said[-2000:]
+    assert started.returncode == 128 + signal.SIGINT, said[-2000:]
     assert "Traceback" not in said
     step = len(lines(output))
     assert f"stopped at step {step} of {STEPS}, saved" in said
