@@ -304,7 +304,7 @@ def test_a_run_may_go_on_with_encodings_or_without(tmp_path: Path) -> None:
     write_run(before, tmp_path / rundir.SETTINGS)
     now = load_run(None, [f"output={tmp_path}", "data.encodings=run", "offload_encoders=true"])
     plan = rundir.plan_of(now, rundir.mixture_of(now), processes=1)
-    rundir.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan)
+    rundir.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan, ())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -37,7 +37,7 @@ RUN = Run(
     zero=3,
     adapter=Adapter(rank=2),
     deepspeed={"zero_optimization": NOTHING_STAYS},
-    checkpointing=False,
+    checkpoint_blocks="none",
 )
 PRECISION = torch.float32
 
