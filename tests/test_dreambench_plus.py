@@ -212,7 +212,8 @@ def test_a_run_says_which_data_it_does_not_train_on(
 ) -> None:
     sources = [f"dreambench-plus={bench}", f"dreambooth={dogs}"]
     data = {"sources": sources, "tasks": "subject-driven"}
-    run = parse_run({"data": data, "output": str(tmp_path / "run")}, where="test")
+    settings = {"data": data, "output": str(tmp_path / "run"), "checkpoint_blocks": "none"}
+    run = parse_run(settings, where="test")
     mixture = mixture_of(run)
     assert {mixture[k].keys[-1].split()[0] for k in range(20)} == {"dog"}
     describe_run(run, mixture, 1)

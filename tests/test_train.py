@@ -486,7 +486,7 @@ def test_resuming_as_another_run_is_refused(
         (["--set", "data.weights={novel-view = 2}", "--allow-change", "data.weights"], None),
         (["--lr", "0.02"], "or say --allow-change optimiser.lr"),
         (["--rank", "8", "--allow-change", "adapter.rank"], "start another --output"),
-        (["--allow-change", "lr"], "no such setting; did you mean optimiser.lr"),
+        (["--allow-change", "optimiser.lrr"], "no such setting; did you mean optimiser.lr"),
     ],
 )
 def test_what_may_change_is_named(
