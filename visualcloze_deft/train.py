@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
@@ -270,18 +270,21 @@ class Loop:
             num_workers=run.data.workers,
             worker_init_fn=deaf,  # a signal to all processes must leave the last step its data
         )
-        batches = self.watch.timed(iter(loader))
         if not self.watch.has_evaluated(self.step):  # a run may have been ended before it did
             self.evaluate()
-        with tqdm(
-            desc="training",
-            total=run.steps,
-            initial=self.step,
-            unit="step",
-            disable=self.rank != 0,
-            smoothing=0.05,
-            mininterval=1.0,
-        ) as bar:
+        # closed however the loop ends: reading processes, deaf to signals, end with their iterator
+        with (
+            closing(self.watch.timed(iter(loader))) as batches,
+            tqdm(
+                desc="training",
+                total=run.steps,
+                initial=self.step,
+                unit="step",
+                disable=self.rank != 0,
+                smoothing=0.05,
+                mininterval=1.0,
+            ) as bar,
+        ):
             for planned in islice(self.plan.steps(self.examples), remaining):
                 self.take_step(planned, batches, bar)
                 done = self.step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -69,7 +69,7 @@ class Watch:
             rundir.keep_lines_until(self.output, start)
             self.trackers = [started(name, run, start) for name in run.watch.trackers]
 
-    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+    def timed(self, batches: Iterator[T]) -> Generator[T, None, None]:
         """`batches`; what each takes to come counts as waiting for data."""
         began = time.monotonic()
         for batch in batches:
