@@ -106,6 +106,7 @@ def minimal_step(run: Run, models: Models) -> Step:
         parameter.data = parameter.data.float()
     optimiser = torch.optim.AdamW(trained, lr=run.optimiser.lr)
     transformer, optimiser = accelerator.prepare(transformer, optimiser)
+    transformer = accelerator.unwrap_model(transformer)  # alone, it needs no data parallelism
 
     def inputs(batch: Any) -> tuple[Latents, torch.Tensor, torch.Tensor]:
         if isinstance(batch[0], Group):
@@ -257,7 +258,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         save = saving(adapted, own, engine) if method == "deft" else save
     steps["accelerate + peft LoRA"] = minimal_step(run, copy.deepcopy(models))
     rows = []
-    tokens = sum(h * w for h, w in batches[0][0].grid.shape)
+    tokens = sum(h * w // 16**2 for h, w in batches[0][0].grid.shape)  # 16 pixels a token
     for name, (times, _) in take_turns(steps, batches, options.warmup).items():
         step = statistics.median(times.steps())
         parts = {part: statistics.median(of) for part, of in times.of.items()}
