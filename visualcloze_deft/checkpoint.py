@@ -67,9 +67,9 @@ def save(
     """Write `folder`/step-N atomically and drop all but the newest `keep` checkpoints.
 
     `write_adapter` puts the adapter's files into the folder it is given. average: see
-    `Checkpoint.average`. The parent of `folder`
-    must exist: a run folder that vanished is not made anew. Raises `UserError` where the disk is
-    full, the folder read-only or gone; what was saved before is then still there.
+    `Checkpoint.average`. The parent of `folder` must exist: a run folder that vanished is not made
+    anew. Raises `UserError` where the disk is full, the folder read-only or gone; what was saved
+    before is then still there.
     """
     final = folder / f"step-{progress.step:06d}"
 
