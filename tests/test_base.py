@@ -17,7 +17,7 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.preview import query_of
-from visualcloze_deft.sample import generate, velocity_of
+from visualcloze_deft.sample import Conditions, generate, velocity_of
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
     def error(latents: grid.Latents, words: list[str]) -> float:
         text, pooled = models.encode_text(words)
         with torch.no_grad():
-            velocity = velocity_of(models, latents, text, pooled, guidance=30.0)(noisy, t[0])
+            given = Conditions(latents=latents, text=text, pooled=pooled)
+            velocity = velocity_of(models, given, guidance=30.0)(noisy, t[0])
         target = flow.velocity(right.clean, noise)
         return float(flow.velocity_error(velocity, target, right.is_target).mean())
 

@@ -143,7 +143,7 @@ def test_a_question_has_no_truth_and_an_example_from_other_data(
         "001-12.png",
         "001-21.png",
     ]
-    for request in read_requests(tmp_path / "grids" / "grid.json", TASKS, seed=None):
+    for request in read_requests(tmp_path / "grids" / "grid.json", TASKS):
         assert request.task == "subject-driven"
         example, (shown, target) = request.rows
         for image in (*example, shown):
@@ -244,4 +244,4 @@ def test_the_real_one_is_asked(tmp_path: Path) -> None:
     grids = asked(tmp_path / "grids", *words)
     assert len(grids) == 6
     assert grids[0]["content_prompt"].startswith("A photograph of a heron")
-    assert len(read_requests(tmp_path / "grids" / "grid.json", TASKS, seed=None)) == 6
+    assert len(read_requests(tmp_path / "grids" / "grid.json", TASKS)) == 6

@@ -29,31 +29,31 @@ QUERY = ["a.png", None]
 def test_null_is_what_is_generated_and_paths_are_relative_to_the_file(
     grid_file: GridFile, tmp_path: Path
 ) -> None:
-    [asked] = read_requests(grid_file(), TASKS, seed=None)
+    [asked] = read_requests(grid_file(), TASKS)
     assert asked.targets == (1,)
     assert asked.rows[1][1] is None
     assert asked.rows[0][1].getpixel((0, 0)) == (0, 0, 255)
     absolute = grid_file(rows=[[str(tmp_path / "b.png"), None]])
-    [asked] = read_requests(absolute, TASKS, seed=None)
+    [asked] = read_requests(absolute, TASKS)
     assert asked.rows[0][0].getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_the_prompt_holds_layout_task_and_content(grid_file: GridFile) -> None:
-    [asked] = read_requests(grid_file(content_prompt="a cup"), TASKS, seed=None)
+    [asked] = read_requests(grid_file(content_prompt="a cup"), TASKS)
     sentence = TASKS["depth-to-image"].sentence()
     assert asked.prompt == Prompt(rows=2, columns=2, task=sentence, content="a cup")
 
 
 def test_a_task_prompt_replaces_the_sentence_of_the_task(grid_file: GridFile) -> None:
     for keys in ({"task_prompt": "Paint."}, {"task_prompt": "Paint.", "task": None}):
-        [asked] = read_requests(grid_file(**keys), TASKS, seed=None)
+        [asked] = read_requests(grid_file(**keys), TASKS)
         assert asked.task_prompt == "Paint."
-    [asked] = read_requests(grid_file(task_prompt=""), TASKS, seed=None)
+    [asked] = read_requests(grid_file(task_prompt=""), TASKS)
     assert asked.task_prompt == ""
 
 
 def test_without_task_and_prompt_the_examples_speak_alone(grid_file: GridFile) -> None:
-    [asked] = read_requests(grid_file({"rows": [ROW, QUERY]}), TASKS, seed=None)
+    [asked] = read_requests(grid_file({"rows": [ROW, QUERY]}), TASKS)
     assert str(asked.prompt) == layout_sentence(2, 2)
 
 
@@ -64,12 +64,12 @@ def test_a_given_seed_replaces_the_own_one(
     grid_file: GridFile, own: int | None, given: int | None, seed: int
 ) -> None:
     [asked] = read_requests(grid_file(seed=own), TASKS, seed=given)
-    assert asked.seed == seed
+    assert asked.seeds == (seed,)
 
 
 def test_a_list_holds_several_grids(grid_file: GridFile) -> None:
     path = grid_file([{"rows": [QUERY], "seed": k} for k in range(3)])
-    assert [asked.seed for asked in read_requests(path, TASKS, seed=None)] == [0, 1, 2]
+    assert [asked.seeds for asked in read_requests(path, TASKS)] == [(0,), (1,), (2,)]
 
 
 def test_several_targets_are_named_by_their_columns() -> None:
@@ -85,9 +85,9 @@ BAD_KEYS = {
     "task of other width": ({"task": "object-insertion"}, "has 3 columns (view, hole, target)"),
     "task as number": ({"task": 3}, "task must be text or null, not 3"),
     "unknown key": ({"content_promt": "x"}, "'content_promt'; did you mean content_prompt"),
-    "seed as text": ({"seed": "7"}, "seed must be a whole number or null, not '7'"),
-    "seed as truth": ({"seed": True}, "seed must be a whole number or null, not True"),
-    "seed as fraction": ({"seed": 0.5}, "seed must be a whole number or null, not 0.5"),
+    "seed as text": ({"seed": "7"}, "seed must be a whole number or a list or null, not '7'"),
+    "seed as truth": ({"seed": True}, "seed must be a whole number or a list or null, not True"),
+    "seed as fraction": ({"seed": 0.5}, "seed must be a whole number or a list or null, not 0.5"),
     "seed too large": ({"seed": 2**70}, "seed"),
     "seed too small": ({"seed": -(2**70)}, "seed"),
     "prompt as list": ({"task_prompt": ["x"]}, "task_prompt must be text or null"),
@@ -157,7 +157,10 @@ def test_a_bad_file_is_named(
 def test_a_file_that_is_not_there_is_named(
     tmp_path: Path, refused: Refused, hollow_model: Path
 ) -> None:
-    for path, message in ((tmp_path / "gone.json", "no such file"), (tmp_path, "cannot be read")):
+    for path, message in (
+        (tmp_path / "gone.json", "no such file"),
+        (tmp_path, "no .json file in this folder"),
+    ):
         line = refused("infer", "--examples", path, "--model", hollow_model)
         assert f"{path}: {message}" in line
 
@@ -195,11 +198,11 @@ def test_a_bad_image_is_named(
 
 def test_a_name_in_a_message_is_on_one_line(grid_file: GridFile) -> None:
     with pytest.raises(UserError, match="unknown task"):
-        read_requests(grid_file(task="a\nb"), TASKS, seed=None)
+        read_requests(grid_file(task="a\nb"), TASKS)
 
 
 def test_a_written_grid_may_be_indented_and_in_any_language(grid_file: GridFile) -> None:
     path = grid_file()
     entry = json.loads(path.read_text(encoding="utf-8")) | {"content_prompt": "eine rote Tasse ☕"}
     path.write_text(json.dumps(entry, indent=2, ensure_ascii=False), encoding="utf-8")
-    assert read_requests(path, TASKS, seed=None)[0].content_prompt == "eine rote Tasse ☕"
+    assert read_requests(path, TASKS)[0].content_prompt == "eine rote Tasse ☕"

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from visualcloze_deft.cli import main
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def run(*words: object) -> None:
@@ -23,7 +31,7 @@ def test_the_record_of_an_image_makes_it_again(
     output, again = tmp_path / "out", tmp_path / "again"
     path = grid_file(content_prompt="a red ball", seed=7)
     run("--examples", path, "--model", micro_model, "--output", output, "--resolution", 32)
-    assert {p.name for p in output.iterdir()} == {"001.png", "001-sheet.png", "001.json"}
+    assert names(output) == {"001.png", "001-sheet.png", "001.json"}
     record = json.loads((output / "001.json").read_text())
     kept = ("task", "task_prompt", "content_prompt", "rows", "seed")
     copy = tmp_path / "elsewhere" / "grid.json"
@@ -37,32 +45,237 @@ def test_the_record_of_an_image_makes_it_again(
     assert (record["dtype"], record["device"]) == ("float32", "cpu")
 
 
-def test_a_second_call_keeps_what_the_first_one_wrote(
-    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
+def two_grids(grid_file: Callable[..., Path]) -> Path:
     row = ["a.png", "b.png"]
-    path = grid_file([{"rows": [row, ["a.png", None]]}, {"rows": [row, [None, None]]}])
+    return grid_file([{"rows": [row, ["a.png", None]]}, {"rows": [row, [None, None]], "seed": 9}])
+
+
+def test_what_is_finished_is_not_made_again(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, path = tmp_path / "out", two_grids(grid_file)
     words = ("--examples", path, "--model", micro_model, "--output", output, "--resolution", 32)
     run(*words)
-    first = {p.name: p.read_bytes() for p in output.iterdir()}
-    assert set(first) >= {"001.png", "002-1.png", "002-2.png"}
+    assert names(output) >= {"001.png", "002-1.png", "002-2.png"}
+    first = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.iterdir()}
+    (output / "002.json").unlink()  # as if it had been interrupted before
+    capsys.readouterr()
+    run(*words)
+    assert "1 of 2 grids are finished already" in capsys.readouterr().out
+    for name, (content, when) in first.items():
+        assert (output / name).read_bytes() == content
+        assert (output / name).stat().st_mtime_ns == when or name.startswith("002")
+    (output / "001.png").unlink()
+    run(*words)
+    assert (output / "001.png").read_bytes() == first["001.png"][0]
+
+
+def test_what_was_made_otherwise_is_only_overwritten_where_asked(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, path = tmp_path / "out", two_grids(grid_file)
+    words = ("--examples", path, "--model", micro_model, "--output", output, "--resolution", 32)
+    run(*words)
+    capsys.readouterr()
+    before = (output / "001.png").read_bytes()
+    for other, said in (
+        (("--seed", 5), "made with seed 0, asked for is 5"),
+        (("--guidance", 3), "made with guidance 30.0, asked for is 3.0"),
+        (("--images", 2), "made with seed 0, asked for is [0, 1]"),
+    ):
+        line = refused("infer", *words, "--steps", 1, *other)
+        assert said in line
+        assert "--overwrite" in line
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "b.png")
+    assert "made with rows_sha256" in refused("infer", *words, "--steps", 1)
+    assert (output / "001.png").read_bytes() == before
+    run(*words, "--seed", 5, "--overwrite")
+    assert (output / "001.png").read_bytes() != before
     run(*words, "--seed", 5)
-    assert {p.name for p in output.iterdir()} - set(first) >= {"003.png", "004-1.png", "004-2.png"}
-    assert all((output / name).read_bytes() == content for name, content in first.items())
-    assert Image.open(output / "003.png").size == (32, 32)
 
 
 def test_pictures_that_lie_in_the_output_folder_stay(
-    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     path = grid_file(rows=[["001.png", None]])
     (tmp_path / "a.png").rename(tmp_path / "001.png")
     before = (tmp_path / "001.png").read_bytes()
-    words = ("--examples", path, "--model", micro_model, "--resolution", 32)
-    run(*words, "--output", tmp_path)
+    words = ("--examples", path, "--model", micro_model, "--resolution", 32, "--steps", 1)
+    assert "not made by vcdeft" in refused("infer", *words, "--output", tmp_path)
     assert (tmp_path / "001.png").read_bytes() == before
-    assert (tmp_path / "002.png").is_file()
+    (tmp_path / "001.json").write_text("[]")
+    assert "no record of vcdeft" in refused("infer", *words, "--output", tmp_path)
+
+
+def test_a_folder_of_grid_files_is_one_list(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("mugs", "cups"):
+        two_grids(grid_file).rename(tmp_path / f"{name}.json")
+    run("--examples", tmp_path, "--model", micro_model, "--output", tmp_path / "out")
+    wanted = {f"{name}-{n}.json" for name in ("mugs", "cups") for n in ("001", "002")}
+    assert {name for name in names(tmp_path / "out") if name.endswith(".json")} == wanted
+
+
+def test_an_image_says_what_made_it(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = grid_file(content_prompt="une tasse rouge ☕", seed=[4, 7])
+    run("--examples", path, "--model", micro_model, "--output", tmp_path / "out")
+    assert names(tmp_path / "out") >= {"001-seed4.png", "001-seed7.png"}
+    with Image.open(tmp_path / "out" / "001-seed7.png") as image:
+        told = json.loads(image.text["vcdeft"])
+    record = json.loads((tmp_path / "out" / "001.json").read_text())
+    assert told == {k: v for k, v in record.items() if k != "images"} | {"seed": 7}
+    assert told["content_prompt"] == "une tasse rouge ☕"
+    assert told["versions"]["torch"]
+
+
+def test_a_dry_run_makes_nothing_and_says_what_would_be(
+    hollow_model: Path,
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for part in ("tokenizer", "tokenizer_2"):  # and not a weight
+        shutil.copytree(micro_model / part, hollow_model / part, dirs_exist_ok=True)
+    words = ("--examples", two_grids(grid_file), "--model", hollow_model, "--dry-run")
+    run(*words, "--output", tmp_path / "out", "--images", 2, "--resolution", 64, "--upsample", 2)
+    said = capsys.readouterr().out
+    assert "001-seed0.png, 001-seed1.png  to do" in said
+    assert "rows of 128x64, 128x64  64 tokens" in said
+    assert "2 of 2 grids to do" in said
+    assert names(tmp_path / "out") == set()
+
+
+def test_upsampled_images_have_the_size_asked_for(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    ways = [{"width": 80, "strength": 0.5, "prompt": "a cone"}, None]
+    path = grid_file(task=None, rows=[["a.png", None, None]], upsampling=ways)
+    words = ("--examples", path, "--model", micro_model, "--resolution", 32)
+    run(*words, "--output", tmp_path / "out", "--upsample", 3)
+    sizes = [Image.open(tmp_path / "out" / f"001-{k}.png").size for k in (2, 3)]
+    assert sizes == [(80, 80), (32, 32)]
+
+
+def test_two_processes_share_a_list(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    grids = [{"rows": [["a.png", None]], "seed": seed} for seed in range(6)]
+    words = ("--examples", grid_file(grids), "--model", micro_model, "--resolution", 32)
+    run(*words, "--output", tmp_path / "one")
+    run(*words, "--output", tmp_path / "two", "--processes", 2)
+    for name in names(tmp_path / "one"):
+        if name.endswith(".png"):
+            made = (tmp_path / "two" / name).read_bytes()
+            assert made == (tmp_path / "one" / name).read_bytes()
+    assert names(tmp_path / "two") == names(tmp_path / "one")
+
+
+def test_a_grid_that_another_process_makes_is_left_to_it(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+        run(*words)
+        assert "1 grids are being made by other processes" in capsys.readouterr().out
+        assert (output / "002.json").is_file()
+        assert not (output / "001.json").exists()
+    finally:
+        other.kill()
+        other.communicate()
+    run(*words)  # what held it has died
+    assert (output / "001.json").is_file()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from visualcloze_deft.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+print(claims.take("001"), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_several_adapters_and_strengths(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    from visualcloze_deft import adapters
+    from visualcloze_deft.models import load_models
+    from visualcloze_deft.settings import Adapter
+
+    for name in ("one", "two"):
+        models = load_models(str(micro_model))
+        adapters.attach(models.transformer, Adapter(rank=2, method="para"), seed=len(name))
+        (tmp_path / name).mkdir()
+        adapters.save(models.transformer, tmp_path / name, base="micro")
+    words = ("--examples", grid_file(), "--model", micro_model, "--resolution", 32)
+    made = {}
+    for given in (("one",), ("one=1.0", "two=0"), ("one=0.5",), ("one=0",), ()):
+        output = tmp_path / "-".join(("out", *given))
+        chosen = [word for text in given for word in ("--adapter", tmp_path / text)]
+        run(*words, *chosen, "--output", output)
+        made[given] = Image.open(output / "001.png").tobytes()
+    assert made["one",] == made["one=1.0", "two=0"]
+    assert made["one=0",] == made[()]
+    assert len(set(made.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--upsample", 2, "--strength", 1.5), "strength 1.5: give a number from 0 to 1"),
+        (("--strength", 0.5), "--strength goes with --upsample"),
+        (("--upsample", 9999), "megapixels"),
+        (("--steps", 0), "--steps"),
+        (("--resolution", 100), "--resolution 100: give a multiple of 16"),
+        (("--cache", "first-blok"), "did you mean first-block?"),
+        (("--cache", "taylorseer=x"), "'x' is no number"),
+        (("--adapter", "gone=half"), "'half' is no number"),
+        (("--adapter", "gone", "--adapter", "gone=2"), "named twice"),
+        (("--adapter", "gone"), "no adapter_config.json"),
+        (("--seed", -1), "a seed is a whole number from 0"),
+    ],
+)
+def test_a_bad_option_is_named_before_anything_is_loaded(
+    hollow_model: Path,
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    refused: Callable[..., str],
+    words: tuple[object, ...],
+    said: str,
+) -> None:
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(micro_model / part, hollow_model / part, dirs_exist_ok=True)
+    assert said in refused("infer", "--examples", grid_file(), "--model", hollow_model, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_offloading_without_a_gpu_is_refused(
+    hollow_model: Path, grid_file: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    words = ("--examples", grid_file(), "--model", hollow_model, "--offload", "model")
+    assert "no GPU here" in refused("infer", *words)
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(

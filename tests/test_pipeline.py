@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
-from visualcloze_deft import InContextPipeline, grid, sample
+from visualcloze_deft import InContextPipeline, grid, sample, speed
 from visualcloze_deft.batch import encode_grids
 from visualcloze_deft.cells import cell_size
 from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.encodings import Recent
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import request
 from visualcloze_deft.models import load_models, merge_lora
+from visualcloze_deft.pipeline import enough_memory
 from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
+from visualcloze_deft.upsample import Upsampling
 
 STEPS = 4
 
@@ -71,7 +76,8 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
     noise = torch.randn(latents.seen.shape, generator=generator)
     layout = (layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
     text, pooled = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
-    velocity = sample.velocity_of(models, latents, text, pooled, guidance=30.0)
+    given = sample.Conditions(latents=latents, text=text, pooled=pooled)
+    velocity = sample.velocity_of(models, given, guidance=30.0)
     times, x = models.times(STEPS, noise.shape[1]), noise
     with torch.no_grad():
         for k in range(STEPS):
@@ -96,12 +102,12 @@ def test_the_same_seed_gives_the_same_image_whatever_else_is_asked(
         entries.append({"task": "depth-to-image", "rows": names, "seed": seed})
     (tmp_path / "both.json").write_text(json.dumps(entries))
     (tmp_path / "one.json").write_text(json.dumps(entries[1]))
-    both = pipe(tmp_path / "both.json", steps=2)
-    (one,) = pipe(tmp_path / "one.json", steps=2)
+    both = pipe(tmp_path / "both.json", num_inference_steps=2)
+    (one,) = pipe(tmp_path / "one.json", num_inference_steps=2)
     assert both[1].tobytes() == one.tobytes()
-    (direct,) = pipe(rows=scene_rows(2), task="depth-to-image", seed=8, steps=2)
+    (direct,) = pipe(rows=scene_rows(2), task="depth-to-image", seed=8, num_inference_steps=2)
     assert direct.tobytes() == one.tobytes()
-    (other,) = pipe(rows=scene_rows(2), task="depth-to-image", seed=9, steps=2)
+    (other,) = pipe(rows=scene_rows(2), task="depth-to-image", seed=9, num_inference_steps=2)
     assert other.tobytes() != one.tobytes()
 
 
@@ -118,20 +124,20 @@ def test_a_grid_in_a_batch_equals_the_grid_alone(pipe: InContextPipeline) -> Non
 
 def test_several_targets_anywhere_come_back_in_order(pipe: InContextPipeline) -> None:
     full = [image for image in scene_rows(2)[0] if image is not None]
-    images = pipe(rows=[[*full, full[0]], [None, full[1], None]], steps=1)
+    images = pipe(rows=[[*full, full[0]], [None, full[1], None]], num_inference_steps=1)
     assert [image.size for image in images] == [(32, 32)] * 2
 
 
 def test_a_cell_keeps_the_aspect_of_its_row(pipe: InContextPipeline) -> None:
     wide = Image.new("RGB", (128, 64), "red")
-    (image,) = pipe(rows=[[wide, None]], steps=1, resolution=64)
+    (image,) = pipe(rows=[[wide, None]], num_inference_steps=1, resolution=64)
     assert image.size == cell_size((128, 64), 64)
     assert image.width > image.height
 
 
 def test_resolution_changes_the_size_of_the_answer(pipe: InContextPipeline) -> None:
     for resolution in (32, 48, 64):
-        (image,) = pipe(rows=scene_rows(1, 64), steps=1, resolution=resolution)
+        (image,) = pipe(rows=scene_rows(1, 64), num_inference_steps=1, resolution=resolution)
         assert image.size == (resolution, resolution)
 
 
@@ -146,7 +152,9 @@ def test_an_adapter_trained_on_one_model_works_in_the_pipeline(
     adapters.save(models.transformer, tmp_path, base="micro")
     with_adapter = InContextPipeline.from_pretrained(str(micro_model), adapter=tmp_path)
     without = InContextPipeline.from_pretrained(str(micro_model))
-    a, b = (p(rows=scene_rows(), steps=1)[0].tobytes() for p in (with_adapter, without))
+    a, b = (
+        p(rows=scene_rows(), num_inference_steps=1)[0].tobytes() for p in (with_adapter, without)
+    )
     assert a != b
 
 
@@ -223,11 +231,17 @@ def test_images_of_any_mode_are_read_as_files_are(pipe: InContextPipeline) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"guidance": float("nan")}, {"resolution": 100}, {"file": "grid.json"}]
+    "wrong",
+    [
+        {"num_inference_steps": 0},
+        {"guidance_scale": float("nan")},
+        {"resolution": 100},
+        {"grids": "grid.json"},
+    ],
 )
 def test_a_bad_argument_of_a_call_is_named(pipe: InContextPipeline, wrong: dict[str, Any]) -> None:
     good = Image.new("RGB", (32, 32))
-    rows = None if "file" in wrong else [[good, None]]
+    rows = None if "grids" in wrong else [[good, None]]
     with pytest.raises(UserError):
         pipe(rows=rows, task_prompt="turn it", **wrong)
 
@@ -250,3 +264,210 @@ def test_words_that_do_not_fit_are_named(pipe: InContextPipeline) -> None:
     unread = pipe.models.unread("red ball " * 40 + "green cone")
     assert unread["T5"].endswith("green cone")
     assert unread["CLIP"].endswith("green cone")
+
+
+# ---- what a diffusers pipeline does, and what goes beyond it
+
+
+def counted(pipe: InContextPipeline) -> Counter[str]:
+    """How often each network runs from now on."""
+    found: Counter[str] = Counter()
+
+    def listen(name: str) -> Any:
+        return lambda *_: found.update([name])
+
+    for name in ("text_encoder", "text_encoder_2", "transformer"):
+        getattr(pipe, name).register_forward_hook(listen(name))
+    pipe.vae.encoder.register_forward_hook(listen("encoder"))
+    pipe.vae.decoder.register_forward_hook(listen("decoder"))
+    return found
+
+
+def test_what_is_known_is_encoded_once(micro_model: Path, tmp_path: Path) -> None:
+    """Over seeds and calls in memory, over processes on disk; only query strips are decoded."""
+    rows = scene_rows(3)
+    pipe = InContextPipeline.from_pretrained(str(micro_model), encodings=tmp_path)
+    calls = counted(pipe)
+    first = pipe(rows=rows, seed=[1, 2], num_inference_steps=2)
+    assert calls == {
+        "text_encoder": 1,
+        "text_encoder_2": 1,
+        "encoder": 3,
+        "transformer": 4,
+        "decoder": 2,
+    }
+    pipe(rows=rows, seed=3, num_inference_steps=2)
+    assert calls["encoder"] == 3
+    assert calls["text_encoder_2"] == 1
+    other = InContextPipeline.from_pretrained(str(micro_model), encodings=tmp_path)
+    calls = counted(other)
+    again = other(rows=rows, seed=[1, 2], num_inference_steps=2)
+    assert calls == {"transformer": 4, "decoder": 2}
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
+
+
+def test_what_is_kept_in_memory_is_bounded() -> None:
+    kept = Recent(most=100)
+    for k in range(5):
+        kept.write(str(k), torch.full((10,), float(k)))  # 40 bytes
+    assert [k for k in range(5) if kept.read(str(k)) is not None] == [3, 4]
+
+
+@pytest.mark.parametrize("kind", ["pt", "np", "latent"])
+def test_output_types_hold_the_same_image(pipe: InContextPipeline, kind: Any) -> None:
+    (image,) = pipe(rows=scene_rows(), num_inference_steps=2)
+    (found,) = pipe(rows=scene_rows(), num_inference_steps=2, output_type=kind)
+    if kind == "latent":
+        assert found.shape == (16, 64)
+        strip = grid.unpack(found[None], ((32, 64), (32, 64)))[-1]
+        found = (pipe.models.decode_latents(strip)[0, :, :, 32:].clamp(-1, 1) + 1) / 2
+    values = np.asarray(found if kind == "np" else found.permute(1, 2, 0))
+    assert np.abs(values * 255 - np.asarray(image)).max() <= 0.51
+
+
+def test_a_generator_draws_in_place_of_seeds(pipe: InContextPipeline) -> None:
+    rows = scene_rows()
+    (seeded,) = pipe(rows=rows, seed=4, num_inference_steps=1)
+    draw = torch.Generator().manual_seed(4)
+    (drawn,) = pipe(rows=rows, generator=draw, num_inference_steps=1)
+    assert drawn.tobytes() == seeded.tobytes()
+    grids = [{"rows": rows}] * 2
+    each = [torch.Generator().manual_seed(seed) for seed in (9, 4)]
+    assert pipe(grids, generator=each, num_inference_steps=1)[1].tobytes() == seeded.tobytes()
+    a, b = pipe(grids, generator=torch.Generator().manual_seed(4), num_inference_steps=1)
+    assert a.tobytes() != b.tobytes()
+    with pytest.raises(UserError, match="2 generators for 1 images"):
+        pipe(rows=rows, generator=each)
+
+
+@pytest.mark.parametrize("way", ["paste", "decode"])
+def test_known_cells_come_back(pipe: InContextPipeline, way: Any) -> None:
+    rows = [[Image.effect_noise((32, 32), 90).convert("RGB"), None]]
+    made = pipe(rows=rows, num_inference_steps=1, known_cells=way)
+    known, answer = made.answers[0].row
+    assert answer is made[0]
+    assert (known.tobytes() == rows[0][0].tobytes()) == (way == "paste")
+
+
+def test_every_step_is_told_and_what_it_is_told_back_counts(pipe: InContextPipeline) -> None:
+    told: list[tuple[int, float]] = []
+
+    def listen(_: Any, step: int, time: torch.Tensor, given: dict[str, torch.Tensor]) -> Any:
+        told.append((step, float(time)))
+        return {"latents": torch.zeros_like(given["latents"])}
+
+    (found,) = pipe(
+        rows=scene_rows(), num_inference_steps=3, callback_on_step_end=listen, output_type="latent"
+    )
+    assert [step for step, _ in told] == [0, 1, 2]
+    assert told[0][1] == 1000
+    assert sorted(told, key=lambda one: -one[1]) == told
+    assert not found.any()
+
+
+def test_an_interrupted_call_stops_asking_the_transformer(micro_model: Path) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model))
+    calls = counted(pipe)
+
+    def stop(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe._interrupt = True
+        return {}
+
+    pipe(rows=scene_rows(), num_inference_steps=8, callback_on_step_end=stop)
+    assert calls["transformer"] == 1
+    pipe(rows=scene_rows(), num_inference_steps=8)
+    assert calls["transformer"] == 9
+
+
+def test_known_latents_can_be_drawn(pipe: InContextPipeline) -> None:
+    ways = ("mode", "sample", "sample")
+    images = [pipe(rows=scene_rows(), num_inference_steps=1, known_latents=way)[0] for way in ways]
+    assert images[0].tobytes() != images[1].tobytes()
+    assert images[1].tobytes() == images[2].tobytes()
+
+
+def test_each_target_is_enlarged_in_its_own_way(pipe: InContextPipeline) -> None:
+    ways = [Upsampling(height=64, strength=0.5), None, Upsampling(scale=1.5, prompt="a cone")]
+    wide = Image.new("RGB", (64, 32), "red")
+    images = pipe(
+        rows=[[wide, None, None, None]], upsampling=ways, num_inference_steps=2, resolution=32
+    )
+    plain = pipe(rows=[[wide, None, None, None]], num_inference_steps=2, resolution=32)
+    width, height = plain[0].size
+    assert images[0].size == (64 * width // height // 16 * 16, 64)
+    assert images[1].tobytes() == plain[1].tobytes()
+    assert images[2].size == tuple(int(1.5 * side) // 16 * 16 for side in plain[2].size)
+    with pytest.raises(UserError, match="3 settings for 1 targets"):
+        pipe(rows=scene_rows(), upsampling=ways)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0, 0), (0.01, 1), (0.4, 12), (1, 30)])
+def test_strength_says_how_many_steps_are_taken(strength: float, steps: int) -> None:
+    assert Upsampling(strength=strength).steps(30) == steps
+
+
+def test_a_step_cache_starts_anew_with_every_image(micro_model: Path) -> None:
+    cached = InContextPipeline.from_pretrained(str(micro_model))
+    speed.enable(cached, cache="first-block=0.5")
+    calls = counted_blocks(cached)
+    both = cached(rows=scene_rows(), seed=[1, 2], num_inference_steps=6)
+    assert calls["block"] < 12  # of which the cache left some out
+    (alone,) = cached(rows=scene_rows(), seed=2, num_inference_steps=6)
+    assert alone.tobytes() == both[1].tobytes()
+
+
+def counted_blocks(pipe: InContextPipeline) -> Counter[str]:
+    found: Counter[str] = Counter()
+    last = pipe.transformer.single_transformer_blocks[-1].attn
+    last.register_forward_hook(lambda *_: found.update(["block"]))
+    return found
+
+
+def test_offloaded_parts_make_the_same_image(micro_model: Path) -> None:
+    """Weights that come to the device layer by layer, as accelerate's sequential offloading."""
+    (wanted,) = InContextPipeline.from_pretrained(str(micro_model))(
+        rows=scene_rows(), num_inference_steps=2
+    )
+    pipe = InContextPipeline.from_pretrained(str(micro_model))
+    for part in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        cpu_offload(getattr(pipe, part), torch.device("cpu"), offload_buffers=True)
+    assert all(p.is_meta for p in pipe.transformer.parameters())
+    (found,) = pipe(rows=scene_rows(), num_inference_steps=2)
+    assert found.tobytes() == wanted.tobytes()
+    with pytest.raises(UserError, match="remove_all_hooks"):
+        pipe.load_adapter("anywhere")
+
+
+def test_groups_of_layers_offloaded_make_the_same_image(micro_model: Path) -> None:
+    rows = scene_rows()
+    (wanted,) = InContextPipeline.from_pretrained(str(micro_model))(
+        rows=rows, num_inference_steps=2
+    )
+    pipe = InContextPipeline.from_pretrained(str(micro_model))
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    (found,) = pipe(rows=rows, num_inference_steps=2)
+    assert found.tobytes() == wanted.tobytes()
+
+
+def test_tiles_and_compiled_blocks_work(micro_model: Path) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model))
+    speed.enable(pipe, vae_tiling=True, attention="native")
+    assert pipe.vae.use_tiling
+    assert len(pipe(rows=scene_rows(), num_inference_steps=1)) == 1
+    with pytest.raises(UserError, match="--attention flashy"):
+        speed.enable(pipe, attention="flashy")
+
+
+def test_running_out_of_memory_says_what_to_change() -> None:
+    built = grid.build(scene_rows(), resolution=32)
+    said = "out of memory with 3 grids of 16 tokens"
+    with pytest.raises(UserError, match=said), enough_memory(built, 3):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="something else"), enough_memory(built, 1):
+        raise RuntimeError("something else")
+
+
+def test_the_same_parts_serve_two_pipelines(pipe: InContextPipeline) -> None:
+    other = InContextPipeline(**pipe.components, resolution=32)
+    a, b = (p(rows=scene_rows(), num_inference_steps=1, resolution=32)[0] for p in (pipe, other))
+    assert a.tobytes() == b.tobytes()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from visualcloze_deft import deft
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.lowrank import Change
 from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
 from visualcloze_deft.modelsize import FLUX_LAYERS
 from visualcloze_deft.settings import Adapter
@@ -255,6 +257,20 @@ def check_fit(
                 f"adapter {folder}: {name} has shape {tuple(tensor.shape)}, this model and rank "
                 f"{config.r} need {tuple(expected[name])}"
             )
+
+
+def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Change]:
+    """The change of every adapted layer's weight as A (r i) and B (o r) in float32."""
+    found = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, deft.DeftLinear):
+            q, a = layer.factors(NAME)
+            found[name] = (strength * a, q)
+        elif isinstance(layer, LoraLayer):
+            a, b = (part[NAME].weight for part in (layer.lora_A, layer.lora_B))
+            scale = strength * layer.scaling[NAME]
+            found[name] = (a.detach().float(), scale * b.detach().float())
+    return found
 
 
 def detach(transformer: FluxTransformer2DModel) -> None:

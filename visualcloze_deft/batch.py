@@ -6,7 +6,7 @@ Axes: b batch, n tokens, l text tokens, d text width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -52,17 +52,11 @@ class Group:
 
     def some(self, places: Tensor) -> Group:
         """The samples at `places`, a tensor of whole numbers."""
-        latents = self.latents
         chosen = places.tolist()
         return Group(
             indices=tuple(self.indices[k] for k in chosen),
             tasks=tuple(self.tasks[k] for k in chosen),
-            latents=replace(
-                latents,
-                clean=latents.clean[places],
-                seen=latents.seen[places],
-                mask=latents.mask[places],
-            ),
+            latents=self.latents.some(chosen),
             noise=self.noise[places],
             t=self.t[places],
             start=self.start[places],
@@ -111,15 +105,22 @@ class Own:
                 yield list(part)
 
 
-def encode_grids(models: Encoders, grids: Sequence[grid.Grid], *, clean: bool) -> grid.Latents:
+def encode_grids(
+    models: Encoders,
+    grids: Sequence[grid.Grid],
+    *,
+    clean: bool,
+    draws: Sequence[torch.Generator] | None = None,
+) -> grid.Latents:
     """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
-    they are not known (inference), `Latents.clean` is what is seen."""
+    they are not known (inference), `Latents.clean` is what is seen. draws: one for each grid, to
+    draw what is seen from the encoder's distribution; its mode by default."""
     shape = grids[0].shape
     seen, complete, mask = [], [], []
     for row in range(len(shape)):
         shown = torch.stack([g.seen[row] for g in grids])
         hidden = torch.stack([g.hidden[row] for g in grids])
-        seen.append(grid.pack(models.encode_pixels(shown)))
+        seen.append(grid.pack(models.encode_pixels(shown, draws)))
         mask.append(grid.pack_mask(hidden.to(seen[-1])))
         if clean and hidden.any():
             strips = torch.stack([g.strips[row] for g in grids])

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,46 @@ class Encodings:
                 f"encodings {self.folder}: cannot be written ({error.strerror}); going on without "
                 "storing more"
             )
+
+
+class Recent(Encodings):
+    """The latest encodings in memory, over those of a folder where one is given.
+
+    A pipeline asks for the same example rows and sentences again and again.
+    """
+
+    def __init__(self, folder: Path | None = None, *, most: int = 256 << 20) -> None:
+        """most: bytes that are kept in memory; what was not asked for longest goes first."""
+        super().__init__(folder or Path())
+        self.on_disk = folder is not None
+        self.most = most
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+
+    def key(self, network: nn.Module, one: Tensor) -> str:
+        """As `Encodings.key`; without a folder a name of the network's own stands for its weights,
+        which would take seconds to read."""
+        if not self.on_disk:
+            self._fingerprints.setdefault(network, uuid.uuid4().hex)
+        return super().key(network, one)
+
+    def read(self, key: str) -> Tensor | None:
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        encoding = super().read(key) if self.on_disk else None
+        if encoding is not None:
+            self._hold(key, encoding)
+        return encoding
+
+    def write(self, key: str, encoding: Tensor) -> None:
+        self._hold(key, encoding)
+        if self.on_disk:
+            super().write(key, encoding)
+
+    def _hold(self, key: str, encoding: Tensor) -> None:
+        self._held[key] = encoding.clone()  # not a view of the batch it came in
+        while sum(tensor.nbytes for tensor in self._held.values()) > self.most:
+            self._held.popitem(last=False)
 
 
 def digest(name: str, tensor: Tensor) -> bytes:

@@ -96,7 +96,7 @@ def export(
 
     transformer = base()
     adapters.load(transformer, folder)
-    shapes, changes = layer_shapes(transformer), changes_of(transformer, strength)
+    shapes, changes = layer_shapes(transformer), adapters.changes_of(transformer, strength)
     check_names(kind, changes, shapes)
     live = answer(transformer, strength) if verify else None
     transformer.disable_adapters()
@@ -273,20 +273,6 @@ def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in name
     }
-
-
-def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Change]:
-    """The change of every adapted layer's weight as A (r i) and B (o r) in float32."""
-    found = {}
-    for name, layer in transformer.named_modules():
-        if isinstance(layer, deft.DeftLinear):
-            q, a = layer.factors(adapters.NAME)
-            found[name] = (strength * a, q)
-        elif isinstance(layer, LoraLayer):
-            a, b = (part[adapters.NAME].weight for part in (layer.lora_A, layer.lora_B))
-            scale = strength * layer.scaling[adapters.NAME]
-            found[name] = (a.detach().float(), scale * b.detach().float())
-    return found
 
 
 def merge(

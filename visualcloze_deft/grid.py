@@ -8,7 +8,7 @@ latent (8 x 8), n tokens. Pixels are in -1..1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,13 @@ class Latents:
     def inputs(self, noisy: Tensor) -> Tensor:
         """What the transformer reads: 64 noisy + 64 seen + 256 mask values per token."""
         return torch.cat([noisy, self.seen, self.mask], dim=-1)  # b n 384
+
+    def some(self, places: Sequence[int]) -> Latents:
+        """The samples at `places`, which may name one several times."""
+        chosen = list(places)
+        return replace(
+            self, clean=self.clean[chosen], seen=self.seen[chosen], mask=self.mask[chosen]
+        )
 
     @property
     def is_target(self) -> Tensor:

@@ -1,9 +1,11 @@
-"""The file that `vcdeft infer --examples` reads: one grid or a list of them, in JSON."""
+"""What `vcdeft infer --examples` reads: a JSON file of one grid or a list of them, or a folder of
+such files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,32 @@ from visualcloze_deft.data.images import as_rgb, read_image
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.registry import Task
+from visualcloze_deft.upsample import Upsampling, each
 
 _KEYS: dict[str, tuple[type, ...]] = {
     "task": (str, type(None)),
     "task_prompt": (str, type(None)),
     "content_prompt": (str, type(None)),
     "rows": (list,),
-    "seed": (int, type(None)),
+    "seed": (int, list, type(None)),
+    "upsampling": (dict, list, type(None)),
 }
+_UPSAMPLING_KEYS: dict[str, tuple[type, ...]] = {
+    "scale": (int, float),
+    "width": (int, type(None)),
+    "height": (int, type(None)),
+    "strength": (int, float),
+    "prompt": (str, type(None)),
+}
+MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One grid to complete, checked: rows end in the query, None marks what to generate.
 
-    paths: where each image of `rows` was read, () where they were given as images.
+    paths: where each image of `rows` was read, () where they were given as images. seeds: one for
+    each image to make of it. upsampling: one for each target, or () for none.
     """
 
     rows: tuple[tuple[Image.Image | None, ...], ...]
@@ -37,7 +50,8 @@ class Request:
     task: str | None = None
     task_prompt: str
     content_prompt: str
-    seed: int
+    seeds: tuple[int, ...] = (0,)
+    upsampling: tuple[Upsampling | None, ...] = ()
 
     @property
     def prompt(self) -> Prompt:
@@ -45,6 +59,11 @@ class Request:
         return Prompt(
             rows=rows, columns=columns, task=self.task_prompt, content=self.content_prompt
         )
+
+    @property
+    def sizes(self) -> list[list[tuple[int, int] | None]]:
+        """(width, height) of every image, row by row."""
+        return [[image.size if image else None for image in row] for row in self.rows]
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -59,9 +78,13 @@ def request(
     task: str | None = None,
     task_prompt: str | None = None,
     content_prompt: str | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    images: int = 1,
+    upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
 ) -> Request:
     """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself.
+
+    seed: one for each image to make of it, or the first of `images` that follow one another.
 
     Images of any mode become 8-bit RGB as files do: see `images.as_rgb`.
     """
@@ -71,8 +94,7 @@ def request(
             if not isinstance(image, Image.Image | None):
                 raise UserError(f"row {r}: a cell is a PIL image or None, not {image!r}")
     rows = [[image and as_rgb("an image of the rows", image) for image in row] for row in rows]
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed must be between 0 and 2**63 - 1, not {seed}")
+    seeds = seeds_of(seed, images)
     if task is not None:
         if task not in tasks:
             raise UserError(f"unknown task {task!r}; {nearest(task, tasks)}")
@@ -88,12 +110,91 @@ def request(
         task=task,
         task_prompt=task_prompt or "",
         content_prompt=content_prompt or "",
-        seed=seed,
+        seeds=seeds,
+        upsampling=each(upsampling, sum(image is None for image in rows[-1])) if upsampling else (),
     )
 
 
-def read_requests(path: Path, tasks: Mapping[str, Task], *, seed: int | None) -> list[Request]:
-    """All grids of a file; `seed` replaces theirs. Errors name file, grid and key."""
+def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
+    """The seeds of a grid's images, checked.
+
+    >>> seeds_of(7, 3), seeds_of([2, 9])
+    ((7, 8, 9), (2, 9))
+    """
+    if images < 1:
+        raise UserError(f"images of a grid: give 1 or more, not {images}")
+    if isinstance(seed, int):
+        seeds = tuple(range(seed, seed + images))
+    elif images > 1:
+        raise UserError("seeds are listed, one for each image: leave the number of images")
+    else:
+        seeds = tuple(seed)
+    for one in seeds:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= MOST_SEED:
+            raise UserError(f"a seed is a whole number from 0 to 2**63 - 1, not {one!r}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {list(seeds)}: give one or more, each once")
+    return seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One grid of a file, its pictures not read yet. name: of what is made of it; where: in words.
+    folder: that its paths start from."""
+
+    name: str
+    where: str
+    folder: Path
+    value: Any
+
+    def request(
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        seed: int | None = None,
+        images: int = 1,
+        upsampling: Upsampling | None = None,
+    ) -> Request:
+        """The grid with its pictures. seed: replaces its own; images: see `request`; upsampling:
+        where it names none. Errors name file, grid and key."""
+        with self.errors():
+            return _read_entry(self, tasks, seed=seed, images=images, upsampling=upsampling)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Put the grid's place before what is wrong with it."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """All grids of a file, or of every .json file in a folder."""
+    if not path.is_dir():
+        return _entries_of(path, "")
+    files = sorted(file for file in path.glob("*.json") if file.is_file())
+    if not files:
+        raise UserError(f"examples {path}: no .json file in this folder")
+    return [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
+
+
+def read_requests(
+    path: Path,
+    tasks: Mapping[str, Task],
+    *,
+    seed: int | None = None,
+    images: int = 1,
+    upsampling: Upsampling | None = None,
+) -> list[Request]:
+    """All grids of a file or folder with their pictures, see `Entry.request`."""
+    return [
+        entry.request(tasks, seed=seed, images=images, upsampling=upsampling)
+        for entry in read_entries(path)
+    ]
+
+
+def _entries_of(path: Path, prefix: str) -> list[Entry]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,49 +203,88 @@ def read_requests(path: Path, tasks: Mapping[str, Task], *, seed: int | None) ->
         raise UserError(f"examples {path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    entries = content if isinstance(content, list) else [content]
-    if not entries:
+    values = content if isinstance(content, list) else [content]
+    if not values:
         raise UserError(f"{path}: the list of grids is empty")
-    requests = []
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}, grid {number}" if isinstance(content, list) else str(path)
-        try:
-            requests.append(_read_entry(entry, path.parent, tasks, seed))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    return requests
+    return [
+        Entry(
+            name=f"{prefix}{number:03d}",
+            where=f"{path}, grid {number}" if isinstance(content, list) else str(path),
+            folder=path.parent,
+            value=value,
+        )
+        for number, value in enumerate(values, 1)
+    ]
 
 
-def _read_entry(entry: Any, folder: Path, tasks: Mapping[str, Task], seed: int | None) -> Request:
-    if not isinstance(entry, dict):
-        raise UserError(f"expected an object with the key 'rows', found {entry!r}")
-    for key, value in entry.items():
-        if key not in _KEYS:
-            raise UserError(f"unknown key {key!r}; {nearest(key, _KEYS)}")
-        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            kinds = " or ".join(_WORDS[kind] for kind in _KEYS[key])
-            raise UserError(f"{key} must be {kinds}, not {value!r}")
-    if "rows" not in entry:
+def check_keys(value: Any, known: Mapping[str, tuple[type, ...]], what: str) -> None:
+    """Raise `UserError` unless `value` is an object of these keys and types."""
+    if not isinstance(value, dict):
+        raise UserError(f"expected {what}, found {value!r}")
+    for key, found in value.items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r}; {nearest(key, known)}")
+        if not isinstance(found, known[key]) or isinstance(found, bool):
+            kinds = " or ".join(dict.fromkeys(_WORDS[kind] for kind in known[key]))
+            raise UserError(f"{key} must be {kinds}, not {found!r}")
+
+
+def _read_entry(
+    entry: Entry,
+    tasks: Mapping[str, Task],
+    *,
+    seed: int | None,
+    images: int,
+    upsampling: Upsampling | None,
+) -> Request:
+    value = entry.value
+    check_keys(value, _KEYS, "an object with the key 'rows'")
+    if "rows" not in value:
         raise UserError("the key 'rows' is missing")
     paths: list[tuple[Path | None, ...]] = []
-    for r, row in enumerate(entry["rows"], 1):
+    for r, row in enumerate(value["rows"], 1):
         if not isinstance(row, list):
             raise UserError(f"row {r} must be a list of paths, not {row!r}")
         for cell in row:
             if not isinstance(cell, str | None):
                 raise UserError(f"row {r}: a cell is a path or null, not {cell!r}")
-        paths.append(tuple(None if cell is None else (folder / cell).absolute() for cell in row))
-    rows = [[None if path is None else read_image(path) for path in row] for row in paths]
-    own = entry.get("seed")
+        paths.append(
+            tuple(None if cell is None else (entry.folder / cell).absolute() for cell in row)
+        )
+    own = value.get("seed")
     asked = request(
-        rows,
+        [[None if path is None else read_image(path) for path in row] for row in paths],
         tasks,
-        task=entry.get("task"),
-        task_prompt=entry.get("task_prompt"),
-        content_prompt=entry.get("content_prompt"),
-        seed=seed if seed is not None else own or 0,
+        task=value.get("task"),
+        task_prompt=value.get("task_prompt"),
+        content_prompt=value.get("content_prompt"),
+        seed=seed if seed is not None else own if own is not None else 0,
+        images=images,
+        upsampling=_upsampling(value.get("upsampling"), upsampling),
     )
     return replace(asked, paths=tuple(paths))
 
 
-_WORDS = {str: "text", type(None): "null", list: "a list", int: "a whole number"}
+def _upsampling(
+    told: Any, otherwise: Upsampling | None
+) -> Upsampling | list[Upsampling | None] | None:
+    if told is None:
+        return otherwise
+    if isinstance(told, list):
+        return [None if one is None else _one_upsampling(one) for one in told]
+    return _one_upsampling(told)
+
+
+def _one_upsampling(told: Any) -> Upsampling:
+    check_keys(told, _UPSAMPLING_KEYS, "an object or null for upsampling")
+    return Upsampling(**told)
+
+
+_WORDS = {
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+}

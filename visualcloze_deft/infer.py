@@ -1,136 +1,523 @@
-"""What `vcdeft infer` does: a grid file in, images, contact sheets and their recipe out."""
+"""What `vcdeft infer` does: grids in, images, contact sheets and their recipe out.
+
+OUTPUT/NAME.png          (NAME-2.png: of column 2, NAME-seed7.png: of seed 7, where several)
+OUTPUT/NAME-sheet.png    the whole grid
+OUTPUT/NAME.json         all that made them, written last: a grid that has one is finished
+
+Any number of processes, also of other machines on one file system, may work on one list: each
+locks the grid that it makes.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import re
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_args
 
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from visualcloze_deft.cells import CELL_STEP, Cells
+from visualcloze_deft import adapters, speed
+from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
 from visualcloze_deft.checkpoint import digest
+from visualcloze_deft.claims import Claims
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gridfile import Request, read_requests
-from visualcloze_deft.modelfolder import WEIGHTS, Bits, fingerprint, told_by
+from visualcloze_deft.gridfile import Entry, Request, read_entries
+from visualcloze_deft.launch import prepared
+from visualcloze_deft.modelfolder import (
+    WEIGHTS,
+    Bits,
+    check_base,
+    check_folder,
+    check_lora,
+    check_quantise,
+    fingerprint,
+    index_of,
+    resolution_of,
+    told_by,
+)
+from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
 from visualcloze_deft.output import output_folder
-from visualcloze_deft.pipeline import InContextPipeline
-from visualcloze_deft.prompt import ClipText
-from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.pipeline import Answer, InContextPipeline, one_of
+from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
+from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
+from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
+METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
+NOT_COMPARED = ("images", "device", "dtype", "versions", "rows", "task", "adapters", "model")
+MANY = 20  # grids from which on reading their pictures gets a bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How grids are completed: what `vcdeft infer` is told beside the grids. None: as the adapter
+    was trained, or as the model says."""
+
+    model: str
+    lora: str | None = None
+    adapters: Mapping[Path, float]
+    quantise: Bits = "none"
+    clip_text: ClipText | None = None
+    cells: Cells | None = None
+    seed: int | None = None
+    images: int = 1
+    steps: int
+    guidance: float
+    resolution: int | None = None
+    upsampling: Upsampling | None = None
+    task_folders: tuple[str, ...] = ()
+    batch: int = 1
+    encodings: Path | None = None
+    offload: speed.Offload = "none"
+    cache: str | None = None
+    attention: str | None = None
+    vae_tiling: bool = False
+    compile_blocks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One grid that was read and found good. shape: (height, width) of its strips; images: how many
+    are made, with names; steps: calls of the transformer; record: see `record_of`."""
+
+    entry: Entry
+    shape: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    steps: int
+    prompt: Prompt
+    record: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return sum(h * w for h, w in self.shape) // CELL_STEP**2
 
 
 def infer(
     examples: Path,
     output: Path,
+    settings: Settings,
     *,
-    model: str,
-    lora: str | None,
-    adapter: Path | None,
-    quantise: Bits,
-    clip_text: ClipText | None,
-    cells: Cells | None,
-    seed: int | None,
-    steps: int,
-    guidance: float,
-    resolution: int | None,
-    task_folders: tuple[str, ...],
+    processes: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    arguments: Sequence[str] = (),
 ) -> list[Path]:
-    """Complete every grid of `examples` into `output`; returns the images written.
+    """Complete every grid of `examples` that is not finished in `output`; returns the images
+    written.
 
-    For grid k: `00k.png` (`00k-COLUMN.png` where there are several targets), `00k-sheet.png` and
-    `00k.json`, which holds all that made them. What `output` holds stays: numbers go on after it.
+    processes: 0 is one for each GPU, as far as there are grids, or one. arguments: the command
+    line, with which further processes are started. overwrite: make anew what is there.
     """
-    if not math.isfinite(guidance):
-        raise UserError(f"--guidance {guidance}: give a number, e.g. 30")
-    if resolution is not None and resolution % CELL_STEP:
-        raise UserError(f"--resolution {resolution}: give a multiple of {CELL_STEP}")
-    requests = read_requests(examples, load_tasks(map(Path, task_folders)), seed=seed)
+    check(settings)
+    tasks = load_tasks(map(Path, settings.task_folders))
+    shared = shared_of(settings)
+    entries = read_entries(examples)
+    plans = planned(entries, tasks, settings, shared)
     output_folder(output)
-    pipe = InContextPipeline.from_pretrained(
-        model,
-        adapter=adapter,
-        lora=lora,
-        quantise=quantise,
-        clip_text=clip_text,
-        cells=cells,
-        task_folders=task_folders,
-    )
-    shared: dict[str, object] = {
-        "model": model,
-        "model_fingerprint": fingerprint(model),
-        "model_lora": lora,
-        "adapter": str(adapter.absolute()) if adapter else None,
-        "adapter_sha256": digest(adapter / WEIGHTS) if adapter else None,
-        "dtype": str(pipe.models.transformer.dtype).removeprefix("torch."),
-        "device": pipe.models.device.type,
-        "quantise": quantise,
-        "clip_text": pipe.models.clip_text,
-        "cells": pipe.cells,
-        "steps": steps,
-        "guidance": guidance,
-        "resolution": resolution or pipe.models.resolution,
+    if overwrite and not (dry_run or prepared()):
+        for plan in plans:
+            (output / f"{plan.entry.name}.json").unlink(missing_ok=True)
+    waiting = [plan for plan in plans if not finished(output, plan, overwrite=overwrite)]
+    if not prepared():
+        for line in (
+            *unread_words(waiting, settings.model, shared["clip_text"]),
+            *other_bases(settings),
+            *(described(plans, waiting, shared) if dry_run else ()),
+        ):
+            tqdm.write(line)
+        if len(waiting) < len(plans) and not dry_run:
+            tqdm.write(f"{len(plans) - len(waiting)} of {len(plans)} grids are finished already")
+    if dry_run:
+        return []
+    count = processes or max(min(torch.cuda.device_count(), len(waiting)), 1)
+    if count > 1 and not prepared():
+        share(output, waiting, arguments, count)
+    elif waiting:
+        work(output, waiting, tasks, settings, overwrite=overwrite)
+    return [output / name for plan in waiting for name in plan.names if (output / name).is_file()]
+
+
+def check(settings: Settings) -> None:
+    """Raise `UserError` for what can be known to be wrong before anything is loaded."""
+    if not math.isfinite(settings.guidance):
+        raise UserError(f"--guidance {settings.guidance}: give a number, e.g. 30")
+    if settings.resolution is not None and settings.resolution % CELL_STEP:
+        raise UserError(f"--resolution {settings.resolution}: give a multiple of {CELL_STEP}")
+    check_folder(settings.model)
+    check_quantise(settings.quantise)
+    speed.check_offload(settings.offload)
+    if settings.cache is not None:
+        speed.cache_settings(settings.cache)
+    if settings.lora is not None:
+        check_lora(settings.lora)
+    for folder in settings.adapters:
+        adapters.read_config(folder)
+        adapters.read_weights(folder)
+        check_base(folder, settings.model)
+
+
+def shared_of(settings: Settings) -> dict[str, Any]:
+    """What the records of all grids say: what made them."""
+    told = index_of(settings.model)
+    for folder in list(settings.adapters)[:1]:
+        told |= told_by(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "model": settings.model,
+        "model_fingerprint": fingerprint(settings.model) or settings.model,
+        "model_lora": settings.lora,
+        "adapters": [
+            {"path": str(folder.absolute()), "strength": strength}
+            for folder, strength in settings.adapters.items()
+        ],
+        "adapters_sha256": [
+            [digest(folder / WEIGHTS), strength] for folder, strength in settings.adapters.items()
+        ],
+        "dtype": str(default_dtype(device)).removeprefix("torch."),
+        "device": device,
+        "quantise": settings.quantise,
+        "clip_text": settings.clip_text or one_of(told.get("clip_text"), get_args(ClipText)),
+        "cells": settings.cells or one_of(told.get("cells"), get_args(Cells)),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "cache": settings.cache,
+        "resolution": settings.resolution or resolution_of(settings.model),
         "versions": {name: version(name) for name in VERSIONS},
     }
-    if adapter and (trained_on := told_by(adapter).get("base_lora", "")) != (lora or ""):
-        tqdm.write(
-            f"the adapter was trained on a base with the LoRA {trained_on or 'none'} merged, "
-            f"here it is {lora or 'none'}; see --lora"
-        )
-    written = []
-    first = 1 + max((leading_number(path.name) for path in output.iterdir()), default=0)
-    with tqdm(total=steps * len(requests), desc="generating", unit="step") as bar:
-        for number, asked in enumerate(requests, first):
-            for encoder, words in pipe.models.unread(asked.prompt).items():
-                tqdm.write(f"grid {number}: {encoder} does not read the end of its text: {words}")
-            images = pipe.complete(
-                asked, steps=steps, guidance=guidance, resolution=resolution, step=bar.update
+
+
+def planned(
+    entries: Sequence[Entry],
+    tasks: Mapping[str, Task],
+    settings: Settings,
+    shared: Mapping[str, Any],
+) -> list[Planned]:
+    """Every grid read once: a mistake in the last one is found before the first one is made."""
+    plans = []
+    few = len(entries) < MANY or prepared()
+    for entry in tqdm(entries, desc="checking grids", unit="grid", disable=few):
+        asked = requested(entry, tasks, settings)
+        above: list[tuple[int, int]] = []
+        shape = []
+        for sizes in asked.sizes:
+            above = row_sizes(sizes, shared["resolution"], shared["cells"], above)
+            shape.append((above[0][1], sum(width for width, _ in above)))
+        cells = [above[column] for column in asked.targets]
+        ways = [(how, *cell) for how, cell in zip(asked.upsampling, cells, strict=False) if how]
+        with entry.errors():
+            for how, width, height in ways:
+                how.size(width, height)
+        steps = settings.steps + sum(how.steps(settings.steps) for how, *_ in ways)
+        plans.append(
+            Planned(
+                entry=entry,
+                shape=tuple(shape),
+                names=image_names(entry.name, asked),
+                steps=steps * len(asked.seeds),
+                prompt=asked.prompt,
+                record=record_of(asked, shared),
             )
-            written += write(output, f"{number:03d}", asked, images, shared)
-    return written
+        )
+    return plans
 
 
-def leading_number(name: str) -> int:
-    """The number a file name begins with, 0 where there is none.
-
-    >>> leading_number("012-sheet.png"), leading_number("grid.json")
-    (12, 0)
-    """
-    digits = re.match(r"[0-9]+", name)
-    return int(digits[0]) if digits else 0
-
-
-def write(
-    output: Path, name: str, asked: Request, images: list[Image.Image], shared: dict[str, object]
-) -> list[Path]:
-    """One grid's files."""
-    paths = []
-    for column, image in zip(asked.targets, images, strict=True):
-        path = output / (f"{name}.png" if len(images) == 1 else f"{name}-{column + 1}.png")
-        image.save(path)
-        paths.append(path)
-    answers = iter(images)
-    last = [next(answers) if image is None else image for image in asked.rows[-1]]
-    made = [(len(asked.rows) - 1, column) for column in asked.targets]
-    title = " ".join(part for part in (asked.task_prompt, asked.content_prompt) if part)
-    draw_grid([*asked.rows[:-1], last], title=title, made=made, cell=192).save(
-        output / f"{name}-sheet.png"
+def requested(entry: Entry, tasks: Mapping[str, Task], settings: Settings) -> Request:
+    return entry.request(
+        tasks, seed=settings.seed, images=settings.images, upsampling=settings.upsampling
     )
-    recipe = {
-        "images": [path.name for path in paths],
+
+
+def record_of(asked: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is needed to make the images of a grid again. Its keys are those of a grid file,
+    too."""
+    return {
         "prompt": str(asked.prompt),
         "task": asked.task,
         "task_prompt": asked.task_prompt,
         "content_prompt": asked.content_prompt,
         "rows": [[path and str(path) for path in row] for row in asked.paths],
         "rows_sha256": [[path and digest(path) for path in row] for row in asked.paths],
-        "seed": asked.seed,
+        "seed": asked.seeds[0] if len(asked.seeds) == 1 else list(asked.seeds),
+        "upsampling": [how and asdict(how) for how in asked.upsampling] or None,
         **shared,
     }
-    (output / f"{name}.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
-    return paths
+
+
+def image_names(name: str, asked: Request) -> tuple[str, ...]:
+    """File names of the images of a grid, in the order of `Completed`."""
+    return tuple(
+        name
+        + (f"-seed{seed}" if len(asked.seeds) > 1 else "")
+        + (f"-{column + 1}" if len(asked.targets) > 1 else "")
+        + ".png"
+        for seed in asked.seeds
+        for column in asked.targets
+    )
+
+
+def finished(output: Path, plan: Planned, *, overwrite: bool) -> bool:
+    """Whether a grid's record and images are there. Raises `UserError` where something else is in
+    their place, unless it may be overwritten."""
+    path = output / f"{plan.entry.name}.json"
+    before = read_record(path)
+    way_out = "give --overwrite, or another --output"
+    if before is None:
+        for name in plan.names:
+            if not overwrite and (output / name).exists() and not is_ours(output / name):
+                raise UserError(f"{output / name}: already there, not made by vcdeft; {way_out}")
+        return False
+    now = json.loads(json.dumps(plan.record))
+    for key, value in now.items():
+        if key not in NOT_COMPARED and before.get(key) != value and not overwrite:
+            raise UserError(
+                f"{path}: made with {key} {shortly(before.get(key))}, asked for is "
+                f"{shortly(value)}; {way_out}"
+            )
+    same = all(before.get(key) == now[key] for key in now if key not in NOT_COMPARED)
+    return same and all((output / name).is_file() for name in plan.names)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a finished grid; None where there is none. Raises `UserError` where the file is
+    something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "rows_sha256" not in found:
+        raise UserError(
+            f"{path}: already there and no record of vcdeft; give --overwrite, or another --output"
+        )
+    return found
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an image was written by `vcdeft infer`, as one of a grid that was not finished."""
+    try:
+        with Image.open(path) as image:
+            return METADATA in getattr(image, "text", {})
+    except OSError:
+        return False
+
+
+def shortly(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def described(
+    plans: Sequence[Planned], waiting: Sequence[Planned], shared: Mapping[str, Any]
+) -> list[str]:
+    """What a run would do."""
+    lines = []
+    for plan in plans:
+        strips = ", ".join(f"{w}x{h}" for h, w in plan.shape)
+        state = "to do" if plan in waiting else "finished"
+        lines.append(
+            f"{plan.entry.name}  {plan.record['task'] or '-':24} rows of {strips}  "
+            f"{plan.tokens} tokens  {', '.join(plan.names)}  {state}"
+        )
+    steps = sum(plan.steps for plan in waiting)
+    lines.append(
+        f"{len(waiting)} of {len(plans)} grids to do, {steps} calls of the transformer, "
+        f"{shared['model']} in {shared['dtype']} on {shared['device']}"
+    )
+    return lines
+
+
+def unread_words(plans: Sequence[Planned], model: str, order: ClipText) -> list[str]:
+    """A line for every grid and encoder whose text is cut, with the words that are not read."""
+    clip, t5 = load_tokenizers(model)
+    lines = []
+    for plan in plans:
+        read_by_clip = clip_text(plan.prompt, fits(clip), order)
+        cut = {
+            "T5": unread(t5, str(plan.prompt), text_length(t5)),
+            "CLIP": unread(clip, read_by_clip, clip.model_max_length),
+        }
+        lines += [
+            f"grid {plan.entry.name}: {encoder} does not read the end of its text: {words}"
+            for encoder, words in cut.items()
+            if words
+        ]
+    return lines
+
+
+def other_bases(settings: Settings) -> list[str]:
+    """A line for every adapter that was trained on a base with another LoRA merged."""
+    lines = []
+    for folder in settings.adapters:
+        trained_on = told_by(folder).get("base_lora", "")
+        if trained_on != (settings.lora or ""):
+            lines.append(
+                f"the adapter {folder} was trained on a base with the LoRA {trained_on or 'none'} "
+                f"merged, here it is {settings.lora or 'none'}; see --lora"
+            )
+    return lines
+
+
+def work(
+    output: Path,
+    waiting: Sequence[Planned],
+    tasks: Mapping[str, Task],
+    settings: Settings,
+    *,
+    overwrite: bool,
+) -> None:
+    """Make what nobody else makes, grids of one shape together."""
+    pipe = load(settings)
+    claims = Claims(output)
+    left = list(waiting)
+    others = 0
+    with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
+
+        def step(_: Any, __: int, ___: Any, told: dict[str, Any]) -> dict[str, Any]:
+            bar.update(len(told["latents"]))
+            return told
+
+        while left:
+            chunk: list[Planned] = []
+            for plan in [plan for plan in left if plan.shape == left[0].shape]:
+                images = sum(len(one.names) for one in chunk)
+                if chunk and images + len(plan.names) > settings.batch:
+                    break
+                left.remove(plan)
+                if not claims.take(plan.entry.name):
+                    others += 1
+                elif finished(output, plan, overwrite=overwrite):  # by another, meanwhile
+                    bar.update(plan.steps)
+                    claims.release(plan.entry.name)
+                else:
+                    chunk.append(plan)
+            if not chunk:
+                continue
+            before = bar.n
+            asked = [requested(plan.entry, tasks, settings) for plan in chunk]
+            made = pipe.complete(
+                asked,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                resolution=settings.resolution,
+                batch_size=settings.batch,
+                callback_on_step_end=step,
+            )
+            bar.update(before + sum(plan.steps for plan in chunk) - bar.n)
+            for number, (plan, one) in enumerate(zip(chunk, asked, strict=True)):
+                answers = [answer for answer in made.answers if answer.grid == number]
+                write(output, plan, one, answers)
+                claims.release(plan.entry.name)
+    if others:
+        tqdm.write(f"{others} grids are being made by other processes")
+
+
+def load(settings: Settings) -> InContextPipeline:
+    """The pipeline that `settings` describe."""
+    pipe = InContextPipeline.from_pretrained(
+        settings.model,
+        adapter=settings.adapters,
+        lora=settings.lora,
+        device="cpu" if settings.offload != "none" else None,
+        torch_dtype=default_dtype("cuda" if torch.cuda.is_available() else "cpu"),
+        quantise=settings.quantise,
+        clip_text=settings.clip_text,
+        cells=settings.cells,
+        encodings=settings.encodings,
+        task_folders=settings.task_folders,
+    )
+    speed.enable(
+        pipe,
+        offload=settings.offload,
+        cache=settings.cache,
+        attention=settings.attention,
+        vae_tiling=settings.vae_tiling,
+        compile_blocks=settings.compile_blocks,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def share(output: Path, waiting: Sequence[Planned], arguments: Sequence[str], count: int) -> None:
+    """Run this command in `count` processes, each on a GPU of its own where there are any.
+
+    Raises `UserError` where one of them failed, after the others have ended.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise UserError(f"--processes {count}: this machine has {gpus} GPUs; one process uses one")
+    command = [sys.executable, "-m", "visualcloze_deft", *arguments]
+    started = []
+    for rank in range(count):
+        own = {"VCDEFT_PREPARED": "1", "TQDM_DISABLE": "1"}
+        if gpus:
+            own["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)[rank]
+        else:
+            own["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))
+        started.append(subprocess.Popen(command, env=os.environ | own, stdout=subprocess.DEVNULL))
+    try:
+        with tqdm(total=len(waiting), desc=f"{count} processes", unit="grid") as bar:
+            while any(process.poll() is None for process in started):
+                time.sleep(0.2)
+                bar.update(sum(done(output, plan) for plan in waiting) - bar.n)
+            bar.update(sum(done(output, plan) for plan in waiting) - bar.n)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+    failed = [process.returncode for process in started if process.returncode]
+    unmade = sum(not done(output, plan) for plan in waiting)
+    if failed or unmade:
+        raise UserError(
+            f"{len(failed)} of {count} processes failed, {unmade} grids are not made; the same "
+            "command goes on with them"
+        )
+
+
+def visible_gpus(count: int) -> list[str]:
+    told = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return told.split(",") if told else [str(number) for number in range(count)]
+
+
+def done(output: Path, plan: Planned) -> bool:
+    return (output / f"{plan.entry.name}.json").is_file()
+
+
+def write(output: Path, plan: Planned, asked: Request, answers: Sequence[Answer]) -> None:
+    """One grid's files, each whole or not at all, the record last."""
+    images = [image for answer in answers for image in answer.images]
+    seeds = [answer.seed for answer in answers for _ in answer.images]
+    for name, image, seed in zip(plan.names, images, seeds, strict=True):
+        told = PngImagePlugin.PngInfo()
+        told.add_itxt(METADATA, json.dumps(plan.record | {"seed": seed}))
+        whole(output / name, partial(image.save, format="PNG", pnginfo=told))
+    title = " ".join(part for part in (asked.task_prompt, asked.content_prompt) if part)
+    rows = [*asked.rows[:-1], *(answer.row for answer in answers)]
+    first = len(asked.rows) - 1
+    marks = [(first + k, column) for k in range(len(answers)) for column in asked.targets]
+    sheet = draw_grid(rows, title=title, made=marks, cell=192)
+    whole(output / f"{plan.entry.name}-sheet.png", partial(sheet.save, format="PNG"))
+    record = {"images": list(plan.names), **plan.record}
+    text = json.dumps(record, indent=1)
+    whole(output / f"{plan.entry.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def whole(path: Path, save: Callable[[Path], object]) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save(staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -136,16 +136,29 @@ def check_quantise(kind: Bits, *, zero3: bool = False) -> None:
         )
 
 
-def resolution_of(name: str) -> int:
-    """The cell side the model's `model_index.json` names, or a hub id's end, else FLUX's."""
+def index_of(name: str) -> dict[str, Any]:
+    """What a model's `model_index.json` says; {} where it has none here."""
     path = (BASE if name == TINY else Path(name)) / "model_index.json"
     if not path.is_file():
-        named = re.search(r"-(384|512)$", name)  # VisualCloze's two releases
-        return int(named[1]) if named else FLUX_RESOLUTION
+        return {}
     try:
-        return int(json.loads(path.read_text(encoding="utf-8")).get("resolution", FLUX_RESOLUTION))
-    except (ValueError, TypeError, AttributeError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: no index of a model: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: no index of a model: {fields!r}")
+    return fields
+
+
+def resolution_of(name: str) -> int:
+    """The cell side the model's `model_index.json` names, or a hub id's end, else FLUX's."""
+    named = re.search(r"-(384|512)$", name)  # VisualCloze's two releases
+    found: Any = index_of(name).get("resolution", named[1] if named else FLUX_RESOLUTION)
+    try:
+        return int(found)
+    except (ValueError, TypeError) as error:
+        path = (BASE if name == TINY else Path(name)) / "model_index.json"
+        raise UserError(f"{path}: resolution: {error}") from None
 
 
 def check_lora(name: str) -> None:

@@ -102,15 +102,26 @@ class Encoders:
         )
 
     @torch.no_grad()
-    def encode_pixels(self, strips: Tensor) -> Tensor:
-        """(b, 3, H, W) in -1..1 to (b, c, h, w): the mode, shifted and scaled as FLUX's latents."""
-        config = self.vae.config
+    def encode_pixels(
+        self, strips: Tensor, draws: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """(b, 3, H, W) in -1..1 to (b, c, h, w), shifted and scaled as FLUX's latents: the mode, or
+        drawn with one of `draws` for each strip."""
+        config, strips = self.vae.config, strips.to(self.vae.dtype)
 
-        def latents_of(pixels: Tensor) -> Tensor:
-            latents = self.vae.encode(pixels).latent_dist.mode()
+        def scaled(latents: Tensor) -> Tensor:
             return (latents - config.shift_factor) * config.scaling_factor
 
-        return self.encoded(self.vae, strips.to(self.vae.dtype), latents_of)
+        if draws is None:
+            return self.encoded(
+                self.vae, strips, lambda x: scaled(self.vae.encode(x).latent_dist.mode())
+            )
+        with at_work(self.vae, self.device):
+            drawn = [
+                self.vae.encode(one.to(self.device)).latent_dist.sample(draw)
+                for one, draw in zip(strips.split(1), draws, strict=True)
+            ]
+        return scaled(torch.cat(drawn))
 
     def encoded(
         self, network: nn.Module, inputs: Tensor, encode: Callable[[Tensor], Tensor]
@@ -166,7 +177,10 @@ class Models(Encoders):
 
 @contextmanager
 def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """`network` on `device`, and back where it rests."""
+    """`network` on `device`, and back where it rests; hooks that offload it do so themselves."""
+    if any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules()):
+        yield
+        return
     rest = next(network.parameters()).device
     network.to(device)
     try:

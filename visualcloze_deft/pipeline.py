@@ -1,160 +1,656 @@
-"""The Python API: a model, maybe an adapter, and grids to complete."""
+"""The Python API: a diffusers pipeline that completes grids of images, with adapters.
+
+Axes: b batch, n tokens, l text tokens, d text width.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from PIL import Image
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from visualcloze_deft import adapters, grid, sample
+from visualcloze_deft import adapters, grid
+from visualcloze_deft.batch import encode_grids
+from visualcloze_deft.blend import Blend
 from visualcloze_deft.cells import CELL_STEP, Cells
+from visualcloze_deft.encodings import Recent
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
-from visualcloze_deft.modelfolder import TINY, Bits, check_base, check_lora, told_by
+from visualcloze_deft.modelfolder import (
+    FLUX_RESOLUTION,
+    TINY,
+    Bits,
+    check_base,
+    check_lora,
+    index_of,
+    told_by,
+)
 from visualcloze_deft.models import Models, default_dtype, load_models
-from visualcloze_deft.prompt import ClipText
+from visualcloze_deft.prompt import ClipText, Prompt
+from visualcloze_deft.quantise import is_quantised
 from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.sample import (
+    GUIDANCE,
+    STEPS,
+    Conditions,
+    denoise,
+    draw_of,
+    velocity_of,
+)
+from visualcloze_deft.upsample import Upsampling, upsample
+
+OutputType = Literal["pil", "pt", "np", "latent"]
+KnownLatents = Literal["mode", "sample"]
+KnownCells = Literal["paste", "decode"]
+Adapters = str | Path | Mapping[Path, float]
+StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-class InContextPipeline:
-    """Completes grids of images.
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One completion of one grid.
+
+    grid: its number in the call. images: of the hidden cells, left to right. row: all cells of the
+    query row, known ones among them; () for latents.
+    """
+
+    grid: int
+    seed: int
+    images: tuple[Any, ...]
+    row: tuple[Any, ...]
+
+
+class Completed(list[Any]):
+    """The generated images: by grid, then by seed, then left to right. answers: the same in
+    groups."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        super().__init__(image for answer in answers for image in answer.images)
+        self.answers = tuple(answers)
+
+    @property
+    def images(self) -> list[Any]:
+        """diffusers' name for this list."""
+        return list(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One image of a grid to make. order: its place in the call."""
+
+    order: int
+    grid: int
+    seed: int
+
+
+class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Completes grids of images with FLUX.1-Fill, through VisualCloze (arXiv 2504.07960).
+
+    Parts, `to`, `save_pretrained`, offloading (`enable_model_cpu_offload` and others), progress bar
+    and callbacks are those of diffusers' pipelines. `models` is the same parts as one value.
 
     >>> pipe = InContextPipeline.from_pretrained("tiny")  # doctest: +SKIP
     >>> images = pipe(rows=[[a, b], [c, None]], task="depth-to-image")  # doctest: +SKIP
     """
 
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
     def __init__(
-        self, models: Models, *, cells: Cells = "row", task_folders: Sequence[str | Path] = ()
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        resolution: int = FLUX_RESOLUTION,
+        cells: Cells = "row",
+        clip_text: ClipText = "fit",
+        encodings: str | Path | None = None,
+        task_folders: Sequence[str | Path] = (),
+        merge: bool = True,
     ) -> None:
-        self.models = models
-        self.cells = cells
+        """resolution: side of a square cell in pixels. cells: their shape, see `cells.Cells`.
+        clip_text: what CLIP reads, see `prompt.ClipText`. encodings: folder in which what encoders
+        made is kept and looked up, beside the latest in memory. merge: adapters into the weights,
+        see `blend.Blend`."""
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        )
+        self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
         self.tasks = load_tasks(Path(folder) for folder in task_folders)
+        self.blend = Blend(transformer, merge=merge)
+        self._encodings = Recent(Path(encodings) if encodings else None)
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str = TINY,
+        pretrained_model_name_or_path: str | Path = TINY,
         *,
-        adapter: str | Path | None = None,
+        adapter: Adapters | None = None,
         lora: str | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         quantise: Bits = "none",
         clip_text: ClipText | None = None,
         cells: Cells | None = None,
+        encodings: str | Path | None = None,
         task_folders: Sequence[str | Path] = (),
+        merge: bool = True,
     ) -> InContextPipeline:
-        """`model`: "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
+        """The model "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
-        adapter: a folder in peft's format, e.g. RUN/adapter. lora: a diffusers FLUX LoRA merged
-        into the base first. device, dtype: a GPU in bfloat16 where there is one, else CPU in
-        float32. quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8".
-        clip_text: what CLIP reads, see `prompt.clip_text`. cells: their shape, see `cells.Cells`.
-        Where these two are None, as the adapter was trained; "fit" and "row" without one.
+        adapter: a folder in peft's format, e.g. RUN/adapter, or several with their strengths. lora:
+        a diffusers FLUX LoRA merged into the base first, for good. device, torch_dtype: a GPU in
+        bfloat16 where there is one, else CPU in float32; "cpu" before offloading is enabled.
+        quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8". clip_text, cells:
+        where None, as the (first) adapter was trained, else as the folder says, else "fit" and
+        "row". The others: see `__init__`.
         Raises `UserError` where something is missing or does not fit.
         """
+        name = str(pretrained_model_name_or_path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or default_dtype(device)
         if lora is not None:
             check_lora(lora)
-        if adapter is not None:
-            adapters.read_config(Path(adapter))
-            adapters.read_weights(Path(adapter))
-            check_base(Path(adapter), str(model))
-        told = told_by(Path(adapter)) if adapter is not None else {}
+        wanted = strengths_of(adapter)
+        for folder in wanted:
+            adapters.read_config(folder)
+            adapters.read_weights(folder)
+            check_base(folder, name)
+        names = {folder: name_of(folder) for folder in wanted}
+        if len(set(names.values())) < len(names):
+            raise UserError(
+                f"adapters {', '.join(map(str, names))}: two have the same name; load one by "
+                "load_adapter with an adapter_name of its own"
+            )
+        told = index_of(name) | (told_by(next(iter(wanted))) if wanted else {})
         models = load_models(
-            str(model),
-            dtype=dtype,
+            name,
+            dtype=torch_dtype or default_dtype(device),
             device=device,
             lora=lora,
             bits=quantise,
-            clip_text=clip_text or one_of(told.get("clip_text"), get_args(ClipText)),
         )
-        if adapter is not None:
-            adapters.load(models.transformer, Path(adapter))
-            models.transformer.to(device)
-        cells = cells or one_of(told.get("cells"), get_args(Cells))
-        return cls(models, cells=cells, task_folders=task_folders)
+        pipe = cls(
+            **{part: getattr(models, part) for part in PARTS},
+            resolution=models.resolution,
+            cells=cells or one_of(told.get("cells"), get_args(Cells)),
+            clip_text=clip_text or one_of(told.get("clip_text"), get_args(ClipText)),
+            encodings=encodings,
+            task_folders=task_folders,
+            merge=merge,
+        )
+        pipe.register_to_config(_name_or_path=name)
+        for folder in wanted:
+            pipe.load_adapter(folder, names[folder])
+        pipe.set_adapters(list(names.values()), list(wanted.values()))
+        return pipe
+
+    @property
+    def models(self) -> Models:
+        """The parts as one value, their results on the device where they work."""
+        return Models(
+            **{part: getattr(self, part) for part in PARTS},
+            name=self.config.get("_name_or_path") or "",
+            resolution=self.config.resolution,
+            clip_text=self.config.clip_text,
+            device=self._execution_device,
+            encodings=self._encodings,
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As diffusers; adapters that are merged are then part of the weights.
+
+        Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
+        """
+        layers = self.transformer.modules()
+        if any(is_quantised(m) for m in layers if isinstance(m, torch.nn.Linear)):
+            raise UserError("save_pretrained: a quantised base is not saved; load it unquantised")
+        if any(self.blend.strengths.values()) and not self.blend.merge:
+            raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
+        super().save_pretrained(save_directory, **options)
+
+    # Adapters
+
+    def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
+        """Read an adapter (peft's format) and use it beside those in use; returns its name.
+
+        adapter_name: by default that of the folder, or of the run it lies in.
+        Raises `UserError` where the name is taken or the adapter does not fit.
+        """
+        name = adapter_name or name_of(Path(folder))
+        self.blend.add(name, Path(folder))
+        return name
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None
+    ) -> None:
+        """Use exactly these, each with its strength (1 by default); none: the base alone."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = [1.0] * len(names) if adapter_weights is None else list(adapter_weights)
+        if len(weights) != len(names):
+            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} strengths")
+        self.blend.use(dict(zip(names, weights, strict=True)))
+
+    def get_active_adapters(self) -> list[str]:
+        return list(self.blend.strengths)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters off and forget them; the base's weights come back bit for bit."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.blend.delete(name)
+
+    # Generation
+
+    def encode_prompt(
+        self, prompts: str | Prompt | Sequence[str | Prompt]
+    ) -> tuple[Tensor, Tensor]:
+        """T5's tokens (b, l, d) and CLIP's pooled vector (b, d) of whole prompts, as `__call__`
+        takes them as `prompt_embeds` and `pooled_prompt_embeds`."""
+        several = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+        return self.models.encode_text(several)
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
 
     def __call__(
         self,
-        file: str | Path | None = None,
+        grids: str | Path | Sequence[Mapping[str, Any]] | None = None,
         *,
-        rows: Sequence[Sequence[Image.Image | None]] | None = None,
+        rows: Sequence[grid.Row] | None = None,
         task: str | None = None,
         task_prompt: str | None = None,
         content_prompt: str | None = None,
-        seed: int | None = None,
-        steps: int = sample.STEPS,
-        guidance: float = sample.GUIDANCE,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
-    ) -> list[Image.Image]:
-        """The generated images, in the order of the grids and left to right in each.
+        **options: Any,
+    ) -> Completed:
+        """The generated images: by grid, then by seed, then left to right.
 
-        Give a grid file, or `rows` of PIL images with None for what is to be generated in the
+        Give a grid file (or a folder of them), or a list of objects with the keys of `request`
+        (rows, task, seed, ...), or `rows` of PIL images, None for what is to be generated in the
         last one. The same seed gives the same image, whatever else is generated with it.
-        """
-        if (file is None) == (rows is None):
-            raise UserError("give either a grid file or rows, not both and not neither")
-        if file is not None:
-            if (task, task_prompt, content_prompt) != (None, None, None):
-                raise UserError("task and prompts go with rows; a grid file says its own")
-            requests = read_requests(Path(file), self.tasks, seed=seed)
-        else:
-            assert rows is not None
-            requests = [
-                request(
-                    [list(row) for row in rows],
-                    self.tasks,
-                    task=task,
-                    task_prompt=task_prompt,
-                    content_prompt=content_prompt,
-                    seed=seed or 0,
-                )
-            ]
-        return [
-            image
-            for asked in requests
-            for image in self.complete(asked, steps=steps, guidance=guidance, resolution=resolution)
-        ]
 
+        num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: see
+        `upsample.Upsampling`; one for all targets or one each. num_inference_steps: 1 and more.
+        guidance_scale: any finite number. resolution: the side of a square cell in pixels, a
+        multiple of 16; the model's own by default. options: those of `complete`.
+        """
+        own = {"task": task, "task_prompt": task_prompt, "content_prompt": content_prompt}
+        if (grids is None) == (rows is None):
+            raise UserError("give either grids or rows, not both and not neither")
+        if grids is not None and any(value is not None for value in own.values()):
+            raise UserError("task and prompts go with rows; grids say their own")
+        if rows is not None:
+            grids = [{"rows": rows, **own}]
+        assert grids is not None
+        asked: list[Request] = []
+        if isinstance(grids, str | Path):
+            if not isinstance(seed, int | None) or not isinstance(upsampling, Upsampling | None):
+                raise UserError("for a grid file give one seed and one upsampling, or none")
+            asked = read_requests(
+                Path(grids),
+                self.tasks,
+                seed=seed,
+                images=num_images_per_prompt,
+                upsampling=upsampling,
+            )
+        else:
+            for number, each in enumerate(grids, 1):
+                keys = dict(each)
+                if seed is not None:
+                    keys["seed"] = seed
+                if isinstance(keys.get("seed", 0), int):
+                    keys.setdefault("images", num_images_per_prompt)
+                keys.setdefault("upsampling", upsampling)
+                try:
+                    asked.append(
+                        request([list(row) for row in keys.pop("rows", ())], self.tasks, **keys)
+                    )
+                except TypeError as error:
+                    raise UserError(f"grid {number}: {error}") from None
+        return self.complete(
+            asked,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            **options,
+        )
+
+    @torch.no_grad()
     def complete(
         self,
-        asked: Request,
+        asked: Sequence[Request],
         *,
-        steps: int = sample.STEPS,
-        guidance: float = sample.GUIDANCE,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
-        step: Callable[[], object] = lambda: None,
-    ) -> list[Image.Image]:
-        """The images of one checked grid; `step` is called after every sampling step.
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        known_latents: KnownLatents = "mode",
+        known_cells: KnownCells = "paste",
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Completed:
+        """What `__call__` does, for checked grids.
 
-        steps: 1 and more. guidance: any finite number. resolution: the side of a square cell in
-        pixels, a multiple of 16; the model's own by default.
+        batch_size: images of grids of one shape that go through the transformer together; each is
+        the one made alone, to rounding. generator: draws in place of the seeds; one for all images
+        in their order, or one each. latents: noise (n, 64) of each image in place of drawn noise.
+        prompt_embeds, pooled_prompt_embeds: (b, l, d) and (b, d), of every grid or one for all, in
+        place of encoded text. known_latents: what the model sees of known cells, the encoder's mode
+        or a draw, which the image's generator then makes before its noise. known_cells: whether
+        `Answer.row` holds them as they went in, resized, or decoded.
+        output_type: PIL images; "pt" (3, h, w) or "np" (h, w, 3) in 0..1; "latent" the (n, 64)
+        tokens of the whole grid. callback_on_step_end: as in diffusers; setting `_interrupt` leaves
+        what there is.
         """
-        if steps < 1:
-            raise UserError(f"steps must be 1 or more, not {steps}")
-        if not math.isfinite(guidance):
-            raise UserError(f"guidance {guidance}: give a number, e.g. 30")
+        if num_inference_steps < 1:
+            raise UserError(f"steps must be 1 or more, not {num_inference_steps}")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, not {batch_size}")
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance {guidance_scale}: give a number, e.g. 30")
         if resolution is not None and (resolution < 1 or resolution % CELL_STEP):
             raise UserError(f"resolution {resolution}: give a multiple of {CELL_STEP}")
-        built = grid.build(
-            asked.rows, resolution=resolution or self.models.resolution, cells=self.cells
+        for name, value, known in (
+            ("output_type", output_type, get_args(OutputType)),
+            ("known_latents", known_latents, get_args(KnownLatents)),
+            ("known_cells", known_cells, get_args(KnownCells)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} {value!r}: give one of {', '.join(known)}")
+        models = self.models
+        side = resolution or models.resolution
+        built = [grid.build(one.rows, resolution=side, cells=self.config.cells) for one in asked]
+        places = [(number, seed) for number, one in enumerate(asked) for seed in one.seeds]
+        jobs = [_Job(order=k, grid=g, seed=seed) for k, (g, seed) in enumerate(places)]
+        draws = self._draws(jobs, generator)
+        noises = self._given_noise(jobs, built, latents)
+        texts = self._given_text(asked, prompt_embeds, pooled_prompt_embeds)
+        self._interrupt = False
+        answers: dict[int, Answer] = {}
+        total = sum(
+            (-(-len(members) // batch_size)) * num_inference_steps
+            for members in by_shape(jobs, built)
+        ) + sum(
+            how.steps(num_inference_steps) * len(one.seeds)
+            for one in asked
+            for how in one.upsampling
+            if how is not None
         )
-        (images,) = sample.generate(
-            self.models,
-            [built],
-            [asked.prompt],
-            seeds=[asked.seed],
-            steps=steps,
-            guidance=guidance,
-            step=step,
+        with self.progress_bar(total=total) as bar:
+
+            def after(number: int, t: Tensor, x: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return x
+                changed = callback_on_step_end(self, number, 1000 * t, {"latents": x})
+                return changed.get("latents", x) if changed else x
+
+            for members in by_shape(jobs, built):
+                for first in range(0, len(members), batch_size):
+                    chunk = members[first : first + batch_size]
+                    with enough_memory(built[chunk[0].grid], len(chunk)):
+                        finals = self._denoised(
+                            models,
+                            chunk,
+                            [built[job.grid] for job in chunk],
+                            [texts[job.grid] if texts else asked[job.grid].prompt for job in chunk],
+                            [draws[job.order] for job in chunk],
+                            [noises[job.order] for job in chunk] if noises else None,
+                            known_latents=known_latents,
+                            steps=num_inference_steps,
+                            guidance=guidance_scale,
+                            after=after,
+                        )
+                        for job, final in zip(chunk, finals, strict=True):
+                            answers[job.order] = self._answer(
+                                models,
+                                job,
+                                built[job.grid],
+                                asked[job.grid],
+                                final,
+                                known_cells=known_cells,
+                                output_type=output_type,
+                                steps=num_inference_steps,
+                                guidance=guidance_scale,
+                                after=after,
+                            )
+        self.maybe_free_model_hooks()
+        return Completed([answers[job.order] for job in jobs])
+
+    def _denoised(
+        self,
+        models: Models,
+        jobs: Sequence[_Job],
+        grids: Sequence[grid.Grid],
+        texts: Sequence[Any],
+        draws: Sequence[torch.Generator],
+        noises: Sequence[Tensor] | None,
+        *,
+        known_latents: KnownLatents,
+        steps: int,
+        guidance: float,
+        after: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The (b, n, 64) clean tokens of grids of one shape."""
+        if isinstance(texts[0], tuple):
+            text, pooled = (torch.stack(part) for part in zip(*texts, strict=True))
+        else:
+            text, pooled = models.encode_text(texts)
+        if known_latents == "sample":
+            seen = encode_grids(models, grids, clean=False, draws=draws)
+            given = Conditions(latents=seen, text=text, pooled=pooled)
+        else:  # once for all images of a grid
+            numbers = list(dict.fromkeys(job.grid for job in jobs))
+            first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
+            once = encode_grids(models, [grids[k] for k in first], clean=False)
+            of_jobs = [numbers.index(job.grid) for job in jobs]
+            given = Conditions(
+                latents=once.some(of_jobs),
+                text=text,
+                pooled=pooled,
+            )
+        shape = given.latents.seen.shape[1:]
+        drawn = noises or [torch.randn(shape, generator=d, device=d.device) for d in draws]
+        place = given.latents.seen.device
+        noise = torch.stack([one.to(place, torch.float32) for one in drawn])
+        velocity = velocity_of(models, given, guidance=guidance, steps=steps)
+        times = models.times(steps, noise.shape[1]).to(place)
+
+        def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
+            return torch.zeros_like(x) if self._interrupt else velocity(x, t)
+
+        return denoise(unless_interrupted, noise, times, after=after)
+
+    def _answer(
+        self,
+        models: Models,
+        job: _Job,
+        built: grid.Grid,
+        asked: Request,
+        final: Tensor,
+        *,
+        known_cells: KnownCells,
+        output_type: OutputType,
+        steps: int,
+        guidance: float,
+        after: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Answer:
+        """The images of one grid's clean tokens (n, 64); only the query's strip is decoded."""
+        if output_type == "latent":
+            return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
+        (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
+        made = list(grid.cells(pixels, built.widths[-1]))
+        asis = grid.cells(built.strips[-1], built.widths[-1])
+        row = [
+            cell if known_cells == "decode" or column in asked.targets else asis[column]
+            for column, cell in enumerate(made)
+        ]
+        for column, how in zip(asked.targets, asked.upsampling, strict=False):
+            if how is not None:
+                image = grid.to_image(row[column])
+                said = asked.content_prompt if how.prompt is None else how.prompt
+                text, pooled = models.encode_text([said])
+                width, height = how.size(*image.size)
+                tokens = (width // CELL_STEP) * (height // CELL_STEP), final.shape[1]
+                noise = torch.randn(tokens, generator=draw_of(job.seed, 1 + column))
+                row[column] = upsample(
+                    models,
+                    image,
+                    how,
+                    text=text,
+                    pooled=pooled,
+                    noise=noise,
+                    steps=steps,
+                    guidance=guidance,
+                    after=after,
+                )
+        given = tuple(converted(cell, output_type) for cell in row)
+        return Answer(
+            grid=job.grid,
+            seed=job.seed,
+            images=tuple(given[column] for column in asked.targets),
+            row=given,
         )
-        return images
+
+    def _draws(
+        self, jobs: Sequence[_Job], generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> list[torch.Generator]:
+        if generator is None:
+            return [draw_of(job.seed) for job in jobs]
+        if isinstance(generator, torch.Generator) and len(jobs) == 1:
+            return [generator]
+        if isinstance(generator, torch.Generator):  # split up, so that no grouping changes a draw
+            seeds = torch.randint(2**62, (len(jobs),), generator=generator, device=generator.device)
+            return [torch.Generator(generator.device).manual_seed(int(s)) for s in seeds]
+        if len(generator) != len(jobs):
+            raise UserError(f"{len(generator)} generators for {len(jobs)} images; give one each")
+        return list(generator)
+
+    def _given_noise(
+        self,
+        jobs: Sequence[_Job],
+        built: Sequence[grid.Grid],
+        latents: Tensor | Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        if latents is None:
+            return []
+        found = list(latents)
+        if len(found) != len(jobs):
+            raise UserError(f"{len(found)} latents for {len(jobs)} images; give one each")
+        for job, one in zip(jobs, found, strict=True):
+            wanted = (len(grid.position_ids(built[job.grid].shape)), 64)
+            if tuple(one.shape) != wanted:
+                raise UserError(f"latents of shape {tuple(one.shape)}: this grid takes {wanted}")
+        return found
+
+    def _given_text(
+        self, asked: Sequence[Request], text: Tensor | None, pooled: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if text is None and pooled is None:
+            return []
+        if text is None or pooled is None:
+            raise UserError("give prompt_embeds and pooled_prompt_embeds together")
+        for name, tensor in (("prompt_embeds", text), ("pooled_prompt_embeds", pooled)):
+            if len(tensor) not in (1, len(asked)):
+                raise UserError(f"{name}: {len(tensor)} for {len(asked)} grids; give one each")
+        place, dtype = self._execution_device, self.transformer.dtype
+        return [
+            (text[k % len(text)].to(place, dtype), pooled[k % len(pooled)].to(place, dtype))
+            for k in range(len(asked))
+        ]
+
+
+PARTS = (
+    *("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "transformer",
+)
+
+
+def by_shape(jobs: Sequence[_Job], built: Sequence[grid.Grid]) -> list[list[_Job]]:
+    """Jobs whose grids have one shape together, which no padding does better: the time of attention
+    over padded tokens is lost, and mixed lists have many grids of each shape."""
+    groups: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        groups.setdefault(built[job.grid].shape, []).append(job)
+    return list(groups.values())
+
+
+def converted(pixels: Tensor, kind: OutputType) -> Any:
+    """A cell (3, h, w) in -1..1 as diffusers' output type says."""
+    if kind == "pil":
+        return grid.to_image(pixels)
+    unit = (pixels.clamp(-1, 1) + 1) / 2
+    return unit if kind == "pt" else unit.permute(1, 2, 0).cpu().numpy()
+
+
+@contextmanager
+def enough_memory(built: grid.Grid, images: int) -> Iterator[None]:
+    """Say what to change where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        told = str(error)
+        if not short and "not enough memory" not in told and "can't allocate memory" not in told:
+            raise
+        tokens = sum(h * w for h, w in built.shape) // CELL_STEP**2
+        raise UserError(
+            f"out of memory with {images} grids of {tokens} tokens: lower batch_size or the "
+            "resolution, offload (--offload model, enable_model_cpu_offload), keep the base in "
+            "fewer bits (--quantise nf4), or decode in tiles (--vae-tiling, vae.enable_tiling)"
+        ) from None
+
+
+def strengths_of(adapter: Adapters | None) -> dict[Path, float]:
+    if adapter is None:
+        return {}
+    if isinstance(adapter, Mapping):
+        return {Path(folder): strength for folder, strength in adapter.items()}
+    return {Path(adapter): 1.0}
+
+
+def name_of(folder: Path) -> str:
+    """What an adapter is called where nothing else is said: its folder's name, or its run's.
+
+    >>> name_of(Path("runs/demo/adapter")), name_of(Path("mugs"))
+    ('demo', 'mugs')
+    """
+    place = folder.absolute()
+    return place.parent.name if place.name == "adapter" else place.name
 
 
 Word = TypeVar("Word", bound=str)

@@ -1,13 +1,16 @@
 """Sampling: a grid with holes to the images that fill them.
 
-Axes: b batch, n tokens, c channels.
+Axes: b batch, n tokens, l text tokens, d text width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,40 +23,80 @@ from visualcloze_deft.prompt import Prompt
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
 
+AfterStep = Callable[[int, Tensor, Tensor], Tensor]
+"""Told (number of the step from 0, its time, what it led to); returns what to go on with."""
+
+
+def go_on(_: int, __: Tensor, x: Tensor) -> Tensor:
+    return x
+
 
 def denoise(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     times: Tensor,
     *,
-    step: Callable[[], object] = lambda: None,
+    after: AfterStep = go_on,
 ) -> Tensor:
-    """Euler from x at times[0], 1 for pure noise, to the image at times[-1] = 0; `step` is told
-    of each."""
+    """Euler from x at times[0], 1 for pure noise, to the image at times[-1] = 0."""
     x = noise
-    for now, after in pairwise(times):
-        x = x + (after - now) * velocity(x, now)
-        step()
+    for number, (now, then) in enumerate(pairwise(times)):
+        x = after(number, now, x + (then - now) * velocity(x, now))
     return x
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What samples of one shape are generated from. text: (b, l, d); pooled: (b, d)."""
+
+    latents: grid.Latents
+    text: Tensor
+    pooled: Tensor
+
+
 def velocity_of(
-    models: Models, latents: grid.Latents, text: Tensor, pooled: Tensor, *, guidance: float
+    models: Models, given: Conditions, *, guidance: float, steps: int = 0
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The transformer as a function of noisy tokens (b, n, 64) and one time in 0..1."""
+    """The transformer as a function of noisy tokens (b, n, 64) and one time in 0..1.
+
+    steps: how often it will be asked, for what diffusers' step caches do at certain steps.
+    """
+    transformer, asked = models.transformer, 0
+    cached = transformer.is_cache_enabled
+    if cached:
+        transformer._reset_stateful_cache()  # of the sample before
+
+    def at_step(t: Tensor) -> AbstractContextManager[object]:
+        if not cached:
+            return nullcontext()
+        where = {"step_index": asked, "num_inference_steps": steps, "sigma": float(t)}
+        context: AbstractContextManager[object] = transformer.cache_context("cond", **where)
+        return context
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return predict_velocity(
-            models.transformer,
-            latents.inputs(x),
-            t.expand(len(x)),
-            ids=latents.ids,
-            text=text,
-            pooled=pooled,
-            guidance=guidance,
-        ).float()
+        nonlocal asked
+        with at_step(t):
+            predicted = predict_velocity(
+                transformer,
+                given.latents.inputs(x),
+                t.expand(len(x)),
+                ids=given.latents.ids,
+                text=given.text,
+                pooled=given.pooled,
+                guidance=guidance,
+            )
+        asked += 1
+        return predicted.float()
 
     return velocity
+
+
+def draw_of(seed: int, stream: int = 0) -> torch.Generator:
+    """What draws an image's noise, from its seed alone and on the CPU: neither the batch nor the
+    device decides what it shows. stream: other numbers for the same seed."""
+    if stream:
+        seed = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
@@ -65,27 +108,25 @@ def generate(
     seeds: Sequence[int],
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    step: Callable[[], object] = lambda: None,
 ) -> list[list[Image.Image]]:
-    """The images of each grid's hidden cells, left to right; all grids must have one shape.
-
-    Noise is drawn on the CPU from each grid's own seed, so that neither the batch nor the device
-    decides what an image shows.
-    """
-    latents = encode_grids(models, grids, clean=False)
+    """The images of each grid's hidden cells, left to right; all grids must have one shape."""
     text, pooled = models.encode_text(prompts)
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(latents.seen.shape[1:], generator=draw) for draw in draws])
+    latents = encode_grids(models, grids, clean=False)
+    given = Conditions(latents=latents, text=text, pooled=pooled)
+    shape = latents.seen.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=draw_of(seed)) for seed in seeds])
     noise = noise.to(latents.seen.device)
     times = models.times(steps, noise.shape[1]).to(noise.device)
-    velocity = velocity_of(models, latents, text, pooled, guidance=guidance)
-    final = denoise(velocity, noise, times, step=step)
-    query = models.decode_latents(grid.unpack(final, grids[0].shape)[-1])
-    return [hidden_cells(pixels, g) for pixels, g in zip(query, grids, strict=True)]
+    velocity = velocity_of(models, given, guidance=guidance, steps=steps)
+    query = models.decode_latents(grid.unpack(denoise(velocity, noise, times), grids[0].shape)[-1])
+    return [
+        [grid.to_image(cell) for cell in hidden_cells(pixels, g)]
+        for pixels, g in zip(query, grids, strict=True)
+    ]
 
 
-def hidden_cells(pixels: Tensor, built: grid.Grid) -> list[Image.Image]:
-    """The hidden cells of a decoded (3, h, w) query strip as images."""
+def hidden_cells(pixels: Tensor, built: grid.Grid) -> list[Tensor]:
+    """The hidden cells of a decoded (3, h, w) query strip."""
     widths = built.widths[-1]
     pairs = zip(grid.cells(pixels, widths), grid.cells(built.hidden[-1], widths), strict=True)
-    return [grid.to_image(cell) for cell, hidden in pairs if hidden.any()]
+    return [cell for cell, hidden in pairs if hidden.any()]

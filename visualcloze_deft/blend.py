@@ -1,0 +1,138 @@
+"""Adapters in use: several on one base, each with a strength, exchanged without loading it again.
+
+Every kind is a change B A of a layer's weight W (o i), see `adapters.changes_of`; changes add up:
+W' = W + sum of strength_k B_k A_k. Merged, which is the default, that stands in the weights and
+costs nothing; beside them, for a quantised base, a layer adds (x A^T) B^T to its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from visualcloze_deft import adapters
+from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.lowrank import Change
+from visualcloze_deft.quantise import is_quantised
+
+
+class Blend:
+    """The adapters of one transformer. strengths: of those in use, by name.
+
+    While adapters are merged, the weights of their layers as they were rest in the host's memory:
+    taking adapters off gives them back bit for bit.
+    """
+
+    def __init__(self, transformer: FluxTransformer2DModel, *, merge: bool = True) -> None:
+        """merge: False leaves the weights alone, as a quantised base does anyway."""
+        self.transformer = transformer
+        self.merge = merge
+        self.strengths: dict[str, float] = {}
+        self.known: dict[str, dict[str, Change]] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._beside: list[tuple[nn.Module, RemovableHandle]] = []
+
+    def add(self, name: str, folder: Path) -> None:
+        """Read the adapter in `folder`, and use it beside those in use at strength 1.
+
+        Raises `UserError` where the name is taken or the adapter does not fit.
+        """
+        if name in self.known:
+            raise UserError(
+                f"adapter {name!r}: there is one of this name already; give another adapter_name, "
+                "or delete that one first"
+            )
+        self._check_reachable()
+        used = dict(self.strengths)
+        self.use({})
+        try:
+            adapters.load(self.transformer, folder)
+            self.known[name] = adapters.changes_of(self.transformer)
+            adapters.detach(self.transformer)
+            used[name] = 1.0
+        finally:
+            self.use(used)
+
+    def delete(self, name: str) -> None:
+        self._check_known(name)
+        self.use({other: s for other, s in self.strengths.items() if other != name})
+        del self.known[name]
+
+    def use(self, strengths: Mapping[str, float]) -> None:
+        """Use exactly these, each at its strength: 0 is the base, 1 the adapter as trained.
+
+        Raises `UserError` where a name is not known or a strength is no finite number.
+        """
+        for name, strength in strengths.items():
+            self._check_known(name)
+            if not math.isfinite(strength):
+                raise UserError(f"adapter {name!r}: strength {strength}: give a number, e.g. 1")
+        if dict(strengths) == self.strengths:
+            return
+        self._check_reachable()
+        self._take_off()
+        layers: dict[str, list[Change]] = {}
+        for name, strength in strengths.items():
+            for layer, (a, b) in self.known[name].items():
+                if strength:
+                    layers.setdefault(layer, []).append((strength * a, b))
+        for layer, changes in layers.items():
+            self._put_on(layer, changes)
+        self.strengths = dict(strengths)
+
+    @torch.no_grad()
+    def _put_on(self, name: str, changes: list[Change]) -> None:
+        layer = self.transformer.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if self.merge and not is_quantised(layer):
+            weight = layer.weight.data
+            changed = weight.float()
+            for a, b in changes:
+                changed = changed + (b.to(weight.device) @ a.to(weight.device))
+            self._originals[name] = weight.cpu()
+            layer.weight.data = changed.to(weight.dtype)
+            return
+        place = layer.weight.device
+        dtype = layer.bias.dtype if layer.bias is not None else self.transformer.dtype
+        down = torch.cat([a for a, _ in changes]).to(place, dtype)
+        up = torch.cat([b for _, b in changes], dim=1).to(place, dtype)
+        layer.register_buffer("change_down", down, persistent=False)  # to be moved with the layer
+        layer.register_buffer("change_up", up, persistent=False)
+        self._beside.append((layer, layer.register_forward_hook(_add_change)))
+
+    def _take_off(self) -> None:
+        for name, original in self._originals.items():
+            weight = self.transformer.get_submodule(name).weight
+            weight.data = original.to(weight.device)
+        self._originals.clear()
+        for layer, handle in self._beside:
+            handle.remove()
+            del layer.change_down, layer.change_up
+        self._beside.clear()
+        self.strengths = {}
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.known:
+            known = nearest(name, self.known) if self.known else "none is loaded"
+            raise UserError(f"no adapter of the name {name!r}; {known}")
+
+    def _check_reachable(self) -> None:
+        if any(p.is_meta for p in self.transformer.parameters()):
+            raise UserError(
+                "adapters cannot be changed while weights are offloaded one by one: call "
+                "remove_all_hooks(), change them, then enable offloading again"
+            )
+
+
+def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    down, up = layer.change_down, layer.change_up
+    inside = nn.functional.linear(inputs[0].to(down.dtype), down)
+    changed: Tensor = output + nn.functional.linear(inside, up).to(output.dtype)
+    return changed
