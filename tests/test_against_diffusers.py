@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from bench_infer import memory_of_tokens
 from PIL import Image
 
 from visualcloze_deft import InContextPipeline, grid
@@ -308,3 +309,14 @@ def test_the_words_said_to_be_cut_are_those_that_are_cut(
         whole = tokenizer.decode(tokenizer(" ".join(words)).input_ids, skip_special_tokens=True)
         joined = (kept + cut[encoder]).replace(" ", "")
         assert joined == whole.replace(" ", "")
+
+
+def test_memory_grows_with_tokens_and_no_faster() -> None:
+    """At FLUX's width, in bytes of living tensors: attention keeps no tokens x tokens matrix."""
+    two, three, four = memory_of_tokens()
+    assert [one["tokens"] for one in (two, three, four)] == [2304, 5184, 9216]
+    first, second = (
+        (b["memory"] - a["memory"]) / (b["tokens"] - a["tokens"])
+        for a, b in ((two, three), (three, four))
+    )
+    assert second < 1.1 * first

@@ -107,7 +107,7 @@ class Encoders:
     ) -> Tensor:
         """(b, 3, H, W) in -1..1 to (b, c, h, w), shifted and scaled as FLUX's latents: the mode, or
         drawn with one of `draws` for each strip."""
-        config, strips = self.vae.config, strips.to(self.vae.dtype)
+        config, strips = self.vae.config, strips.to(precision(self.vae))
 
         def scaled(latents: Tensor) -> Tensor:
             return (latents - config.shift_factor) * config.scaling_factor
@@ -148,7 +148,7 @@ class Encoders:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_pixels`, in float32."""
         config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        latents = latents.to(precision(self.vae)) / config.scaling_factor + config.shift_factor
         with at_work(self.vae, self.device):
             return self.vae.decode(latents).sample.float()
 
@@ -175,13 +175,21 @@ class Models(Encoders):
         return flow.schedule(steps, mu)
 
 
+def precision(network: nn.Module) -> torch.dtype:
+    """Of its weights. diffusers' `dtype` takes a millisecond: it asks every module for hooks."""
+    return next(network.parameters()).dtype
+
+
 @contextmanager
 def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
     """`network` on `device`, and back where it rests; hooks that offload it do so themselves."""
-    if any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules()):
+    rest = next(network.parameters()).device
+    there = rest.type == device.type and device.index in (None, rest.index)
+    if there or any(
+        hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules()
+    ):
         yield
         return
-    rest = next(network.parameters()).device
     network.to(device)
     try:
         yield
@@ -215,10 +223,11 @@ def predict_velocity(
     pooled: Tensor,
     guidance: float,
 ) -> Tensor:
-    """The transformer's velocity (b, n, 64) for inputs (b, n, 384) at times t (b,) in 0..1."""
+    """The transformer's velocity (b, n, 64) for inputs (b, n, 384) at times t (b,) in 0..1. text is
+    in the transformer's precision."""
     predicted: Tensor = transformer(
-        hidden_states=inputs.to(transformer.dtype),
-        timestep=t.to(transformer.dtype),
+        hidden_states=inputs.to(text.dtype),
+        timestep=t.to(text.dtype),
         guidance=torch.full_like(t, guidance),
         pooled_projections=pooled,
         encoder_hidden_states=text,
