@@ -21,9 +21,8 @@ import platform
 import re
 import statistics
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from living import Living
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from visualcloze_deft import InContextPipeline, grid, speed
@@ -282,33 +280,6 @@ def against_diffusers(parts: dict[str, Any], options: argparse.Namespace) -> lis
     return found
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that live at one time, at most, but for `known` ones: exact, where the
-    memory of a process shows what an allocator keeps."""
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.seen:
-                    self.seen.add(key)
-                    self.now += size
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self.free, key, size)
-        return made
-
-    def free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
 @torch.no_grad()
 def memory_of_tokens(double: int = 1, single: int = 1) -> list[dict[str, Any]]:
     """Of one call of the transformer of FLUX's width in bfloat16, with tensors that are none: only
@@ -336,7 +307,7 @@ def memory_of_tokens(double: int = 1, single: int = 1) -> list[dict[str, Any]]:
                     ids=torch.empty(n, 3),
                 )
                 noisy, t = torch.empty(1, n, 64), torch.empty(1)
-                with Live(transformer.parameters()) as live:
+                with Living() as living:
                     predict_velocity(
                         transformer,
                         latents.inputs(noisy),
@@ -346,7 +317,7 @@ def memory_of_tokens(double: int = 1, single: int = 1) -> list[dict[str, Any]]:
                         pooled=pooled,
                         guidance=30.0,
                     )
-                found.append({"grid": f"{side}x{side}", "tokens": n, "memory": live.most})
+                found.append({"grid": f"{side}x{side}", "tokens": n, "memory": living.most})
     finally:
         torch.set_default_dtype(before)
     return found

@@ -25,7 +25,14 @@ _server.set_forkserver_preload(["visualcloze_deft.train", "visualcloze_deft.cli"
 class Group:
     """The processes of one run; whatever they say, in one text, rank after rank."""
 
-    def __init__(self, words: Sequence[object], *, processes: int = 2) -> None:
+    def __init__(
+        self,
+        words: Sequence[object],
+        *,
+        processes: int = 2,
+        function: Callable[..., None] | None = None,
+    ) -> None:
+        """`vcdeft WORDS`, or a function of a module with these arguments."""
         self.place = TemporaryDirectory()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -33,7 +40,7 @@ class Group:
         self.ranks: list[BaseProcess] = []
         for rank in range(processes):
             said = Path(self.place.name) / str(rank)
-            given = rank, processes, port, [str(word) for word in words], str(said)
+            given = rank, processes, port, [str(word) for word in words], str(said), function
             self.ranks.append(_server.Process(target=_run, args=given))
         for one in self.ranks:
             one.start()
@@ -81,15 +88,24 @@ def vcdeft(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def run(words: Sequence[object], *, processes: int = 2) -> str:
+def run(
+    words: Sequence[object], *, processes: int = 2, function: Callable[..., None] | None = None
+) -> str:
     """Run to the end, which must be a good one; what was said."""
-    group = Group(words, processes=processes)
+    group = Group(words, processes=processes, function=function)
     status = group.wait()
     assert status == 0, group.said[-3000:]
     return group.said
 
 
-def _run(rank: int, world: int, port: int, words: list[str], said: str) -> None:
+def _run(
+    rank: int,
+    world: int,
+    port: int,
+    words: list[str],
+    said: str,
+    function: Callable[..., None] | None,
+) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
     place |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -106,4 +122,7 @@ def _run(rank: int, world: int, port: int, words: list[str], said: str) -> None:
     multiprocessing.set_start_method(
         "fork", force=True
     )  # of reading processes, as without a server
-    main(words)
+    if function is None:
+        main(words)
+    else:
+        function(*words)

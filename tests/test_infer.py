@@ -167,6 +167,7 @@ def test_upsampled_images_have_the_size_asked_for(
     assert sizes == [(80, 80), (32, 32)]
 
 
+@pytest.mark.processes
 def test_two_processes_share_a_list(
     micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
 ) -> None:

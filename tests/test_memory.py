@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import zero_memory
 from diffusers import FluxTransformer2DModel
+from living import Living
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.cli import main
@@ -190,34 +186,6 @@ class FlashAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)[0]
 
 
-class Living(TorchDispatchMode):
-    """Bytes of the tensors alive, and the most at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: dict[int, int] = {}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known and storage._cdata not in given:
-                self.known[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata)
-        self.most = max(self.most, self.now)
-        return result
-
-    def forget(self, storage: int) -> None:
-        self.now -= self.known.pop(storage, 0)
-
-
-def tensors_in(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 @pytest.mark.parametrize("method", ["deft", "lora"])
 def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
     """At FLUX's width and a 3x3 grid of 384 pixels in bfloat16, on one block of either kind."""
@@ -238,16 +206,7 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
 
 
 def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*words, zero_memory.__file__, str(tmp_path / "held.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run([tmp_path / "held.json"], function=zero_memory.main)
     held = json.loads((tmp_path / "held.json").read_text())
     for stage in STAGES:
         run = zero_memory.run_under(stage)

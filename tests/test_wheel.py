@@ -27,7 +27,8 @@ def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) ->
         "from PIL import Image\n"
         "check_folder('tiny')\n"
         "pipe = visualcloze_deft.InContextPipeline.from_pretrained('tiny')\n"
-        "images = pipe(rows=[[Image.new('RGB', (64, 64)), None]], task='novel-view', steps=1)\n"
+        "rows = [[Image.new('RGB', (64, 64)), None]]\n"
+        "images = pipe(rows=rows, task='novel-view', num_inference_steps=1)\n"
         "assert images[0].size == (64, 64)\n"
         "print(len(load_tasks()), load_run('flux-8gpu').processes, resolution_of('tiny'))\n"
     )

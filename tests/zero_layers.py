@@ -1,6 +1,4 @@
-"""DEFT layers under every ZeRO stage, in one group of processes that torchrun starts:
-
-torchrun --nproc-per-node 2 zero_layers.py OUTPUT
+"""DEFT layers under every ZeRO stage, in one group of processes.
 
 Layers with and without bias, blocks recomputed or not, two accumulated batches, optimiser and
 parameters offloaded or not. Writes losses and the trained adapter of each way to OUTPUT.
@@ -9,7 +7,6 @@ parameters offloaded or not. Writes losses and the trained adapter of each way t
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,15 +118,11 @@ def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tenso
     return {"losses": mean / world, **found}
 
 
-def main(output: Path) -> None:
+def main(output: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for kind, way, recompute in itertools.product(KINDS, WAYS, (True, False)):
         found = train(kind, WAYS[way], recompute=recompute)
         if torch.distributed.get_rank() == 0:
-            save_file(found, output / f"{kind}.{way}.{recompute}.safetensors")
+            save_file(found, Path(output) / f"{kind}.{way}.{recompute}.safetensors")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

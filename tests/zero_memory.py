@@ -1,6 +1,4 @@
-"""What each process really holds under every ZeRO stage, in one group that torchrun starts:
-
-torchrun --nproc-per-node 2 zero_memory.py OUTPUT
+"""What each process really holds under every ZeRO stage, in one group of processes.
 
 The embedded base in bfloat16 with a DEFT adapter takes a step and a backward pass under each stage;
 rank 0 writes the bytes of all tensors then alive to OUTPUT as JSON.
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -74,10 +71,10 @@ def held(stage: int) -> int:
     return found
 
 
-if __name__ == "__main__":
+def main(output: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     sizes = {stage: held(stage) for stage in (0, 1, 2, 3)}
     if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(sizes), encoding="utf-8")
+        Path(output).write_text(json.dumps(sizes), encoding="utf-8")
     torch.distributed.destroy_process_group()
