@@ -457,6 +457,7 @@ def main() -> None:
         default=["first-block=0.05", "first-block=0.1", "first-block=0.2", "taylorseer=3"],
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench-infer"))
+    parser.add_argument("--report", type=Path, help="file that gets the tables between its marks")
     options = parser.parse_args()
     options.resolution = options.resolution or (384 if options.blocks else 64)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -471,6 +472,11 @@ def main() -> None:
     print(text)
     (options.output / "table.md").write_text(text, encoding="utf-8")
     (options.output / "bench.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if options.report:
+        marked = f"<!-- bench:begin -->\n{text}<!-- bench:end -->"
+        old = options.report.read_text(encoding="utf-8")
+        new = re.sub(r"<!-- bench:begin -->.*<!-- bench:end -->", lambda _: marked, old, flags=re.S)
+        options.report.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

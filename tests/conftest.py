@@ -14,6 +14,7 @@ from PIL import Image
 from visualcloze_deft.modelfolder import CHANNELS, PARTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is computed on CPUs
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -13,7 +13,7 @@ import torch
 from bench_infer import memory_of_tokens
 from PIL import Image
 
-from visualcloze_deft import InContextPipeline, grid
+from visualcloze_deft import InContextPipeline
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
@@ -116,7 +116,6 @@ def test_upsampling_is_that_of_flux_fill(micro_model: Path) -> None:
     ).images[0]
     draw = torch.Generator().manual_seed(5)
     torch.randn(1, 16, 6, 8, generator=draw)  # what they draw the image's latents with
-    noise = grid.pack(torch.randn(1, 16, 6, 8, generator=draw))[0]
     text, pooled = pipe.encode_prompt(CONTENT)
     with torch.no_grad():
         found = upsample(
@@ -125,7 +124,7 @@ def test_upsampling_is_that_of_flux_fill(micro_model: Path) -> None:
             how,
             text=text,
             pooled=pooled,
-            noise=noise,
+            draw=draw,
             steps=4,
             guidance=30.0,
         )

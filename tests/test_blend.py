@@ -199,3 +199,36 @@ def test_an_adapter_that_does_not_fit_changes_nothing(
         pipe.load_adapter(tmp_path)
     assert pipe.get_active_adapters() == ["lora"]
     assert same(weights(pipe.transformer), before)
+
+
+def test_layers_that_are_offloaded_are_left_alone(
+    micro_model: Path, trained: dict[str, Path]
+) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model), adapter=trained["deft"])
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(UserError, match="offloaded"):
+        pipe.set_adapters([])
+
+
+def test_beside_the_weights_changes_come_along_when_offloaded(
+    micro_model: Path, trained: dict[str, Path]
+) -> None:
+    rows = [[Image.new("RGB", (32, 32), "red"), None]]
+    images = []
+    for offload in (False, True):
+        pipe = InContextPipeline.from_pretrained(
+            str(micro_model), adapter=trained["deft"], merge=False
+        )
+        if offload:
+            pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        images += pipe(rows=rows, num_inference_steps=2)
+    assert images[0].tobytes() == images[1].tobytes()
+
+
+def test_settled_adapters_stay(micro_model: Path, trained: dict[str, Path]) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model), adapter=trained["deft"])
+    before = weights(pipe.transformer)
+    pipe.blend.settle()
+    with pytest.raises(UserError, match="settled"):
+        pipe.load_adapter(trained["lora"])
+    assert same(weights(pipe.transformer), before)

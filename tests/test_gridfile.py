@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there_is_named(
 ) -> None:
     for path, message in (
         (tmp_path / "gone.json", "no such file"),
-        (tmp_path, "no .json file in this folder"),
+        (tmp_path, "no .json file of grids in this folder"),
     ):
         line = refused("infer", "--examples", path, "--model", hollow_model)
         assert f"{path}: {message}" in line

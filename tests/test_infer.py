@@ -101,17 +101,55 @@ def test_what_was_made_otherwise_is_only_overwritten_where_asked(
     run(*words, "--seed", 5)
 
 
-def test_pictures_that_lie_in_the_output_folder_stay(
+def test_what_is_read_is_never_written_over(
     micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    path = grid_file(rows=[["001.png", None]])
     (tmp_path / "a.png").rename(tmp_path / "001.png")
     before = (tmp_path / "001.png").read_bytes()
-    words = ("--examples", path, "--model", micro_model, "--resolution", 32, "--steps", 1)
-    assert "not made by vcdeft" in refused("infer", *words, "--output", tmp_path)
+    words = ("--examples", grid_file(rows=[["001.png", None]]), "--model", micro_model)
+    for more in ((), ("--overwrite",)):
+        assert "is read here" in refused("infer", *words, "--output", tmp_path, *more)
     assert (tmp_path / "001.png").read_bytes() == before
-    (tmp_path / "001.json").write_text("[]")
-    assert "no record of vcdeft" in refused("infer", *words, "--output", tmp_path)
+    (tmp_path / "grid.json").rename(tmp_path / "001.json")
+    words = ("--examples", tmp_path / "001.json", "--model", micro_model, "--overwrite")
+    assert "is read here" in refused("infer", *words, "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("001.png", "not made by this command"),
+        ("001-sheet.png", "not made by this command"),
+        ("001.json", "no record of vcdeft"),
+    ],
+)
+def test_files_of_others_in_the_output_folder_stay(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    name: str,
+    said: str,
+) -> None:
+    path, output = grid_file(rows=[["a.png", None]]), tmp_path / "out"
+    output.mkdir()
+    (output / name).write_bytes((tmp_path / "a.png").read_bytes())
+    before = (output / name).read_bytes()
+    words = ("--examples", path, "--model", micro_model, "--output", output, "--steps", 1)
+    assert said in refused("infer", *words)
+    assert (output / name).read_bytes() == before
+
+
+def test_a_record_is_a_grid_file(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    way = {"scale": 1.5, "strength": 0.5}
+    path = grid_file(content_prompt="a cup", seed=[3, 5], upsampling=way)
+    run("--examples", path, "--model", micro_model, "--output", tmp_path / "out")
+    again = tmp_path / "again"
+    run("--examples", tmp_path / "out" / "001.json", "--model", micro_model, "--output", again)
+    for name in ("001-seed3.png", "001-seed5.png"):
+        assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_folder_of_grid_files_is_one_list(
@@ -133,7 +171,7 @@ def test_an_image_says_what_made_it(
     with Image.open(tmp_path / "out" / "001-seed7.png") as image:
         told = json.loads(image.text["vcdeft"])
     record = json.loads((tmp_path / "out" / "001.json").read_text())
-    assert told == {k: v for k, v in record.items() if k != "images"} | {"seed": 7}
+    assert told == {k: v for k, v in record.items() if k != "images"} | {"of_seed": 7}
     assert told["content_prompt"] == "une tasse rouge ☕"
     assert told["versions"]["torch"]
 
@@ -247,7 +285,7 @@ def test_several_adapters_and_strengths(
     [
         (("--upsample", 2, "--strength", 1.5), "strength 1.5: give a number from 0 to 1"),
         (("--strength", 0.5), "--strength goes with --upsample"),
-        (("--upsample", 9999), "megapixels"),
+        (("--upsample", 60), "megapixels"),
         (("--steps", 0), "--steps"),
         (("--resolution", 100), "--resolution 100: give a multiple of 16"),
         (("--cache", "first-blok"), "did you mean first-block?"),
@@ -256,6 +294,11 @@ def test_several_adapters_and_strengths(
         (("--adapter", "gone", "--adapter", "gone=2"), "named twice"),
         (("--adapter", "gone"), "no adapter_config.json"),
         (("--seed", -1), "a seed is a whole number from 0"),
+        (("--upsample", 1e308), "up to 64"),
+        (("--attention", "flashy"), "--attention flashy"),
+        (("--cache", "taylorseer=0.5"), "whole and above 1"),
+        (("--cache", "first-block", "--batch", 2), "give --batch 1"),
+        (("--adapter", "gone=nan"), "give a number as its strength"),
     ],
 )
 def test_a_bad_option_is_named_before_anything_is_loaded(

@@ -373,7 +373,14 @@ def test_an_interrupted_call_stops_asking_the_transformer(micro_model: Path) -> 
         pipe._interrupt = True
         return {}
 
-    pipe(rows=scene_rows(), num_inference_steps=8, callback_on_step_end=stop)
+    made = pipe(
+        rows=scene_rows(),
+        seed=[1, 2],
+        num_inference_steps=8,
+        upsampling=Upsampling(),
+        callback_on_step_end=stop,
+    )
+    assert len(made) == 1
     assert calls["transformer"] == 1
     pipe(rows=scene_rows(), num_inference_steps=8)
     assert calls["transformer"] == 9
@@ -459,11 +466,10 @@ def test_tiles_and_compiled_blocks_work(micro_model: Path) -> None:
 
 
 def test_running_out_of_memory_says_what_to_change() -> None:
-    built = grid.build(scene_rows(), resolution=32)
-    said = "out of memory with 3 grids of 16 tokens"
-    with pytest.raises(UserError, match=said), enough_memory(built, 3):
+    said = "out of memory while making 3 grids"
+    with pytest.raises(UserError, match=said), enough_memory("making 3 grids"):
         torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="something else"), enough_memory(built, 1):
+    with pytest.raises(RuntimeError, match="something else"), enough_memory("x"):
         raise RuntimeError("something else")
 
 
@@ -471,3 +477,20 @@ def test_the_same_parts_serve_two_pipelines(pipe: InContextPipeline) -> None:
     other = InContextPipeline(**pipe.components, resolution=32)
     a, b = (p(rows=scene_rows(), num_inference_steps=1, resolution=32)[0] for p in (pipe, other))
     assert a.tobytes() == b.tobytes()
+
+
+def test_a_change_of_precision_encodes_anew(micro_model: Path) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model))
+    pipe(rows=scene_rows(), num_inference_steps=1)
+    pipe.to(torch.bfloat16)
+    assert pipe(rows=scene_rows(), num_inference_steps=1)[0].size == (32, 32)
+
+
+def test_an_odd_list_of_grids_is_named(pipe: InContextPipeline) -> None:
+    image = Image.new("RGB", (32, 32))
+    for odd in ([[image, None]], [{"row": [[image, None]]}], [3]):
+        with pytest.raises(UserError, match="grid 1"):
+            pipe(odd)
+    for odd in ({"scale": 2}, [{"scale": 2}]):
+        with pytest.raises(UserError, match="expected Upsampling"):
+            pipe([{"rows": [[image, None]], "upsampling": odd}])

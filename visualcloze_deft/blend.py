@@ -38,6 +38,13 @@ class Blend:
         self.known: dict[str, dict[str, Change]] = {}
         self._originals: dict[str, Tensor] = {}
         self._beside: list[tuple[nn.Module, RemovableHandle]] = []
+        self._settled = False
+
+    def settle(self) -> None:
+        """Keep what is used now for good: the memory that exchanging it takes is given back."""
+        self._originals.clear()
+        self.known.clear()
+        self._settled = True
 
     def add(self, name: str, folder: Path) -> None:
         """Read the adapter in `folder`, and use it beside those in use at strength 1.
@@ -49,12 +56,15 @@ class Blend:
                 f"adapter {name!r}: there is one of this name already; give another adapter_name, "
                 "or delete that one first"
             )
-        self._check_reachable()
+        self.check_reachable()
         used = dict(self.strengths)
         self.use({})
         try:
             adapters.load(self.transformer, folder)
-            self.known[name] = adapters.changes_of(self.transformer)
+            self.known[name] = {
+                layer: (a.cpu(), b.cpu())
+                for layer, (a, b) in adapters.changes_of(self.transformer).items()
+            }
             adapters.detach(self.transformer)
             used[name] = 1.0
         finally:
@@ -76,7 +86,7 @@ class Blend:
                 raise UserError(f"adapter {name!r}: strength {strength}: give a number, e.g. 1")
         if dict(strengths) == self.strengths:
             return
-        self._check_reachable()
+        self.check_reachable()
         self._take_off()
         layers: dict[str, list[Change]] = {}
         for name, strength in strengths.items():
@@ -110,7 +120,7 @@ class Blend:
     def _take_off(self) -> None:
         for name, original in self._originals.items():
             weight = self.transformer.get_submodule(name).weight
-            weight.data = original.to(weight.device)
+            weight.data = original.to(weight.device, weight.dtype)
         self._originals.clear()
         for layer, handle in self._beside:
             handle.remove()
@@ -123,16 +133,24 @@ class Blend:
             known = nearest(name, self.known) if self.known else "none is loaded"
             raise UserError(f"no adapter of the name {name!r}; {known}")
 
-    def _check_reachable(self) -> None:
-        if any(p.is_meta for p in self.transformer.parameters()):
+    def check_reachable(self) -> None:
+        """Raise `UserError` where weights are settled, or offloaded so that they cannot be read."""
+        if self._settled:
+            raise UserError("the adapters are settled: load the model again to exchange them")
+        if any(p.is_meta for p in self.transformer.parameters()) or any(
+            "group_offloading" in module._diffusers_hook.hooks
+            for module in self.transformer.modules()
+            if hasattr(module, "_diffusers_hook")
+        ):
             raise UserError(
-                "adapters cannot be changed while weights are offloaded one by one: call "
-                "remove_all_hooks(), change them, then enable offloading again"
+                "adapters cannot be changed while layers are offloaded: call remove_all_hooks() "
+                "(of groups: load the model again), change them, then enable offloading"
             )
 
 
 def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    down, up = layer.change_down, layer.change_up
+    place = inputs[0].device  # hooks that offload the layer may have taken them away already
+    down, up = layer.change_down.to(place), layer.change_up.to(place)
     inside = nn.functional.linear(inputs[0].to(down.dtype), down)
     changed: Tensor = output + nn.functional.linear(inside, up).to(output.dtype)
     return changed

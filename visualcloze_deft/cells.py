@@ -9,6 +9,7 @@ VAE_SCALE = 8  # pixels a side per latent, FLUX's autoencoder
 PATCH = 2  # latents a side per token
 CELL_STEP = VAE_SCALE * PATCH
 
+Shape = tuple[tuple[int, int], ...]  # (height, width) of each strip of a grid, in pixels
 Cells = Literal["row", "own", "square"]
 """The shape of cells: "row", all of a row in that of its first picture, as VisualCloze generates;
 "own", each in its picture's; "square", as VisualCloze was trained."""
@@ -29,6 +30,28 @@ def cell_size(image_size: tuple[int, int], resolution: int) -> tuple[int, int]:
         max(new_width // CELL_STEP, 1) * CELL_STEP,
         max(new_height // CELL_STEP, 1) * CELL_STEP,
     )
+
+
+def strip_shapes(
+    sizes: Sequence[Sequence[tuple[int, int] | None]], resolution: int, cells: Cells = "row"
+) -> Shape:
+    """(height, width) of each strip of a grid whose images have these (width, height).
+
+    >>> strip_shapes([[(64, 32), None], [None, None]], 64)
+    ((32, 160), (32, 160))
+    """
+    rows = grid_cells(sizes, resolution, cells)
+    return tuple((row[0][1], sum(width for width, _ in row)) for row in rows)
+
+
+def grid_cells(
+    sizes: Sequence[Sequence[tuple[int, int] | None]], resolution: int, cells: Cells = "row"
+) -> list[list[tuple[int, int]]]:
+    """(width, height) of every cell of a grid, see `row_sizes`."""
+    rows: list[list[tuple[int, int]]] = []
+    for row in sizes:
+        rows.append(row_sizes(row, resolution, cells, rows[-1] if rows else ()))
+    return rows
 
 
 def row_sizes(

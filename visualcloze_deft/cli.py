@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -460,6 +461,8 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
             strength = float(number)
         except ValueError:
             raise UserError(f"--adapter {text!r}: {number!r} is no number") from None
+        if not math.isfinite(strength):
+            raise UserError(f"--adapter {text!r}: give a number as its strength, e.g. 1")
         if Path(folder) in found:
             raise UserError(f"--adapter {folder}: named twice; give it one strength")
         found[Path(folder)] = strength

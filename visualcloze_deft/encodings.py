@@ -63,7 +63,7 @@ class Encodings:
         self.folder = folder
         self.storing = True
         self.used = Used()
-        self._fingerprints: dict[nn.Module, str] = {}
+        self._fingerprints: dict[tuple[nn.Module, torch.dtype], str] = {}
 
     def used_by_all(self) -> Used:
         """`used` of all processes together; each must call it."""
@@ -91,9 +91,18 @@ class Encodings:
 
     def key(self, network: nn.Module, one: Tensor) -> str:
         """SHA-256 in hex of the encoder's fingerprint and of one input: dtype, shape and bytes."""
-        if network not in self._fingerprints:
-            self._fingerprints[network] = fingerprint(network)
-        return digest(self._fingerprints[network], one).hex()
+        return digest(self.name_of(network), one).hex()
+
+    def name_of(self, network: nn.Module) -> str:
+        """The fingerprint of a network, taken once: it is not to be trained. Asked for before its
+        weights are offloaded, it is known afterwards."""
+        known = network, next(network.parameters()).dtype
+        if known not in self._fingerprints:
+            self._fingerprints[known] = self.fingerprint(network)
+        return self._fingerprints[known]
+
+    def fingerprint(self, network: nn.Module) -> str:
+        return fingerprint(network)
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
@@ -153,12 +162,9 @@ class Recent(Encodings):
         self.most = most
         self._held: OrderedDict[str, Tensor] = OrderedDict()
 
-    def key(self, network: nn.Module, one: Tensor) -> str:
-        """As `Encodings.key`; without a folder a name of the network's own stands for its weights,
-        which would take seconds to read."""
-        if not self.on_disk:
-            self._fingerprints.setdefault(network, uuid.uuid4().hex)
-        return super().key(network, one)
+    def fingerprint(self, network: nn.Module) -> str:
+        """Without a folder a name of its own: reading all weights would take seconds."""
+        return super().fingerprint(network) if self.on_disk else uuid.uuid4().hex
 
     def read(self, key: str) -> Tensor | None:
         if key in self._held:
@@ -199,6 +205,8 @@ def fingerprint(network: nn.Module) -> str:
     # where it was loaded from and by what version makes no other encoder
     lasting = {n: v for n, v in settings.items() if n[0] != "_" and n != "transformers_version"}
     told.update(json.dumps(lasting, sort_keys=True, default=str).encode())
+    if getattr(network, "use_tiling", False):  # of a VAE: seams change latents a little
+        told.update(b"tiled")
     for name, weight in network.state_dict().items():
         told.update(digest(name, weight))
     return told.hexdigest()

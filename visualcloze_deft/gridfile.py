@@ -35,6 +35,7 @@ _UPSAMPLING_KEYS: dict[str, tuple[type, ...]] = {
     "prompt": (str, type(None)),
 }
 MOST_SEED = 2**63 - 1
+RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say more than a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +171,15 @@ class Entry:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """All grids of a file, or of every .json file in a folder."""
+    """All grids of a file, or of every .json file in a folder but for records of `vcdeft infer`."""
     if not path.is_dir():
         return _entries_of(path, "")
     files = sorted(file for file in path.glob("*.json") if file.is_file())
-    if not files:
-        raise UserError(f"examples {path}: no .json file in this folder")
-    return [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
+    every = [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
+    entries = [e for e in every if not (isinstance(e.value, dict) and RECORDED in e.value)]
+    if not entries:
+        raise UserError(f"examples {path}: no .json file of grids in this folder")
+    return entries
 
 
 def read_requests(
@@ -238,6 +241,8 @@ def _read_entry(
     upsampling: Upsampling | None,
 ) -> Request:
     value = entry.value
+    if isinstance(value, dict) and RECORDED in value:  # what `vcdeft infer` wrote of a grid
+        value = {key: value[key] for key in _KEYS if key in value}
     check_keys(value, _KEYS, "an object with the key 'rows'")
     if "rows" not in value:
         raise UserError("the key 'rows' is missing")

@@ -10,9 +10,11 @@ locks the grid that it makes.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
 import torch
@@ -28,12 +31,12 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, speed
-from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
+from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import Claims
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
-from visualcloze_deft.launch import prepared
+from visualcloze_deft.launch import PREPARED, prepared
 from visualcloze_deft.modelfolder import (
     WEIGHTS,
     Bits,
@@ -52,11 +55,25 @@ from visualcloze_deft.pipeline import Answer, InContextPipeline, one_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
+from visualcloze_deft.signals import Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
-NOT_COMPARED = ("images", "device", "dtype", "versions", "rows", "task", "adapters", "model")
+NOT_COMPARED = (
+    "images",
+    "device",
+    "dtype",
+    "versions",
+    "rows",
+    "task",
+    "adapters",
+    "model",
+    "batch",
+    "of_seed",
+)
+SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
+WAY_OUT = "give --overwrite, or another --output"
 MANY = 20  # grids from which on reading their pictures gets a bar
 
 
@@ -96,8 +113,14 @@ class Planned:
     shape: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
     steps: int
-    prompt: Prompt
+    prompts: tuple[Prompt | str, ...]
     record: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many samples go through the transformer; each may have several targets."""
+        seeds = self.record["seed"]
+        return len(seeds) if isinstance(seeds, list) else 1
 
     @property
     def tokens(self) -> int:
@@ -118,18 +141,17 @@ def infer(
     written.
 
     processes: 0 is one for each GPU, as far as there are grids, or one. arguments: the command
-    line, with which further processes are started. overwrite: make anew what is there.
+    line, with which further processes are started. overwrite: make anew what was there before.
     """
     check(settings)
+    since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
     tasks = load_tasks(map(Path, settings.task_folders))
     shared = shared_of(settings)
     entries = read_entries(examples)
     plans = planned(entries, tasks, settings, shared)
     output_folder(output)
-    if overwrite and not (dry_run or prepared()):
-        for plan in plans:
-            (output / f"{plan.entry.name}.json").unlink(missing_ok=True)
-    waiting = [plan for plan in plans if not finished(output, plan, overwrite=overwrite)]
+    check_inputs_stay(examples, output, plans)
+    waiting = [plan for plan in plans if not finished(output, plan, since=since)]
     if not prepared():
         for line in (
             *unread_words(waiting, settings.model, shared["clip_text"]),
@@ -143,9 +165,9 @@ def infer(
         return []
     count = processes or max(min(torch.cuda.device_count(), len(waiting)), 1)
     if count > 1 and not prepared():
-        share(output, waiting, arguments, count)
+        share(output, waiting, arguments, count, since=since)
     elif waiting:
-        work(output, waiting, tasks, settings, overwrite=overwrite)
+        work(output, waiting, tasks, settings, since=since)
     return [output / name for plan in waiting for name in plan.names if (output / name).is_file()]
 
 
@@ -157,9 +179,13 @@ def check(settings: Settings) -> None:
         raise UserError(f"--resolution {settings.resolution}: give a multiple of {CELL_STEP}")
     check_folder(settings.model)
     check_quantise(settings.quantise)
-    speed.check_offload(settings.offload)
-    if settings.cache is not None:
-        speed.cache_settings(settings.cache)
+    speed.check(
+        offload=settings.offload,
+        cache=settings.cache,
+        attention=settings.attention,
+        quantise=settings.quantise,
+        batch=settings.batch,
+    )
     if settings.lora is not None:
         check_lora(settings.lora)
     for folder in settings.adapters:
@@ -193,6 +219,10 @@ def shared_of(settings: Settings) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "cache": settings.cache,
+        "attention": settings.attention,
+        "vae_tiling": settings.vae_tiling,
+        "compile": settings.compile_blocks,
+        "batch": settings.batch,
         "resolution": settings.resolution or resolution_of(settings.model),
         "versions": {name: version(name) for name in VERSIONS},
     }
@@ -209,12 +239,9 @@ def planned(
     few = len(entries) < MANY or prepared()
     for entry in tqdm(entries, desc="checking grids", unit="grid", disable=few):
         asked = requested(entry, tasks, settings)
-        above: list[tuple[int, int]] = []
-        shape = []
-        for sizes in asked.sizes:
-            above = row_sizes(sizes, shared["resolution"], shared["cells"], above)
-            shape.append((above[0][1], sum(width for width, _ in above)))
-        cells = [above[column] for column in asked.targets]
+        shape = strip_shapes(asked.sizes, shared["resolution"], shared["cells"])
+        last = grid_cells(asked.sizes, shared["resolution"], shared["cells"])[-1]
+        cells = [last[column] for column in asked.targets]
         ways = [(how, *cell) for how, cell in zip(asked.upsampling, cells, strict=False) if how]
         with entry.errors():
             for how, width, height in ways:
@@ -223,10 +250,10 @@ def planned(
         plans.append(
             Planned(
                 entry=entry,
-                shape=tuple(shape),
+                shape=shape,
                 names=image_names(entry.name, asked),
                 steps=steps * len(asked.seeds),
-                prompt=asked.prompt,
+                prompts=(asked.prompt, *(how.prompt for how, *_ in ways if how.prompt)),
                 record=record_of(asked, shared),
             )
         )
@@ -267,26 +294,71 @@ def image_names(name: str, asked: Request) -> tuple[str, ...]:
     )
 
 
-def finished(output: Path, plan: Planned, *, overwrite: bool) -> bool:
-    """Whether a grid's record and images are there. Raises `UserError` where something else is in
-    their place, unless it may be overwritten."""
-    path = output / f"{plan.entry.name}.json"
-    before = read_record(path)
-    way_out = "give --overwrite, or another --output"
-    if before is None:
-        for name in plan.names:
-            if not overwrite and (output / name).exists() and not is_ours(output / name):
-                raise UserError(f"{output / name}: already there, not made by vcdeft; {way_out}")
+def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) -> None:
+    """Raise `UserError` where a result would be written over what it is made from."""
+    read = {
+        Path(path).resolve()
+        for plan in plans
+        for row in plan.record["rows"]
+        for path in row
+        if path
+    }
+    read.add(examples.resolve())
+    read |= {path.resolve() for path in examples.glob("*.json")} if examples.is_dir() else set()
+    for plan in plans:
+        for name in files_of(plan):
+            if (output / name).resolve() in read and not is_record(output / name):
+                raise UserError(
+                    f"{output / name}: is read here, and would be written over; give another "
+                    "--output"
+                )
+
+
+def files_of(plan: Planned) -> tuple[str, ...]:
+    """The names of all files that are made of a grid, the record last."""
+    return (*plan.names, f"{plan.entry.name}-sheet.png", f"{plan.entry.name}.json")
+
+
+def is_record(path: Path) -> bool:
+    try:
+        return read_record(path) is not None
+    except UserError:
         return False
-    now = json.loads(json.dumps(plan.record))
+
+
+def finished(output: Path, plan: Planned, *, since: float) -> bool:
+    """Whether a grid's record and images are there. Raises `UserError` where something else is in
+    their place.
+
+    since: when overwriting was asked for, 0 where it was not: what is older is then not there.
+    """
+    path = output / f"{plan.entry.name}.json"
+    if since:
+        return path.is_file() and path.stat().st_mtime >= since
+    before = read_record(path)
+    now = compared(plan.record)
+    if before is None:
+        for name in files_of(plan):
+            if (output / name).exists() and compared(told_by_image(output / name)) != now:
+                raise UserError(
+                    f"{output / name}: already there, not made by this command; {WAY_OUT}"
+                )
+        return False
+    found = compared(before)
     for key, value in now.items():
-        if key not in NOT_COMPARED and before.get(key) != value and not overwrite:
+        if found.get(key) != value:
             raise UserError(
-                f"{path}: made with {key} {shortly(before.get(key))}, asked for is "
-                f"{shortly(value)}; {way_out}"
+                f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
+                f"{shortly(value)}; {WAY_OUT}"
             )
-    same = all(before.get(key) == now[key] for key in now if key not in NOT_COMPARED)
-    return same and all((output / name).is_file() for name in plan.names)
+    return all((output / name).is_file() for name in plan.names)
+
+
+def compared(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record says that images are the same, as it is after JSON."""
+    kept = {key: value for key, value in record.items() if key not in NOT_COMPARED}
+    found: dict[str, Any] = json.loads(json.dumps(kept))
+    return found
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -299,19 +371,18 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or "rows_sha256" not in found:
-        raise UserError(
-            f"{path}: already there and no record of vcdeft; give --overwrite, or another --output"
-        )
+        raise UserError(f"{path}: already there and no record of vcdeft; {WAY_OUT}")
     return found
 
 
-def is_ours(path: Path) -> bool:
-    """Whether an image was written by `vcdeft infer`, as one of a grid that was not finished."""
+def told_by_image(path: Path) -> dict[str, Any]:
+    """The record of its grid that an image holds; {} where it holds none."""
     try:
         with Image.open(path) as image:
-            return METADATA in getattr(image, "text", {})
-    except OSError:
-        return False
+            found = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def shortly(value: object) -> str:
@@ -344,16 +415,19 @@ def unread_words(plans: Sequence[Planned], model: str, order: ClipText) -> list[
     clip, t5 = load_tokenizers(model)
     lines = []
     for plan in plans:
-        read_by_clip = clip_text(plan.prompt, fits(clip), order)
-        cut = {
-            "T5": unread(t5, str(plan.prompt), text_length(t5)),
-            "CLIP": unread(clip, read_by_clip, clip.model_max_length),
-        }
-        lines += [
-            f"grid {plan.entry.name}: {encoder} does not read the end of its text: {words}"
-            for encoder, words in cut.items()
-            if words
-        ]
+        for prompt in plan.prompts:
+            own = isinstance(prompt, str)  # of an upsampling
+            for_clip = prompt if isinstance(prompt, str) else clip_text(prompt, fits(clip), order)
+            cut = {
+                "T5": unread(t5, str(prompt), text_length(t5)),
+                "CLIP": unread(clip, for_clip, clip.model_max_length),
+            }
+            lines += [
+                f"grid {plan.entry.name}: {encoder} does not read the end of its "
+                f"{'upsampling prompt' if own else 'text'}: {words}"
+                for encoder, words in cut.items()
+                if words
+            ]
     return lines
 
 
@@ -376,13 +450,13 @@ def work(
     tasks: Mapping[str, Task],
     settings: Settings,
     *,
-    overwrite: bool,
+    since: float,
 ) -> None:
     """Make what nobody else makes, grids of one shape together."""
-    pipe = load(settings)
-    claims = Claims(output)
+    if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
+        return
+    pipe, claims, others = load(settings), Claims(output), 0
     left = list(waiting)
-    others = 0
     with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
 
         def step(_: Any, __: int, ___: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -391,18 +465,20 @@ def work(
 
         while left:
             chunk: list[Planned] = []
+            images = 0
             for plan in [plan for plan in left if plan.shape == left[0].shape]:
-                images = sum(len(one.names) for one in chunk)
-                if chunk and images + len(plan.names) > settings.batch:
+                if chunk and images + plan.images > settings.batch:
                     break
                 left.remove(plan)
                 if not claims.take(plan.entry.name):
                     others += 1
-                elif finished(output, plan, overwrite=overwrite):  # by another, meanwhile
+                elif finished(output, plan, since=since):  # by another, meanwhile
                     bar.update(plan.steps)
                     claims.release(plan.entry.name)
                 else:
+                    clear_parts(output, plan)
                     chunk.append(plan)
+                    images += plan.images
             if not chunk:
                 continue
             before = bar.n
@@ -446,14 +522,23 @@ def load(settings: Settings) -> InContextPipeline:
         vae_tiling=settings.vae_tiling,
         compile_blocks=settings.compile_blocks,
     )
+    pipe.blend.settle()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def share(output: Path, waiting: Sequence[Planned], arguments: Sequence[str], count: int) -> None:
+def share(
+    output: Path,
+    waiting: Sequence[Planned],
+    arguments: Sequence[str],
+    count: int,
+    *,
+    since: float,
+) -> None:
     """Run this command in `count` processes, each on a GPU of its own where there are any.
 
-    Raises `UserError` where one of them failed, after the others have ended.
+    Ctrl-C and SIGTERM end them, too. Raises `UserError` where one of them failed, after the others
+    have ended.
     """
     gpus = torch.cuda.device_count()
     if gpus and count > gpus:
@@ -461,29 +546,37 @@ def share(output: Path, waiting: Sequence[Planned], arguments: Sequence[str], co
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
     started = []
     for rank in range(count):
-        own = {"VCDEFT_PREPARED": "1", "TQDM_DISABLE": "1"}
+        own = {PREPARED: "1", "TQDM_DISABLE": "1", SINCE: str(since)}
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)[rank]
         else:
             own["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))
         started.append(subprocess.Popen(command, env=os.environ | own, stdout=subprocess.DEVNULL))
-    try:
-        with tqdm(total=len(waiting), desc=f"{count} processes", unit="grid") as bar:
-            while any(process.poll() is None for process in started):
-                time.sleep(0.2)
-                bar.update(sum(done(output, plan) for plan in waiting) - bar.n)
-            bar.update(sum(done(output, plan) for plan in waiting) - bar.n)
-    finally:
+    asked = Asked()
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        again = asked.twice(number)
         for process in started:
-            if process.poll() is None:
-                process.terminate()
-    failed = [process.returncode for process in started if process.returncode]
-    unmade = sum(not done(output, plan) for plan in waiting)
-    if failed or unmade:
+            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    with (
+        handled(pass_on),
+        tqdm(total=len(waiting), desc=f"{count} processes", unit="grid") as bar,
+    ):
+        while any(process.poll() is None for process in started):
+            time.sleep(0.2)
+            bar.update(sum(done(output, plan, since) for plan in waiting) - bar.n)
+        bar.update(sum(done(output, plan, since) for plan in waiting) - bar.n)
+    if asked:
+        raise SystemExit(exit_status(asked.signal))
+    unmade = sum(not done(output, plan, since) for plan in waiting)
+    if failed := [process.returncode for process in started if process.returncode]:
         raise UserError(
             f"{len(failed)} of {count} processes failed, {unmade} grids are not made; the same "
-            "command goes on with them"
+            f"command {'without --overwrite ' if since else ''}goes on with them"
         )
+    if unmade:
+        tqdm.write(f"{unmade} grids are being made by other processes")
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -491,27 +584,42 @@ def visible_gpus(count: int) -> list[str]:
     return told.split(",") if told else [str(number) for number in range(count)]
 
 
-def done(output: Path, plan: Planned) -> bool:
-    return (output / f"{plan.entry.name}.json").is_file()
+def done(output: Path, plan: Planned, since: float) -> bool:
+    """Whether a process has written the record."""
+    path = output / f"{plan.entry.name}.json"
+    return path.is_file() and path.stat().st_mtime >= since
+
+
+def clear_parts(output: Path, plan: Planned) -> None:
+    """Remove what a process that was killed has left of a grid."""
+    for name in files_of(plan):
+        for part in output.glob(f".{glob.escape(name)}.*.part"):
+            part.unlink(missing_ok=True)
 
 
 def write(output: Path, plan: Planned, asked: Request, answers: Sequence[Answer]) -> None:
     """One grid's files, each whole or not at all, the record last."""
+    (output / f"{plan.entry.name}.json").unlink(missing_ok=True)  # of what is overwritten
     images = [image for answer in answers for image in answer.images]
     seeds = [answer.seed for answer in answers for _ in answer.images]
     for name, image, seed in zip(plan.names, images, seeds, strict=True):
-        told = PngImagePlugin.PngInfo()
-        told.add_itxt(METADATA, json.dumps(plan.record | {"seed": seed}))
+        told = text_of(plan.record | {"of_seed": seed})
         whole(output / name, partial(image.save, format="PNG", pnginfo=told))
     title = " ".join(part for part in (asked.task_prompt, asked.content_prompt) if part)
     rows = [*asked.rows[:-1], *(answer.row for answer in answers)]
     first = len(asked.rows) - 1
     marks = [(first + k, column) for k in range(len(answers)) for column in asked.targets]
     sheet = draw_grid(rows, title=title, made=marks, cell=192)
-    whole(output / f"{plan.entry.name}-sheet.png", partial(sheet.save, format="PNG"))
-    record = {"images": list(plan.names), **plan.record}
-    text = json.dumps(record, indent=1)
-    whole(output / f"{plan.entry.name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    *_, sheet_name, record_name = files_of(plan)
+    whole(output / sheet_name, partial(sheet.save, format="PNG", pnginfo=text_of(plan.record)))
+    text = json.dumps({"images": list(plan.names), **plan.record}, indent=1)
+    whole(output / record_name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def text_of(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    told = PngImagePlugin.PngInfo()
+    told.add_itxt(METADATA, json.dumps(record))
+    return told
 
 
 def whole(path: Path, save: Callable[[Path], object]) -> None:
@@ -519,5 +627,7 @@ def whole(path: Path, save: Callable[[Path], object]) -> None:
     try:
         save(staged)
         staged.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         staged.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Axes: b batch, n tokens, l text tokens, d text width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from visualcloze_deft import adapters, grid
 from visualcloze_deft.batch import encode_grids
 from visualcloze_deft.blend import Blend
-from visualcloze_deft.cells import CELL_STEP, Cells
+from visualcloze_deft.cells import CELL_STEP, Cells, Shape, strip_shapes
 from visualcloze_deft.encodings import Recent
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Request, read_requests, request
@@ -50,7 +51,9 @@ from visualcloze_deft.sample import (
     draw_of,
     velocity_of,
 )
-from visualcloze_deft.upsample import Upsampling, upsample
+from visualcloze_deft.upsample import Upsampling, enlarge, upsample
+
+logger = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "pt", "np", "latent"]
 KnownLatents = Literal["mode", "sample"]
@@ -142,7 +145,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
         self.tasks = load_tasks(Path(folder) for folder in task_folders)
         self.blend = Blend(transformer, merge=merge)
-        self._encodings = Recent(Path(encodings) if encodings else None)
+        self.encodings = Recent(Path(encodings) if encodings else None)
         self._interrupt = False
 
     @classmethod
@@ -180,20 +183,17 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             adapters.read_config(folder)
             adapters.read_weights(folder)
             check_base(folder, name)
-        names = {folder: name_of(folder) for folder in wanted}
-        if len(set(names.values())) < len(names):
-            raise UserError(
-                f"adapters {', '.join(map(str, names))}: two have the same name; load one by "
-                "load_adapter with an adapter_name of its own"
-            )
+        short = [name_of(folder) for folder in wanted]
+        names = {f: str(f) if short.count(name_of(f)) > 1 else name_of(f) for f in wanted}
         told = index_of(name) | (told_by(next(iter(wanted))) if wanted else {})
-        models = load_models(
-            name,
-            dtype=torch_dtype or default_dtype(device),
-            device=device,
-            lora=lora,
-            bits=quantise,
-        )
+        with enough_memory(f"loading {name}"):
+            models = load_models(
+                name,
+                dtype=torch_dtype or default_dtype(device),
+                device=device,
+                lora=lora,
+                bits=quantise,
+            )
         pipe = cls(
             **{part: getattr(models, part) for part in PARTS},
             resolution=models.resolution,
@@ -204,9 +204,10 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=name)
-        for folder in wanted:
-            pipe.load_adapter(folder, names[folder])
-        pipe.set_adapters(list(names.values()), list(wanted.values()))
+        with enough_memory("merging adapters"):
+            for folder in wanted:
+                pipe.load_adapter(folder, names[folder])
+            pipe.set_adapters(list(names.values()), list(wanted.values()))
         return pipe
 
     @property
@@ -218,7 +219,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             resolution=self.config.resolution,
             clip_text=self.config.clip_text,
             device=self._execution_device,
-            encodings=self._encodings,
+            encodings=self.encodings,
         )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -242,6 +243,10 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
         name = adapter_name or name_of(Path(folder))
+        self.blend.check_reachable()
+        adapters.read_config(Path(folder))
+        if base := self.config.get("_name_or_path"):
+            check_base(Path(folder), base)
         self.blend.add(name, Path(folder))
         return name
 
@@ -325,18 +330,25 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         else:
             for number, each in enumerate(grids, 1):
-                keys = dict(each)
-                if seed is not None:
-                    keys["seed"] = seed
-                if isinstance(keys.get("seed", 0), int):
-                    keys.setdefault("images", num_images_per_prompt)
-                keys.setdefault("upsampling", upsampling)
                 try:
+                    keys = dict(each)
+                    if seed is not None:
+                        keys["seed"] = seed
+                    if isinstance(keys.get("seed") or 0, int):
+                        keys.setdefault("images", num_images_per_prompt)
+                    keys = {key: value for key, value in keys.items() if value is not None}
+                    keys.setdefault("upsampling", upsampling)
                     asked.append(
                         request([list(row) for row in keys.pop("rows", ())], self.tasks, **keys)
                     )
-                except TypeError as error:
-                    raise UserError(f"grid {number}: {error}") from None
+                except (TypeError, ValueError) as error:
+                    raise UserError(
+                        f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: "
+                        f"{error}"
+                    ) from None
+        for one in asked:
+            for encoder, words in self.models.unread(one.prompt).items():
+                logger.warning("%s does not read the end of its text: %s", encoder, words)
         return self.complete(
             asked,
             num_inference_steps=num_inference_steps,
@@ -362,6 +374,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         known_cells: KnownCells = "paste",
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Completed:
         """What `__call__` does, for checked grids.
 
@@ -369,9 +382,10 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         the one made alone, to rounding. generator: draws in place of the seeds; one for all images
         in their order, or one each. latents: noise (n, 64) of each image in place of drawn noise.
         prompt_embeds, pooled_prompt_embeds: (b, l, d) and (b, d), of every grid or one for all, in
-        place of encoded text. known_latents: what the model sees of known cells, the encoder's mode
-        or a draw, which the image's generator then makes before its noise. known_cells: whether
-        `Answer.row` holds them as they went in, resized, or decoded.
+        place of encoded text; of upsampling's, too, where that has no prompt. known_latents: what
+        the model sees of known cells, the encoder's mode, or a draw, which the image's generator
+        then makes before its noise. known_cells: whether `Answer.row` holds them as they went in,
+        resized, or decoded.
         output_type: PIL images; "pt" (3, h, w) or "np" (h, w, 3) in 0..1; "latent" the (n, 64)
         tokens of the whole grid. callback_on_step_end: as in diffusers; setting `_interrupt` leaves
         what there is.
@@ -391,19 +405,24 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         ):
             if value not in known:
                 raise UserError(f"{name} {value!r}: give one of {', '.join(known)}")
+        if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: "
+                "give some of latents"
+            )
         models = self.models
-        side = resolution or models.resolution
-        built = [grid.build(one.rows, resolution=side, cells=self.config.cells) for one in asked]
+        side, kind = resolution or models.resolution, self.config.cells
+        shapes = [strip_shapes(one.sizes, side, kind) for one in asked]
         places = [(number, seed) for number, one in enumerate(asked) for seed in one.seeds]
         jobs = [_Job(order=k, grid=g, seed=seed) for k, (g, seed) in enumerate(places)]
         draws = self._draws(jobs, generator)
-        noises = self._given_noise(jobs, built, latents)
+        noises = self._given_noise(jobs, shapes, latents)
         texts = self._given_text(asked, prompt_embeds, pooled_prompt_embeds)
         self._interrupt = False
         answers: dict[int, Answer] = {}
         total = sum(
             (-(-len(members) // batch_size)) * num_inference_steps
-            for members in by_shape(jobs, built)
+            for members in by_shape(jobs, shapes)
         ) + sum(
             how.steps(num_inference_steps) * len(one.seeds)
             for one in asked
@@ -416,40 +435,53 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 bar.update()
                 if callback_on_step_end is None:
                     return x
-                changed = callback_on_step_end(self, number, 1000 * t, {"latents": x})
+                told = {"latents": x} if callback_on_step_end_tensor_inputs else {}
+                changed = callback_on_step_end(self, number, 1000 * t, told)
                 return changed.get("latents", x) if changed else x
 
-            for members in by_shape(jobs, built):
-                for first in range(0, len(members), batch_size):
-                    chunk = members[first : first + batch_size]
-                    with enough_memory(built[chunk[0].grid], len(chunk)):
-                        finals = self._denoised(
-                            models,
-                            chunk,
-                            [built[job.grid] for job in chunk],
-                            [texts[job.grid] if texts else asked[job.grid].prompt for job in chunk],
-                            [draws[job.order] for job in chunk],
-                            [noises[job.order] for job in chunk] if noises else None,
-                            known_latents=known_latents,
-                            steps=num_inference_steps,
-                            guidance=guidance_scale,
-                            after=after,
-                        )
-                        for job, final in zip(chunk, finals, strict=True):
-                            answers[job.order] = self._answer(
-                                models,
-                                job,
-                                built[job.grid],
-                                asked[job.grid],
-                                final,
-                                known_cells=known_cells,
-                                output_type=output_type,
-                                steps=num_inference_steps,
-                                guidance=guidance_scale,
-                                after=after,
-                            )
+            chunks = [
+                members[first : first + batch_size]
+                for members in by_shape(jobs, shapes)
+                for first in range(0, len(members), batch_size)
+            ]
+            for chunk in chunks:
+                if self._interrupt:
+                    break
+                built = {
+                    number: grid.build(asked[number].rows, resolution=side, cells=kind)
+                    for number in {job.grid for job in chunk}
+                }
+                tokens = sum(h * w for h, w in shapes[chunk[0].grid]) // CELL_STEP**2
+                with enough_memory(f"making {len(chunk)} grids of {tokens} tokens together"):
+                    finals = self._denoised(
+                        models,
+                        chunk,
+                        [built[job.grid] for job in chunk],
+                        [texts[job.grid] if texts else asked[job.grid].prompt for job in chunk],
+                        [draws[job.order] for job in chunk],
+                        [noises[job.order] for job in chunk] if noises else None,
+                        known_latents=known_latents,
+                        steps=num_inference_steps,
+                        guidance=guidance_scale,
+                        after=after,
+                    )
+                for job, final in zip(chunk, finals, strict=True):
+                    answers[job.order] = self._answer(
+                        models,
+                        job,
+                        built[job.grid],
+                        asked[job.grid],
+                        final,
+                        text=texts[job.grid] if texts else None,
+                        draw=draws[job.order],
+                        known_cells=known_cells,
+                        output_type=output_type,
+                        steps=num_inference_steps,
+                        guidance=guidance_scale,
+                        after=after,
+                    )
         self.maybe_free_model_hooks()
-        return Completed([answers[job.order] for job in jobs])
+        return Completed([answers[order] for order in sorted(answers)])
 
     def _denoised(
         self,
@@ -503,6 +535,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         asked: Request,
         final: Tensor,
         *,
+        text: tuple[Tensor, Tensor] | None,
+        draw: torch.Generator,
         known_cells: KnownCells,
         output_type: OutputType,
         steps: int,
@@ -512,28 +546,35 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The images of one grid's clean tokens (n, 64); only the query's strip is decoded."""
         if output_type == "latent":
             return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
-        (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
+        with enough_memory("decoding a strip"):
+            (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
         made = list(grid.cells(pixels, built.widths[-1]))
         asis = grid.cells(built.strips[-1], built.widths[-1])
         row = [
-            cell if known_cells == "decode" or column in asked.targets else asis[column]
+            cell if known_cells == "decode" or column in asked.targets else asis[column].to(cell)
             for column, cell in enumerate(made)
         ]
         for column, how in zip(asked.targets, asked.upsampling, strict=False):
-            if how is not None:
-                image = grid.to_image(row[column])
+            if how is None:
+                continue
+            image = grid.to_image(row[column])
+            if not how.steps(steps) or self._interrupt:
+                row[column] = enlarge(image, how)
+                continue
+            if text is not None and how.prompt is None:
+                words, pooled = (part[None] for part in text)
+            else:
                 said = asked.content_prompt if how.prompt is None else how.prompt
-                text, pooled = models.encode_text([said])
-                width, height = how.size(*image.size)
-                tokens = (width // CELL_STEP) * (height // CELL_STEP), final.shape[1]
-                noise = torch.randn(tokens, generator=draw_of(job.seed, 1 + column))
+                words, pooled = models.encode_text([said])
+            width, height = how.size(*image.size)
+            with enough_memory(f"upsampling to {width} x {height}"):
                 row[column] = upsample(
                     models,
                     image,
                     how,
-                    text=text,
+                    text=words,
                     pooled=pooled,
-                    noise=noise,
+                    draw=draw,
                     steps=steps,
                     guidance=guidance,
                     after=after,
@@ -563,7 +604,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _given_noise(
         self,
         jobs: Sequence[_Job],
-        built: Sequence[grid.Grid],
+        shapes: Sequence[Shape],
         latents: Tensor | Sequence[Tensor] | None,
     ) -> list[Tensor]:
         if latents is None:
@@ -572,7 +613,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if len(found) != len(jobs):
             raise UserError(f"{len(found)} latents for {len(jobs)} images; give one each")
         for job, one in zip(jobs, found, strict=True):
-            wanted = (len(grid.position_ids(built[job.grid].shape)), 64)
+            wanted = (sum(h * w for h, w in shapes[job.grid]) // CELL_STEP**2, 64)
             if tuple(one.shape) != wanted:
                 raise UserError(f"latents of shape {tuple(one.shape)}: this grid takes {wanted}")
         return found
@@ -600,12 +641,12 @@ PARTS = (
 )
 
 
-def by_shape(jobs: Sequence[_Job], built: Sequence[grid.Grid]) -> list[list[_Job]]:
+def by_shape(jobs: Sequence[_Job], shapes: Sequence[Shape]) -> list[list[_Job]]:
     """Jobs whose grids have one shape together, which no padding does better: the time of attention
     over padded tokens is lost, and mixed lists have many grids of each shape."""
-    groups: dict[Any, list[_Job]] = {}
+    groups: dict[Shape, list[_Job]] = {}
     for job in jobs:
-        groups.setdefault(built[job.grid].shape, []).append(job)
+        groups.setdefault(shapes[job.grid], []).append(job)
     return list(groups.values())
 
 
@@ -618,20 +659,19 @@ def converted(pixels: Tensor, kind: OutputType) -> Any:
 
 
 @contextmanager
-def enough_memory(built: grid.Grid, images: int) -> Iterator[None]:
+def enough_memory(doing: str) -> Iterator[None]:
     """Say what to change where memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        told = str(error)
-        if not short and "not enough memory" not in told and "can't allocate memory" not in told:
+        told = str(error).lower()
+        signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+        if not isinstance(error, MemoryError) and not any(sign in told for sign in signs):
             raise
-        tokens = sum(h * w for h, w in built.shape) // CELL_STEP**2
         raise UserError(
-            f"out of memory with {images} grids of {tokens} tokens: lower batch_size or the "
-            "resolution, offload (--offload model, enable_model_cpu_offload), keep the base in "
-            "fewer bits (--quantise nf4), or decode in tiles (--vae-tiling, vae.enable_tiling)"
+            f"out of memory while {doing}: lower the batch, the resolution or the upsampling; "
+            "offload (--offload model, enable_model_cpu_offload); keep the base in fewer bits "
+            "(--quantise nf4); or decode in tiles (--vae-tiling, vae.enable_tiling)"
         ) from None
 
 

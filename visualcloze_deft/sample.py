@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -91,11 +90,9 @@ def velocity_of(
     return velocity
 
 
-def draw_of(seed: int, stream: int = 0) -> torch.Generator:
+def draw_of(seed: int) -> torch.Generator:
     """What draws an image's noise, from its seed alone and on the CPU: neither the batch nor the
-    device decides what it shows. stream: other numbers for the same seed."""
-    if stream:
-        seed = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
+    device decides what it shows."""
     return torch.Generator().manual_seed(seed)
 
 

@@ -8,21 +8,27 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.modelfolder import Bits
+from visualcloze_deft.pipeline import InContextPipeline
 
 Offload = Literal["none", "model", "group", "sequential"]
 
-CACHES: dict[str, tuple[Callable[[float], Any], float]] = {
-    "first-block": (lambda value: FirstBlockCacheConfig(threshold=value), 0.1),
+FIRST_BLOCK = "first-block"
+
+CACHES: dict[str, tuple[Callable[[float], Any], float, str]] = {
+    FIRST_BLOCK: (lambda value: FirstBlockCacheConfig(threshold=value), 0.1, "above 0"),
     "taylorseer": (
         lambda value: TaylorSeerCacheConfig(cache_interval=int(value), disable_cache_before_step=4),
         3,
+        "whole and above 1",
     ),
 }
-"""Word -> what makes diffusers' settings of a number, and the number where none is given."""
+"""Word -> what makes diffusers' settings of a number, the number where none is given, and what it
+must be."""
 
 
 def cache_settings(text: str) -> Any:
@@ -34,24 +40,49 @@ def cache_settings(text: str) -> Any:
     name, given, number = text.partition("=")
     if name not in CACHES:
         raise UserError(f"--cache {text!r}: {nearest(name, CACHES)}")
-    make, usual = CACHES[name]
+    make, usual, wanted = CACHES[name]
     try:
         value = float(number) if given else usual
     except ValueError:
         raise UserError(f"--cache {text!r}: {number!r} is no number") from None
-    if not 0 < value < 1000:
-        raise UserError(f"--cache {text!r}: give a number above 0, e.g. {name}={usual}")
+    whole = name == FIRST_BLOCK or (value > 1 and value == int(value))
+    if not 0 < value < 1000 or not whole:
+        raise UserError(f"--cache {text!r}: give a number {wanted}, e.g. {name}={usual}")
     return make(value)
 
 
-def check_offload(how: Offload) -> None:
-    """Raise `UserError` where there is no GPU to offload from."""
-    if how != "none" and not torch.cuda.is_available():
-        raise UserError(f"--offload {how}: there is no GPU here to keep free")
+def check(
+    *,
+    offload: Offload = "none",
+    cache: str | None = None,
+    attention: str | None = None,
+    quantise: Bits = "none",
+    batch: int = 1,
+) -> None:
+    """Raise `UserError` for what cannot be, before anything is loaded."""
+    if offload != "none" and not torch.cuda.is_available():
+        raise UserError(f"--offload {offload}: there is no GPU here to keep free")
+    if (quantise == "int8" and offload != "none") or (
+        quantise == "nf4" and offload in ("group", "sequential")
+    ):
+        raise UserError(
+            f"--offload {offload} with --quantise {quantise}: bitsandbytes' weights cannot be "
+            "moved so; give --quantise fp8, or nf4 with --offload model"
+        )
+    if cache is not None:
+        cache_settings(cache)
+        if cache.startswith(FIRST_BLOCK) and batch > 1:
+            raise UserError(
+                f"--cache {cache} with --batch {batch}: it decides for all of a batch at once, and "
+                "an image would depend on the others; give --batch 1"
+            )
+    known = [backend.value for backend in AttentionBackendName]
+    if attention is not None and attention not in known:
+        raise UserError(f"--attention {attention}: {nearest(attention, known)}")
 
 
 def enable(
-    pipe: DiffusionPipeline,
+    pipe: InContextPipeline,
     *,
     offload: Offload = "none",
     cache: str | None = None,
@@ -60,8 +91,10 @@ def enable(
     compile_blocks: bool = False,
 ) -> None:
     """Switch on what is asked for. Raises `UserError` for what this machine lacks."""
-    check_offload(offload)
+    check(offload=offload, cache=cache, attention=attention)
     if cache is not None:
+        if pipe.transformer.is_cache_enabled:
+            pipe.transformer.disable_cache()
         pipe.transformer.enable_cache(cache_settings(cache))
     if attention is not None:
         try:
@@ -72,6 +105,9 @@ def enable(
         pipe.vae.enable_tiling()
     if compile_blocks:
         pipe.transformer.compile_repeated_blocks()
+    if offload != "none" and pipe.encodings.on_disk:
+        for network in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            pipe.encodings.name_of(network)  # their weights cannot be read any more then
     if offload == "model":
         pipe.enable_model_cpu_offload()
     elif offload == "group":

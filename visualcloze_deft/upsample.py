@@ -6,9 +6,8 @@ ids (row 0) and the grey that a hidden image shows are those of diffusers' FluxF
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -22,6 +21,7 @@ from visualcloze_deft.models import Models
 from visualcloze_deft.sample import AfterStep, Conditions, denoise, go_on, velocity_of
 
 STRENGTH = 0.4  # VisualCloze's
+LARGEST = 64  # times each side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,10 @@ class Upsampling:
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength {self.strength}: give a number from 0 to 1")
-        if not 0 < self.scale < math.inf:
-            raise UserError(f"upsampling scale {self.scale}: give a number above 0, e.g. 2")
+        if not 0 < self.scale <= LARGEST:
+            raise UserError(
+                f"upsampling scale {self.scale}: give a number above 0 and up to {LARGEST}, e.g. 2"
+            )
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and side < CELL_STEP:
                 raise UserError(f"upsampling {name} {side}: give {CELL_STEP} pixels or more")
@@ -80,25 +82,32 @@ def upsample(
     *,
     text: Tensor,
     pooled: Tensor,
-    noise: Tensor,
+    draw: torch.Generator,
     steps: int,
     guidance: float,
     after: AfterStep = go_on,
 ) -> Tensor:
-    """The enlarged image as (3, h, w) pixels in -1..1. text, pooled: of its prompt, for one sample;
-    noise: (n, 64) tokens for `how.size` of the image."""
-    size = how.size(*image.size)
-    enlarged = grid.to_pixels(image.resize(size, Image.Resampling.LANCZOS))
-    taken = how.steps(steps)
-    if not taken:
-        return enlarged
-    clean = grid.pack(models.encode_pixels(enlarged[None]))
+    """The enlarged image as (3, h, w) pixels in -1..1; `how.steps(steps)` must be 1 or more.
+
+    text, pooled: of its prompt, for one sample. draw: makes its noise.
+    """
+    size, taken = how.size(*image.size), how.steps(steps)
+    enlarged = enlarge(image, how)
+    alone = replace(models, encodings=None)  # an image just made is never asked for again
+    clean = grid.pack(alone.encode_pixels(enlarged[None]))
     times = models.times(steps, clean.shape[1])[steps - taken :].to(clean.device)
-    noisy = flow.interpolate(clean.float(), noise[None].to(clean.device), times[:1])
+    channels, high, wide = grid.unpack(clean, [size[::-1]])[0].shape[1:]
+    noise = torch.randn(1, channels, high, wide, generator=draw, device=draw.device)
+    noisy = flow.interpolate(clean.float(), grid.pack(noise).to(clean.device), times[:1])
     given = Conditions(latents=hidden_whole(models, size), text=text, pooled=pooled)
     velocity = velocity_of(models, given, guidance=guidance, steps=taken)
     (latent,) = grid.unpack(denoise(velocity, noisy, times, after=after), [size[::-1]])
     return models.decode_latents(latent)[0]
+
+
+def enlarge(image: Image.Image, how: Upsampling) -> Tensor:
+    """The image at its new size as (3, h, w) pixels in -1..1, without the model."""
+    return grid.to_pixels(image.resize(how.size(*image.size), Image.Resampling.LANCZOS))
 
 
 def hidden_whole(models: Models, size: tuple[int, int]) -> grid.Latents:
@@ -117,6 +126,8 @@ def each(
     """One for every target. Raises `UserError` where a sequence has another length."""
     if how is None or isinstance(how, Upsampling):
         return (how,) * targets
+    if not all(isinstance(one, Upsampling | None) for one in how):
+        raise UserError(f"upsampling: expected Upsampling(...) or None for each, not {how!r}")
     if len(how) != targets:
         raise UserError(f"upsampling: {len(how)} settings for {targets} targets; give one each")
     return tuple(how)
