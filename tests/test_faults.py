@@ -29,7 +29,7 @@ from transformers import T5TokenizerFast
 
 from visualcloze_deft import adapters, rundir, signals
 from visualcloze_deft.checkpoint import Progress, newest, save
-from visualcloze_deft.engine import FiniteAdamW
+from visualcloze_deft.engine import ClippedAdamW
 from visualcloze_deft.watchdog import STUCK
 
 pytestmark = pytest.mark.processes
@@ -396,9 +396,25 @@ def test_too_many_steps_that_are_not_finite_end_the_run(micro_model: Path, tmp_p
 
 def test_adamw_leaves_everything_as_it_is_where_a_gradient_is_not_finite() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimiser = FiniteAdamW([parameter], lr=0.1)
+    optimiser = ClippedAdamW([parameter], lr=0.1)
     for value, moved in ((1.0, True), (float("inf"), False), (float("nan"), False)):
         before = parameter.detach().clone()
         parameter.grad = torch.tensor([1.0, value, 1.0])
         optimiser.step()
         assert (not torch.equal(parameter, before)) == moved == (not optimiser.overflow)
+
+
+def test_adamw_of_stage_0_clips_as_torch_does() -> None:
+    both = [[torch.nn.Parameter(torch.ones(k)) for k in (3, 5)] for _ in range(2)]
+    ours, theirs = ClippedAdamW(both[0], lr=0.1), torch.optim.AdamW(both[1], lr=0.1)
+    ours.clip = 0.5
+    for number in range(3):
+        draw = torch.Generator().manual_seed(number)
+        for mine, other in zip(*both, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=draw)
+            other.grad = mine.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(both[1], 0.5)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours._global_grad_norm, norm)
+        torch.testing.assert_close(both[0], both[1])

@@ -5,6 +5,7 @@ What is gathered here does not depend on the ZeRO stage or the number of process
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,11 +49,14 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         rollout=run.rollout > 0,
     )
     settings = run.optimiser
-    optimiser = (FiniteAdamW if run.zero == 0 else torch.optim.AdamW)(
+    optimiser = (torch.optim.AdamW if run.zero else ClippedAdamW)(
         adapters.parameter_groups(transformer, run.adapter, lr=settings.lr),
         betas=settings.betas,
         weight_decay=settings.weight_decay,
+        foreach=True,
     )
+    if isinstance(optimiser, ClippedAdamW):
+        optimiser.clip = settings.clip
     for group in optimiser.param_groups:
         group["full_lr"] = group["lr"]
     trained = adapters.trainable(transformer).values()
@@ -73,18 +77,28 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
         block.compile()
 
 
-class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it is where a gradient is not finite, as ZeRO does.
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips the gradient's norm, and leaves everything as it is where that is not
+    finite, as ZeRO does.
 
     For stage 0, where every process holds the whole gradient and so all of them find the same.
+    DeepSpeed there walks all gradients one by one to clip them, and again to find what is not
+    finite: hundreds of small calls, each of which a GPU waits for.
     """
 
-    overflow = False  # the name under which DeepSpeed asks whether a step was applied
+    clip = math.inf
+    overflow = False  # under these two names DeepSpeed asks whether a step was applied, and
+    _global_grad_norm: Tensor | None = None  # for the norm before clipping
 
     def step(self, closure: Any = None) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        self.overflow = not all(bool(g.isfinite().all()) for g in gradients if g is not None)
-        return None if self.overflow else super().step(closure)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._global_grad_norm, self.overflow = norm, not bool(norm.isfinite())
+        if self.overflow:
+            return None
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        return super().step(closure)
 
 
 def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
@@ -115,7 +129,7 @@ def deepspeed_config(run: Run, *, values: int = BUCKET) -> dict[str, Any]:
     ours = {
         "train_micro_batch_size_per_gpu": run.batch,
         "gradient_accumulation_steps": run.accumulate,
-        "gradient_clipping": run.optimiser.clip,
+        "gradient_clipping": run.optimiser.clip if run.zero else 0.0,  # see `ClippedAdamW`
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": run.zero, "reduce_bucket_size": min(BUCKET, values)}

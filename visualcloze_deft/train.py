@@ -385,7 +385,7 @@ class Loop:
             "examples": self.examples,
             "lr": self.run.optimiser.lr * factor,
         }
-        if (norm := self.engine.get_global_grad_norm()) is not None:  # ZeRO-0 does not tell
+        if (norm := self.engine.get_global_grad_norm()) is not None:
             figures["gradient_norm"] = float(norm)
         if self.watch.norms_due(self.step):
             figures["norms"] = adapter_norms(self.engine)
