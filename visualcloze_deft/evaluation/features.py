@@ -1,0 +1,292 @@
+"""Encoders by name, and the features of images and texts that they give.
+
+Three names stand for the encoders that the field's tables mean. Every other encoder has a name of
+its own, and features carry the name of their encoder wherever they go.
+
+Axes: b batch, n images or texts, d dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from visualcloze_deft.data.annotators import config_of
+from visualcloze_deft.encodings import Encodings, fingerprint
+from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.evaluation.efficientnet import load_lite0, prepared
+
+STANDARD = {  # name -> id on the hub
+    "clip": "openai/clip-vit-base-patch32",
+    "dino": "facebook/dino-vits16",
+    "dinov2": "facebook/dinov2-small",
+}
+SHAPES: dict[str, Mapping[str, object]] = {  # what their configs say, so that no other takes a name
+    "clip": {
+        "model_type": "clip", "projection_dim": 512, "vision_config.hidden_size": 768,
+        "vision_config.num_hidden_layers": 12, "vision_config.patch_size": 32,
+        "vision_config.image_size": 224,
+    },
+    "dino": {
+        "model_type": "vit", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 16,
+        "image_size": 224,
+    },
+    "dinov2": {
+        "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 14,
+        "image_size": 518,
+    },
+}  # fmt: skip
+OFFLINE = "efficientnet-lite0"
+T = TypeVar("T")
+CLS = ("dinov2", "dinov2_with_registers", "vit")  # their first token is the image's
+TITLES = {"clip": "CLIP-I", "dino": "DINO", "dinov2": "DINOv2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What an encoder makes of n images or texts: (n, d) float32, with the encoder's name."""
+
+    encoder: str
+    values: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """An image encoder, and a text encoder of the same space where `read` is given.
+
+    name: as in tables. place: a folder, a hub id or a package. prepare: images -> (b, 3, h, w);
+    look: those -> (b, d); read: token ids (b, 77) -> (b, d). encodings: where features are kept,
+    by the pixels an encoder is given and by all its weights.
+    """
+
+    name: str
+    place: str
+    network: nn.Module
+    prepare: Callable[[list[Image.Image]], Tensor]
+    look: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor] | None
+    device: str
+    batch: int
+    encodings: Encodings | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of its settings and weights, for the record of a result."""
+        return fingerprint(self.network)
+
+    def images(self, pictures: Iterable[Image.Image]) -> Features:
+        """The features of the images, in their order; only a batch of them is held at a time."""
+        chunks = _chunks((picture.convert("RGB") for picture in pictures), self.batch)
+        return self._features(self.look, (self.prepare(chunk) for chunk in chunks))
+
+    def texts(self, sentences: Sequence[str]) -> Features:
+        """The features of the texts; CLIP reads 77 tokens of each.
+
+        Raises `UserError` where the encoder knows no words.
+        """
+        if self.read is None:
+            raise UserError(
+                f"encoder {self.name} has no texts; likeness to a prompt needs CLIP: clip, or "
+                "NAME=FOLDER of another"
+            )
+        tokenizer = _tokenizer(self.name, self.place)
+        chunks = _chunks(iter(sentences), self.batch)
+        return self._features(self.read, (tokenizer(chunk) for chunk in chunks))
+
+    def _features(self, encode: Callable[[Tensor], Tensor], inputs: Iterator[Tensor]) -> Features:
+        @torch.inference_mode()
+        def encoded(part: Tensor) -> Tensor:
+            return encode(part.to(self.device)).float().cpu()
+
+        found = [
+            self.encodings.through(self.network, part, encoded) if self.encodings else encoded(part)
+            for part in inputs
+        ]
+        if not found:
+            raise UserError(f"encoder {self.name}: no images or texts to encode")
+        return Features(encoder=self.name, values=torch.cat(found).numpy())
+
+
+def load_encoder(
+    told: str,
+    *,
+    device: str = "cpu",
+    batch: int | None = None,
+    encodings: Encodings | None = None,
+) -> Encoder:
+    """The encoder that `told` names: clip, dino, dinov2, efficientnet-lite0, or NAME=PLACE with a
+    folder or hub id of a CLIP or of a vision transformer with a CLS token; PLACE alone is its own
+    name. clip=FOLDER and the like take a standard encoder from a folder.
+
+    batch: images at a time; 32, but on CPU one, which is no slower there and gives the same bits
+    whatever else is encoded.
+
+    Raises `UserError` where it cannot be had, or a folder holds another encoder than its name says.
+    """
+    name, place = named(told)
+    batch = batch or (1 if device == "cpu" else 32)
+    where = f"encoder {name}"
+    if name == OFFLINE:
+        network = load_lite0().to(device)
+        return Encoder(
+            name=name, place=place, network=network, prepare=prepared, look=network, read=None,
+            device=device, batch=batch, encodings=encodings,
+        )  # fmt: skip
+    try:
+        kind = str(config_of(where, place).get("model_type"))
+    except UserError as error:
+        raise UserError(f"{error}; {remedy(name, place)}") from None
+    if kind != "clip" and kind not in CLS:
+        raise UserError(f"{where}: {place} is a {kind}; known: clip, {', '.join(CLS)}")
+    if name in STANDARD:
+        check_standard(name, place)
+    loaded: Any = _loaded(name, place, kind).to(device)
+    processor = _from_place(name, place, "AutoImageProcessor", backend="pil")
+
+    def prepare(images: list[Image.Image]) -> Tensor:
+        found: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+        return found
+
+    def look(pixels: Tensor) -> Tensor:
+        if kind == "clip":
+            return loaded.get_image_features(pixel_values=pixels).pooler_output
+        return loaded(pixel_values=pixels).last_hidden_state[:, 0]
+
+    def read(ids: Tensor) -> Tensor:
+        return loaded.get_text_features(input_ids=ids).pooler_output
+
+    return Encoder(
+        name=name, place=place, network=loaded, prepare=prepare, look=look,
+        read=read if kind == "clip" else None, device=device, batch=batch, encodings=encodings,
+    )  # fmt: skip
+
+
+def named(told: str) -> tuple[str, str]:
+    """The name and place of an encoder.
+
+    >>> named("dino"), named("facebook/dino-vits16"), named("mine=models/mine")
+    (('dino', 'facebook/dino-vits16'), ('dino', 'facebook/dino-vits16'), ('mine', 'models/mine'))
+    """
+    name, equals, place = (part.strip() for part in told.partition("="))
+    ours = {**STANDARD, OFFLINE: OFFLINE}
+    if not equals:
+        of_place = {hub: standard for standard, hub in ours.items()}
+        if told not in ours and told not in of_place and not _is_place(told):
+            raise UserError(
+                f"encoder {told!r}: no such encoder, {nearest(told, ours)}; NAME=FOLDER for another"
+            )
+        return of_place.get(told, told), ours.get(told, told)
+    if not name or not place:
+        raise UserError(f"encoder {told!r}: expected NAME=FOLDER or NAME=HUB-ID")
+    if name.lower() in ours and (name not in STANDARD):
+        raise UserError(
+            f"encoder {told!r}: {name.lower()} is another encoder's name; take a new one"
+        )
+    return name, place
+
+
+def _is_place(told: str) -> bool:
+    return "/" in told or Path(told).is_dir()
+
+
+def check_standard(name: str, place: str) -> None:
+    """Raise `UserError` unless the config at `place` is that of the standard encoder `name`.
+
+    That its weights are the right ones, no config tells: see `Encoder.fingerprint`.
+    """
+    config = _from_place(name, place, "AutoConfig")
+    for setting, expected in SHAPES[name].items():
+        found: Any = config
+        for part in setting.split("."):
+            found = getattr(found, part)
+        if found != expected:
+            raise UserError(
+                f"encoder {name}: {place} has {setting} {found}, but {STANDARD[name]} has "
+                f"{expected}; give it a name of its own, OTHER={place}"
+            )
+
+
+def remedy(name: str, place: str) -> str:
+    """The end of a message on an encoder that is not to be had."""
+    standard = STANDARD.get(name, place)
+    return (
+        f"bring a folder of {standard} from a machine that reaches the hub (config.json, "
+        f"preprocessor_config.json, model.safetensors; of CLIP its tokenizer too) and say "
+        f"{name}=FOLDER, or take {OFFLINE}, which needs none"
+    )
+
+
+def title(encoder: str) -> str:
+    """How a table calls the similarity of images under an encoder.
+
+    >>> title("clip"), title("efficientnet-lite0")
+    ('CLIP-I', 'image similarity (efficientnet-lite0)')
+    """
+    return TITLES.get(encoder, f"image similarity ({encoder})")
+
+
+def text_title(encoder: str) -> str:
+    """How a table calls the similarity of images and prompts under an encoder."""
+    return "CLIP-T" if encoder == "clip" else f"text similarity ({encoder})"
+
+
+def _loaded(name: str, place: str, kind: str) -> Any:
+    """The network in float32. Its weights are read from safetensors; a pickle is refused."""
+    options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO has none
+    with torch.random.fork_rng(devices=[]):  # what is drawn elsewhere does not hang on when it is
+        network, found = _from_place(
+            name, place, "AutoModel", dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"encoder {name}: {place} lacks {len(missing)} of its weights, {missing[0]} among them"
+        )
+    return network.eval().requires_grad_(False)
+
+
+def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
+    """`from_pretrained` of one of transformers' Auto classes, its errors in one line."""
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, what).from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"encoder {name}: {what} of {place} cannot be loaded: {why}; {remedy(name, place)}"
+        ) from None
+
+
+@cache
+def _tokenizer(name: str, place: str) -> Callable[[list[str]], Tensor]:
+    tokenizer = _from_place(name, place, "AutoTokenizer")
+
+    def ids(sentences: list[str]) -> Tensor:
+        # what is padded comes after the end of the text, where CLIP's causal attention never looks
+        found: Tensor = tokenizer(
+            sentences, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        )["input_ids"]
+        return found
+
+    return ids
+
+
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
