@@ -224,7 +224,7 @@ def against_diffusers(parts: dict[str, Any], options: argparse.Namespace) -> lis
         rows = rows_of(*shape, resolution)
         costs: dict[str, list[Cost]] = {"diffusers": [], "first image": [], "further seed": []}
         for number in range(options.rounds + 1):
-            pipe._encodings = Recent()
+            pipe.encodings = Recent()
             turn = {
                 "diffusers": watch.cost(lambda r=rows, n=number: made_by_them(r, n)),
                 "first image": watch.cost(lambda r=rows, n=number: made_by_us(r, n)),
@@ -254,7 +254,7 @@ def against_diffusers(parts: dict[str, Any], options: argparse.Namespace) -> lis
     several = [rows_of(*shape, resolution) for shape in GRIDS for _ in range(2)]
     lists: dict[str, list[float]] = {"diffusers": [], "ours": []}
     for number in range(options.rounds + 1):
-        pipe._encodings = Recent()
+        pipe.encodings = Recent()
         began = now()
         for rows in several:
             made_by_them(rows, number)

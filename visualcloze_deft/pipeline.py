@@ -218,9 +218,17 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             name=self.config.get("_name_or_path") or "",
             resolution=self.config.resolution,
             clip_text=self.config.clip_text,
-            device=self._execution_device,
+            device=self.place,
             encodings=self.encodings,
         )
+
+    @property
+    def place(self) -> torch.device:
+        """Where the parts work. diffusers' search for hooks takes ten milliseconds: only where
+        weights may rest elsewhere."""
+        device = next(self.transformer.parameters()).device
+        moved = device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available())
+        return self._execution_device if moved else device
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As diffusers; adapters that are merged are then part of the weights.
@@ -346,8 +354,9 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: "
                         f"{error}"
                     ) from None
+        models = self.models
         for one in asked:
-            for encoder, words in self.models.unread(one.prompt).items():
+            for encoder, words in models.unread(one.prompt).items():
                 logger.warning("%s does not read the end of its text: %s", encoder, words)
         return self.complete(
             asked,
@@ -628,7 +637,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         for name, tensor in (("prompt_embeds", text), ("pooled_prompt_embeds", pooled)):
             if len(tensor) not in (1, len(asked)):
                 raise UserError(f"{name}: {len(tensor)} for {len(asked)} grids; give one each")
-        place, dtype = self._execution_device, self.transformer.dtype
+        place, dtype = self.place, self.transformer.dtype
         return [
             (text[k % len(text)].to(place, dtype), pooled[k % len(pooled)].to(place, dtype))
             for k in range(len(asked))
