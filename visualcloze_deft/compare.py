@@ -102,6 +102,7 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
     for training in found:
         rundir.check_settings(training.run)
         check_before(training)
+    rundir.mixture_of(found[0].run, cache=cache)
     return Plan(
         comparison=comparison,
         trainings=tuple(found),
@@ -148,11 +149,29 @@ def state_of(training: Training) -> State:
 
 def prepared(plan: Plan) -> list[Training]:
     """The trainings that are not finished, all checked and with their folders made."""
+    for training in plan.trainings:
+        left_to_end(training)
     waiting = [one for one in plan.trainings if state_of(one) != "finished"]
     for training in waiting:
         resume = state_of(training) == "begun"
         rundir.prepare(training.run, processes=plan.processes, resume=resume)
     return waiting
+
+
+def left_to_end(training: Training) -> None:
+    """Wait for the processes of a call that was killed: they train on, and what they save counts.
+
+    Raises `UserError` where they take longer than a training may be without progress.
+    """
+    if not training.folder.is_dir():
+        return
+    try:
+        with only_writer(training.folder, patience=0):
+            return
+    except UserError:
+        tqdm.write(f"{training.folder}: an earlier call's training goes on there; waiting for it")
+    with only_writer(training.folder, patience=training.run.timeout):
+        return
 
 
 def train_all(plan: Plan, waiting: list[Training]) -> None:
@@ -187,21 +206,22 @@ def measure_all(plan: Plan) -> None:
         check_base(training.folder / "adapter", run.model)
     pipe = load(run)
     with tqdm(total=total, desc="measuring", unit="task") as bar:
-        for training, tasks in todo:
+        for adapter, tasks in todo:
             if tasks:
-                use(pipe, training)
+                use(pipe, adapter)
             for one in tasks:
-                bar.set_postfix_str(f"{training.name if training else BASE}: {one.task.name}")
-                path, wanted = plan.place(training, one)
+                bar.set_postfix_str(f"{adapter.name if adapter else BASE}: {one.task.name}")
+                path, wanted = plan.place(adapter, one)
                 write_measured(path, measure(pipe, run, one, plan.comparison.evaluate), wanted)
                 bar.update()
 
 
 def compared(plan: Plan) -> list[Compared]:
-    """What was measured: a value for each match, method, seed and task."""
+    """What was measured: a value for each match, method, seed and task, in their order."""
     found = []
-    for training in plan.trainings:
-        for match in training.matches:
+    by_method = sorted(plan.trainings, key=lambda t: plan.comparison.methods.index(t.method))
+    for match in plan.comparison.match:
+        for training in (t for t in by_method if match in t.matches):
             for one in plan.asked:
                 before, after = plan.measured(None, one), plan.measured(training, one)
                 assert before is not None

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.memory import adapted_layers, adapter_tensors
+from visualcloze_deft.modelfolder import check_folder, check_lora, check_quantise
 from visualcloze_deft.modelsize import Flux, flux, settings_of
 from visualcloze_deft.rundir import OTHER_SCENES, flat
 from visualcloze_deft.settings import (
@@ -177,6 +178,10 @@ def trainings(comparison: Comparison) -> list[Training]:
         for method in comparison.methods
     }
     first = runs[comparison.methods[0]]
+    check_folder(first.model)
+    check_quantise(first.quantise, zero3=first.zero == 3)
+    if first.model_lora is not None:
+        check_lora(first.model_lora)
     model = flux(settings_of(first.model, "transformer"))
     budget = trained(model, first.adapter)
     wanted: dict[tuple[Method, int], list[Match]] = {}
