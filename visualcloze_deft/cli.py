@@ -60,6 +60,7 @@ def cli() -> None:
       vcdeft train --tasks all --zero 2           one DEFT adapter for all tasks
       vcdeft plan --config flux-8gpu              what a run needs of each GPU, known before
       vcdeft infer --examples grid.json --adapter runs/demo/adapter
+      vcdeft compare compare-scenes               DEFT, PaRa and LoRA on the same examples
     """
 
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,7 +121,7 @@ def asked_with(
 ) -> dict[str, Any]:
     """All that decides what is measured: figures of other settings are not taken for these."""
     return {
-        "adapter_sha256": digest(adapter / WEIGHTS) if adapter else None,
+        "adapter_sha256": digest_of(adapter / WEIGHTS) if adapter else None,
         "model": fingerprint(run.model) or run.model,
         "model_lora": run.model_lora,
         "quantise": run.quantise,
@@ -136,6 +137,16 @@ def asked_with(
         "grids": comparison.evaluate.grids,
         "steps": comparison.evaluate.steps,
     }
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a file, which is read again where it has changed."""
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    return digest(path)
 
 
 def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
