@@ -25,7 +25,7 @@ from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.images import picture_size, read_crop, read_image
 from visualcloze_deft.data.insdet import LIGHT_GREY, InsDet
-from visualcloze_deft.data.sources import SOURCES, open_source
+from visualcloze_deft.data.sources import PROCEDURAL, SOURCES, open_source
 from visualcloze_deft.errors import UserError
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))
@@ -859,6 +859,8 @@ def example(name: str, root: Path) -> str:
     """A spec of each source, with a tiny folder for it."""
     if name == "scenes":
         return "scenes=3"
+    if name == "subject":
+        return name
     if name == "graph200k":
         graph(root)
     elif name == "insdet":
@@ -888,7 +890,7 @@ def test_every_source_keeps_the_promises_of_a_source(name: str, tmp_path: Path) 
         assert np.array_equal(np.array(make()), np.array(again.image(role)))
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "scenes"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in PROCEDURAL])
 def test_opening_a_source_decodes_no_picture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -898,7 +900,7 @@ def test_opening_a_source_decodes_no_picture(
     source.item(len(source) - 1)
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "scenes"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in PROCEDURAL])
 def test_an_empty_folder_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected .*found nothing") as raised:
         open_source(f"{name}={tmp_path}", size=16, seed=0)
@@ -919,8 +921,15 @@ def test_scenes_are_as_many_as_asked_for() -> None:
         ("scenes=-1", "whole number above 0"),
         ("scenes=many", "whole number above 0"),
         ("scenes=1e3", "whole number above 0"),
-        *((name, f"'{name}' needs a path: {name}=PATH") for name in SOURCES if name != "scenes"),
-        *((f"{name}=/no/where", "no such") for name in SOURCES if name != "scenes"),
+        ("subject=cube", "subject=cube: expected subject=N, or subject=N/views"),
+        ("subject=0/pictures", "expected subject=N"),
+        ("subject=0/2/views", "expected subject=N"),
+        *(
+            (name, f"'{name}' needs a path: {name}=PATH")
+            for name in SOURCES
+            if name not in PROCEDURAL
+        ),
+        *((f"{name}=/no/where", "no such") for name in SOURCES if name not in PROCEDURAL),
     ],
 )
 def test_a_spec_that_opens_nothing_is_refused(spec: str, message: str) -> None:

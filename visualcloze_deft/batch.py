@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from visualcloze_deft import flow, grid
-from visualcloze_deft.data.mixture import Mixture, Skipped
+from visualcloze_deft.data.mixture import Example, Mixture, Skipped
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Encoders
 from visualcloze_deft.plan import Plan
@@ -77,17 +77,20 @@ class Draws(Dataset[Drawn | UserError]):
 
     def __getitem__(self, index: int) -> Drawn | UserError:
         try:
-            example = self.mixture[index]
-            built = grid.join(example.complete, hidden=example.hidden)
+            return in_pixels(self.mixture[index])
         except UserError as error:
             return error
-        return Drawn(
-            index=index,
-            task=example.task,
-            grid=built,
-            prompt=example.prompt,
-            skipped=example.skipped,
-        )
+
+
+def in_pixels(example: Example) -> Drawn:
+    """An example in pixels."""
+    return Drawn(
+        index=example.index,
+        task=example.task,
+        grid=grid.join(example.complete, hidden=example.hidden),
+        prompt=example.prompt,
+        skipped=example.skipped,
+    )
 
 
 class Own:

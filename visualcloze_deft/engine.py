@@ -29,7 +29,7 @@ from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.memory import BUCKET
-from visualcloze_deft.settings import OFFLOADED, Run
+from visualcloze_deft.settings import OFFLOADED, Run, over
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
 AVERAGE = "average"  # ours, in the same place
@@ -137,19 +137,6 @@ def deepspeed_config(run: Run, *, values: int = BUCKET) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     return over(ours, run.deepspeed)
-
-
-def over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with those of `more` on top, section by section.
-
-    >>> over({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
-    {'a': {'b': 1, 'c': 3}, 'd': 4}
-    """
-    found = settings | more
-    for name, section in settings.items():
-        if isinstance(section, dict) and isinstance(more.get(name), dict):
-            found[name] = over(section, more[name])
-    return found
 
 
 def torch_optimiser(engine: Any) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ Nothing here draws from a process's generators, so that a run trains alike with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -60,7 +60,7 @@ def share(count: int, *, rank: int, world: int) -> list[int]:
 def losses(
     loss_of: nn.Module,
     models: Models,
-    draws: Draws,
+    draws: Draws | Mapping[int, Drawn],
     run: Run,
     *,
     own: Sequence[int],

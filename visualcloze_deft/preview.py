@@ -37,6 +37,12 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
     """
     able = mixture.serving[task.name][0]
     places = able.choose(rows, np.random.default_rng([mixture.seed, SHEETS + index]))
+    return query_at(mixture, task, places, index=index)
+
+
+def query_at(mixture: Mixture, task: Task, places: Sequence[int], *, index: int) -> Example:
+    """`query_of` with the items at `places` of the first source that serves the task."""
+    able = mixture.serving[task.name][0]
     items, cells, skipped = mixture.read(able, places, task.roles, SHEETS + index)
     return Example(
         index=index,

@@ -176,10 +176,15 @@ def picture(title: str, unit: str, draw_on: Callable[[Axes], None]) -> str:
     if count := len(axes.get_legend_handles_labels()[1]):
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(fontsize=8, frameon=False, **(beside if count > 3 else {"loc": "best"}))
+    return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """A picture as it stands in a page: without the head of a file."""
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
-    return svg[svg.index("<svg") :]  # without the head of a file
+    return svg[svg.index("<svg") :]
 
 
 def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:

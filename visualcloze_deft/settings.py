@@ -94,7 +94,7 @@ class Data(_Section):
     """What is trained on."""
 
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("scenes",)
-    """NAME or NAME=PATH each: scenes, folder, graph200k, dreambooth, dreambench-plus,
+    """NAME or NAME=PATH each: scenes, subject, folder, graph200k, dreambooth, dreambench-plus,
     insdet."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
@@ -292,7 +292,7 @@ def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
     """A run file (a path, or the name of a shipped one) with `a.b=value` overrides on top."""
     fields = read_toml(find_config(file)) if file else {}
     for override in overrides:
-        _put(fields, override)
+        put(fields, override)
     return parse_run(fields, where=file or "command line")
 
 
@@ -312,6 +312,19 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
                 f"{where}: unknown setting {place!r}; {nearest(place, setting_names())}"
             ) from None
         raise UserError(f"{where}: {place} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def over(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with those of `more` on top, section by section.
+
+    >>> over({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    found = {**settings, **more}
+    for name, section in settings.items():
+        if isinstance(section, Mapping) and isinstance(more.get(name), Mapping):
+            found[name] = over(section, more[name])
+    return found
 
 
 def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]:
@@ -343,20 +356,24 @@ def config_for(model: str | None, sources: Sequence[str] = ()) -> str | None:
     return "tiny-photos" if any(not s.startswith("scenes") for s in sources) else "tiny"
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, what: Literal["run", "comparison"] = "run") -> Path:
+    """A file of this name, or the shipped one: comparisons are those called compare-...."""
     path = Path(name)
     with suppress(OSError):  # a name too long for the file system is no file
         if path.is_file():
             return path
-    shipped = {file.stem: file for file in CONFIGS.glob("*.toml")}
+    comparisons = {file.stem: file for file in CONFIGS.glob("compare-*.toml")}
+    every = {file.stem: file for file in CONFIGS.glob("*.toml")}
+    runs = {stem: file for stem, file in every.items() if stem not in comparisons}
+    shipped = runs if what == "run" else comparisons
     if name in shipped:
         return shipped[name]
     raise UserError(
-        f"run file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}"
+        f"{what} file {name!r}: no such file, and no shipped one; {nearest(name, shipped)}"
     )
 
 
-def _put(fields: dict[str, Any], override: str) -> None:
+def put(fields: dict[str, Any], override: str) -> None:
     """Set one `a.b=value`; the value is read as TOML, and as plain text where it is none."""
     name, equals, text = override.partition("=")
     if not equals:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache, partial
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ SEGMENT_COLOURS = {
 # What `Scenes.classes` counts by.
 NOUNS = (*SHAPES, "floor", "wall")
 SURFACES = tuple(dict.fromkeys((*TEXTURES, *FLOOR_TEXTURES)))
+PICTURES = 4  # of a new subject, as many as DreamBooth has at least
+VIEWS = 1000  # more of them, never among those
 TURN = math.pi / 4  # between the two views of the turntable: three of InsDet's 15 degree steps
 STAGE = Room(
     floor="grey",
@@ -105,6 +108,75 @@ class Scenes:
         and `SURFACES`; of a map, what the scene shows there. Roles: those of the whole scene,
         reference and before."""
         return _pictures(self.seed, index, self.size).classes(role)
+
+
+class Subject:
+    """The source `subject`: subject number `number`, which no scene shows, alone in rooms.
+
+    It is a cube through which a cone of another look rises; nothing in a scene ever runs through
+    something else. `PICTURES` pictures of it make as many ordered pairs as DreamBooth's photos do.
+    views: instead of those pairs `VIEWS` others, each from one of these pictures to a picture of
+    its own, to be asked for and never trained on. The caption names the cube and the room.
+    """
+
+    name = "subject"
+    roles = frozenset({"reference", "target"})
+
+    def __init__(self, *, size: int, number: int = 0, views: bool = False) -> None:
+        self.size = size
+        self.number = number
+        known = range(PICTURES)
+        self.pairs = (
+            [(k % PICTURES, PICTURES + k) for k in range(VIEWS)]
+            if views
+            else list(permutations(known, 2))
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @cached_property
+    def kinds(self) -> dict[frozenset[str], range]:
+        return {self.roles: range(len(self))}
+
+    def item(self, index: int) -> Item:
+        reference, target = self.pairs[index]
+        scene = draw_subject(self.number, target)
+        return Item(
+            key=f"subject {self.number}/{reference}-{target}",
+            images={
+                "reference": partial(self.picture, reference),
+                "target": partial(self.picture, target),
+            },
+            texts={"caption": caption(replace(scene, things=scene.things[:1]))},
+        )
+
+    def picture(self, view: int) -> Image.Image:
+        return _Pictures(draw_subject(self.number, view), self.size).target()
+
+
+def draw_subject(number: int, view: int) -> Scene:
+    """Picture `view` of subject `number`: always the same cube and cone, at a place, turned and in
+    a room that only this picture has."""
+    of_subject = np.random.default_rng([number, *b"subject"])
+    cube, cone = (_draw_thing(of_subject) for _ in range(2))
+    colours = [colour for colour in COLOURS if colour != cube.colour]
+    cube = replace(cube, shape="cube", size=0.8)
+    cone = replace(cone, shape="cone", size=0.85, colour=colours[of_subject.integers(len(colours))])
+    rng = np.random.default_rng([number, view, *b"view"])
+    placed = _place(rng, cube, []) or cube  # alone it finds a place
+    yaw = float(rng.uniform(0, 2 * math.pi))
+    things = tuple(replace(one, x=placed.x, z=placed.z, yaw=yaw) for one in (cube, cone))
+    room = _draw_room(rng)
+    return Scene(
+        room=room,
+        things=things,
+        subject=0,
+        other_room=room,
+        other_pose=things[0],
+        earlier=things,
+        instruction="",
+    )
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:

@@ -12,7 +12,7 @@ from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.insdet import InsDet
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.scenes import Scenes, Subject
 from visualcloze_deft.errors import UserError, nearest
 
 
@@ -34,7 +34,7 @@ def open_source(spec: str, *, size: int, seed: int, cache: Path | None = None) -
     name, _, argument = spec.partition("=")
     if name not in SOURCES:
         raise UserError(f"unknown data source {name!r}; {nearest(name, SOURCES)}")
-    if name != "scenes" and not argument:
+    if name not in PROCEDURAL and not argument:
         raise UserError(f"data source {name!r} needs a path: {name}=PATH")
     return SOURCES[name](argument, Opening(size=size, seed=seed, cache=cache))
 
@@ -47,6 +47,15 @@ def _scenes(count: str, opening: Opening) -> Source:
     return Scenes(size=opening.size, seed=opening.seed, count=int(count))
 
 
+def _subject(argument: str, opening: Opening) -> Source:
+    """Subject number N (0 where not said) in the pictures that are trained on, or, with "views" or
+    "N/views", in others."""
+    number, _, views = argument.rpartition("/") if "views" in argument else (argument, "", "")
+    if views not in ("", "views") or not (number or "0").isdecimal():
+        raise UserError(f"subject={argument}: expected subject=N, or subject=N/views")
+    return Subject(size=opening.size, number=int(number or 0), views=bool(views))
+
+
 def _graph200k(place: str, opening: Opening) -> Source:
     """Unpacked (a data.json beside its pictures), or as a table: a folder of parquet or arrow
     files, or a data set of the hub, with "@SPLIT" behind it ("train" where not said)."""
@@ -57,8 +66,10 @@ def _graph200k(place: str, opening: Opening) -> Source:
     return GraphTable(place)
 
 
+PROCEDURAL = ("scenes", "subject")  # made, not read: they need no path
 ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "folder": anything
     "scenes": Scenes.roles,
+    "subject": Subject.roles,
     "graph200k": Graph200K.may_have,
     "dreambooth": DreamBooth.roles,
     "dreambench-plus": DreamBenchPlus.roles,
@@ -66,6 +77,7 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
 }
 SOURCES: dict[str, Callable[[str, Opening], Source]] = {
     "scenes": _scenes,
+    "subject": _subject,
     "folder": lambda path, opening: Folder(Path(path), cache=opening.cache),
     "graph200k": _graph200k,
     "dreambooth": lambda path, _: DreamBooth(Path(path)),

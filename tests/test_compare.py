@@ -1,0 +1,501 @@
+"""`vcdeft compare`: matched methods, the same examples, what is resumed, and figures that hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from processes import run, vcdeft
+from safetensors.torch import load_file
+
+from visualcloze_deft import adapters, compare, rundir
+from visualcloze_deft.cli import main
+from visualcloze_deft.compare_bootstrap import RESAMPLES, estimate, holm
+from visualcloze_deft.compare_config import Comparison, Training, load_comparison, trainings
+from visualcloze_deft.compare_evaluate import Measured, asked_of, psnr, questions
+from visualcloze_deft.compare_report import (
+    CSV,
+    REPORT,
+    RESULTS,
+    TABLE,
+    Compared,
+    read_results,
+    write_reports,
+)
+from visualcloze_deft.folders import CONFIGS
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import write_run
+
+Refused = Callable[..., str]
+METHODS = ("deft", "deft-relaxed", "para", "lora")
+
+
+def fields(model: Path, output: Path) -> dict[str, Any]:
+    """A small comparison that works."""
+    return {
+        "output": str(output),
+        "rank": 4,
+        "seeds": [0, 1],
+        "run": {
+            "model": str(model),
+            "steps": 3,
+            "batch": 2,
+            "processes": 1,
+            "save_every": 1,
+            "data": {"tasks": "image-to-normals,colourisation"},
+            "watch": {"trackers": []},
+        },
+        "new": {"tasks": "image-to-normals,colourisation"},
+        "old": {"tasks": "depth-to-image"},
+        "evaluate": {"grids": 3, "steps": 2},
+    }
+
+
+@pytest.fixture
+def comparison_file(micro_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes `fields` as a comparison file, with `a.b=value` on top."""
+
+    def write(**more: object) -> Path:
+        path = tmp_path / "comparison.toml"
+        path.write_text(tomli_w.dumps(fields(micro_model, tmp_path / "out") | more))
+        return path
+
+    return write
+
+
+def planned(path: Path, *more: str) -> list[Training]:
+    return trainings(load_comparison(str(path), more))
+
+
+# ---- what is compared
+
+
+def test_parameters_are_counted_as_the_attached_adapters_have_them(
+    comparison_file: Callable[..., Path], micro_model: Path
+) -> None:
+    for training in planned(comparison_file(seeds=[0])):
+        transformer = load_models(str(micro_model)).transformer
+        adapters.attach(transformer, training.run.adapter, seed=0)
+        trained = sum(p.numel() for p in adapters.trainable(transformer).values())
+        assert training.parameters == trained
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 7])
+@pytest.mark.parametrize("first", METHODS)
+def test_no_other_rank_is_nearer_in_parameters(
+    comparison_file: Callable[..., Path], first: str, rank: int
+) -> None:
+    methods = [first, *(method for method in METHODS if method != first)]
+    found = planned(comparison_file(methods=methods, rank=rank, seeds=[0], match=["parameters"]))
+    budget = found[0].parameters
+    assert (found[0].method, found[0].rank) == (first, rank)
+    for training in found:
+        each = training.parameters // training.rank
+        off = abs(training.parameters - budget)
+        others = [r for r in (training.rank - 1, training.rank + 1) if r]
+        assert all(off <= abs(r * each - budget) for r in others)
+    by_method = {training.method: training.rank for training in found}
+    assert by_method["deft"] == by_method["deft-relaxed"] == by_method["lora"]
+
+
+def test_matched_by_rank_all_have_it_and_a_training_that_both_share_is_done_once(
+    comparison_file: Callable[..., Path],
+) -> None:
+    found = planned(comparison_file(seeds=[5]))
+    assert {t.rank for t in found if "rank" in t.matches} == {4}
+    for match in ("rank", "parameters"):
+        assert sorted(t.method for t in found if match in t.matches) == sorted(METHODS)
+    assert len(found) == len({t.name for t in found}) == 5  # PaRa alone needs another rank
+
+
+def test_every_method_sees_the_same_examples_in_the_same_order(
+    comparison_file: Callable[..., Path],
+) -> None:
+    seen: dict[int, set[str]] = {}
+    for training in planned(comparison_file()):
+        mixture = rundir.mixture_of(training.run)
+        drawn = [mixture[k] for k in range(6)]
+        told = [(one.task, one.keys, one.hidden, one.task_sentence, one.content) for one in drawn]
+        shown = [cell.tobytes() for cell in drawn[0].complete[-1]]
+        run_of = training.run.model_dump(exclude={"adapter", "optimiser", "output"})
+        seen.setdefault(training.seed, set()).add(repr((told, shown, run_of)))
+    assert [len(orders) for orders in seen.values()] == [1, 1]
+    assert seen[0] != seen[1]
+
+
+def test_what_is_asked_is_never_trained_on_and_no_query_twice(
+    comparison_file: Callable[..., Path],
+) -> None:
+    comparison = load_comparison(str(comparison_file()))
+    found = trainings(comparison)
+    trained = {key for one in found for k in range(8) for key in rundir.mixture_of(one.run)[k].keys}
+    for one in asked_of(comparison, found[0].run):
+        grids = questions(one.mixture, one.task, 5)
+        again = questions(one.mixture, one.task, 3)
+        assert [grid.keys for grid in again] == [
+            grid.keys for grid in questions(one.mixture, one.task, 3)
+        ]
+        queries = [grid.keys[-1] for grid in grids]
+        assert len(set(queries)) == 5
+        assert all(len(set(grid.keys)) == 2 for grid in grids)
+        assert trained.isdisjoint({key for grid in grids for key in grid.keys})
+
+
+def test_a_new_subject_is_asked_in_other_pictures_than_it_is_learned_from() -> None:
+    comparison = load_comparison("compare-subject")
+    run_of = trainings(comparison)[0].run
+    mixture = rundir.mixture_of(run_of)
+    assert sum(len(source) for source in mixture.sources) == 12  # ordered pairs of four pictures
+    (new,) = (one for one in asked_of(comparison, run_of) if one.group == "new")
+    shown = [mixture[k].rows for k in range(12)]
+    learned = {cell.tobytes() for rows in shown for row in rows for cell in row if cell}
+    assert len(learned) == 4
+    targets = [example.rows[-1][-1] for example in questions(new.mixture, new.task, 12)]
+    assert len({cell.tobytes() for cell in targets if cell}) == 12
+    assert learned.isdisjoint({cell.tobytes() for cell in targets if cell})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare-*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_comparison_is_found_by_name_and_asks_for_all_methods(path: Path) -> None:
+    comparison = load_comparison(path.stem)
+    assert comparison == load_comparison(str(path))
+    assert comparison.methods == METHODS
+    assert comparison.match == ("rank", "parameters")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('methods=["deft","dora"]', "methods.1 = 'dora'"),
+        ('methods=["deft","deft"]', "one stands there twice"),
+        ("methods=[]", "methods = []"),
+        ('match=["size"]', "match.0 = 'size'"),
+        ("seeds=[]", "seeds = []"),
+        ("seeds=[1,1]", "one stands there twice"),
+        ("seeds=[1000003]", "the seed of the scenes that are asked"),
+        ("rank=0", "rank = 0"),
+        ("ranks=4", "unknown setting 'ranks'; did you mean rank"),
+        ("new.task=x", "unknown setting 'new.task'; did you mean new.tasks"),
+        ("new.tasks=depht-to-image", "did you mean depth-to-image"),
+        ("old.tasks=colourisation", "colourisation is both new and old"),
+        ("evaluate.grids=1", "evaluate.grids = 1"),
+        ("run.step=3", "unknown setting 'step'; did you mean steps"),
+        ("run.seed=3", "run.seed is decided by 'seeds'"),
+        ("run.adapter.rank=3", "run.adapter.rank is decided by 'rank'"),
+        ("run.optimiser.lr=0", "optimiser.lr = 0"),
+        ("run.optimiser.warmup=9", "longer than the 3 steps"),
+        ("run.model=nothing", "unknown model 'nothing'"),
+        ("run.data.tasks=novel-vew", "did you mean novel-view"),
+        ("method.lora.steps=9", "method.lora.steps: methods differ in settings of optimiser"),
+        ("method.lora.adapter.rank=9", "method.lora.adapter.rank is decided by 'rank'"),
+        ("method.lora.optimiser.lr=0", "optimiser.lr = 0"),
+        ("method.dora.optimiser.lr=1", "method.dora"),
+        ("rank=20", "para would have rank 41"),
+        ("rank=33", "would have rank 33: larger than"),
+        ('run.data.sources=["subject"]', "no data source has all its roles"),
+        ('new.sources=["folder=/no/where"]', "/no/where: no such"),
+        ("base=nothing", "run file 'nothing': no such file"),
+    ],
+)
+def test_a_comparison_that_cannot_work_is_refused_before_anything_is_written(
+    comparison_file: Callable[..., Path], refused: Refused, tmp_path: Path, more: str, said: str
+) -> None:
+    assert said in refused("compare", comparison_file(), "--set", more)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_files_and_folders_that_are_something_else_are_named(
+    comparison_file: Callable[..., Path], refused: Refused, tmp_path: Path
+) -> None:
+    assert "no such file" in refused("compare", tmp_path / "gone.toml")
+    assert "did you mean compare-scenes" in refused("compare", "compare-scene")
+    assert "did you mean tiny" in refused("train", "--config", "tinny")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("dear")
+    said = refused("compare", comparison_file())
+    assert "holds letter.txt and no comparison" in said
+
+
+def test_more_grids_than_are_held_out_are_not_asked(
+    comparison_file: Callable[..., Path], refused: Refused
+) -> None:
+    path = comparison_file(new={"tasks": "subject-driven", "sources": ["subject=1"]})
+    said = refused("compare", path, "--set", "evaluate.grids=13")
+    assert "evaluate.grids = 13: subject has 12 held-out items for subject-driven" in said
+
+
+def test_data_that_is_trained_on_is_not_asked(
+    comparison_file: Callable[..., Path], refused: Refused
+) -> None:
+    words = ["--set", 'run.data.sources=["subject"]', "--set", "run.data.tasks=subject-driven"]
+    path = comparison_file(new={"tasks": "subject-driven"}, old={"tasks": "depth-to-image"})
+    assert "new: nothing of subject is held out" in refused("compare", path, *words)
+    path = comparison_file(new={"tasks": "subject-driven", "sources": ["subject"]})
+    assert "new.sources names subject, which is trained on" in refused("compare", path, *words)
+
+
+# ---- figures
+
+
+def test_an_interval_is_that_of_resampling_seeds_and_grids_one_by_one() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.3, 1, (3, 20)) + rng.normal(0, 0.5, (3, 1)) + rng.normal(0, 1, 20)
+    means = []
+    for _ in range(RESAMPLES):
+        seeds, grids = rng.integers(3, size=3), rng.integers(20, size=20)
+        means.append(values[seeds][:, grids].mean())
+    found = estimate(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
+    assert (found.seeds, found.grids, found.count) == (3, 20, 60)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    found = [estimate(rng.normal(2.0, 1.0, (1, 40))) for _ in range(200)]
+    held = np.mean([one.low <= 2.0 <= one.high for one in found])
+    assert 0.89 <= held <= 0.98
+    false_alarms = np.mean([estimate(rng.normal(0, 1.0, (1, 40))).p < 0.05 for _ in range(200)])
+    assert false_alarms <= 0.11
+
+
+def test_pairing_finds_a_small_difference_between_what_varies_much() -> None:
+    rng = np.random.default_rng(0)
+    of_grids = rng.normal(0, 5.0, 30)
+    one = of_grids + rng.normal(0, 0.05, (3, 30))
+    other = of_grids + 0.1 + rng.normal(0, 0.05, (3, 30))
+    assert estimate(other).p > 0.05
+    paired = estimate(other - one)
+    assert paired.p <= 0.001
+    assert paired.agree == 3
+    assert 0.05 < paired.low < paired.high < 0.15
+
+
+def test_a_constant_difference_has_an_interval_of_no_width_and_none_no_significance() -> None:
+    same = estimate(np.full((2, 5), 0.7))
+    assert (same.low, same.high, same.p) == (pytest.approx(0.7), pytest.approx(0.7), 1 / RESAMPLES)
+    assert estimate(np.zeros((2, 5))).p == 1
+    assert estimate(np.array([[1.0, np.nan]])).p == 1
+
+
+def test_adjusted_p_are_never_smaller_and_keep_their_order() -> None:
+    p = np.random.default_rng(0).uniform(0, 0.3, 6).tolist()
+    adjusted = holm(p)
+    assert all(after >= before for before, after in zip(p, adjusted, strict=True))
+    assert np.argsort(p).tolist() == np.argsort(adjusted, kind="stable").tolist() or max(p) > 0.05
+    assert adjusted[int(np.argmin(p))] == pytest.approx(min(1, 6 * min(p)))
+
+
+def test_psnr_is_that_of_all_generated_pixels() -> None:
+    from PIL import Image
+
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (16, 16, 16))
+    assert psnr([grey], [black]) == pytest.approx(10 * np.log10(255**2 / 256))
+    assert psnr([grey, black], [black, black]) == pytest.approx(10 * np.log10(255**2 / 128))
+    assert psnr([black], [black]) == psnr([grey], [grey]) > 60
+
+
+def made(training: Training, seed: int) -> list[Compared]:
+    """Figures of a training, drawn."""
+    rng = np.random.default_rng([seed, training.seed, METHODS.index(training.method)])
+
+    def figures(shift: float) -> Measured:
+        return Measured(
+            errors=tuple(rng.uniform(0.1, 0.5, 6) * (1 - shift / 10)),
+            psnr=tuple(rng.normal(20 + shift, 1, 6)),
+            seconds=1.0,
+        )
+
+    tasks = {"colourisation": "new", "image-to-normals": "new", "depth-to-image": "old"}
+    return [
+        Compared(
+            training=training,
+            match=match,
+            group=group,
+            task=task,
+            before=figures(0),
+            after=figures(2.0 if group == "new" else -1.0),
+        )
+        for match in training.matches
+        for task, group in tasks.items()
+    ]
+
+
+def test_the_report_holds_what_the_results_say(
+    comparison_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    found = planned(comparison_file())
+    for training in found:
+        training.folder.mkdir(parents=True)
+        for step in (1, 2, 3):
+            line = {"step": step, "loss": 1 / step, "seconds": 60.0}
+            rundir.append_line(training.folder / rundir.METRICS, line)
+    (output / compare.SETTINGS).write_text("rank = 4 # <settings>")
+    write_reports([one for training in found for one in made(training, 3)], output)
+
+    lines = read_results(output / RESULTS)
+    assert len(lines) == 2 * len(METHODS) * 2 * 3  # matches, seeds, tasks
+    table, page = (output / TABLE).read_text(), (output / REPORT).read_text()
+    figures = list(csv.DictReader((output / CSV).read_text().splitlines()))
+    for match in ("rank", "parameters"):
+        for method in METHODS:
+            own = [x for x in lines if (x["match"], x["method"]) == (match, method)]
+            for group, word in (("new", "gain"), ("old", "retention")):
+                of = [line for line in own if line["group"] == group]
+                mean = np.mean([line["psnr_after"] - line["psnr_before"] for line in of])
+                (row,) = (
+                    one
+                    for one in figures
+                    if (one["match"], one["method"], one["change_of"]) == (match, method, word)
+                    and (one["measure"], one["task"], one["minus"]) == ("PSNR", "", "")
+                )
+                assert float(row["mean"]) == pytest.approx(mean, abs=1e-4)
+                assert float(row["low"]) < mean < float(row["high"])
+                assert (row["seeds"], row["grids"]) == ("2", "6")
+                assert f"{mean:+.2f} (" in table
+                assert f"{mean:+.2f} (" in page
+    pair = [one for one in figures if (one["method"], one["minus"]) == ("deft", "lora")]
+    assert len(pair) == 2 * 2 * 2
+    deft, lora = (
+        np.mean(
+            [
+                line["psnr_after"] - line["psnr_before"]
+                for line in lines
+                if (line["match"], line["method"], line["group"]) == ("rank", method, "new")
+            ]
+        )
+        for method in ("deft", "lora")
+    )
+    assert float(pair[0]["mean"]) == pytest.approx(deft - lora, abs=1e-4)
+    assert "2 seeds x 2 tasks x 6 grids" in table
+    assert "10 trainings of 3 steps, 30 minutes" in table
+    assert "&lt;settings&gt;" in page
+    assert page.count("<svg") == 2
+    assert 'src="http' not in page
+
+
+# ---- real trainings
+
+
+def train_all(path: Path, *more: str) -> None:
+    """What `vcdeft compare` starts, forked."""
+    for training in planned(path, *more):
+        training.folder.mkdir(parents=True)
+        settings = training.folder.parent / f"{training.name}.toml"
+        write_run(training.run, settings)
+        run(["train", "--config", settings], processes=1)
+        settings.unlink()
+
+
+def test_what_is_finished_is_not_done_again(
+    comparison_file: Callable[..., Path],
+    tmp_path: Path,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = ["--set", 'methods=["deft","lora"]', "--set", "seeds=[0]"]
+    path, output = comparison_file(), tmp_path / "out"
+    train_all(path, *few[1::2])
+    main(["compare", str(path), *few])
+    assert "| rank | deft | 4 |" in capsys.readouterr().out
+    losses = [
+        [line["loss"] for line in rundir.read_lines(output / "runs" / name / rundir.METRICS)]
+        for name in ("deft-r4-s0", "lora-r4-s0")
+    ]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)  # both start as the base
+    assert losses[0][-1] != losses[1][-1]
+
+    told = (output / RESULTS).read_bytes()
+    lost = output / "evaluations" / "lora-r4-s0" / "new-colourisation.json"
+    before = {file: file.stat().st_mtime_ns for file in output.glob("evaluations/*/*.json")}
+    figures = json.loads(lost.read_text())
+    lost.unlink()
+    main(["compare", str(path), *few, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "0 of 2 trainings to do" in said
+    assert "1 of 9 times a task to measure" in said
+    main(["compare", str(path), *few])
+    again = {file: file.stat().st_mtime_ns for file in output.glob("evaluations/*/*.json")}
+    assert [file for file in again if again[file] != before[file]] == [lost]
+    assert json.loads(lost.read_text()) | {"seconds": 0} == figures | {"seconds": 0}
+
+    base = json.loads((output / "evaluations" / "base" / "new-colourisation.json").read_text())
+    assert base["psnr"] != figures["psnr"]
+    assert base["errors"] != figures["errors"]
+    assert len(base["psnr"]) == len(base["errors"]) == 3
+    assert told.count(b"\n") == (output / RESULTS).read_bytes().count(b"\n") == 2 * 2 * 3
+
+    capsys.readouterr()  # bars
+    said = refused("compare", path, *few, "--set", "run.steps=4")
+    assert "deft-r4-s0 was trained with steps = 3, now it is 4" in said
+    said = refused("compare", path, *few, "--set", "method.lora.optimiser.lr=0.5")
+    assert "lora-r4-s0 was trained with optimiser.lr = 0.0001, now it is 0.5" in said
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
+    comparison_file: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    path = comparison_file(methods=["deft", "lora"], match=["rank"], seeds=[0])
+    words = ["compare", path, "--set", "run.steps=60", "--output"]
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    done = vcdeft(*words, whole)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    command = [sys.executable, "-m", "visualcloze_deft", *map(str, words), str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    second = output / "runs" / "lora-r4-s0" / "checkpoints" / "step-000005"
+    until = time.monotonic() + 200
+    while not second.exists():
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.02)
+    first = (output / "runs" / "deft-r4-s0" / "adapter" / adapters.WEIGHTS).stat().st_mtime_ns
+    os.kill(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert not (output / RESULTS).exists()
+
+    again = vcdeft(*words, output)
+    assert again.returncode == 0, again.stderr[-2000:]
+    for name in ("deft-r4-s0", "lora-r4-s0"):
+        one, other = (
+            load_file(folder / "runs" / name / "adapter" / adapters.WEIGHTS)
+            for folder in (whole, output)
+        )
+        assert all(one[key].equal(other[key]) for key in one)
+    adapter = output / "runs" / "deft-r4-s0" / "adapter" / adapters.WEIGHTS
+    assert adapter.stat().st_mtime_ns == first
+    told = [
+        [line["of_grids"] for line in read_results(folder / RESULTS)] for folder in (whole, output)
+    ]
+    assert told[0] == told[1]
+
+
+def test_a_comparison_is_written_as_it_was_read(
+    comparison_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    from visualcloze_deft.compare_config import write_comparison
+
+    comparison = load_comparison(str(comparison_file()))
+    assert isinstance(comparison, Comparison)
+    write_comparison(comparison, tmp_path / "again.toml")
+    assert load_comparison(str(tmp_path / "again.toml")) == comparison

@@ -1,0 +1,267 @@
+"""What `vcdeft compare` does: train every method on the same examples, then measure gain on what
+is new and retention of what is old.
+
+OUTPUT/compare.toml          what was asked
+OUTPUT/runs/NAME/            a folder of `vcdeft train` for each training
+OUTPUT/evaluations/NAME/     what each adapter, and the base, was measured to do
+OUTPUT/results.jsonl ...     see `compare_report`
+
+What is there is not done again: a call that was ended goes on where it stopped, and one with more
+seeds, methods or tasks adds to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from visualcloze_deft import rundir
+from visualcloze_deft.compare_config import Comparison, Training, trainings, write_comparison
+from visualcloze_deft.compare_evaluate import (
+    BASE,
+    Asked,
+    Measured,
+    asked_of,
+    asked_with,
+    file_of,
+    load,
+    measure,
+    read_measured,
+    use,
+    write_measured,
+)
+from visualcloze_deft.compare_report import Compared, write_reports
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.launch import launch, process_count
+from visualcloze_deft.modelfolder import check_base
+from visualcloze_deft.output import only_writer
+from visualcloze_deft.settings import load_run
+from visualcloze_deft.signals import ASKING, exit_status
+
+State = Literal["to do", "begun", "finished"]
+
+SETTINGS, INDEX = "compare.toml", "index"
+# What may differ from a training that is there: where and how often it writes, not what it learns.
+FREE = rundir.FREE_ON_RESUME - {"steps", "batch", "accumulate", "processes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a comparison comes to. asked: the tasks, new ones first."""
+
+    comparison: Comparison
+    trainings: tuple[Training, ...]
+    asked: tuple[Asked, ...]
+    processes: int
+
+    @property
+    def output(self) -> Path:
+        return Path(self.comparison.output)
+
+    def measured(self, training: Training | None, one: Asked) -> Measured | None:
+        """What an adapter, or the base, was measured to do; None where it was not yet."""
+        if training is not None and state_of(training) != "finished":
+            return None
+        return read_measured(*self.place(training, one))
+
+    def place(self, training: Training | None, one: Asked) -> tuple[Path, dict[str, object]]:
+        """Where the figures of an adapter on a task lie, and what they are measured with."""
+        name = training.name if training else BASE
+        adapter = training.folder / "adapter" if training else None
+        wanted = asked_with(self.comparison, self.trainings[0].run, one, adapter)
+        return file_of(self.comparison, name, one), wanted
+
+    def unmeasured(self, training: Training | None) -> list[Asked]:
+        return [one for one in self.asked if self.measured(training, one) is None]
+
+
+def compare(comparison: Comparison) -> Path:
+    """Do all that is not done yet, and write the reports; returns the path of the table."""
+    output = Path(comparison.output)
+    check_output(output)
+    with only_writer(output):
+        plan = planned(comparison, cache=output / INDEX)
+        waiting = prepared(plan)
+        write_comparison(comparison, output / SETTINGS)
+        train_all(plan, waiting)
+        measure_all(plan)
+        return write_reports(compared(plan), output)
+
+
+def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
+    """What there is to do. Raises `UserError` where settings or data are wrong, or what is in the
+    output folder was made with other settings."""
+    output = Path(comparison.output)
+    check_output(output)
+    found = trainings(comparison)
+    for training in found:
+        rundir.check_settings(training.run)
+        check_before(training)
+    rundir.mixture_of(found[0].run, cache=cache)
+    return Plan(
+        comparison=comparison,
+        trainings=tuple(found),
+        asked=tuple(asked_of(comparison, found[0].run, cache=cache)),
+        processes=process_count(found[0].run.processes),
+    )
+
+
+def check_output(output: Path) -> None:
+    """Raise `UserError` where the folder holds something else."""
+    if output.is_file():
+        raise UserError(f"output {output}: is a file; choose a folder")
+    there = [path.name for path in output.iterdir()] if output.is_dir() else []
+    ours = {SETTINGS, INDEX, "runs", "evaluations", ".lock"}
+    if there and not ours & set(there):
+        raise UserError(
+            f"output {output}: holds {sorted(there)[0]} and no comparison; choose another folder"
+        )
+
+
+def check_before(training: Training) -> None:
+    """Raise `UserError` where a training that is there had other settings."""
+    settings = training.folder / rundir.SETTINGS
+    if state_of(training) == "to do" or not settings.is_file():
+        return
+    before, now = (
+        rundir.flat(run.model_dump(mode="json")) for run in (load_run(str(settings)), training.run)
+    )
+    for name in sorted({*before, *now} - FREE):
+        free = name.startswith(("deepspeed.", "watch."))
+        if not free and before.get(name) != now.get(name):
+            raise UserError(
+                f"{training.folder} was trained with {name} = {before.get(name)!r}, now it is "
+                f"{now.get(name)!r}; put it back, remove that folder, or choose another output"
+            )
+
+
+def state_of(training: Training) -> State:
+    if (training.folder / "adapter").is_dir():
+        return "finished"
+    saved = any((training.folder / "checkpoints").glob("step-*"))
+    return "begun" if saved else "to do"
+
+
+def prepared(plan: Plan) -> list[Training]:
+    """The trainings that are not finished, all checked and with their folders made."""
+    for training in plan.trainings:
+        left_to_end(training)
+    waiting = [one for one in plan.trainings if state_of(one) != "finished"]
+    for training in waiting:
+        resume = state_of(training) == "begun"
+        rundir.prepare(training.run, processes=plan.processes, resume=resume)
+    return waiting
+
+
+def left_to_end(training: Training) -> None:
+    """Wait for the processes of a call that was killed: they train on, and what they save counts.
+
+    Raises `UserError` where they take longer than a training may be without progress.
+    """
+    if not training.folder.is_dir():
+        return
+    try:
+        with only_writer(training.folder, patience=0):
+            return
+    except UserError:
+        tqdm.write(f"{training.folder}: an earlier call's training goes on there; waiting for it")
+    with only_writer(training.folder, patience=training.run.timeout):
+        return
+
+
+def train_all(plan: Plan, waiting: list[Training]) -> None:
+    """Run `vcdeft train` for each, one after another. Raises `UserError` where one fails."""
+    began = time.monotonic()
+    for done, training in enumerate(waiting):
+        left = (time.monotonic() - began) / done * (len(waiting) - done) if done else None
+        rest = f", about {left / 60:.0f} minutes for this and the rest" if left else ""
+        place = len(plan.trainings) - len(waiting) + done + 1
+        tqdm.write(f"training {place} of {len(plan.trainings)}: {training.name}{rest}")
+        words = ["train", "--config", str(training.folder / rundir.SETTINGS)]
+        if state_of(training) == "begun":
+            words.append("--resume")
+        status = launch(words, processes=plan.processes)
+        if status in map(exit_status, ASKING):
+            raise SystemExit(status)
+        if status or state_of(training) != "finished":
+            raise UserError(
+                f"training {training.name} failed (exit status {status}), for the reason above; "
+                "the same command goes on with it"
+            )
+
+
+def measure_all(plan: Plan) -> None:
+    """Ask the base and every adapter all tasks that they were not asked yet."""
+    todo = [(one, plan.unmeasured(one)) for one in (None, *plan.trainings)]
+    total = sum(len(tasks) for _, tasks in todo)
+    if not total:
+        return
+    run = plan.trainings[0].run
+    for training in plan.trainings:
+        check_base(training.folder / "adapter", run.model)
+    pipe = load(run)
+    with tqdm(total=total, desc="measuring", unit="task") as bar:
+        for adapter, tasks in todo:
+            if tasks:
+                use(pipe, adapter)
+            for one in tasks:
+                bar.set_postfix_str(f"{adapter.name if adapter else BASE}: {one.task.name}")
+                path, wanted = plan.place(adapter, one)
+                write_measured(path, measure(pipe, run, one, plan.comparison.evaluate), wanted)
+                bar.update()
+
+
+def compared(plan: Plan) -> list[Compared]:
+    """What was measured: a value for each match, method, seed and task, in their order."""
+    found = []
+    by_method = sorted(plan.trainings, key=lambda t: plan.comparison.methods.index(t.method))
+    for match in plan.comparison.match:
+        for training in (t for t in by_method if match in t.matches):
+            for one in plan.asked:
+                before, after = plan.measured(None, one), plan.measured(training, one)
+                assert before is not None
+                assert after is not None
+                found.append(
+                    Compared(
+                        training=training,
+                        match=match,
+                        group=one.group,
+                        task=one.task.name,
+                        before=before,
+                        after=after,
+                    )
+                )
+    return found
+
+
+def described(plan: Plan) -> Iterator[str]:
+    """What `--dry-run` says."""
+    comparison, run = plan.comparison, plan.trainings[0].run
+    width = max(len(one.name) for one in plan.trainings)
+    budget = next(one.parameters for one in plan.trainings if one.method == comparison.methods[0])
+    yield f"{'training':{width}}  {'matched by':16}  rank  parameters  of the first's"
+    for training in plan.trainings:
+        by = " and ".join(training.matches)
+        left = len(plan.unmeasured(training))
+        yield (
+            f"{training.name:{width}}  {by:16}  {training.rank:4}  {training.parameters:10,}  "
+            f"{training.parameters / budget:13.1%}  {state_of(training)}, "
+            f"{len(plan.asked) - left} of {len(plan.asked)} tasks measured"
+        )
+    each = plan.processes * run.accumulate * run.batch
+    grids = f"{run.batch_tokens} tokens a process" if run.batch_tokens else f"{each} grids"
+    waiting = sum(state_of(one) != "finished" for one in plan.trainings)
+    yield f"{waiting} of {len(plan.trainings)} trainings to do, {run.steps} steps of {grids} each"
+    left = sum(len(plan.unmeasured(one)) for one in (None, *plan.trainings))
+    yield (
+        f"{left} of {(len(plan.trainings) + 1) * len(plan.asked)} times a task to measure, "
+        f"{comparison.evaluate.grids} grids each, {comparison.evaluate.steps} sampling steps"
+    )
+    for group in comparison.groups:
+        names = [one.task.name for one in plan.asked if one.group == group]
+        yield f"{group}  {', '.join(names)}"

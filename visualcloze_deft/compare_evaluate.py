@@ -1,0 +1,277 @@
+"""What `vcdeft compare` measures of an adapter: its error on held-out grids of each task.
+
+OUTPUT/evaluations/NAME/TASK.json   figures of every grid, and what they were measured with; "base"
+                                    is the model without adapter
+
+Axes: g grids, the same ones for every adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from visualcloze_deft import grid, heldout, rundir
+from visualcloze_deft.batch import Drawn, in_pixels
+from visualcloze_deft.checkpoint import digest
+from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
+from visualcloze_deft.data.mixture import Example, Mixture
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.loss import GridLoss
+from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
+from visualcloze_deft.models import Models, dtype_of
+from visualcloze_deft.pipeline import InContextPipeline
+from visualcloze_deft.preview import query_at
+from visualcloze_deft.registry import Task
+from visualcloze_deft.sample import GUIDANCE, generate
+from visualcloze_deft.settings import Run
+
+BASE = "base"  # the name of the model without adapter
+ROWS = 2  # one in-context example, and the query
+LEAST = 1e-2  # mean squared error of 8-bit values below which PSNR counts no further: 68 dB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One task as it is asked of every adapter. group: "new" or "old"."""
+
+    group: str
+    task: Task
+    mixture: Mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Figures of one task's grids, in order. errors: velocity error of what is generated, mean over
+    five times. psnr: in dB, of what is generated. seconds: what measuring took."""
+
+    errors: tuple[float, ...]
+    psnr: tuple[float, ...]
+    seconds: float
+
+
+def asked_of(comparison: Comparison, run: Run, *, cache: Path | None = None) -> list[Asked]:
+    """All tasks that are asked, the new ones first. run: any of the trainings'; cache: a folder
+    for indexes.
+
+    Raises `UserError` where there is no data that is not trained on, or less than is asked for.
+    """
+    found = [
+        Asked(group=name, task=task, mixture=mixture)
+        for name, group in comparison.groups.items()
+        for mixture in [held_out(name, group, run, cache=cache)]
+        for task in mixture.tasks.values()
+    ]
+    names = [one.task.name for one in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice and comparison.new.sources == comparison.old.sources:
+        raise UserError(f"{twice[0]} is both new and old; name it once, or give new.sources")
+    for one in found:
+        able = one.mixture.serving[one.task.name][0]
+        if len(able) < max(comparison.evaluate.grids, ROWS):
+            raise UserError(
+                f"evaluate.grids = {comparison.evaluate.grids}: {able.source.name} has "
+                f"{len(able)} held-out items for {one.task.name}; ask for fewer, or give "
+                f"{one.group}.sources more"
+            )
+    return found
+
+
+def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixture:
+    """The mixture of a group's tasks over data that is never trained on."""
+    if shared := sorted(set(group.sources) & set(run.data.sources) - {"scenes"}):
+        raise UserError(f"{name}.sources names {shared[0]}, which is trained on")
+    update: dict[str, Any] = {"tasks": group.tasks, "weights": {}}
+    if group.sources:
+        update |= {"sources": group.sources, "hold_out": 0}
+    data = run.data.model_copy(update=update)
+    asked = run.model_copy(update={"seed": SEED, "data": data})
+    finite = [spec for spec in data.sources if spec.partition("=")[0] != "scenes"]
+    if finite and not (group.sources or data.hold_out):
+        raise UserError(
+            f"{name}: nothing of {finite[0]} is held out; set run.data.hold_out, or give "
+            f"{name}.sources"
+        )
+    if group.sources:  # as a whole, its scenes of another seed
+        other = asked.model_copy(update={"seed": SEED + rundir.OTHER_SCENES})
+        return rundir.mixture_of(other, cache=cache)
+    return rundir.held_out_of(asked, cache=cache)
+
+
+def folder_of(comparison: Comparison, name: str) -> Path:
+    return Path(comparison.output) / "evaluations" / name
+
+
+def file_of(comparison: Comparison, name: str, one: Asked) -> Path:
+    return folder_of(comparison, name) / f"{one.group}-{one.task.name}.json"
+
+
+def asked_with(
+    comparison: Comparison, run: Run, one: Asked, adapter: Path | None
+) -> dict[str, Any]:
+    """All that decides what is measured: figures of other settings are not taken for these."""
+    return {
+        "adapter_sha256": digest_of(adapter / WEIGHTS) if adapter else None,
+        "model": fingerprint(run.model) or run.model,
+        "model_lora": run.model_lora,
+        "quantise": run.quantise,
+        "precision": run.precision,
+        "clip_text": run.clip_text,
+        "cells": run.data.cells,
+        "resolution": one.mixture.resolution,
+        "times": [run.times, run.time_shift],
+        "guidance": [run.guidance, GUIDANCE],
+        "task": one.task.as_file(),
+        "sources": comparison.groups[one.group].sources or run.data.sources,
+        "hold_out": run.data.hold_out,
+        "grids": comparison.evaluate.grids,
+        "steps": comparison.evaluate.steps,
+    }
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a file, which is read again where it has changed."""
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    return digest(path)
+
+
+def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
+    """What was measured with these settings before; None where nothing was."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["asked"] != json.loads(json.dumps(wanted)):
+            return None
+        return Measured(
+            errors=tuple(fields["errors"]), psnr=tuple(fields["psnr"]), seconds=fields["seconds"]
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no figures of a comparison; remove it") from None
+
+
+def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    fields = {**vars(measured), "asked": wanted}
+    staged.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    staged.replace(path)
+
+
+def load(run: Run) -> InContextPipeline:
+    """The base that a run trains on, for any of its adapters."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return InContextPipeline.from_pretrained(
+        run.model,
+        lora=run.model_lora,
+        torch_dtype=dtype_of(run.precision, device),
+        quantise=run.quantise,
+        clip_text=run.clip_text,
+        cells=run.data.cells,
+    )
+
+
+def use(pipe: InContextPipeline, training: Training | None) -> None:
+    """Have the pipeline use this adapter alone, or none."""
+    pipe.delete_adapters(pipe.get_active_adapters())
+    if training is not None:
+        pipe.load_adapter(training.folder / "adapter", training.name)
+
+
+def measure(pipe: InContextPipeline, run: Run, one: Asked, settings: Evaluate) -> Measured:
+    """Velocity errors and PSNR of the pipeline on held-out grids of a task."""
+    began = time.monotonic()
+    examples = questions(one.mixture, one.task, settings.grids)
+    errors = errors_of(pipe.models, run, examples)
+    made = completed(pipe.models, examples, steps=settings.steps, batch=settings.batch)
+    pairs = zip(made, examples, strict=True)
+    return Measured(
+        errors=tuple(errors),
+        psnr=tuple(psnr(images, truths_of(example)) for images, example in pairs),
+        seconds=time.monotonic() - began,
+    )
+
+
+def questions(mixture: Mixture, task: Task, count: int) -> list[Example]:
+    """`count` grids of `task` as inference sees them, no two with the same query: an item of the
+    first source that serves the task, below another one of its own."""
+    able = mixture.serving[task.name][0]
+    rng = np.random.default_rng([mixture.seed, *task.name.encode()])
+    queries = able.choose(count, rng)
+    shown = [(place + 1 + int(rng.integers(len(able) - 1))) % len(able) for place in queries]
+    return [
+        query_at(mixture, task, places, index=index)
+        for index, places in enumerate(zip(shown, queries, strict=True), heldout.FIRST)
+    ]
+
+
+def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:
+    """The held-out loss of `heldout`, of tokens that are generated alone, for each grid."""
+    loss_of = GridLoss(models.transformer, context_weight=0.0, guidance=run.guidance).eval()
+    found = heldout.losses(
+        loss_of,
+        models,
+        {example.index: in_pixels(example) for example in examples},
+        run.model_copy(update={"seed": SEED}),
+        own=[example.index for example in examples],
+        agreed=lambda drawn: cast(Sequence[Drawn], drawn),
+    )
+    return [found[example.index].error for example in examples]
+
+
+def completed(
+    models: Models, examples: Sequence[Example], *, steps: int, batch: int
+) -> list[list[Image.Image]]:
+    """The pictures generated for each grid; its index is the seed of its noise."""
+    built = [grid.join(example.complete, hidden=example.hidden) for example in examples]
+    made: dict[int, list[Image.Image]] = {}
+    for places in chunks(built, batch):
+        images = generate(
+            models,
+            [built[k] for k in places],
+            [examples[k].prompt for k in places],
+            seeds=[examples[k].index for k in places],
+            steps=steps,
+        )
+        made |= dict(zip(places, images, strict=True))
+    return [made[k] for k in range(len(examples))]
+
+
+def chunks(built: Sequence[grid.Grid], size: int) -> Iterator[list[int]]:
+    """Places of grids of one shape, at most `size` at a time."""
+    by_shape: dict[Any, list[int]] = {}
+    for place, one in enumerate(built):
+        by_shape.setdefault(one.shape, []).append(place)
+    for places in by_shape.values():
+        for first in range(0, len(places), size):
+            yield places[first : first + size]
+
+
+def truths_of(example: Example) -> list[Image.Image]:
+    cells = zip(example.complete[-1], example.hidden, strict=True)
+    return [image for image, hidden in cells if hidden]
+
+
+def psnr(made: Sequence[Image.Image], truths: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of 8-bit RGB pictures, at most 68."""
+    differences = [
+        np.asarray(one, float) - np.asarray(truth, float)
+        for one, truth in zip(made, truths, strict=True)
+    ]
+    error = np.mean(np.concatenate([d.ravel() for d in differences]) ** 2)
+    return float(10 * np.log10(255**2 / max(error, LEAST)))

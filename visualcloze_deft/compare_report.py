@@ -1,0 +1,441 @@
+"""What `vcdeft compare` writes of its measurements: lines, tables, pictures, a page.
+
+OUTPUT/results.jsonl          a line for each match, method, seed and task, with the figures of
+                              every grid before and after training; all else is made from it
+OUTPUT/table.md, table.csv    gain, retention and the methods in pairs
+OUTPUT/gain-retention.svg, learning-curves.svg
+OUTPUT/report.html            all of it, in a file that opens without a server
+
+Axes: s seeds, g grids.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from visualcloze_deft import rundir
+from visualcloze_deft.compare_bootstrap import LEVEL, Estimate, Values, estimate, holm
+from visualcloze_deft.compare_config import Match, Training
+from visualcloze_deft.compare_evaluate import Measured
+from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
+
+RESULTS, TABLE, CSV, REPORT = "results.jsonl", "table.md", "table.csv", "report.html"
+SCATTER, CURVES = "gain-retention.svg", "learning-curves.svg"
+COLOURS = {"deft": "C0", "deft-relaxed": "C9", "para": "C2", "lora": "C3"}
+GROUPS = {"new": "gain", "old": "retention"}  # what a change is called
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One task before and after one training, as it counts in one match."""
+
+    training: Training
+    match: Match
+    group: str
+    task: str
+    before: Measured
+    after: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How a change is told. key: its figures in a line. of: the change of each grid from (before,
+    after), above 0 where it is for the better; such values are averaged. shown: a mean of them in
+    `unit`."""
+
+    key: str
+    name: str
+    unit: str
+    of: Callable[[Values, Values], Values]
+    shown: Callable[[float], float]
+
+
+MEASURES = (
+    Measure(
+        key="psnr",
+        name="PSNR",
+        unit="dB",
+        of=lambda before, after: after - before,
+        shown=lambda mean: mean,
+    ),
+    Measure(  # of errors that differ by factors between tasks and grids
+        key="error",
+        name="velocity error",
+        unit="%",
+        of=lambda before, after: np.log(before / after),
+        shown=lambda mean: 100 * (1 - float(np.exp(-mean))),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of the tables. what: a method, or a pair of them as (better, than).
+
+    p: of no difference, adjusted for the number of pairs in its table (Holm); nan of a method."""
+
+    match: str
+    what: tuple[str, ...]
+    group: str
+    task: str
+    measure: Measure
+    found: Estimate
+    p: float = float("nan")
+
+    @property
+    def text(self) -> str:
+        """The mean and its interval, as tables print it."""
+        shown, found = self.measure.shown, self.found
+        mean, low, high = (f"{shown(v):+.2f}" for v in (found.mean, found.low, found.high))
+        return f"{mean} ({low} to {high})"
+
+    @property
+    def significant(self) -> bool:
+        return self.p < 1 - LEVEL
+
+
+def write_reports(found: Sequence[Compared], output: Path) -> Path:
+    """Write all files; each appears whole. Returns the path of the table."""
+    lines = [line_of(one) for one in found]
+    texts = [json.dumps(rundir.finite(line), ensure_ascii=False) for line in lines]
+    whole(output / RESULTS, "".join(f"{text}\n" for text in texts))
+    told = read_results(output / RESULTS)
+    steps = {line["run"]: rundir.read_lines(Path(line["run"]) / rundir.METRICS) for line in told}
+    sections = list(tables(told, steps))
+    whole(output / TABLE, "\n".join(markdown(*section) for section in sections))
+    whole(output / CSV, as_csv(told))
+    scatter, curves = svg_of(draw_scatter(told)), svg_of(draw_curves(told, steps))
+    whole(output / SCATTER, scatter)
+    whole(output / CURVES, curves)
+    settings = (output / "compare.toml").read_text(encoding="utf-8")
+    whole(output / REPORT, page(output, sections, [scatter, curves], settings))
+    return output / TABLE
+
+
+def whole(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def line_of(one: Compared) -> dict[str, Any]:
+    training = one.training
+    return {
+        "match": one.match,
+        "method": training.method,
+        "rank": training.rank,
+        "parameters": training.parameters,
+        "seed": training.seed,
+        "group": one.group,
+        "task": one.task,
+        "grids": len(one.before.psnr),
+        "psnr_before": float(np.mean(one.before.psnr)),
+        "psnr_after": float(np.mean(one.after.psnr)),
+        "error_before": float(np.mean(one.before.errors)),
+        "error_after": float(np.mean(one.after.errors)),
+        "of_grids": {
+            "psnr": {"before": one.before.psnr, "after": one.after.psnr},
+            "error": {"before": one.before.errors, "after": one.after.errors},
+        },
+        "seconds": one.before.seconds + one.after.seconds,
+        "run": str(training.folder),
+    }
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def named(lines: Lines, key: str) -> list[Any]:
+    """The values of `key`, in the order in which they come first."""
+    return list(dict.fromkeys(line[key] for line in lines))
+
+
+def some(lines: Lines, **wanted: object) -> list[Mapping[str, Any]]:
+    """The lines that have these values, keys of no value (None) aside."""
+    asked = {key: value for key, value in wanted.items() if value is not None}
+    return [line for line in lines if all(line[key] == value for key, value in asked.items())]
+
+
+def changes(lines: Lines, measure: Measure) -> Values:
+    """(s g) the change of each grid of each seed, mean over the tasks of `lines`."""
+    found = []
+    for seed in named(lines, "seed"):
+        of_tasks = []
+        for line in some(lines, seed=seed):
+            told = line["of_grids"][measure.key]
+            before, after = (np.array(told[when], np.float64) for when in ("before", "after"))
+            of_tasks.append(measure.of(before, after))
+        found.append(np.mean(of_tasks, axis=0))
+    return np.array(found)
+
+
+def method_rows(lines: Lines, *, by_task: bool = False) -> Iterator[Row]:
+    """The changes of every method, of all tasks of a group together or of each."""
+    for match in named(lines, "match"):
+        for method in named(some(lines, match=match), "method"):
+            own = some(lines, match=match, method=method)
+            for group in named(own, "group"):
+                of_group = some(own, group=group)
+                for task in named(of_group, "task") if by_task else [None]:
+                    for measure in MEASURES:
+                        yield Row(
+                            match=match,
+                            what=(method,),
+                            group=group,
+                            task=task or "",
+                            measure=measure,
+                            found=estimate(changes(some(of_group, task=task), measure)),
+                        )
+
+
+def pair_rows(lines: Lines) -> Iterator[Row]:
+    """How much more the change of one method is than that of another, on the same grids after the
+    same examples; p is adjusted for all pairs of one match, group and measure."""
+    for match in named(lines, "match"):
+        for group in named(lines, "group"):
+            own = some(lines, match=match, group=group)
+            for measure in MEASURES:
+                of = {m: changes(some(own, method=m), measure) for m in named(own, "method")}
+                found = {pair: estimate(of[pair[0]] - of[pair[1]]) for pair in combinations(of, 2)}
+                adjusted = holm([one.p for one in found.values()])
+                for (pair, one), p in zip(found.items(), adjusted, strict=True):
+                    yield Row(
+                        match=match,
+                        what=pair,
+                        group=group,
+                        task="",
+                        measure=measure,
+                        found=one,
+                        p=p,
+                    )
+
+
+Section = tuple[str, str, list[str], list[list[str]]]
+"""A title, what to know of it, the head and the rows of a table."""
+
+
+def tables(lines: Lines, steps: Mapping[str, Lines]) -> Iterator[Section]:
+    yield summary(lines, steps)
+    yield pairs(lines)
+    yield by_task(lines)
+
+
+def heads() -> list[str]:
+    return [f"{word}, {m.name} [{m.unit}]" for word in GROUPS.values() for m in MEASURES]
+
+
+def counted(lines: Lines, group: str) -> str:
+    """How many values stand behind a mean."""
+    own = some(lines, group=group)
+    seeds, tasks = named(own, "seed"), named(own, "task")
+    grids = sorted({line["grids"] for line in own})
+    return f"{len(seeds)} seeds x {len(tasks)} tasks x {grids[0]} grids"
+
+
+def summary(lines: Lines, steps: Mapping[str, Lines]) -> Section:
+    rows = []
+    found = list(method_rows(lines))
+    for match in named(lines, "match"):
+        for method in named(some(lines, match=match), "method"):
+            own = some(lines, match=match, method=method)
+            own_rows = [row for row in found if (row.match, row.what) == (match, (method,))]
+            texts = {(row.group, row.measure.key): row.text for row in own_rows}
+            spent = [sum(s["seconds"] for s in steps[run]) for run in named(own, "run")]
+            rows.append(
+                [
+                    match,
+                    method,
+                    str(own[0]["rank"]),
+                    f"{own[0]['parameters']:,}",
+                    f"{np.mean(spent) / 60:.1f}",
+                    *(texts[group, m.key] for group in GROUPS for m in MEASURES),
+                ]
+            )
+    runs = named(lines, "run")
+    minutes = sum(s["seconds"] for run in runs for s in steps[run]) / 60
+    measuring = sum(line["seconds"] for line in some(lines, match=lines[0]["match"])) / 60
+    note = (
+        f"Change from the base to the base with the adapter; above 0 is better. Gain is of the new "
+        f"tasks ({counted(lines, 'new')}), retention of the old ones ({counted(lines, 'old')}), "
+        "which were not trained. PSNR of generated pictures; velocity error by how many per cent "
+        f"it falls (geometric mean). In brackets the {LEVEL:.0%} interval of a bootstrap over "
+        f"seeds and grids. {len(runs)} trainings of {len(steps[runs[0]])} steps, {minutes:.0f} "
+        f"minutes in their steps and about {measuring:.0f} of measuring, on {machine()}."
+    )
+    head = ["matched by", "method", "rank", "parameters", "minutes", *heads()]
+    return "Gain and retention", note, head, rows
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def pairs(lines: Lines) -> Section:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for row in pair_rows(lines):
+        key = row.match, GROUPS[row.group], " - ".join(row.what)
+        star = " *" if row.significant else ""
+        said = f"{row.p:.3f}{star}, {row.found.agree} of {row.found.seeds}"
+        rows.setdefault(key, []).extend([row.text, said])
+    note = (
+        "How much more the first method's change is than the second's, on the same grids and "
+        "after the same training examples, with its interval. p: of no difference, two-sided, by "
+        "the same bootstrap, adjusted for the number of pairs (Holm); * below "
+        f"{1 - LEVEL:.2f}. Then in how many seeds the difference has this sign: few seeds say "
+        "little of another seed, whatever p is."
+    )
+    head = ["matched by", "of", "methods"]
+    for m in MEASURES:
+        head += [f"{m.name} [{m.unit}]", "p, seeds that agree"]
+    return "Methods in pairs", note, head, [[*key, *texts] for key, texts in rows.items()]
+
+
+def by_task(lines: Lines) -> Section:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for row in method_rows(lines, by_task=True):
+        (method,) = row.what
+        own = some(lines, match=row.match, method=method, task=row.task, group=row.group)
+        before = np.mean([line[f"{row.measure.key}_before"] for line in own])
+        digits = 1 if row.measure.key == "psnr" else 4
+        key = row.match, method, GROUPS[row.group], row.task
+        rows.setdefault(key, []).extend([f"{before:.{digits}f}", row.text])
+    head = ["matched by", "method", "of", "task"]
+    for m in MEASURES:
+        head += [f"{m.name} of the base", f"change [{m.unit}]"]
+    seeds, grids = len(named(lines, "seed")), lines[0]["grids"]
+    note = f"{seeds} seeds x {grids} grids each."
+    return "Each task", note, head, [[*key, *texts] for key, texts in rows.items()]
+
+
+def markdown(title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"### {title}", "", note, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def as_csv(lines: Lines) -> str:
+    """A line for each figure of all tables."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        "match method minus change_of task measure unit seeds grids mean low high p "
+        "seeds_that_agree".split()
+    )
+    for row in (*method_rows(lines), *method_rows(lines, by_task=True), *pair_rows(lines)):
+        measure, found = row.measure, row.found
+        ends = (f"{measure.shown(value):.6g}" for value in (found.mean, found.low, found.high))
+        writer.writerow(
+            [
+                row.match,
+                row.what[0],
+                row.what[1] if len(row.what) > 1 else "",
+                GROUPS[row.group],
+                row.task,
+                measure.name,
+                measure.unit,
+                found.seeds,
+                found.grids,
+                *ends,
+                f"{row.p if len(row.what) > 1 else found.p:.6g}",
+                found.agree,
+            ]
+        )
+    return file.getvalue()
+
+
+def draw_scatter(lines: Lines) -> Figure:
+    """Gain against retention: a panel for each match and measure; small points are seeds."""
+    matches = named(lines, "match")
+    figure = Figure(figsize=(6.2 * len(MEASURES), 4.4 * len(matches)), layout="constrained")
+    panels = figure.subplots(len(matches), len(MEASURES), squeeze=False)
+    found = {
+        (row.match, row.what[0], row.group, row.measure.key): row.found
+        for row in method_rows(lines)
+    }
+    for match, of_match in zip(matches, panels, strict=True):
+        for measure, axes in zip(MEASURES, of_match, strict=True):
+            for method in named(some(lines, match=match), "method"):
+                own = some(lines, match=match, method=method)
+                ends = [found[match, method, group, measure.key] for group in GROUPS]
+                draw_method(axes, own, ends, measure)
+            axes.axhline(0, color="#888", linewidth=0.8)
+            axes.axvline(0, color="#888", linewidth=0.8)
+            axes.set_xlabel(f"gain on the new, {measure.name} [{measure.unit}]")
+            axes.set_ylabel(f"retention of the old [{measure.unit}]")
+            axes.set_title(f"matched by {match}", fontsize=11, loc="left")
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_method(axes: Axes, own: Lines, ends: Sequence[Estimate], measure: Measure) -> None:
+    """One method's point with its intervals, and those of its seeds."""
+    method, rank = own[0]["method"], own[0]["rank"]
+    new, old = (changes(some(own, group=group), measure).mean(axis=1) for group in GROUPS)
+    shown = np.vectorize(measure.shown)
+    axes.plot(shown(new), shown(old), ".", color=COLOURS[method], alpha=0.5, markersize=5)
+    (x, y), bars = ([measure.shown(one.mean) for one in ends], [])
+    for one in ends:
+        low, mean, high = (measure.shown(value) for value in (one.low, one.mean, one.high))
+        bars.append([[max(mean - low, 0)], [max(high - mean, 0)]])
+    label = f"{method}, rank {rank}"
+    style: dict[str, Any] = {"fmt": "o", "color": COLOURS[method], "capsize": 3, "label": label}
+    axes.errorbar([x], [y], xerr=bars[0], yerr=bars[1], **style)
+
+
+def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
+    """Training losses, mean over seeds and smoothed, and their difference to the first method's:
+    every method sees the same examples with the same noise, so that the noise goes with it."""
+    matches = named(lines, "match")
+    figure = Figure(figsize=(12.4, 3.6 * len(matches)), layout="constrained")
+    panels = figure.subplots(len(matches), 2, squeeze=False)
+    for match, (left, right) in zip(matches, panels, strict=True):
+        losses = {m: mean_loss(some(lines, match=match, method=m), steps) for m in COLOURS}
+        known = {method: loss for method, loss in losses.items() if len(loss)}
+        first = named(some(lines, match=match), "method")[0]
+        for method, loss in known.items():
+            x = np.arange(1.0, len(loss) + 1)
+            style: dict[str, Any] = {"color": COLOURS[method], "label": method, "linewidth": 1.2}
+            left.plot(*thinned(x, smooth(loss, share=1 / 15)), **style)
+            right.plot(*thinned(x, smooth(loss - known[first], share=1 / 15)), **style)
+        left.set_title(f"Training loss, matched by {match}", fontsize=11, loc="left")
+        right.set_title(f"The same minus {first}'s", fontsize=11, loc="left")
+        for axes in (left, right):
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def mean_loss(lines: Lines, steps: Mapping[str, Lines]) -> Numbers:
+    """The loss of each step, mean over the trainings of `lines`."""
+    losses = [values(steps[run], "loss") for run in named(lines, "run")]
+    return np.mean(losses, axis=0) if losses else np.array([])
+
+
+def page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:
+    """The HTML page."""
+    name = output.resolve().name
+    parts = [f"<h1>{escape(name)}</h1>"]
+    for number, (title, note, head, rows) in enumerate(sections):
+        parts += [f"<h2>{title}</h2><p>{escape(note)}</p>", table(rows, head=head)]
+        if not number:
+            parts += [f"<div>{svg}</div>" for svg in drawn]
+    parts.append(f"<h2>Settings</h2><pre>{escape(settings)}</pre>")
+    return PAGE.format(title=escape(name), body="\n".join(parts))
