@@ -13,6 +13,7 @@ from PIL import Image
 from visualcloze_deft import InContextPipeline, adapters
 from visualcloze_deft.blend import Blend
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.modelfolder import Bits
 from visualcloze_deft.models import load_models
 from visualcloze_deft.settings import Adapter
 
@@ -119,12 +120,13 @@ def test_changes_add_up_by_strength(micro_model: Path, trained: dict[str, Path])
     torch.testing.assert_close(weight - base, 0.5 * change["deft"] - 2 * change["lora"])
 
 
-def test_beside_an_fp8_base_the_change_is_that_of_its_weights(
-    micro_model: Path, trained: dict[str, Path]
+@pytest.mark.parametrize("bits", ["fp8", "int8", "nf4"])
+def test_beside_a_quantised_base_the_change_is_that_of_its_weights(
+    micro_model: Path, trained: dict[str, Path], bits: Bits
 ) -> None:
-    layered = load_models(str(micro_model), bits="fp8").transformer
+    layered = load_models(str(micro_model), bits=bits).transformer
     adapters.load(layered, trained["deft"])
-    transformer = load_models(str(micro_model), bits="fp8").transformer
+    transformer = load_models(str(micro_model), bits=bits).transformer
     blend = Blend(transformer)
     blend.add("one", trained["deft"])
     torch.testing.assert_close(velocity(transformer), velocity(layered), atol=1e-4, rtol=1e-3)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -218,6 +221,30 @@ def test_two_processes_share_a_list(
             made = (tmp_path / "two" / name).read_bytes()
             assert made == (tmp_path / "one" / name).read_bytes()
     assert names(tmp_path / "two") == names(tmp_path / "one")
+
+
+@pytest.mark.processes
+def test_a_killed_command_goes_on_where_it_was(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    grids = [{"rows": [["a.png", None]], "seed": seed} for seed in range(12)]
+    words = ["infer", "--examples", grid_file(grids), "--model", micro_model, "--steps", 60]
+    group = processes.Group([*words, "--output", output], processes=1)
+    while len(list(output.glob("*.json"))) < 2:
+        time.sleep(0.01)
+    group.send(signal.SIGKILL)
+    group.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.json")}
+    assert 2 <= len(before) < 12
+    for place in (output, whole):
+        main([str(word) for word in (*words, "--output", place)])
+    assert names(output) == names(whole)
+    assert not list(output.glob(".*.part"))
+    for name in names(whole):
+        if name.endswith(".png"):
+            assert (output / name).read_bytes() == (whole / name).read_bytes()
+    assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
 
 
 def test_a_grid_that_another_process_makes_is_left_to_it(
