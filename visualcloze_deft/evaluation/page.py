@@ -143,16 +143,10 @@ def shown(one: Scored, case: Case | None, output: Path) -> Image.Image:
     """One image in its grid, or beside what it is compared with."""
     shot = one.shot
     above: list[list[Image.Image | None]] = []
-    if case:
-        row = 1
-        while (path := output / GRIDS / f"{case.name}-{row}1.png").is_file() and row < last_row(
-            case
-        ):
-            names = [
-                path.with_name(f"{case.name}-{row}{c}.png") for c in range(1, len(case.roles) + 1)
-            ]
-            above.append([read_image(name) if name.is_file() else None for name in names])
-            row += 1
+    for row in range(1, last_row(case) if case else 1):
+        columns = range(1, len(case.roles) + 1) if case else ()
+        names = [output / GRIDS / f"{shot.grid}-{row}{column}.png" for column in columns]
+        above.append([read_image(name) for name in names])
     last: list[Image.Image | None] = [read_image(path) for path in shot.shown.values()]
     marks = [(len(above), len(last))]
     if one.base is not None:
