@@ -122,10 +122,10 @@ def case_of(question: Question, row: Row, number: int, images: int, folder: Path
         prompt=question.prompt,
         seeds=tuple(range(first, first + images)),
         truths=tuple(
-            f"{name}-{last}{c}-truth.png" if example.rows[-1][c] is not None else None
+            f"{name}-{last}{c + 1}-truth.png" if example.rows[-1][c] is not None else None
             for c in range(seen, len(example.hidden))
         ),
-        shown={question.roles[c]: f"{name}-{last}{c}.png" for c in range(seen)},
+        shown={question.roles[c]: f"{name}-{last}{c + 1}.png" for c in range(seen)},
         references=tuple(references(question, folder)),
         box=saved(question.box, folder / f"{name}-box.png"),
         classes=question.classes,

@@ -107,11 +107,11 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     made = made_of(asked, making, images, shared)
     check_same(output, made)
     check_scoring(asked.scoring)
+    encoders = load_encoders(asked.scoring.encoders, output)
     if dry_run:
         for line in described(asked, rows, images):
             tqdm.write(line)
         return None
-    encoders = load_encoders(asked.scoring.encoders, output)
     with only_writer(output):
         write(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
         cases = write_cases(rows, output, images=images)
@@ -169,6 +169,8 @@ def made_of(asked: Asked, making: Making, images: int, shared: Mapping[str, Any]
         "images": images,
         "seed": making.seed,
         "hold_out": making.hold_out,
+        # where data may lack roles, they are part of the grids
+        "annotate": dict(making.annotate) if asked.suite == "graph200k" else {},
     }
     return fields | {k: v for k, v in shared.items() if k not in NOT_COMPARED}
 
