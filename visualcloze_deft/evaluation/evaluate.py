@@ -58,6 +58,7 @@ from visualcloze_deft.output import only_writer
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
+FEW = 8  # units of a row: a percentile interval of fewer is too narrow
 MEANING = (
     "Every figure is a mean with its 95 % bootstrap interval and the number of images (n); whole "
     "units (scenes, items, subjects) are drawn, so one unit alone has no interval."
@@ -309,6 +310,19 @@ def notes_of(
 ) -> list[str]:
     """What a reader of the tables must know."""
     notes = [MEANING]
+    units: dict[str, set[str]] = {}
+    for one in found:
+        units.setdefault(one.shot.row, set()).add(one.shot.unit)
+    if (fewest := min(map(len, units.values()))) < FEW:
+        notes.append(
+            f"A row has {fewest} units only: intervals of fewer than {FEW} are too narrow, and p "
+            f"cannot fall below 2^(1-n), here {2.0 ** (1 - fewest):.3g}."
+        )
+    if any(one.base for one in found):
+        notes.append(
+            "Each p stands for its row and metric alone: of twenty where nothing changed, one is "
+            "below 0.05."
+        )
     if not encoders:
         notes.append(
             "No encoder: pixels alone were compared. pip install 'visualcloze-deft[offline]' gives "

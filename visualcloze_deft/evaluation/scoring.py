@@ -35,6 +35,7 @@ COMPARED = {  # role -> metric of two maps of it
     "normal": "normals_angle",
     **dict.fromkeys(PERCEIVED, "miou"),
 }
+LEAST = 32  # images of a row for a distance of sets: fewer give noise alone
 EDGE = 2  # pixels around a hole whose values resizing may have mixed
 
 
@@ -283,13 +284,13 @@ class SetScore:
 
 
 def set_scores(shots: Sequence[Shot], encoder: Encoder) -> Iterator[SetScore]:
-    """KID from 4 images on, FID where there are more of them than dimensions, for every row of
+    """KID from `LEAST` images on, FID where there are more of them than dimensions, for every row of
     photos that have truths."""
     kept = Kept(encoder, "sets")
     for row in dict.fromkeys(shot.row for shot in shots):
         own = [s for s in shots if s.row == row and s.truth and s.role not in MAPS]
         truths = dict.fromkeys(shot.truth for shot in own if shot.truth)
-        if min(len(own), len(truths)) < 4:
+        if min(len(own), len(truths)) < LEAST:
             continue
         made = kept.of([shot.image for shot in own])
         truth = kept.of(list(truths))
