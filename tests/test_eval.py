@@ -161,7 +161,9 @@ def test_a_killed_evaluation_makes_only_what_is_missing(
     shutil.copytree(evaluated, output)
     for name in ("results.jsonl", "report.html", "images/003.json", "base/005.png"):
         (output / name).unlink()
-    kept = {p: p.stat().st_mtime_ns for p in output.rglob("*.png")}
+    (output / "grids" / "cases.json").unlink()  # as if cut short while grids were made
+    pictures = [*(output / "images").glob("*.png"), *(output / "base").glob("*.png")]
+    kept = {path: path.stat().st_mtime_ns for path in pictures}
     run(micro_model, adapter, *scenes(output, "--against-base"))
     assert (output / "results.jsonl").read_text() == (evaluated / "results.jsonl").read_text()
     assert (output / "table.md").read_text() == (evaluated / "table.md").read_text()
@@ -170,19 +172,6 @@ def test_a_killed_evaluation_makes_only_what_is_missing(
     }
     assert changed == {"images/003.png", "images/003-sheet.png", "base/005-sheet.png"}
     assert (output / "base" / "005.png").is_file()
-
-
-def test_grids_that_were_cut_short_are_made_anew(
-    evaluated: Path, micro_model: Path, adapter: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "again"
-    shutil.copytree(evaluated, output)
-    (output / "grids").rename(output / ".grids.part")
-    (output / ".grids.part" / "cases.json").unlink()
-    before = (output / "images" / "001.png").stat().st_mtime_ns
-    run(micro_model, adapter, *scenes(output, "--against-base"))
-    assert (output / "results.jsonl").read_text() == (evaluated / "results.jsonl").read_text()
-    assert (output / "images" / "001.png").stat().st_mtime_ns == before
 
 
 def test_another_evaluations_folder_is_refused(
@@ -381,6 +370,22 @@ def test_a_question_without_example_needs_no_other_data(tmp_path: Path) -> None:
     shown = Making(data=given | {"scenes": ""}, resolution=32)
     (row,) = rows_of("dreambench-plus", shown)
     assert len(row.make(0).example.rows) == 2
+
+
+def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
+    from visualcloze_deft.evaluation.cases import Shot
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    Image.new("RGB", (32, 32), "grey").save(tmp_path / "blank.png")
+    scene = Scenes(size=32, seed=1).item(0)
+    scene.image("target").save(tmp_path / "scene.png")
+    shown = {"canny": tmp_path / "blank.png"}
+    blank, true = tmp_path / "blank.png", tmp_path / "scene.png"
+    asked = [(blank, blank), (true, true), (blank, true)]
+    found = score(
+        [Shot(image=i, row="r", unit="u", truth=t, shown=shown) for i, t in asked], Measures()
+    )
+    assert [scores.get("canny_f1") for scores in found] == [None, 1, 0]
 
 
 def test_outside_the_hole_nothing_of_it_is_counted() -> None:

@@ -313,12 +313,12 @@ def notes_of(
     units: dict[str, set[str]] = {}
     for one in found:
         units.setdefault(one.shot.row, set()).add(one.shot.unit)
+    compared = any(one.base for one in found)
     if (fewest := min(map(len, units.values()))) < FEW:
-        notes.append(
-            f"A row has {fewest} units only: intervals of fewer than {FEW} are too narrow, and p "
-            f"cannot fall below 2^(1-n), here {2.0 ** (1 - fewest):.3g}."
-        )
-    if any(one.base for one in found):
+        few = f"Units in the smallest row: {fewest}. Intervals of fewer than {FEW} are too narrow"
+        least = f", and p cannot fall below 2^(1-n), here {2.0 ** (1 - fewest):.3g}"
+        notes.append(few + (least if compared else "") + ".")
+    if compared:
         notes.append(
             "Each p stands for its row and metric alone: of twenty where nothing changed, one is "
             "below 0.05."

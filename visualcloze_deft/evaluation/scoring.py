@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from visualcloze_deft.data.annotators import computed, fastest
+from visualcloze_deft.data.derive import canny
 from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.insdet import GROWN
 from visualcloze_deft.errors import UserError
@@ -133,24 +134,22 @@ def followed(
     role: str, made: Image.Image, truth: Image.Image | None, shot: Shot, measures: Measures
 ) -> Scores:
     """How well an image fits a condition that it was made from: the condition is extracted from it
-    by the annotator that also sees the truth; canny always, by OpenCV, against the condition."""
-    if role == "canny":
-        asked = fitted(read_image(shot.shown[role]), made.size)
-        f1 = metrics.canny_f1(made, asked, tolerance=measures.tolerance)
-        return {"canny_f1": f1}
-    if role not in COMPARED or role not in measures.annotate:
+    as it is from the truth, or compared with the one given where there is no truth. Canny is always
+    extracted (by OpenCV), the others where a model is named for them."""
+    if role not in COMPARED or (role != "canny" and role not in measures.annotate):
         return {}
     asked = (
         extracted(role, truth, measures)
         if truth
         else fitted(read_image(shot.shown[role]), made.size)
     )
-    found = extracted(role, made, measures)
-    return compared(role, found, asked, shot, measures)
+    return compared(role, extracted(role, made, measures), asked, shot, measures)
 
 
 def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
-    """What a model sees in an image, kept by the content of the image."""
+    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content."""
+    if role == "canny":
+        return canny(image)
     place = measures.annotate[role]
     told = f"{role} {place} {image.size}".encode() + image.tobytes()
     path = measures.maps and measures.maps / role / f"{hashlib.sha256(told).hexdigest()}.png"
@@ -168,10 +167,13 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
 def compared(
     role: str, made: Image.Image, truth: Image.Image, shot: Shot, measures: Measures
 ) -> Scores:
-    """Two maps of one role. Segmentations whose classes nobody says, of too many colours (a JPEG,
-    or resized), are not compared."""
+    """Two maps of one role. Not compared are edges where none is asked for (any image without
+    detail would be right), and segmentations whose classes nobody says, of too many colours (a
+    JPEG, or resized)."""
     name = COMPARED[role]
     if name == "canny_f1":
+        if not (np.asarray(truth.convert("L")) > 127).any():
+            return {}
         return {name: metrics.edge_f1(made, truth, tolerance=measures.tolerance)}
     if name == "miou":
         try:
@@ -284,7 +286,7 @@ class SetScore:
 
 
 def set_scores(shots: Sequence[Shot], encoder: Encoder) -> Iterator[SetScore]:
-    """KID from `LEAST` images on, FID where there are more of them than dimensions, for every row of
+    """KID from `LEAST` images on, FID where there are more than dimensions, for every row of
     photos that have truths."""
     kept = Kept(encoder, "sets")
     for row in dict.fromkeys(shot.row for shot in shots):
