@@ -388,6 +388,82 @@ def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
     assert [scores.get("canny_f1") for scores in found] == [None, 1, 0]
 
 
+def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> None:
+    from transformers import (
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+        SegformerImageProcessorPil,
+    )
+
+    from visualcloze_deft.evaluation.cases import Shot
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    torch.manual_seed(9)
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1],
+        mlp_ratios=[1, 1, 1, 1], decoder_hidden_size=8, initializer_range=0.5,
+        id2label={0: "floor", 1: "wall", 2: "cup"}, label2id={"floor": 0, "wall": 1, "cup": 2},
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    SegformerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    for k in range(2):
+        Scenes(size=64, seed=1).item(k).image("target").save(tmp_path / f"{k}.png")
+    model, maps = {"segmentation": str(tmp_path / "model")}, tmp_path / "maps"
+    measures = Measures(annotate=model, maps=maps)
+    shots = [
+        Shot(
+            image=tmp_path / f"{k}.png",
+            row="r",
+            unit="u",
+            truth=tmp_path / "0.png",
+            shown={"segmentation": tmp_path / "1.png"},
+            classes=((230, 50, 50), (60, 60, 60)),  # of scenes, not of the model
+        )
+        for k in range(2)
+    ]
+    same, other = (scores["miou"] for scores in score(shots, measures))
+    assert same == 1 > other
+    assert len(list(maps.rglob("*.png"))) == 2
+    shutil.rmtree(tmp_path / "model")
+    assert [scores["miou"] for scores in score(shots, measures)] == [same, other]
+
+
+def test_prompts_are_followed_only_as_an_encoder_with_texts_says(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from visualcloze_deft.evaluation.features import load_encoder
+    from visualcloze_deft.folders import BASE
+
+    torch.manual_seed(0)
+    folder = tmp_path / "clip"
+    words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    ends = {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+    text = {**small, **ends, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    crop = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
+    made = write_pictures(tmp_path / "made", "a b", seed=1)
+    prompts = tmp_path / "prompts.json"
+    said = {"a": "a red cup", "b": "a blue cone"}
+    prompts.write_text(json.dumps(said))
+    out = tmp_path / "out"
+    compare(made, made, out, "--encoder", f"mine={folder}", "--prompts", prompts)
+    encoder = load_encoder(f"mine={folder}")
+    for line in results(out):
+        image = encoder.images([read_image(made / f"{line['unit']}.png")]).values[0]
+        prompt = encoder.texts([said[line["unit"]]]).values[0]
+        cosine = image @ prompt / np.linalg.norm(image) / np.linalg.norm(prompt)
+        assert line["scores"]["text/mine"] == pytest.approx(cosine, abs=1e-6)
+        assert line["scores"]["image/mine"] == pytest.approx(1)
+    assert "text similarity (mine)" in (out / "table.md").read_text()
+
+
 def test_outside_the_hole_nothing_of_it_is_counted() -> None:
     box = Image.new("RGB", (100, 100))
     box.paste("white", (30, 40, 50, 60))

@@ -335,8 +335,8 @@ def notes_of(
             "needs --encoder clip, or clip=FOLDER."
         )
     for encoder in encoders:
-        if one := ceiling(found, encoder):
-            notes.append(one)
+        if real := ceiling(found, encoder):
+            notes.append(real)
     if sets and not any(one.kind == "FID" for one in sets):
         notes.append(
             "FID is left out: no row has more images than its encoder's features have dimensions."

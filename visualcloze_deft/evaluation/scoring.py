@@ -24,6 +24,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics, placement, similarity
 from visualcloze_deft.evaluation.cases import Shot
 from visualcloze_deft.evaluation.features import Encoder, text_title, title
+from visualcloze_deft.evaluation.metrics import Colour
 from visualcloze_deft.evaluation.suites import MAPS
 from visualcloze_deft.grid import fitted
 
@@ -118,7 +119,7 @@ def pixel_scores(shot: Shot, measures: Measures) -> Scores:
         if measures.lpips:
             found["lpips"] = metrics.lpips(made, truth, device=fastest())
         if shot.role in COMPARED:
-            found |= compared(shot.role, made, truth, shot, measures)
+            found |= compared(shot.role, made, truth, measures, shot.classes)
     if shot.role == "target":
         for role in shot.shown:
             found |= followed(role, made, truth, shot, measures)
@@ -138,12 +139,18 @@ def followed(
     extracted (by OpenCV), the others where a model is named for them."""
     if role not in COMPARED or (role != "canny" and role not in measures.annotate):
         return {}
-    asked = (
-        extracted(role, truth, measures)
-        if truth
-        else fitted(read_image(shot.shown[role]), made.size)
-    )
-    return compared(role, extracted(role, made, measures), asked, shot, measures)
+    found = extracted(role, made, measures)
+    if truth is None:
+        return compared(role, found, fitted(read_image(shot.shown[role]), made.size), measures)
+    asked = extracted(role, truth, measures)
+    classes = colours_of(found, asked) if role in PERCEIVED else None
+    return compared(role, found, asked, measures, classes)
+
+
+def colours_of(*painted: Image.Image) -> tuple[Colour, ...]:
+    """The colours that a model painted segments in: those of one picture alone are classes too."""
+    values = np.concatenate([np.asarray(image).reshape(-1, 3) for image in painted])
+    return tuple((int(r), int(g), int(b)) for r, g, b in np.unique(values, axis=0))
 
 
 def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
@@ -165,7 +172,11 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
 
 
 def compared(
-    role: str, made: Image.Image, truth: Image.Image, shot: Shot, measures: Measures
+    role: str,
+    made: Image.Image,
+    truth: Image.Image,
+    measures: Measures,
+    classes: Sequence[Colour] | None = None,
 ) -> Scores:
     """Two maps of one role. Not compared are edges where none is asked for (any image without
     detail would be right), and segmentations whose classes nobody says, of too many colours (a
@@ -177,7 +188,7 @@ def compared(
         return {name: metrics.edge_f1(made, truth, tolerance=measures.tolerance)}
     if name == "miou":
         try:
-            return {name: metrics.segmentation_miou(made, truth, colours=shot.classes)}
+            return {name: metrics.segmentation_miou(made, truth, colours=classes)}
         except UserError:
             return {}
     compare = metrics.depth_rmse if name == "depth_rmse" else metrics.normals_angle
