@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
+from visualcloze_deft.evaluation.suites import FAMILIES
 from visualcloze_deft.registry import Task, load_tasks
-
-FAMILIES = (
-    "canny-to-image",
-    "depth-to-image",
-    "segmentation-to-image",
-    "image-to-depth",
-    "image-to-normals",
-    "image-editing",
-    "novel-view",
-    "object-insertion",
-    "colourisation",
-    "deblurring",
-    "subject-driven",
-)
 
 
 def families() -> dict[str, Task]:

