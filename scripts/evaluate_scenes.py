@@ -24,6 +24,7 @@ from tqdm import tqdm
 from visualcloze_deft import grid
 from visualcloze_deft.data.mixture import Example, Mixture
 from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.evaluation.metrics import psnr
 from visualcloze_deft.models import Models
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.preview import query_of
@@ -32,12 +33,6 @@ from visualcloze_deft.sheet import draw_grid, draw_sheet
 
 SEED = 1  # training uses scenes of seed 0
 BATCH = 16
-
-
-def psnr(made: Image.Image, truth: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB, 8-bit RGB."""
-    error = np.mean((np.asarray(made, float) - np.asarray(truth, float)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-2)))
 
 
 def truth_of(example: Example) -> Image.Image:

@@ -27,6 +27,7 @@ from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
 from visualcloze_deft.data.mixture import Example, Mixture
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
 from visualcloze_deft.models import Models, dtype_of
@@ -38,7 +39,6 @@ from visualcloze_deft.settings import Run
 
 BASE = "base"  # the name of the model without adapter
 ROWS = 2  # one in-context example, and the query
-LEAST = 1e-2  # mean squared error of 8-bit values below which PSNR counts no further: 68 dB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,10 +268,9 @@ def truths_of(example: Example) -> list[Image.Image]:
 
 
 def psnr(made: Sequence[Image.Image], truths: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of 8-bit RGB pictures, at most 68."""
-    differences = [
-        np.asarray(one, float) - np.asarray(truth, float)
-        for one, truth in zip(made, truths, strict=True)
-    ]
-    error = np.mean(np.concatenate([d.ravel() for d in differences]) ** 2)
-    return float(10 * np.log10(255**2 / max(error, LEAST)))
+    """`metrics.psnr` over the pixels of several pictures together, each as high as its truth."""
+    one, other = (
+        np.concatenate([np.asarray(p).reshape(1, -1, 3) for p in several], axis=1)
+        for several in (made, truths)
+    )
+    return metrics.psnr(one, other)
