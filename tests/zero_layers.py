@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visualcloze_deft import deft
-from visualcloze_deft.engine import deepspeed_config, register_for_zero3
+from visualcloze_deft.engine import ClippedAdamW, deepspeed_config, register_for_zero3
 from visualcloze_deft.settings import Run
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -78,8 +78,8 @@ def examples(world: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, wanted
 
 
-def optimiser_of(net: Net) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+def optimiser_of(net: Net, kind: type[torch.optim.AdamW] = torch.optim.AdamW) -> Any:
+    return kind([p for p in net.parameters() if p.requires_grad], lr=0.01)
 
 
 def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tensor]:
@@ -95,9 +95,11 @@ def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tenso
         accumulate=ACCUMULATED,
         deepspeed={"zero_optimization": more},
     )
+    optimiser = optimiser_of(net, torch.optim.AdamW if stage else ClippedAdamW)
+    optimiser.clip = run.optimiser.clip
     engine, *_ = deepspeed.initialize(
         model=net,
-        optimizer=optimiser_of(net),
+        optimizer=optimiser,
         config=deepspeed_config(run, values=sum(p.numel() for p in net.parameters())),
         dist_init_required=False,
     )
