@@ -28,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-processes: setup
-	$(BIN)/python -m pytest -m processes tests
+	$(BIN)/python -m pytest -m processes tests $(MORE)
 
 check: setup
 	$(BIN)/ruff check .

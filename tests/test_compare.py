@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -449,7 +448,6 @@ def test_what_is_finished_is_not_done_again(
 
 
 @pytest.mark.processes
-@pytest.mark.skipif("VCDEFT_KILLS" in os.environ, reason="two minutes, when few kills are asked")
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     comparison_file: Callable[..., Path], tmp_path: Path
 ) -> None:
