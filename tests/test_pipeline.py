@@ -456,7 +456,17 @@ def test_groups_of_layers_offloaded_make_the_same_image(micro_model: Path) -> No
     assert found.tobytes() == wanted.tobytes()
 
 
-def test_tiles_and_compiled_blocks_work(micro_model: Path) -> None:
+@pytest.mark.processes  # a minute of compiling
+def test_compiled_blocks_make_the_same_image(micro_model: Path) -> None:
+    images = []
+    for compiled in (False, True):
+        pipe = InContextPipeline.from_pretrained(str(micro_model))
+        speed.enable(pipe, compile_blocks=compiled)
+        images += pipe(rows=scene_rows(), num_inference_steps=2, output_type="np")
+    assert np.abs(images[0] - images[1]).max() < 0.01
+
+
+def test_tiles_and_attention_backends_work(micro_model: Path) -> None:
     pipe = InContextPipeline.from_pretrained(str(micro_model))
     speed.enable(pipe, vae_tiling=True, attention="native")
     assert pipe.vae.use_tiling
