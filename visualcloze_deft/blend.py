@@ -46,8 +46,8 @@ class Blend:
         self.known.clear()
         self._settled = True
 
-    def add(self, name: str, folder: Path) -> None:
-        """Read the adapter in `folder`, and use it beside those in use at strength 1.
+    def add(self, name: str, folder: Path, *, used: bool = True) -> None:
+        """Read the adapter in `folder`, and use it beside those in use at strength 1, or not yet.
 
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
@@ -57,7 +57,7 @@ class Blend:
                 "or delete that one first"
             )
         self.check_reachable()
-        used = dict(self.strengths)
+        wanted = dict(self.strengths)
         self.use({})
         try:
             adapters.load(self.transformer, folder)
@@ -66,9 +66,10 @@ class Blend:
                 for layer, (a, b) in adapters.changes_of(self.transformer).items()
             }
             adapters.detach(self.transformer)
-            used[name] = 1.0
+            if used:
+                wanted[name] = 1.0
         finally:
-            self.use(used)
+            self.use(wanted)
 
     def delete(self, name: str) -> None:
         self._check_known(name)

@@ -106,8 +106,9 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One grid that was read and found good. shape: (height, width) of its strips; images: how many
-    are made, with names; steps: calls of the transformer; record: see `record_of`."""
+    """One grid that was read and found good. shape: (height, width) of its strips; names: of its
+    images; steps: calls of the transformer; prompts: its own, then those of upsampling; record: see
+    `record_of`."""
 
     entry: Entry
     shape: tuple[tuple[int, int], ...]

@@ -206,7 +206,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         pipe.register_to_config(_name_or_path=name)
         with enough_memory("merging adapters"):
             for folder in wanted:
-                pipe.load_adapter(folder, names[folder])
+                pipe.blend.add(names[folder], folder, used=False)  # merged once, all together
             pipe.set_adapters(list(names.values()), list(wanted.values()))
         return pipe
 
