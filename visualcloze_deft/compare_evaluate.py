@@ -9,7 +9,6 @@ Axes: g grids, the same ones for every adapter.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
 from visualcloze_deft.models import Models, dtype_of
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.preview import query_at
 from visualcloze_deft.registry import Task
@@ -167,10 +167,7 @@ def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
 def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) -> None:
     """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    fields = {**vars(measured), "asked": wanted}
-    staged.write_text(json.dumps(fields, indent=1), encoding="utf-8")
-    staged.replace(path)
+    whole_text(path, json.dumps({**vars(measured), "asked": wanted}, indent=1))
 
 
 def load(run: Run) -> InContextPipeline:

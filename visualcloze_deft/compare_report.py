@@ -31,6 +31,7 @@ from visualcloze_deft import rundir
 from visualcloze_deft.compare_bootstrap import LEVEL, Estimate, Values, estimate, holm
 from visualcloze_deft.compare_config import Match, Training
 from visualcloze_deft.compare_evaluate import Measured
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
 
 RESULTS, TABLE, CSV, REPORT = "results.jsonl", "table.md", "table.csv", "report.html"
@@ -112,24 +113,18 @@ def write_reports(found: Sequence[Compared], output: Path) -> Path:
     """Write all files; each appears whole. Returns the path of the table."""
     lines = [line_of(one) for one in found]
     texts = [json.dumps(rundir.finite(line), ensure_ascii=False) for line in lines]
-    whole(output / RESULTS, "".join(f"{text}\n" for text in texts))
+    whole_text(output / RESULTS, "".join(f"{text}\n" for text in texts))
     told = read_results(output / RESULTS)
     steps = {line["run"]: rundir.read_lines(Path(line["run"]) / rundir.METRICS) for line in told}
     sections = list(tables(told, steps))
-    whole(output / TABLE, "\n".join(markdown(*section) for section in sections))
-    whole(output / CSV, as_csv(told))
+    whole_text(output / TABLE, "\n".join(markdown(*section) for section in sections))
+    whole_text(output / CSV, as_csv(told))
     scatter, curves = svg_of(draw_scatter(told)), svg_of(draw_curves(told, steps))
-    whole(output / SCATTER, scatter)
-    whole(output / CURVES, curves)
+    whole_text(output / SCATTER, scatter)
+    whole_text(output / CURVES, curves)
     settings = (output / "compare.toml").read_text(encoding="utf-8")
-    whole(output / REPORT, page(output, sections, [scatter, curves], settings))
+    whole_text(output / REPORT, page(output, sections, [scatter, curves], settings))
     return output / TABLE
-
-
-def whole(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
 
 
 def line_of(one: Compared) -> dict[str, Any]:
@@ -151,7 +146,7 @@ def line_of(one: Compared) -> dict[str, Any]:
             "psnr": {"before": one.before.psnr, "after": one.after.psnr},
             "error": {"before": one.before.errors, "after": one.after.errors},
         },
-        "seconds": one.before.seconds + one.after.seconds,
+        "seconds": {"base": one.before.seconds, "adapter": one.after.seconds},
         "run": str(training.folder),
     }
 
@@ -268,14 +263,19 @@ def summary(lines: Lines, steps: Mapping[str, Lines]) -> Section:
             )
     runs = named(lines, "run")
     minutes = sum(s["seconds"] for run in runs for s in steps[run]) / 60
-    measuring = sum(line["seconds"] for line in some(lines, match=lines[0]["match"])) / 60
+    measured = {  # a training of both matches has its lines twice, the base a line for every one
+        (who, line["group"], line["task"]): line["seconds"][kind]
+        for line in lines
+        for who, kind in (("", "base"), (line["run"], "adapter"))
+    }
+    measuring = sum(measured.values()) / 60
     note = (
         f"Change from the base to the base with the adapter; above 0 is better. Gain is of the new "
         f"tasks ({counted(lines, 'new')}), retention of the old ones ({counted(lines, 'old')}), "
         "which were not trained. PSNR of generated pictures; velocity error by how many per cent "
         f"it falls (geometric mean). In brackets the {LEVEL:.0%} interval of a bootstrap over "
         f"seeds and grids. {len(runs)} trainings of {len(steps[runs[0]])} steps, {minutes:.0f} "
-        f"minutes in their steps and about {measuring:.0f} of measuring, on {machine()}."
+        f"minutes in their steps and {measuring:.0f} of measuring, on {machine()}."
     )
     head = ["matched by", "method", "rank", "parameters", "minutes", *heads()]
     return "Gain and retention", note, head, rows

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -50,7 +50,7 @@ from visualcloze_deft.modelfolder import (
     told_by,
 )
 from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import output_folder, whole, whole_text
 from visualcloze_deft.pipeline import Answer, InContextPipeline, one_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
@@ -614,21 +614,10 @@ def write(output: Path, plan: Planned, asked: Request, answers: Sequence[Answer]
     *_, sheet_name, record_name = files_of(plan)
     whole(output / sheet_name, partial(sheet.save, format="PNG", pnginfo=text_of(plan.record)))
     text = json.dumps({"images": list(plan.names), **plan.record}, indent=1)
-    whole(output / record_name, lambda path: path.write_text(text, encoding="utf-8"))
+    whole_text(output / record_name, text)
 
 
 def text_of(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     told = PngImagePlugin.PngInfo()
     told.add_itxt(METADATA, json.dumps(record))
     return told
-
-
-def whole(path: Path, save: Callable[[Path], object]) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save(staged)
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        staged.unlink(missing_ok=True)

@@ -1,11 +1,12 @@
-"""Folders that results go into, and the lock on one that a run writes."""
+"""Folders that results go into, files that appear whole, and the lock on what a run writes."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,24 @@ def output_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"output {path}: not writable ({error.strerror})") from None
+
+
+def whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write the file at `path`, which appears whole or not at all. What a killed
+    process leaves is called .NAME.PROCESS.part. Raises `UserError` where it cannot be written."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save(staged)
+        staged.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def whole_text(path: Path, text: str) -> None:
+    """`whole` of a text file."""
+    whole(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

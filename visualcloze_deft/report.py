@@ -19,6 +19,7 @@ from PIL import Image
 
 from visualcloze_deft import rundir
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.settings import Run, load_run
 
 REPORT = "report.html"
@@ -52,9 +53,8 @@ def write_report(folder: Path) -> Path:
         skipped_part(skipped),
         f"<h2>Settings</h2><pre>{escape(settings.read_text(encoding='utf-8'))}</pre>",
     ]
-    path, staged = folder / REPORT, folder / f".{REPORT}.part"
-    staged.write_text(PAGE.format(title=escape(folder.name), body="\n".join(parts)), "utf-8")
-    staged.replace(path)
+    path = folder / REPORT
+    whole_text(path, PAGE.format(title=escape(folder.name), body="\n".join(parts)))
     return path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from visualcloze_deft.data.item import Source
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.output import whole, whole_text
 
 RECORD = "annotations.json"
 SAMPLE = 16  # items spread over a source whose keys its fingerprint reads
@@ -41,9 +42,7 @@ class Record(BaseModel):
 
 def save(image: Image.Image, path: Path) -> None:
     """The PNG at `path` is there whole or not at all."""
-    staged = path.with_suffix(".part")
-    image.save(staged, format="PNG")
-    os.replace(staged, path)
+    whole(path, partial(image.save, format="PNG"))
 
 
 def picture_path(folder: Path, role: str, index: int) -> Path:
@@ -104,6 +103,4 @@ def read_record(folder: Path) -> Record:
 
 
 def write_record(record: Record, folder: Path) -> None:
-    staged = folder / f"{RECORD}.part"
-    staged.write_text(record.model_dump_json(indent=1), encoding="utf-8")
-    os.replace(staged, folder / RECORD)
+    whole_text(folder / RECORD, record.model_dump_json(indent=1))

@@ -53,8 +53,8 @@ from visualcloze_deft.evaluation.tables import (
     table_of,
     told,
 )
-from visualcloze_deft.infer import NOT_COMPARED, Settings, check, infer, shared_of, whole
-from visualcloze_deft.output import only_writer
+from visualcloze_deft.infer import NOT_COMPARED, Settings, check, infer, shared_of
+from visualcloze_deft.output import only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
@@ -114,7 +114,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
             tqdm.write(line)
         return None
     with only_writer(output):
-        write(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
+        whole_text(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
         cases = write_cases(rows, output, images=images)
         shots = complete(asked, cases, output, shared)
         measures = measures_of(asked.scoring, encoders, output)
@@ -414,15 +414,11 @@ def report(
         notes=notes,
         settings=text,
     )
-    write(output / RESULTS, as_jsonl(lines_of(found, output)))
-    write(output / "table.csv", as_csv(results.table))
-    write(output / "table.md", as_markdown(results))
-    write(output / REPORT, as_page(results, output, cases))
+    whole_text(output / RESULTS, as_jsonl(lines_of(found, output)))
+    whole_text(output / "table.csv", as_csv(results.table))
+    whole_text(output / "table.md", as_markdown(results))
+    whole_text(output / REPORT, as_page(results, output, cases))
     return output / REPORT
-
-
-def write(path: Path, text: str) -> None:
-    whole(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def evaluate_folders(
@@ -460,7 +456,7 @@ def evaluate_folders(
             f"'visualcloze-deft[offline]' for {OFFLINE}, or --encoder clip=FOLDER"
         )
     with only_writer(output):
-        write(output / SETTINGS, settings_text(made, scoring, loaded, {}))
+        whole_text(output / SETTINGS, settings_text(made, scoring, loaded, {}))
         scores = score(shots, measures_of(scoring, loaded, output))
         found = [Scored(shot=shot, scores=one) for shot, one in zip(shots, scores, strict=True)]
         others = list(images_in(against).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,7 +17,7 @@ from visualcloze_deft.evaluation.cases import GRIDS, Case
 from visualcloze_deft.evaluation.scoring import SetScore
 from visualcloze_deft.evaluation.statistics import Figure
 from visualcloze_deft.evaluation.tables import Kept, Scored, Table
-from visualcloze_deft.report import PAGE, jpeg, table
+from visualcloze_deft.report import PAGE, jpeg, svg_of, table
 from visualcloze_deft.sheet import draw_grid, draw_sheet
 
 SHOWN = 4  # grids of a row on its sheet, spread over all
@@ -88,10 +87,7 @@ def bars(results: Results) -> list[str]:
         after = {row: f[name] for row, f in results.table.rows.items() if name in f}
         before = {row: base[row, name] for row in after if (row, name) in base}
         words = f"{metric.title}, {'more' if metric.up else 'less'} is better"
-        file = io.StringIO()
-        draw_bars(words, after, before).savefig(file, format="svg")
-        svg = file.getvalue()
-        found.append(svg[svg.index("<svg") :])
+        found.append(svg_of(draw_bars(words, after, before)))
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from visualcloze_deft.evaluation.features import Encoder, text_title, title
 from visualcloze_deft.evaluation.metrics import Colour
 from visualcloze_deft.evaluation.suites import MAPS
 from visualcloze_deft.grid import fitted
+from visualcloze_deft.output import whole
 
 Scores = dict[str, float]
 Rows = NDArray[np.float32]
@@ -165,9 +166,7 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
     found = computed(role, place, fastest(), image)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".part")
-        found.save(staged, format="PNG")
-        staged.replace(path)
+        whole(path, partial(found.save, format="PNG"))
     return found
 
 
