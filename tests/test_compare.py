@@ -16,12 +16,12 @@ import pytest
 import tomli_w
 from processes import run, vcdeft
 from safetensors.torch import load_file
+from scipy import stats
 
 from visualcloze_deft import adapters, compare, rundir
 from visualcloze_deft.cli import main
-from visualcloze_deft.compare_bootstrap import RESAMPLES, estimate, holm
 from visualcloze_deft.compare_config import Comparison, Training, load_comparison, trainings
-from visualcloze_deft.compare_evaluate import Measured, asked_of, psnr, questions
+from visualcloze_deft.compare_evaluate import Measured, asked_of, place_of, psnr, questions
 from visualcloze_deft.compare_report import (
     CSV,
     REPORT,
@@ -31,9 +31,10 @@ from visualcloze_deft.compare_report import (
     read_results,
     write_reports,
 )
+from visualcloze_deft.compare_statistics import estimate, holm
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import write_run
+from visualcloze_deft.settings import load_run, write_run
 
 Refused = Callable[..., str]
 METHODS = ("deft", "deft-relaxed", "para", "lora")
@@ -137,8 +138,10 @@ def test_what_is_asked_is_never_trained_on_and_no_query_twice(
 ) -> None:
     comparison = load_comparison(str(comparison_file()))
     found = trainings(comparison)
-    trained = {key for one in found for k in range(8) for key in rundir.mixture_of(one.run)[k].keys}
+    seeds = {source.seed for one in found for source in rundir.mixture_of(one.run).sources}
+    assert seeds == {0, 1}
     for one in asked_of(comparison, found[0].run):
+        assert seeds.isdisjoint({source.seed for source in one.mixture.sources})
         grids = questions(one.mixture, one.task, 5)
         again = questions(one.mixture, one.task, 3)
         assert [grid.keys for grid in again] == [
@@ -147,7 +150,30 @@ def test_what_is_asked_is_never_trained_on_and_no_query_twice(
         queries = [grid.keys[-1] for grid in grids]
         assert len(set(queries)) == 5
         assert all(len(set(grid.keys)) == 2 for grid in grids)
-        assert trained.isdisjoint({key for grid in grids for key in grid.keys})
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "said"),
+    [
+        ("colourisation", "image-to-normals", "old.tasks names image-to-normals, which is trained"),
+        ("canny-to-image", "depth-to-image", "new.tasks names canny-to-image, which is not"),
+    ],
+)
+def test_new_tasks_are_trained_and_old_ones_are_not(
+    comparison_file: Callable[..., Path], refused: Refused, new: str, old: str, said: str
+) -> None:
+    path = comparison_file(new={"tasks": new}, old={"tasks": old})
+    assert said in refused("compare", path, "--dry-run")
+
+
+def test_where_items_share_pictures_none_is_asked_twice_or_shown_above_its_question() -> None:
+    run = load_run(None, ['data.sources=["subject=1"]', "data.tasks=subject-driven"])
+    mixture = rundir.mixture_of(run)
+    grids = questions(mixture, mixture.tasks["subject-driven"], 12)
+    targets = [grid.complete[-1][-1].tobytes() for grid in grids]
+    assert len(grids) == len(set(targets)) == 4  # pictures, of which 12 pairs are made
+    for grid, target in zip(grids, targets, strict=True):
+        assert target not in {picture.tobytes() for picture in grid.complete[0]}
 
 
 def test_a_new_subject_is_asked_in_other_pictures_than_it_is_learned_from() -> None:
@@ -232,8 +258,9 @@ def test_more_grids_than_are_held_out_are_not_asked(
     comparison_file: Callable[..., Path], refused: Refused
 ) -> None:
     path = comparison_file(new={"tasks": "subject-driven", "sources": ["subject=1"]})
-    said = refused("compare", path, "--set", "evaluate.grids=13")
-    assert "evaluate.grids = 13: subject has 12 held-out items for subject-driven" in said
+    path_words = ["--set", "run.data.tasks=subject-driven"]
+    said = refused("compare", path, *path_words, "--set", "evaluate.grids=5")
+    assert "evaluate.grids = 5: subject has 4 held-out items for subject-driven" in said
 
 
 def test_data_that_is_trained_on_is_not_asked(
@@ -242,34 +269,50 @@ def test_data_that_is_trained_on_is_not_asked(
     words = ["--set", 'run.data.sources=["subject"]', "--set", "run.data.tasks=subject-driven"]
     path = comparison_file(new={"tasks": "subject-driven"}, old={"tasks": "depth-to-image"})
     assert "new: nothing of subject is held out" in refused("compare", path, *words)
-    path = comparison_file(new={"tasks": "subject-driven", "sources": ["subject"]})
-    assert "new.sources names subject, which is trained on" in refused("compare", path, *words)
+    for spelled in ("subject", "subject=0"):
+        path = comparison_file(new={"tasks": "subject-driven", "sources": [spelled]})
+        said = refused("compare", path, *words)
+        assert f"new.sources names {spelled}, which is trained on" in said
+
+
+def test_a_place_is_known_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    spelled = ("photos", "photos/", "./photos", "photos@train", str(tmp_path / "photos"))
+    assert len({place_of(f"graph200k={one}") for one in spelled}) == 1
+    assert place_of("graph200k=photos@test") != place_of("graph200k=photos")
+    assert place_of("subject=0/views") != place_of("subject=0")
 
 
 # ---- figures
 
 
-def test_an_interval_is_that_of_resampling_seeds_and_grids_one_by_one() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.normal(0.3, 1, (3, 20)) + rng.normal(0, 0.5, (3, 1)) + rng.normal(0, 1, 20)
-    means = []
-    for _ in range(RESAMPLES):
-        seeds, grids = rng.integers(3, size=3), rng.integers(20, size=20)
-        means.append(values[seeds][:, grids].mean())
-    found = estimate(values)
-    low, high = np.percentile(means, [2.5, 97.5])
+@pytest.mark.parametrize("by", ["grids", "seeds"])
+def test_where_one_thing_alone_varies_it_is_students_test_of_its_means(by: str) -> None:
+    values = np.random.default_rng(1).normal(0.5, 1, 12)
+    whole = np.tile(values, (3, 1)) if by == "grids" else np.tile(values[:, None], (1, 40))
+    found, expected = estimate(whole), stats.ttest_1samp(values, 0)
+    assert (found.seeds, found.grids, found.count) == (*whole.shape, whole.size)
     assert found.mean == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
-    assert (found.seeds, found.grids, found.count) == (3, 20, 60)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("spread", [(0.0, 1.0, 1.0), (1.0, 0.0, 0.1), (0.2, 0.5, 1.0)])
+def test_intervals_miss_the_truth_no_oftener_than_they_say(
+    seeds: int, spread: tuple[float, float, float]
+) -> None:
+    of_seeds, of_grids, of_both = (0.0 if seeds == 1 else spread[0], *spread[1:])
     rng = np.random.default_rng(0)
-    found = [estimate(rng.normal(2.0, 1.0, (1, 40))) for _ in range(200)]
-    held = np.mean([one.low <= 2.0 <= one.high for one in found])
-    assert 0.89 <= held <= 0.98
-    false_alarms = np.mean([estimate(rng.normal(0, 1.0, (1, 40))).p < 0.05 for _ in range(200)])
-    assert false_alarms <= 0.11
+    missed = 0
+    for _ in range(600):
+        one = rng.normal(2, of_seeds, (seeds, 1)) + rng.normal(0, of_grids, 24)
+        found = estimate(one + rng.normal(0, of_both, (seeds, 24)))
+        missed += not found.low <= 2 <= found.high
+    assert missed / 600 < 0.08  # 0.05 and three deviations
 
 
 def test_pairing_finds_a_small_difference_between_what_varies_much() -> None:
@@ -279,14 +322,14 @@ def test_pairing_finds_a_small_difference_between_what_varies_much() -> None:
     other = of_grids + 0.1 + rng.normal(0, 0.05, (3, 30))
     assert estimate(other).p > 0.05
     paired = estimate(other - one)
-    assert paired.p <= 0.001
+    assert paired.p < 0.01
     assert paired.agree == 3
     assert 0.05 < paired.low < paired.high < 0.15
 
 
 def test_a_constant_difference_has_an_interval_of_no_width_and_none_no_significance() -> None:
     same = estimate(np.full((2, 5), 0.7))
-    assert (same.low, same.high, same.p) == (pytest.approx(0.7), pytest.approx(0.7), 1 / RESAMPLES)
+    assert (same.low, same.high, same.p) == (pytest.approx(0.7), pytest.approx(0.7), 0)
     assert estimate(np.zeros((2, 5))).p == 1
     assert estimate(np.array([[1.0, np.nan]])).p == 1
 
@@ -295,7 +338,9 @@ def test_adjusted_p_are_never_smaller_and_keep_their_order() -> None:
     p = np.random.default_rng(0).uniform(0, 0.3, 6).tolist()
     adjusted = holm(p)
     assert all(after >= before for before, after in zip(p, adjusted, strict=True))
-    assert np.argsort(p).tolist() == np.argsort(adjusted, kind="stable").tolist() or max(p) > 0.05
+    in_order = np.array(adjusted)[np.argsort(p)]
+    assert (np.diff(in_order) >= 0).all()
+    assert in_order[0] < in_order[-1] < 1
     assert adjusted[int(np.argmin(p))] == pytest.approx(min(1, 6 * min(p)))
 
 
@@ -369,8 +414,12 @@ def test_the_report_holds_what_the_results_say(
                 assert (row["seeds"], row["grids"]) == ("2", "6")
                 assert f"{mean:+.2f} (" in table
                 assert f"{mean:+.2f} (" in page
-    pair = [one for one in figures if (one["method"], one["minus"]) == ("deft", "lora")]
-    assert len(pair) == 2 * 2 * 2
+    pairs = [one for one in figures if one["minus"]]
+    for other, matches in (("para", {"rank", "parameters"}), ("lora", {"rank and parameters"})):
+        pair = [one for one in pairs if (one["method"], one["minus"]) == ("deft", other)]
+        assert len(pair) == len(matches) * 2 * 2
+        assert {one["match"] for one in pair} == matches
+    assert all(float(one["p"]) <= float(one["p_holm"]) for one in pairs)
     deft, lora = (
         np.mean(
             [

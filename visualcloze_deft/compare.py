@@ -36,6 +36,7 @@ from visualcloze_deft.compare_evaluate import (
     write_measured,
 )
 from visualcloze_deft.compare_report import Compared, write_reports
+from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.launch import launch, process_count
 from visualcloze_deft.modelfolder import check_base
@@ -99,10 +100,10 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
     output = Path(comparison.output)
     check_output(output)
     found = trainings(comparison)
+    mixture = rundir.mixture_of(found[0].run, cache=cache)
     for training in found:
         rundir.check_settings(training.run)
-        check_before(training)
-    rundir.mixture_of(found[0].run, cache=cache)
+        check_before(training, mixture)
     return Plan(
         comparison=comparison,
         trainings=tuple(found),
@@ -123,8 +124,8 @@ def check_output(output: Path) -> None:
         )
 
 
-def check_before(training: Training) -> None:
-    """Raise `UserError` where a training that is there had other settings."""
+def check_before(training: Training, mixture: Mixture) -> None:
+    """Raise `UserError` where a training that is there had other settings or task files."""
     settings = training.folder / rundir.SETTINGS
     if state_of(training) == "to do" or not settings.is_file():
         return
@@ -138,6 +139,10 @@ def check_before(training: Training) -> None:
                 f"{training.folder} was trained with {name} = {before.get(name)!r}, now it is "
                 f"{now.get(name)!r}; put it back, remove that folder, or choose another output"
             )
+    try:
+        rundir.check_tasks(mixture, training.folder / rundir.TASKS)
+    except UserError as error:
+        raise UserError(f"{training.folder}: {str(error).removeprefix('--resume: ')}") from None
 
 
 def state_of(training: Training) -> State:

@@ -221,6 +221,12 @@ def method_run(
     comparison: Comparison, shared: Mapping[str, Any], method: Method, *, rank: int
 ) -> Run:
     """The run of one method at `rank`, before its seed and output are set."""
+    for section in ("adapter", "optimiser"):
+        if not isinstance(shared.get(section, {}), Mapping):
+            raise UserError(
+                f"run.{section} = {shared[section]!r}: expected a table of settings, e.g. "
+                f"run.{section}.{'layers' if section == 'adapter' else 'lr'}"
+            )
     own = comparison.method.get(method, {})
     for name in flat(own):
         if name in OWNED:

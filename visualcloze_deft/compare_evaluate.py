@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,9 @@ from visualcloze_deft import grid, heldout, rundir
 from visualcloze_deft.batch import Drawn, in_pixels
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
-from visualcloze_deft.data.mixture import Example, Mixture
+from visualcloze_deft.data.item import units_of
+from visualcloze_deft.data.mixture import Able, Example, Mixture
+from visualcloze_deft.data.sources import PROCEDURAL
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
@@ -64,8 +67,10 @@ def asked_of(comparison: Comparison, run: Run, *, cache: Path | None = None) -> 
     """All tasks that are asked, the new ones first. run: any of the trainings'; cache: a folder
     for indexes.
 
-    Raises `UserError` where there is no data that is not trained on, or less than is asked for.
+    Raises `UserError` where an old task is trained or a new one is not, and where there is no data
+    that is not trained on, or less than is asked for.
     """
+    trained = rundir.mixture_of(run, cache=cache).tasks
     found = [
         Asked(group=name, task=task, mixture=mixture)
         for name, group in comparison.groups.items()
@@ -77,19 +82,33 @@ def asked_of(comparison: Comparison, run: Run, *, cache: Path | None = None) -> 
     if twice and comparison.new.sources == comparison.old.sources:
         raise UserError(f"{twice[0]} is both new and old; name it once, or give new.sources")
     for one in found:
-        able = one.mixture.serving[one.task.name][0]
-        if len(able) < max(comparison.evaluate.grids, ROWS):
+        if (one.task.name in trained) != (one.group == "new"):
+            what = "is trained" if one.group == "old" else "is not trained"
             raise UserError(
-                f"evaluate.grids = {comparison.evaluate.grids}: {able.source.name} has "
-                f"{len(able)} held-out items for {one.task.name}; ask for fewer, or give "
-                f"{one.group}.sources more"
+                f"{one.group}.tasks names {one.task.name}, which {what} by run.data.tasks = "
+                f"{run.data.tasks!r}; change one of the two"
             )
+        check_enough(one, comparison.evaluate.grids)
     return found
+
+
+def check_enough(one: Asked, grids: int) -> None:
+    """Raise `UserError` where a task cannot be asked so many different questions."""
+    able = one.mixture.serving[one.task.name][0]
+    there = len(able)
+    if there >= max(grids, ROWS) and units_of(able.source) is not None:
+        there = len(questions(one.mixture, one.task, grids))  # few and small, or listed
+    if there < max(grids, ROWS):
+        raise UserError(
+            f"evaluate.grids = {grids}: {able.source.name} has {there} held-out items for "
+            f"{one.task.name}; ask for fewer, or give {one.group}.sources more"
+        )
 
 
 def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixture:
     """The mixture of a group's tasks over data that is never trained on."""
-    if shared := sorted(set(group.sources) & set(run.data.sources) - {"scenes"}):
+    trained = {place_of(spec) for spec in run.data.sources} - {None}
+    if shared := [spec for spec in group.sources if place_of(spec) in trained]:
         raise UserError(f"{name}.sources names {shared[0]}, which is trained on")
     update: dict[str, Any] = {"tasks": group.tasks, "weights": {}}
     if group.sources:
@@ -106,6 +125,22 @@ def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixtur
         other = asked.model_copy(update={"seed": SEED + rundir.OTHER_SCENES})
         return rundir.mixture_of(other, cache=cache)
     return rundir.held_out_of(asked, cache=cache)
+
+
+def place_of(spec: str) -> tuple[str, str] | None:
+    """What a source reads, however it is spelled; None of scenes, which another seed makes anew.
+
+    >>> place_of("subject"), place_of("subject=0"), place_of("scenes=9")
+    (('subject', '0'), ('subject', '0'), None)
+    """
+    name, _, argument = spec.partition("=")
+    if name == "scenes":
+        return None
+    if name in PROCEDURAL:
+        return name, argument or "0"
+    folder, at, split = argument.rpartition("@") if "@" in argument else (argument, "", "")
+    whole = str(Path(folder).resolve()) if Path(folder).exists() else folder
+    return name, whole + (at + split if split != "train" else "")
 
 
 def folder_of(comparison: Comparison, name: str) -> Path:
@@ -125,7 +160,7 @@ def asked_with(
         "model": fingerprint(run.model) or run.model,
         "model_lora": run.model_lora,
         "quantise": run.quantise,
-        "precision": run.precision,
+        "computed": [device_here(), str(dtype_of(run.precision, device_here())), *versions()],
         "clip_text": run.clip_text,
         "cells": run.data.cells,
         "resolution": one.mixture.resolution,
@@ -133,10 +168,20 @@ def asked_with(
         "guidance": [run.guidance, GUIDANCE],
         "task": one.task.as_file(),
         "sources": comparison.groups[one.group].sources or run.data.sources,
+        "annotate": run.data.annotate,
         "hold_out": run.data.hold_out,
         "grids": comparison.evaluate.grids,
         "steps": comparison.evaluate.steps,
     }
+
+
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def versions() -> tuple[str, ...]:
+    return tuple(f"{name} {version(name)}" for name in ("visualcloze-deft", "torch"))
 
 
 def digest_of(path: Path) -> str:
@@ -171,15 +216,16 @@ def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) ->
 
 
 def load(run: Run) -> InContextPipeline:
-    """The base that a run trains on, for any of its adapters."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """The base that a run trains on, for any of its adapters, which stay beside it as in training:
+    merged into bfloat16 weights, small changes would be rounded away."""
     return InContextPipeline.from_pretrained(
         run.model,
         lora=run.model_lora,
-        torch_dtype=dtype_of(run.precision, device),
+        torch_dtype=dtype_of(run.precision, device_here()),
         quantise=run.quantise,
         clip_text=run.clip_text,
         cells=run.data.cells,
+        merge=False,
     )
 
 
@@ -206,15 +252,42 @@ def measure(pipe: InContextPipeline, run: Run, one: Asked, settings: Evaluate) -
 
 def questions(mixture: Mixture, task: Task, count: int) -> list[Example]:
     """`count` grids of `task` as inference sees them, no two with the same query: an item of the
-    first source that serves the task, below another one of its own."""
+    first source that serves the task, below another one of its own.
+
+    Where items share pictures, no two ask for the same picture, and none shows what it asks for;
+    there may be fewer then.
+    """
     able = mixture.serving[task.name][0]
     rng = np.random.default_rng([mixture.seed, *task.name.encode()])
+    if units_of(able.source) is not None:
+        return distinct(mixture, task, able, count, rng)
     queries = able.choose(count, rng)
     shown = [(place + 1 + int(rng.integers(len(able) - 1))) % len(able) for place in queries]
     return [
         query_at(mixture, task, places, index=index)
         for index, places in enumerate(zip(shown, queries, strict=True), heldout.FIRST)
     ]
+
+
+def distinct(
+    mixture: Mixture, task: Task, able: Able, count: int, rng: np.random.Generator
+) -> list[Example]:
+    """`questions` about items that share pictures."""
+    found: list[Example] = []
+    asked: set[bytes] = set()
+    for query in able.choose(len(able), rng):
+        for shown in able.others([query], rng):
+            one = query_at(mixture, task, (shown, query), index=heldout.FIRST + len(found))
+            own = {picture.tobytes() for picture in truths_of(one)}
+            above = {picture.tobytes() for picture in one.complete[0]}
+            if own & asked or not own & above:
+                break
+        if not own & (asked | above):
+            found.append(one)
+            asked |= own
+        if len(found) == count:
+            break
+    return found
 
 
 def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -28,9 +29,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from visualcloze_deft import rundir
-from visualcloze_deft.compare_bootstrap import LEVEL, Estimate, Values, estimate, holm
 from visualcloze_deft.compare_config import Match, Training
 from visualcloze_deft.compare_evaluate import Measured
+from visualcloze_deft.compare_statistics import LEVEL, Estimate, Values, estimate, holm
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
 
@@ -78,7 +79,7 @@ MEASURES = (
         name="velocity error",
         unit="%",
         of=lambda before, after: np.log(before / after),
-        shown=lambda mean: 100 * (1 - float(np.exp(-mean))),
+        shown=lambda mean: -100 * math.expm1(min(-mean, 100)),
     ),
 )
 
@@ -87,7 +88,7 @@ MEASURES = (
 class Row:
     """One figure of the tables. what: a method, or a pair of them as (better, than).
 
-    p: of no difference, adjusted for the number of pairs in its table (Holm); nan of a method."""
+    p: of no difference, adjusted for all pairs of its group and measure (Holm); nan of a method."""
 
     match: str
     what: tuple[str, ...]
@@ -200,24 +201,32 @@ def method_rows(lines: Lines, *, by_task: bool = False) -> Iterator[Row]:
 
 def pair_rows(lines: Lines) -> Iterator[Row]:
     """How much more the change of one method is than that of another, on the same grids after the
-    same examples; p is adjusted for all pairs of one match, group and measure."""
-    for match in named(lines, "match"):
-        for group in named(lines, "group"):
-            own = some(lines, match=match, group=group)
-            for measure in MEASURES:
-                of = {m: changes(some(own, method=m), measure) for m in named(own, "method")}
-                found = {pair: estimate(of[pair[0]] - of[pair[1]]) for pair in combinations(of, 2)}
-                adjusted = holm([one.p for one in found.values()])
-                for (pair, one), p in zip(found.items(), adjusted, strict=True):
-                    yield Row(
+    same examples. Two trainings that meet in both matches are told once; p is adjusted for all
+    pairs of one group and measure."""
+    for group in named(lines, "group"):
+        for measure in MEASURES:
+            found: dict[tuple[str, str], Row] = {}
+            for match in named(lines, "match"):
+                own = some(lines, match=match, group=group)
+                by_method = {method: some(own, method=method) for method in named(own, "method")}
+                of = {method: changes(told, measure) for method, told in by_method.items()}
+                for one, other in combinations(of, 2):
+                    runs = by_method[one][0]["run"], by_method[other][0]["run"]
+                    if runs in found:
+                        both = f"{found[runs].match} and {match}"
+                        found[runs] = replace(found[runs], match=both)
+                        continue
+                    found[runs] = Row(
                         match=match,
-                        what=pair,
+                        what=(one, other),
                         group=group,
                         task="",
                         measure=measure,
-                        found=one,
-                        p=p,
+                        found=estimate(of[one] - of[other]),
                     )
+            adjusted = holm([row.found.p for row in found.values()])
+            for row, p in zip(found.values(), adjusted, strict=True):
+                yield replace(row, p=p)
 
 
 Section = tuple[str, str, list[str], list[list[str]]]
@@ -273,8 +282,8 @@ def summary(lines: Lines, steps: Mapping[str, Lines]) -> Section:
         f"Change from the base to the base with the adapter; above 0 is better. Gain is of the new "
         f"tasks ({counted(lines, 'new')}), retention of the old ones ({counted(lines, 'old')}), "
         "which were not trained. PSNR of generated pictures; velocity error by how many per cent "
-        f"it falls (geometric mean). In brackets the {LEVEL:.0%} interval of a bootstrap over "
-        f"seeds and grids. {len(runs)} trainings of {len(steps[runs[0]])} steps, {minutes:.0f} "
+        f"it falls (geometric mean). In brackets the {LEVEL:.0%} interval for other seeds and "
+        f"grids. {len(runs)} trainings of {len(steps[runs[0]])} steps, {minutes:.0f} "
         f"minutes in their steps and {measuring:.0f} of measuring, on {machine()}."
     )
     head = ["matched by", "method", "rank", "parameters", "minutes", *heads()]
@@ -295,11 +304,11 @@ def pairs(lines: Lines) -> Section:
         said = f"{row.p:.3f}{star}, {row.found.agree} of {row.found.seeds}"
         rows.setdefault(key, []).extend([row.text, said])
     note = (
-        "How much more the first method's change is than the second's, on the same grids and "
-        "after the same training examples, with its interval. p: of no difference, two-sided, by "
-        "the same bootstrap, adjusted for the number of pairs (Holm); * below "
-        f"{1 - LEVEL:.2f}. Then in how many seeds the difference has this sign: few seeds say "
-        "little of another seed, whatever p is."
+        "PSNR: how much more the first method changed it than the second. Velocity error: by how "
+        "many per cent the first's is below the second's. On the same grids, after the same "
+        "training examples, with the interval for other seeds and grids. p: of no difference, "
+        f"two-sided, adjusted for the {len(rows) // 2} pairs of gain, or of retention (Holm); * "
+        f"below {1 - LEVEL:.2f}. Then in how many seeds the difference has this sign."
     )
     head = ["matched by", "of", "methods"]
     for m in MEASURES:
@@ -334,7 +343,7 @@ def as_csv(lines: Lines) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
-        "match method minus change_of task measure unit seeds grids mean low high p "
+        "match method minus change_of task measure unit seeds grids mean low high p p_holm "
         "seeds_that_agree".split()
     )
     for row in (*method_rows(lines), *method_rows(lines, by_task=True), *pair_rows(lines)):
@@ -352,7 +361,8 @@ def as_csv(lines: Lines) -> str:
                 found.seeds,
                 found.grids,
                 *ends,
-                f"{row.p if len(row.what) > 1 else found.p:.6g}",
+                f"{found.p:.6g}",
+                f"{row.p:.6g}" if len(row.what) > 1 else "",
                 found.agree,
             ]
         )

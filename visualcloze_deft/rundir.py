@@ -17,7 +17,7 @@ import tomli_w
 
 from visualcloze_deft.checkpoint import Progress, newest, told
 from visualcloze_deft.data.annotate import annotated, check_places
-from visualcloze_deft.data.item import Part, Source
+from visualcloze_deft.data.item import Part, Source, units_of
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
@@ -37,7 +37,7 @@ from visualcloze_deft.registry import Task, load_tasks, matching, select
 from visualcloze_deft.settings import Run, load_run, setting_names, write_run
 from visualcloze_deft.tomlfile import read_toml
 
-SETTINGS, VERSIONS = "settings.toml", "versions.json"
+SETTINGS, VERSIONS, TASKS = "settings.toml", "versions.json", "tasks"
 INDEX = "index"  # folder of the sources' indexes
 ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
@@ -154,9 +154,11 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
     opened = [open_source(spec, size=size, seed=run.seed, cache=cache) for spec in run.data.sources]
     sources = annotated(opened, run.data.annotate)
     for source in sources if every else ():
-        if len(source) < every:
+        if not len(Part(source, every=every, held_out=True)):
+            units = units_of(source)
+            of = "" if units is None else f" of {max(units) + 1} units"
             raise UserError(
-                f"data.hold_out = {every}: {source.name} has {len(source)} items; "
+                f"data.hold_out = {every}: {source.name} has {len(source)} items{of}; "
                 "give a smaller one"
             )
     return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
@@ -240,7 +242,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
         check_resumed(run, start.progress, plan, allowed)
         check_base(start.folder, run.model)
         if not any(name.startswith("data.") for name in allowed):
-            check_tasks(mixture, output / "tasks")
+            check_tasks(mixture, output / TASKS)
     with only_writer(output):
         describe(run, mixture, output)
     return mixture
@@ -401,7 +403,7 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
 
     Each task becomes a file of its own, whatever family declares it.
     """
-    tasks = output / "tasks"
+    tasks = output / TASKS
     shutil.rmtree(tasks, ignore_errors=True)
     tasks.mkdir()
     for name, task in mixture.tasks.items():

@@ -114,7 +114,8 @@ class Data(_Section):
     """Role -> what computes it from the target where a source lacks it: a model of transformers (a
     folder or hub id), or a folder that `vcdeft data annotate` wrote."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
-    """Every n-th item of each source is never trained on, and is what sheets show; 0: none."""
+    """Every n-th item of each source is never trained on, and is what sheets show; 0: none. Where
+    items share pictures, every n-th unit: of DreamBooth a subject, of InsDet an object or place."""
     skip_at_most: Probability = 0.02
     """Items that cannot be read are replaced by others and listed in `skipped.jsonl`; where they
     are a larger share than this of at least 100 drawn, the run stops."""

@@ -35,7 +35,7 @@ from visualcloze_deft.data.annotators import (
     loaded,
 )
 from visualcloze_deft.data.images import listing, read_image
-from visualcloze_deft.data.item import Item, Source
+from visualcloze_deft.data.item import Item, Source, units_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.output import only_writer
 
@@ -60,6 +60,7 @@ class Annotated:
         self.name = source.name
         self.source = source
         self.places = dict(places)
+        self.units = units_of(source)
         self.skipped: dict[str, frozenset[int]] = {}  # of the roles that lie in a folder
         for role, place in places.items():
             if is_stored(place):

@@ -29,11 +29,11 @@ class DreamBooth:
             raise UserError(f"{root}: no such folder")
         subjects = root / "dataset" if (root / "dataset").is_dir() else root
         self.classes = read_classes(subjects / CLASSES) if (subjects / CLASSES).exists() else {}
-        self.pairs = [
-            pair
-            for folder in folders_in(subjects)
-            for pair in permutations(images_in(folder).values(), 2)
+        by_subject = [
+            list(permutations(images_in(folder).values(), 2)) for folder in folders_in(subjects)
         ]
+        self.pairs = [pair for pairs in by_subject for pair in pairs]
+        self.units = [k for k, pairs in enumerate(by_subject) for _ in pairs]
         if not self.pairs:
             raise UserError(
                 f"{subjects}: expected folders <subject> with two or more photos each; "

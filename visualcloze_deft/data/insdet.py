@@ -67,19 +67,18 @@ class InsDet(Listed):
             found = f"found {listing(root)}" if root.is_dir() else "no such folder"
             raise UserError(f"{root}: expected the folders Objects and Scenes; {found}")
         views = read_views(root / "Objects")
-        items = [item for name in views for item in turned(name, views[name])]
-        for path in sorted(root.glob("Scenes/*/*/rgb_*.xml")):
-            items += [placed(place, size=size) for place in read_places(path, views)]
-        for folder in sorted(root.glob("Scenes/*/*/")):
-            items += moved(folder, size=size)
-        if (root / "Background").is_dir():
-            items += [
-                Item(
-                    key=f"background {stem}",
-                    images={"target": partial(read_whole, path, size=size)},
-                )
-                for stem, path in images_in(root / "Background").items()
+        objects = [turned(name, views[name]) for name in views]
+        places = [
+            [
+                *(placed(place, size=size) for path in boxed for place in read_places(path, views)),
+                *moved(folder, size=size),
             ]
+            for folder in sorted(root.glob("Scenes/*/*/"))
+            for boxed in [sorted(folder.glob("rgb_*.xml"))]
+        ]
+        groups = (objects, places, [[one] for one in backgrounds(root, size=size)])
+        items = [item for units in groups for unit in units for item in unit]
+        self.units = [k for units in groups for k, unit in enumerate(units) for _ in unit]
         if not items:
             raise UserError(
                 f"{root}: no object with two views in Objects/*/images, and no box with the name "
@@ -131,6 +130,16 @@ def moved(folder: Path, *, size: int) -> list[Item]:
         )
         for one, other in zip(photos, photos[1:] + photos[:1], strict=True)
         if one != other
+    ]
+
+
+def backgrounds(root: Path, *, size: int) -> list[Item]:
+    """Photos without objects."""
+    folder = root / "Background"
+    photos = images_in(folder) if folder.is_dir() else {}
+    return [
+        Item(key=f"background {stem}", images={"target": partial(read_whole, path, size=size)})
+        for stem, path in photos.items()
     ]
 
 

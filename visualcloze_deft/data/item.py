@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -55,6 +56,13 @@ def kinds_of(roles_of_items: Iterable[Iterable[str]]) -> dict[frozenset[str], li
     return found
 
 
+def units_of(source: Source) -> NDArray[np.intp] | None:
+    """The number of the unit that each item is of, where items share pictures: a subject, a place.
+    Other units may share pictures of another role. None where every item has its own."""
+    found: Any = getattr(source, "units", None)
+    return found if found is None else np.asarray(found)
+
+
 class Listed:
     """A source all of whose items are at hand."""
 
@@ -76,31 +84,27 @@ class Listed:
 
 
 class Part:
-    """Every `every`-th item of a source (`held_out`), or all the others."""
+    """Every `every`-th item of a source (`held_out`), or all the others; where items share
+    pictures, every `every`-th unit (`units_of`), whole."""
 
     def __init__(self, source: Source, *, every: int, held_out: bool) -> None:
         self.name = source.name
         self.roles = source.roles
         self.source = source
-        self.every = every
-        self.held_out = held_out
+        units = units_of(source)
+        numbers = np.arange(len(source)) if units is None else units
+        self.mine = (numbers % every == every - 1) == held_out
+        self.own = np.flatnonzero(self.mine)
 
     def __len__(self) -> int:
-        kept_out = len(self.source) // self.every
-        return kept_out if self.held_out else len(self.source) - kept_out
+        return len(self.own)
 
     def item(self, index: int) -> Item:
-        if self.held_out:
-            return self.source.item(index * self.every + self.every - 1)
-        return self.source.item(index + index // (self.every - 1))
+        return self.source.item(int(self.own[index]))
 
     @cached_property
     def kinds(self) -> dict[frozenset[str], Sequence[int]]:
-        found: dict[frozenset[str], Sequence[int]] = {}
-        for roles, indices in self.source.kinds.items():
-            whole = np.asarray(indices)
-            kept_out = whole % self.every == self.every - 1
-            own = whole[kept_out] if self.held_out else whole[~kept_out]
-            if len(own):
-                found[roles] = own // self.every if self.held_out else own - own // self.every
-        return found
+        places = np.cumsum(self.mine) - 1
+        whole = {roles: np.asarray(indices) for roles, indices in self.source.kinds.items()}
+        found = {roles: places[indices[self.mine[indices]]] for roles, indices in whole.items()}
+        return {roles: own for roles, own in found.items() if len(own)}

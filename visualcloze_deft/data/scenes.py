@@ -131,6 +131,7 @@ class Subject:
             if views
             else list(permutations(known, 2))
         )
+        self.units = [target for _, target in self.pairs] if views else [0] * len(self.pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
