@@ -265,8 +265,9 @@ def described(plan: Plan) -> Iterator[str]:
     left = sum(len(plan.unmeasured(one)) for one in (None, *plan.trainings))
     yield (
         f"{left} of {(len(plan.trainings) + 1) * len(plan.asked)} times a task to measure, "
-        f"{comparison.evaluate.grids} grids each, {comparison.evaluate.steps} sampling steps"
+        f"{comparison.evaluate.steps} sampling steps"
     )
     for group in comparison.groups:
-        names = [one.task.name for one in plan.asked if one.group == group]
-        yield f"{group}  {', '.join(names)}"
+        own = [one for one in plan.asked if one.group == group]
+        names = ", ".join(one.task.name for one in own)
+        yield f"{group}  {own[0].grids} grids each: {names}"

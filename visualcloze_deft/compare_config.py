@@ -68,6 +68,8 @@ class Group(_Section):
     sources: tuple[str, ...] = ()
     """Data of its own, never trained on; without, what the run holds out (`data.hold_out`, or
     scenes of another seed)."""
+    grids: Annotated[int, Field(ge=0)] = 0
+    """Held-out grids of each task; 0: `evaluate.grids`."""
 
 
 class Evaluate(_Section):

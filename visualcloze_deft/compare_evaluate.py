@@ -46,9 +46,10 @@ ROWS = 2  # one in-context example, and the query
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One task as it is asked of every adapter. group: "new" or "old"."""
+    """One task as it is asked of every adapter, in so many grids. group: "new" or "old"."""
 
     group: str
+    grids: int
     task: Task
     mixture: Mixture
 
@@ -72,7 +73,12 @@ def asked_of(comparison: Comparison, run: Run, *, cache: Path | None = None) -> 
     """
     trained = rundir.mixture_of(run, cache=cache).tasks
     found = [
-        Asked(group=name, task=task, mixture=mixture)
+        Asked(
+            group=name,
+            grids=group.grids or comparison.evaluate.grids,
+            task=task,
+            mixture=mixture,
+        )
         for name, group in comparison.groups.items()
         for mixture in [held_out(name, group, run, cache=cache)]
         for task in mixture.tasks.values()
@@ -88,20 +94,20 @@ def asked_of(comparison: Comparison, run: Run, *, cache: Path | None = None) -> 
                 f"{one.group}.tasks names {one.task.name}, which {what} by run.data.tasks = "
                 f"{run.data.tasks!r}; change one of the two"
             )
-        check_enough(one, comparison.evaluate.grids)
+        check_enough(one)
     return found
 
 
-def check_enough(one: Asked, grids: int) -> None:
+def check_enough(one: Asked) -> None:
     """Raise `UserError` where a task cannot be asked so many different questions."""
     able = one.mixture.serving[one.task.name][0]
     there = len(able)
-    if there >= max(grids, ROWS) and units_of(able.source) is not None:
-        there = len(questions(one.mixture, one.task, grids))  # few and small, or listed
-    if there < max(grids, ROWS):
+    if there >= max(one.grids, ROWS) and units_of(able.source) is not None:
+        there = len(questions(one.mixture, one.task, one.grids))
+    if there < max(one.grids, ROWS):
         raise UserError(
-            f"evaluate.grids = {grids}: {able.source.name} has {there} held-out items for "
-            f"{one.task.name}; ask for fewer, or give {one.group}.sources more"
+            f"evaluate.grids = {one.grids}: {able.source.name} has {there} held-out items for "
+            f"{one.task.name}; ask for fewer ({one.group}.grids), or give {one.group}.sources more"
         )
 
 
@@ -170,7 +176,7 @@ def asked_with(
         "sources": comparison.groups[one.group].sources or run.data.sources,
         "annotate": run.data.annotate,
         "hold_out": run.data.hold_out,
-        "grids": comparison.evaluate.grids,
+        "grids": one.grids,
         "steps": comparison.evaluate.steps,
     }
 
@@ -239,7 +245,7 @@ def use(pipe: InContextPipeline, training: Training | None) -> None:
 def measure(pipe: InContextPipeline, run: Run, one: Asked, settings: Evaluate) -> Measured:
     """Velocity errors and PSNR of the pipeline on held-out grids of a task."""
     began = time.monotonic()
-    examples = questions(one.mixture, one.task, settings.grids)
+    examples = questions(one.mixture, one.task, one.grids)
     errors = errors_of(pipe.models, run, examples)
     made = completed(pipe.models, examples, steps=settings.steps, batch=settings.batch)
     pairs = zip(made, examples, strict=True)

@@ -328,8 +328,7 @@ def by_task(lines: Lines) -> Section:
     head = ["matched by", "method", "of", "task"]
     for m in MEASURES:
         head += [f"{m.name} of the base", f"change [{m.unit}]"]
-    seeds, grids = len(named(lines, "seed")), lines[0]["grids"]
-    note = f"{seeds} seeds x {grids} grids each."
+    note = f"New: {counted(lines, 'new')}; old: {counted(lines, 'old')}."
     return "Each task", note, head, [[*key, *texts] for key, texts in rows.items()]
 
 

@@ -131,7 +131,7 @@ class Subject:
             if views
             else list(permutations(known, 2))
         )
-        self.units = [target for _, target in self.pairs] if views else [0] * len(self.pairs)
+        self.units = None if views else [0] * len(self.pairs)  # views: each asked for has its own
 
     def __len__(self) -> int:
         return len(self.pairs)
