@@ -366,6 +366,35 @@ def test_a_question_without_example_needs_no_other_data(tmp_path: Path) -> None:
     assert len(row.make(0).example.rows) == 2
 
 
+@lite0
+def test_references_of_all_are_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from visualcloze_deft.evaluation import similarity
+
+    made = write_pictures(tmp_path / "made", "a b c d", seed=1)
+    truth = write_pictures(tmp_path / "truth", "p q r", seed=2)
+    calls: list[int] = []
+    compared = similarity.to_references
+    monkeypatch.setattr(similarity, "to_references", lambda *both: compared(*counted(both)))
+    monkeypatch.setattr(similarity, "within", None)  # nobody asks how alike the references are
+
+    def counted(both: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        calls.append(len(both[0]))
+        return both
+
+    compare(made, truth, tmp_path / "out", "--unpaired")
+    assert calls == [4]
+
+
+@lite0
+def test_an_encoder_of_photos_has_nothing_to_say_of_maps(micro_model: Path, tmp_path: Path) -> None:
+    words = ("--suite", "scenes", "--tasks", "image-to-depth", "--limit", 1)
+    run(micro_model, "none", *words, "--output", tmp_path / "out")
+    (line,) = results(tmp_path / "out")
+    assert set(line["scores"]) == {"psnr", "ssim", "depth_rmse"}
+
+
 def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
     from visualcloze_deft.evaluation.cases import Shot
     from visualcloze_deft.evaluation.scoring import Measures, score

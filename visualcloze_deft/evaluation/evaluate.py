@@ -130,6 +130,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
             found = [Scored(shot=s, scores=one) for s, one in zip(shots[0], scores, strict=True)]
         sets = [one for encoder in encoders for one in set_scores(shots[0], encoder)]
         notes = notes_of(found, encoders, sets)
+        notes += [real for encoder in encoders if (real := ceiling(found, encoder))]
         facts = facts_of(asked, making, cases, len(found), encoders, shared)
         title = f"{asked.suite}: {name_of(asked)}"
         tolerance = asked.scoring.tolerance
@@ -334,9 +335,6 @@ def notes_of(
             "No encoder here reads texts, so nothing tells whether prompts were followed: CLIP-T "
             "needs --encoder clip, or clip=FOLDER."
         )
-    for encoder in encoders:
-        if real := ceiling(found, encoder):
-            notes.append(real)
     if sets and not any(one.kind == "FID" for one in sets):
         notes.append(
             "FID is left out: no row has more images than its encoder's features have dimensions."
@@ -470,7 +468,7 @@ def evaluate_folders(
             ("against", f"{against}, {len(others)}"),
             ("encoders", ", ".join(f"{e.name} ({e.place})" for e in loaded) or "none"),
         ]
-        notes = [note for note in notes_of(found, loaded, sets) if not note.startswith("Real")]
+        notes = notes_of(found, loaded, sets)
         title = f"{images} against {against}"
         return report(output, title, facts, found, sets, notes, (), tolerance=scoring.tolerance)
 
@@ -486,6 +484,7 @@ def folder_shots(
     if not unpaired:
         check_partners(images, made, against, others)
     row = images.absolute().name
+    references = tuple(others.values()) if unpaired else ()
     return [
         Shot(
             image=path,
@@ -493,7 +492,7 @@ def folder_shots(
             unit=stem,
             prompt=texts.get(stem, ""),
             truth=None if unpaired else others[stem],
-            references=tuple(others.values()) if unpaired else (),
+            references=references,
         )
         for stem, path in made.items()
     ]

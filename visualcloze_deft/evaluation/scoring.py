@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -210,22 +211,29 @@ def encoded(shots: Sequence[Shot], encoder: Encoder, what: str) -> list[Scores]:
     kept = Kept(encoder, what)
     found: list[Scores] = [{} for _ in shots]
     photos = [k for k, shot in enumerate(shots) if shot.role not in MAPS]
-    features = kept.of([shots[k].image for k in photos])
-    for k, one in zip(photos, features, strict=True):
-        shot = shots[k]
-        if shot.references and not shot.box:
-            references = kept.of(shot.references)
-            found[k][f"image/{name}"] = float(similarity.to_references(one[None], references)[0])
-        elif shot.truth:
-            truth = kept.of([shot.truth])
-            found[k][f"image/{name}"] = float(similarity.aligned(one[None], truth)[0])
-        if shot.box and shot.references:
-            found[k] |= placed(shot, kept)
+    if not photos:
+        return found
+    features = dict(zip(photos, kept.of([shots[k].image for k in photos]), strict=True))
+    # those of one subject stand together: its references are taken once, not once an image
+    for references, own in groupby(photos, key=lambda k: shots[k].references):
+        group = list(own)
+        alike = [k for k in group if references and not shots[k].box]
+        if alike:
+            made = np.stack([features[k] for k in alike])
+            cosines = similarity.to_references(made, kept.of(references))
+            for k, cosine in zip(alike, cosines, strict=True):
+                found[k][f"image/{name}"] = float(cosine)
+        for k in group:
+            shot = shots[k]
+            if shot.truth and (shot.box or not references):
+                truth = kept.of([shot.truth])
+                found[k][f"image/{name}"] = float(similarity.aligned(features[k][None], truth)[0])
+            if shot.box and references:
+                found[k] |= placed(shot, kept)
     asked = [k for k in photos if shots[k].prompt]
     if encoder.read is not None and asked:
         texts = encoder.texts([shots[k].prompt for k in asked]).values
-        places = {k: place for place, k in enumerate(photos)}
-        made = np.stack([features[places[k]] for k in asked])
+        made = np.stack([features[k] for k in asked])
         for k, cosine in zip(asked, similarity.aligned(made, texts), strict=True):
             found[k][f"text/{name}"] = float(cosine)
     return found
