@@ -380,12 +380,14 @@ def facts_of(
             f"{images} images of {len(cases)} grids, {making.rows} rows, seed {making.seed}",
         ),
         ("sampling", f"{asked.settings.steps} steps, guidance {asked.settings.guidance:g}"),
-        (
-            "encoders",
-            ", ".join(f"{e.name} ({e.place}, {e.fingerprint[:12]})" for e in encoders) or "none",
-        ),
+        ("encoders", told_encoders(encoders)),
         ("computed", f"{shared['dtype']} on {shared['device']}; {versions}"),
     ]
+
+
+def told_encoders(encoders: Sequence[Encoder]) -> str:
+    """Where each came from, and the start of its fingerprint: a name alone does not say it."""
+    return ", ".join(f"{e.name} ({e.place}, {e.fingerprint[:12]})" for e in encoders) or "none"
 
 
 def report(
@@ -466,7 +468,7 @@ def evaluate_folders(
         facts = [
             ("images", f"{images}, {len(shots)}"),
             ("against", f"{against}, {len(others)}"),
-            ("encoders", ", ".join(f"{e.name} ({e.place})" for e in loaded) or "none"),
+            ("encoders", told_encoders(loaded)),
         ]
         notes = notes_of(found, loaded, sets)
         title = f"{images} against {against}"
