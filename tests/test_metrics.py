@@ -333,6 +333,13 @@ def test_candidates_have_the_size_asked_for_and_stay_in_the_picture() -> None:
         assert (right <= 64, bottom <= 48) == (True, True)
 
 
+def test_a_candidate_one_step_away_still_overlaps_by_half() -> None:
+    asked = (20.0, 20.0, 32.0, 28.0)
+    near = [placement.overlap(b, asked) for b in placement.candidates(asked, (64, 48))]
+    assert sorted(near)[-5:] == pytest.approx([0.6] * 4 + [1])
+    assert sorted(near)[-6] < placement.OVERLAP
+
+
 def test_an_instance_is_found_where_it_was_put_and_nowhere_else() -> None:
     asked = placement.box_of(scene(role="mask"))
     boxes = placement.candidates(asked, (64, 64))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from visualcloze_deft.data.annotators import computed, fastest
 from visualcloze_deft.data.derive import canny
-from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.images import Box, read_image
 from visualcloze_deft.data.insdet import GROWN
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics, placement, similarity
@@ -265,12 +265,17 @@ def placed(shot: Shot, kept: Kept) -> Scores:
     box = placement.box_of(fitted(read_image(shot.box), made.size))
     views = kept.of(shot.references)
     boxes = placement.candidates(box, made.size)
-    crops = kept.encoder.images(placement.crop(made, one) for one in boxes).values
+    crops = kept.encoder.images(seen(made, one) for one in boxes).values
     cosines = similarity.to_references(crops, views)
     found = {f"box/{kept.encoder.name}": float(cosines[0])}
     if not all(placement.overlap(one, box) >= placement.OVERLAP for one in boxes):
         found[f"box_hit/{kept.encoder.name}"] = float(placement.box_hit(cosines, boxes, box))
     return found
+
+
+def seen(image: Image.Image, box: Box) -> Image.Image:
+    """What of a box an encoder is given: all of it."""
+    return placement.squared(placement.crop(image, box))
 
 
 def drifts(
