@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from visualcloze_deft.cli import main
+from visualcloze_deft.data.derive import canny
 from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
@@ -224,6 +225,62 @@ def test_images_made_elsewhere_are_paired_by_name(tmp_path: Path) -> None:
     expected = metrics.psnr(read_image(made / "c.png"), read_image(truth / "c.png"))
     assert lines["c"]["psnr"] == expected < 30
     assert "No encoder" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_sheets_beside_the_images_of_infer_are_no_images(evaluated: Path, tmp_path: Path) -> None:
+    made = evaluated / "images"
+    compare(made, evaluated / "base", tmp_path / "out", "--encoder", "none")
+    assert len(results(tmp_path / "out")) == 8
+    said = (tmp_path / "out" / "table.md").read_text()
+    assert "Contact sheets of 'vcdeft infer' left out: 16." in said
+    own = write_pictures(tmp_path / "own", "a-sheet b", seed=1)  # a picture of that name is one
+    compare(own, own, tmp_path / "named", "--encoder", "none")
+    assert {line["unit"] for line in results(tmp_path / "named")} == {"a-sheet", "b"}
+
+
+def test_edges_of_pairs_are_compared_where_it_is_asked(tmp_path: Path) -> None:
+    for folder, first in (("made", 0), ("truth", 1)):
+        (tmp_path / folder).mkdir()
+        for k in range(2):
+            scene = Scenes(size=32, seed=1).item(first * k).image("target")
+            scene.save(tmp_path / folder / f"{k}.png")
+    made, truth = tmp_path / "made", tmp_path / "truth"
+    compare(made, truth, tmp_path / "out", "--encoder", "none", "--edge-tolerance", 1)
+    same, other = (line["scores"]["canny_f1"] for line in results(tmp_path / "out"))
+    assert same == 1 > other > 0
+    images = [read_image(folder / "1.png") for folder in (made, truth)]
+    assert other == metrics.edge_f1(canny(images[0]), canny(images[1]), tolerance=1)
+    assert "canny F1 (within 1 px)" in (tmp_path / "out" / "table.md").read_text()
+    compare(made, truth, tmp_path / "out", "--encoder", "none")
+    assert "canny_f1" not in results(tmp_path / "out")[0]["scores"]
+
+
+def test_options_that_images_have_no_use_for_are_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = write_pictures(tmp_path / "made", "a b")
+    both = ("--images", folder, "--against", folder, "--output", tmp_path / "out")
+
+    def line(*words: object) -> str:
+        return refused("eval", *both, "--encoder", "none", *words)
+
+    vain = {
+        "--limit": 1, "--tasks": "all", "--samples": 1, "--hold-out": 2, "--model": "tiny",
+        "--steps": 30, "--data": "insdet=x", "--rows": 2, "--seed": 1, "--suite": "scenes",
+        "--processes": 1, "--batch": 1, "--lora": "x", "--tasks-from": "x", "--guidance": 30,
+        "--quantise": "none",
+    }  # fmt: skip
+    said = line("none", "--against-base", *(word for pair in vain.items() for word in pair))
+    named = said.partition("leave ")[2].split(", ")
+    assert sorted(named) == sorted([*vain, "--against-base", "ADAPTER"])
+    assert "--steps" in line("--steps", 30, "--dry-run")
+    sets = ("--unpaired", "--encoder", "efficientnet-lite0")
+    said = line(*sets, "--lpips", "--edge-tolerance", 0, "--annotate", "depth=x/y")
+    assert "--annotate, --edge-tolerance, --lpips: for pairs" in said
+    assert "sets are compared by an encoder" in line("--unpaired", "--dry-run")
+    assert "no such folder" in line("--annotate", "depth=gone", "--dry-run")
+    assert "-1 is not in the range" in refused("eval", "none", "--output", folder, "--seed", -1)
+    assert not (tmp_path / "out").exists()
 
 
 @lite0

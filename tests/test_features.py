@@ -223,7 +223,7 @@ def test_only_the_encoder_itself_takes_a_standard_name(folders: dict[str, Path])
     for name, kind in (("clip", "clip"), ("dino", "vit"), ("dinov2", "dinov2")):
         with pytest.raises(UserError, match=f"{STANDARD[name]} has .*; give it a name of its own"):
             load_encoder(f"{name}={folders[kind]}")
-        with pytest.raises(UserError, match=r"some/other is no folder, and .* OTHER=some/other"):
+        with pytest.raises(UserError, match=r"no folder some/other, and .* OTHER=some/other"):
             load_encoder(f"{name}=some/other")
         with pytest.raises(UserError, match=f"{name} is another encoder's name"):
             load_encoder(f"{name.upper()}={folders[kind]}")

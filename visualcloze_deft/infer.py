@@ -59,6 +59,7 @@ from visualcloze_deft.signals import Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
+SHEET = "-sheet.png"  # how the names of contact sheets end
 METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 NOT_COMPARED = (
     "images",
@@ -317,7 +318,7 @@ def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) ->
 
 def files_of(plan: Planned) -> tuple[str, ...]:
     """The names of all files that are made of a grid, the record last."""
-    return (*plan.names, f"{plan.entry.name}-sheet.png", f"{plan.entry.name}.json")
+    return (*plan.names, f"{plan.entry.name}{SHEET}", f"{plan.entry.name}.json")
 
 
 def is_record(path: Path) -> bool:

@@ -32,6 +32,7 @@ from visualcloze_deft.evaluation.efficientnet import PACKAGE
 from visualcloze_deft.evaluation.features import OFFLINE, Encoder, load_encoder
 from visualcloze_deft.evaluation.page import Results, as_markdown, as_page
 from visualcloze_deft.evaluation.scoring import (
+    COMPARED,
     Kept,
     Measures,
     SetScore,
@@ -53,7 +54,16 @@ from visualcloze_deft.evaluation.tables import (
     table_of,
     told,
 )
-from visualcloze_deft.infer import NOT_COMPARED, Settings, check, infer, shared_of
+from visualcloze_deft.infer import (
+    NOT_COMPARED,
+    SHEET,
+    Settings,
+    check,
+    infer,
+    is_record,
+    shared_of,
+    told_by_image,
+)
 from visualcloze_deft.output import only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
@@ -68,11 +78,12 @@ MEANING = (
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How images are scored. encoders: as `features.load_encoder` reads them; None for the offline
-    one where it is installed. annotate: role -> model. tolerance: of edges in pixels."""
+    one where it is installed. annotate: role -> model. tolerance: of edges in pixels; None is 0,
+    and of folders edges are not compared."""
 
     encoders: tuple[str, ...] | None = None
     annotate: Mapping[str, str] = field(default_factory=dict)
-    tolerance: int = 0
+    tolerance: int | None = None
     lpips: bool = False
 
 
@@ -133,7 +144,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
         notes += [real for encoder in encoders if (real := ceiling(found, encoder))]
         facts = facts_of(asked, making, cases, len(found), encoders, shared)
         title = f"{asked.suite}: {name_of(asked)}"
-        tolerance = asked.scoring.tolerance
+        tolerance = asked.scoring.tolerance or 0
         return report(output, title, facts, found, sets, notes, cases, tolerance=tolerance)
 
 
@@ -216,7 +227,7 @@ def settings_text(
             {"name": e.name, "place": e.place, "fingerprint": e.fingerprint} for e in encoders
         ],
         "annotate": dict(scoring.annotate),
-        "edge_tolerance": scoring.tolerance,
+        "edge_tolerance": scoring.tolerance or 0,
         "lpips": scoring.lpips,
     }
     here = {key: shared[key] for key in also if key in shared}
@@ -260,7 +271,7 @@ def measures_of(scoring: Scoring, encoders: Sequence[Encoder], output: Path) -> 
     return Measures(
         encoders=encoders,
         annotate=models,
-        tolerance=scoring.tolerance,
+        tolerance=scoring.tolerance or 0,
         lpips=scoring.lpips,
         maps=output / MAPS,
     )
@@ -436,7 +447,12 @@ def evaluate_folders(
 
     Raises `UserError` where there are none, or one has no partner.
     """
-    shots = folder_shots(images, against, unpaired=unpaired, prompts=prompts)
+    pictures, sheets = pictures_of("images", images)
+    truths, more_sheets = pictures_of("against", against)
+    if not unpaired:
+        check_partners(images, pictures, against, truths)
+    texts = read_texts(prompts, pictures) if prompts else {}
+    shots = folder_shots(images, pictures, truths, texts, unpaired=unpaired)
     made = {
         "images": str(images.absolute()),
         "against": str(against.absolute()),
@@ -444,22 +460,27 @@ def evaluate_folders(
         "prompts": str(prompts.absolute()) if prompts else None,
     }
     check_same(output, made)
+    check_pairs(scoring, unpaired=unpaired)
     check_scoring(scoring)
-    if dry_run:
-        encoders = ", ".join(chosen(scoring.encoders)) or "none: pixels alone"
-        tqdm.write(f"{len(shots)} images to score; encoders: {encoders}")
-        return None
     loaded = load_encoders(scoring.encoders, output)
     if unpaired and not loaded:
         raise UserError(
             f"--unpaired: sets are compared by an encoder, and there is none; pip install "
             f"'visualcloze-deft[offline]' for {OFFLINE}, or --encoder clip=FOLDER"
         )
+    leaving = left_out_sheets(sheets + more_sheets)
+    if dry_run:
+        encoders = ", ".join(chosen(scoring.encoders)) or "none: pixels alone"
+        for line in (*leaving, f"{len(shots)} images to score; encoders: {encoders}"):
+            tqdm.write(line)
+        return None
     with only_writer(output):
         whole_text(output / SETTINGS, settings_text(made, scoring, loaded, {}))
-        scores = score(shots, measures_of(scoring, loaded, output))
+        edges = () if scoring.tolerance is None else ("canny",)
+        always = (*scoring.annotate, *edges)
+        scores = score(shots, replace(measures_of(scoring, loaded, output), always=always))
         found = [Scored(shot=shot, scores=one) for shot, one in zip(shots, scores, strict=True)]
-        others = list(images_in(against).values())
+        others = list(truths.values())
         sets: list[SetScore] = []
         for encoder in loaded if min(len(shots), len(others)) >= 4 else ():
             kept = Kept(encoder, "sets")
@@ -470,21 +491,35 @@ def evaluate_folders(
             ("against", f"{against}, {len(others)}"),
             ("encoders", told_encoders(loaded)),
         ]
-        notes = notes_of(found, loaded, sets)
-        title = f"{images} against {against}"
-        return report(output, title, facts, found, sets, notes, (), tolerance=scoring.tolerance)
+        notes = [*notes_of(found, loaded, sets), *leaving]
+        title, tolerance = f"{images} against {against}", scoring.tolerance or 0
+        return report(output, title, facts, found, sets, notes, (), tolerance=tolerance)
+
+
+def check_pairs(scoring: Scoring, *, unpaired: bool) -> None:
+    """Raise `UserError` for what would be asked of folders in vain."""
+    asked = {
+        "--annotate": scoring.annotate,
+        "--edge-tolerance": scoring.tolerance is not None,
+        "--lpips": scoring.lpips,
+    }
+    if unpaired and (vain := [option for option, told in asked.items() if told]):
+        raise UserError(f"{', '.join(vain)}: for pairs of pictures, and --unpaired has none")
+    check_models(scoring.annotate)
+    for role in scoring.annotate:
+        if role not in COMPARED:
+            raise UserError(f"--annotate {role}: no metric compares it, only {', '.join(COMPARED)}")
 
 
 def folder_shots(
-    images: Path, against: Path, *, unpaired: bool, prompts: Path | None
+    images: Path,
+    made: Mapping[str, Path],
+    others: Mapping[str, Path],
+    texts: Mapping[str, str],
+    *,
+    unpaired: bool,
 ) -> list[Shot]:
-    """A shot for each picture in `images`."""
-    made, others = (
-        pictures_of(option, p) for option, p in (("images", images), ("against", against))
-    )
-    texts = read_texts(prompts, made) if prompts else {}
-    if not unpaired:
-        check_partners(images, made, against, others)
+    """A shot for each picture of `made`, by stem, in the folder `images`."""
     row = images.absolute().name
     references = tuple(others.values()) if unpaired else ()
     return [
@@ -500,13 +535,28 @@ def folder_shots(
     ]
 
 
-def pictures_of(option: str, folder: Path) -> dict[str, Path]:
+def pictures_of(option: str, folder: Path) -> tuple[dict[str, Path], int]:
+    """The pictures in `folder` by stem, and how many contact sheets of ours were left out."""
     if not folder.is_dir():
         raise UserError(f"--{option} {folder}: no such folder")
-    found = images_in(folder)
+    pictures = images_in(folder)
+    found = {stem: path for stem, path in pictures.items() if not is_sheet(path)}
     if not found:
         raise UserError(f"--{option} {folder}: no image in this folder; found {listing(folder)}")
-    return found
+    return found, len(pictures) - len(found)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether `vcdeft infer` drew a whole grid there, beside the images that it made."""
+    if not path.name.endswith(SHEET):
+        return False
+    record = path.with_name(path.name.removesuffix(SHEET) + ".json")
+    told = told_by_image(path)
+    return "of_seed" not in told and ("rows_sha256" in told or is_record(record))
+
+
+def left_out_sheets(count: int) -> list[str]:
+    return [f"Contact sheets of 'vcdeft infer' left out: {count}."] if count else []
 
 
 def check_partners(

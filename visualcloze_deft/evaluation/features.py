@@ -169,10 +169,10 @@ def load_encoder(
             name=name, place=place, network=network, prepare=prepared, look=network,
             split=None, read=None, device=device, batch=batch, encodings=encodings,
         )  # fmt: skip
-    if name in STANDARD and place != STANDARD[name] and not Path(place).is_dir():
+    if name in STANDARD and place != STANDARD[name] and is_hub_id(place):
         raise UserError(
-            f"{where}: {place} is no folder, and {STANDARD[name]} is what this name stands for; "
-            f"give it a name of its own, OTHER={place}"
+            f"{where}: no folder {place}, and of the hub this name stands for {STANDARD[name]} "
+            f"alone; give another a name of its own, OTHER={place}"
         )
     try:
         kind = str(config_of(where, place).get("model_type"))
@@ -228,6 +228,12 @@ def named(told: str) -> tuple[str, str]:
     return name, place
 
 
+def is_hub_id(place: str) -> bool:
+    """Whether `place` can only be on the hub: of its form, and no folder here."""
+    formed = place.count("/") == 1 and not place.startswith((".", "/", "~"))
+    return formed and not Path(place).is_dir()
+
+
 def _is_place(told: str) -> bool:
     return "/" in told or Path(told).is_dir()
 
@@ -263,8 +269,7 @@ def as_json(value: object) -> object:
 
 def remedy(name: str, place: str) -> str:
     """The end of a message on an encoder that is not to be had."""
-    own = place if place.count("/") == 1 and not place.startswith((".", "/", "~")) else "HUB-ID"
-    standard = STANDARD.get(name, own)
+    standard = STANDARD.get(name, place if is_hub_id(place) else "HUB-ID")
     return (
         f"bring a folder of {standard} from a machine that reaches the hub, made by transformers' "
         f'AutoModel.from_pretrained("{standard}").save_pretrained("FOLDER"), likewise by '

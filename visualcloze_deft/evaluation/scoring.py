@@ -56,12 +56,15 @@ class Metric:
 class Measures:
     """What is measured beside pixels.
 
-    encoders: of images. annotate: role -> model that extracts it from an image. tolerance: of
-    edges, in pixels. lpips: whether it is computed. maps: a folder that keeps what `annotate` made.
+    encoders: of images. annotate: role -> model that extracts it from an image. always: roles that
+    are extracted from every image and its truth, also where none was given as a condition.
+    tolerance: of edges, in pixels. lpips: whether it is computed. maps: a folder that keeps what
+    `annotate` made.
     """
 
     encoders: Sequence[Encoder] = ()
     annotate: Mapping[str, str] = field(default_factory=dict)
+    always: Sequence[str] = ()
     tolerance: int = 0
     lpips: bool = False
     maps: Path | None = None
@@ -118,12 +121,12 @@ def pixel_scores(shot: Shot, measures: Measures) -> Scores:
         found["psnr"] = metrics.psnr(made, truth)
         if min(made.size) >= metrics.WINDOW:
             found["ssim"] = metrics.ssim(made, truth)
-        if measures.lpips:
+        if measures.lpips and min(made.size) >= metrics.LEAST_SIDE:
             found["lpips"] = metrics.lpips(made, truth, device=fastest())
         if shot.role in COMPARED:
             found |= compared(shot.role, made, truth, measures, shot.classes)
-    if shot.role == "target":
-        for role in shot.shown:
+    if shot.role not in MAPS and (truth or shot.role == "target"):
+        for role in dict.fromkeys((*shot.shown, *measures.always)):
             found |= followed(role, made, truth, shot, measures)
     if shot.box and "hole" in shot.shown:
         hole = fitted(read_image(shot.shown["hole"]), made.size)
