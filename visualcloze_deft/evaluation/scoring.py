@@ -6,6 +6,7 @@ Axes: n images, d dimensions of features.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft.data.annotators import computed, fastest
+from visualcloze_deft.data.annotators import ANNOTATORS, computed, fastest, loaded
 from visualcloze_deft.data.derive import canny
 from visualcloze_deft.data.images import Box, read_image
 from visualcloze_deft.data.insdet import GROWN
+from visualcloze_deft.encodings import fingerprint
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics, placement, similarity
 from visualcloze_deft.evaluation.cases import Shot
@@ -159,11 +161,12 @@ def colours_of(*painted: Image.Image) -> tuple[Colour, ...]:
 
 
 def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
-    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content."""
+    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content and
+    the model's."""
     if role == "canny":
         return canny(image)
     place = measures.annotate[role]
-    told = f"{role} {place} {image.size}".encode() + image.tobytes()
+    told = f"{role} {annotator(role, place)} {image.size}".encode() + image.tobytes()
     path = measures.maps and measures.maps / role / f"{hashlib.sha256(told).hexdigest()}.png"
     if path and path.is_file():
         return read_image(path)
@@ -172,6 +175,15 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole(path, partial(found.save, format="PNG"))
     return found
+
+
+@cache
+def annotator(role: str, place: str) -> str:
+    """What tells a model that extracts `role` from others, wherever it lies: SHA-256 of its weights
+    and of how it sees pictures."""
+    seen = loaded(ANNOTATORS[role].pipeline, place, fastest())
+    sees = json.dumps(seen.image_processor.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(f"{fingerprint(seen.model)} {sees}".encode()).hexdigest()
 
 
 def compared(
