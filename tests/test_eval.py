@@ -22,7 +22,8 @@ from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics
-from visualcloze_deft.evaluation.cases import read_cases
+from visualcloze_deft.evaluation.cases import left_out, read_cases, write_cases
+from visualcloze_deft.evaluation.evaluate import unlike, unmade
 from visualcloze_deft.evaluation.scoring import outside_hole
 from visualcloze_deft.evaluation.suites import SUITES, Making, read_prompts, rows_of
 
@@ -150,7 +151,12 @@ def test_the_report_opens_alone(evaluated: Path) -> None:
 
 
 def test_a_killed_evaluation_makes_only_what_is_missing(
-    evaluated: Path, micro_model: Path, adapter: Path, tmp_path: Path
+    evaluated: Path,
+    micro_model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "again"
     shutil.copytree(evaluated, output)
@@ -167,6 +173,11 @@ def test_a_killed_evaluation_makes_only_what_is_missing(
     }
     assert changed == {"images/003.png", "images/003-sheet.png", "base/005-sheet.png"}
     assert (output / "base" / "005.png").is_file()
+    (output / "images" / "003.json").write_text("{}")
+    capsys.readouterr()
+    words = scenes(output, "--against-base", "--model", micro_model, "--steps", 1)
+    said = refused("eval", adapter, *words)
+    assert "003.json: already there and no record of vcdeft; remove it, or give another" in said
 
 
 def test_another_evaluations_folder_is_refused(
@@ -394,7 +405,11 @@ def test_missing_prompts_are_told(subjects: Path) -> None:
 
 @lite0
 def test_subjects_are_scored_against_their_own_photos(
-    subjects: Path, micro_model: Path, tmp_path: Path
+    subjects: Path,
+    micro_model: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
     words = ("--suite", "dreambooth", "--data", f"dreambooth={subjects}", "--samples", 2)
@@ -406,6 +421,33 @@ def test_subjects_are_scored_against_their_own_photos(
     text = (output / "table.md").read_text()
     assert "Real photos of a subject among themselves" in text
     assert "CLIP-T needs --encoder clip" in text
+    write_pictures(subjects / "dataset" / "cup", "00", seed=7)
+    capsys.readouterr()
+    said = refused("eval", "none", *words, "--output", output, "--model", micro_model, "--steps", 1)
+    assert "data whose files have come, gone or been written since (dreambooth)" in said
+
+
+def test_grids_that_cannot_be_made_are_counted(subjects: Path, tmp_path: Path) -> None:
+    (subjects / "dataset" / "cup" / "00.png").write_bytes(b"cut")
+    rows = rows_of("dreambooth", Making(data={"dreambooth": str(subjects)}, resolution=32, rows=1))
+    assert rows[0].count == 3
+    assert len(write_cases(rows, tmp_path / "out", images=1)) == 2
+    assert left_out(tmp_path / "out") == {"dreambooth": 1}
+    (said,) = unmade(left_out(tmp_path / "out"))
+    assert "dreambooth 1" in said
+    (tmp_path / "out" / "grids" / "cases.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        read_cases(tmp_path / "out")
+
+
+def test_a_note_says_where_images_were_made_unlike() -> None:
+    grid = {"device": "cpu", "dtype": "float32", "versions": {"torch": "2.0", "peft": "1"}}
+    assert unlike({"images": [grid, grid], "base": [grid]}) == []
+    other = grid | {"device": "cuda", "versions": {"torch": "2.1", "peft": "1"}}
+    (said,) = unlike({"images": [grid, other], "base": [grid]})
+    assert "device cpu (images) 1, cuda (images) 1, cpu (base) 1; torch 2.0 (images) 1" in said
+    assert "dtype" not in said
+    assert "peft" not in said
 
 
 def test_a_question_without_example_needs_no_other_data(tmp_path: Path) -> None:
@@ -475,8 +517,9 @@ def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> 
         SegformerImageProcessorPil,
     )
 
+    from visualcloze_deft.data import annotators
     from visualcloze_deft.evaluation.cases import Shot
-    from visualcloze_deft.evaluation.scoring import Measures, score
+    from visualcloze_deft.evaluation.scoring import Measures, annotator, score
 
     torch.manual_seed(9)
     config = SegformerConfig(
@@ -503,9 +546,20 @@ def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> 
     ]
     same, other = (scores["miou"] for scores in score(shots, measures))
     assert same == 1 > other
-    assert len(list(maps.rglob("*.png"))) == 2
-    shutil.rmtree(tmp_path / "model")
+    made = {path: path.stat().st_mtime_ns for path in maps.rglob("*.png")}
+    assert len(made) == 2
     assert [scores["miou"] for scores in score(shots, measures)] == [same, other]
+    folder = write_pictures(tmp_path / "made", "a", seed=1, size=64)
+    told = f"segmentation={tmp_path / 'model'}"
+    compare(folder, folder, tmp_path / "out", "--encoder", "none", "--annotate", told)
+    assert results(tmp_path / "out")[0]["scores"]["miou"] == 1
+    torch.manual_seed(10)  # another model in the same place
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    for cached in (annotators.loaded, annotator):
+        cached.cache_clear()
+    score(shots, measures)
+    assert len(list(maps.rglob("*.png"))) == 4
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
 
 
 def test_prompts_are_followed_only_as_an_encoder_with_texts_says(tmp_path: Path) -> None:
@@ -575,7 +629,7 @@ def test_an_encoder_is_given_all_of_a_tall_box() -> None:
     reason="VCDEFT_DATA names no folder with insdet",
 )
 def test_a_true_photo_hits_its_box_and_preserves_the_rest(tmp_path: Path) -> None:
-    from visualcloze_deft.evaluation.cases import Shot, write_cases
+    from visualcloze_deft.evaluation.cases import Shot
     from visualcloze_deft.evaluation.features import load_encoder
     from visualcloze_deft.evaluation.scoring import Measures, score
 

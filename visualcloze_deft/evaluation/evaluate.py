@@ -10,8 +10,10 @@ OUTPUT/table.md, table.csv, report.html
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +29,15 @@ from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import similarity
-from visualcloze_deft.evaluation.cases import GRID_FILE, GRIDS, Case, Shot, shots_of, write_cases
+from visualcloze_deft.evaluation.cases import (
+    GRID_FILE,
+    GRIDS,
+    Case,
+    Shot,
+    left_out,
+    shots_of,
+    write_cases,
+)
 from visualcloze_deft.evaluation.efficientnet import PACKAGE
 from visualcloze_deft.evaluation.features import OFFLINE, Encoder, load_encoder
 from visualcloze_deft.evaluation.page import Results, as_markdown, as_page
@@ -57,6 +67,7 @@ from visualcloze_deft.evaluation.tables import (
 from visualcloze_deft.infer import (
     NOT_COMPARED,
     SHEET,
+    WAY_OUT,
     Settings,
     check,
     infer,
@@ -116,7 +127,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     making = replace(asked.making, resolution=shared["resolution"], cells=shared["cells"])
     rows = rows_of(asked.suite, making)
     images = asked.images or SUITES[asked.suite].images
-    made = made_of(asked, making, images, shared)
+    made = made_of(asked, making, rows, images, shared)
     check_same(output, made)
     check_scoring(asked.scoring)
     encoders = load_encoders(asked.scoring.encoders, output)
@@ -127,6 +138,8 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     with only_writer(output):
         whole_text(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
         cases = write_cases(rows, output, images=images)
+        broken = left_out(output)
+        ways = (IMAGES, BASE) if asked.against_base else (IMAGES,)
         shots = complete(asked, cases, output, shared)
         measures = measures_of(asked.scoring, encoders, output)
         scores = score(shots[0], measures)
@@ -142,6 +155,8 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
         sets = [one for encoder in encoders for one in set_scores(shots[0], encoder)]
         notes = notes_of(found, encoders, sets)
         notes += [real for encoder in encoders if (real := ceiling(found, encoder))]
+        notes += unmade(broken)
+        notes += unlike({name: records(cases, output / name) for name in ways})
         facts = facts_of(asked, making, cases, len(found), encoders, shared)
         title = f"{asked.suite}: {name_of(asked)}"
         tolerance = asked.scoring.tolerance or 0
@@ -168,7 +183,9 @@ def described(asked: Asked, rows: Sequence[Row], images: int) -> list[str]:
     ]
 
 
-def made_of(asked: Asked, making: Making, images: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+def made_of(
+    asked: Asked, making: Making, rows: Sequence[Row], images: int, shared: Mapping[str, Any]
+) -> dict[str, Any]:
     """What grids and images hang on: where one of these differs, a folder is of another
     evaluation."""
     places = {n: str(Path(p).absolute()) if Path(p).exists() else p for n, p in making.data.items()}
@@ -185,7 +202,31 @@ def made_of(asked: Asked, making: Making, images: int, shared: Mapping[str, Any]
         # where data may lack roles, they are part of the grids
         "annotate": dict(making.annotate) if asked.suite == "graph200k" else {},
     }
-    return fields | {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    fields |= {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    return fields | {
+        "grids": {row.name: row.count for row in rows},
+        "data_state": {name: state_of(place) for name, place in making.data.items()},
+    }
+
+
+def state_of(place: str) -> str | None:
+    """What changes when files of data come, go or are written: SHA-256 of their names, sizes and
+    times. Of Graph200K unpacked it is that of its data.json, as it has millions of pictures; None
+    of what is made here or on the hub."""
+    root = Path(place)
+    if place and not root.exists():
+        root = Path(place.partition("@")[0])  # a table's split stands behind it
+    if not place or not root.exists():
+        return None
+    if (root / "data.json").is_file():
+        root /= "data.json"
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    told = hashlib.sha256()
+    for path in files:
+        if not path.name.startswith("."):
+            found = path.stat()
+            told.update(f"{path.relative_to(root)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return told.hexdigest()
 
 
 def check_same(output: Path, made: Mapping[str, Any]) -> None:
@@ -206,6 +247,11 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
         ) from None
     now = json.loads(json.dumps(made))
     for key in {**now, **before}:
+        if key == "data_state" and now.get(key) != before.get(key):
+            raise UserError(
+                f"--output {output}: its grids are of data whose files have come, gone or been "
+                f"written since ({', '.join(now[key]) or 'none'}); give another folder"
+            )
         if now.get(key) != before.get(key):
             raise UserError(
                 f"--output {output}: holds another evaluation, with {key} "
@@ -288,13 +334,17 @@ def complete(
         )
     found = []
     for name, settings in ways.items():
-        infer(
-            output / GRIDS / GRID_FILE,
-            output / name,
-            settings,
-            processes=asked.processes,
-            arguments=command(settings, output, name),
-        )
+        try:
+            infer(
+                output / GRIDS / GRID_FILE,
+                output / name,
+                settings,
+                processes=asked.processes,
+                arguments=command(settings, output, name),
+            )
+        except UserError as error:  # there is no --overwrite here
+            way_out = "remove it, or give another --output"
+            raise UserError(str(error).replace(WAY_OUT, way_out)) from None
         found.append(shots_of(cases, output, output / name))
     return found
 
@@ -351,6 +401,38 @@ def notes_of(
             "FID is left out: no row has more images than its encoder's features have dimensions."
         )
     return notes
+
+
+def unmade(broken: Mapping[str, int]) -> list[str]:
+    """Grids left out, by row, as their items could not be read."""
+    rows = ", ".join(f"{row} {count}" for row, count in broken.items())
+    return [f"Grids left out, as what they need cannot be read: {rows}."] if broken else []
+
+
+def records(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
+    """What `vcdeft infer` says of each grid in `folder`."""
+    return [json.loads((folder / f"{case.name}.json").read_text("utf-8")) for case in cases]
+
+
+def unlike(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Whether grids (records by folder) were made on several devices, in several dtypes or by
+    several versions: where one stopped here and went on elsewhere, or the base came later."""
+    counts: dict[str, Counter[str]] = {}
+    for folder, grids in made.items():
+        for record in grids:
+            ways = {"device": record["device"], "dtype": record["dtype"], **record["versions"]}
+            for name, way in ways.items():
+                counts.setdefault(name, Counter())[f"{way} ({folder})"] += 1
+    several = {
+        name: found
+        for name, found in counts.items()
+        if len({way.rpartition(" (")[0] for way in found}) > 1
+    }
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{way} {count}" for way, count in found.items())
+        for name, found in several.items()
+    )
+    return [f"Not all grids were made alike, which figures show too: {told}."] if told else []
 
 
 def ceiling(found: Sequence[Scored], encoder: Encoder) -> str:
