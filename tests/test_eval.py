@@ -115,6 +115,28 @@ def test_the_table_is_the_mean_of_the_lines(evaluated: Path) -> None:
     assert f"{float(rows['image-to-depth']['PSNR, dB']):.2f} (" in text
 
 
+def test_every_table_is_a_file_of_its_own(evaluated: Path) -> None:
+    tables = {}
+    for name in ("retention", "drift"):
+        with (evaluated / f"{name}.csv").open() as file:
+            tables[name] = list(csv.DictReader(file))
+    depth = [line for line in results(evaluated) if line["row"] == "image-to-depth"]
+    (row,) = [
+        row
+        for row in tables["retention"]
+        if (row["row"], row["metric"]) == ("image-to-depth", "SSIM")
+    ]
+    found = {kind: np.mean([line[kind]["ssim"] for line in depth]) for kind in ("scores", "base")}
+    assert float(row["with the adapter"]) == pytest.approx(found["scores"])
+    assert float(row["base"]) == pytest.approx(found["base"])
+    assert float(row["change"]) == pytest.approx(found["scores"] - found["base"])
+    assert (row["base n"], float(row["p"]) >= 0.5) == ("2", True)
+    (row,) = [row for row in tables["drift"] if row["row"] == "image-to-depth"]
+    drift = np.mean([line["drift"]["drift_pixels"] for line in depth])
+    assert float(row["drift, mean difference 0-255"]) == pytest.approx(drift)
+    assert not (evaluated / "sets.csv").exists()
+
+
 def test_the_lines_are_what_the_images_are(evaluated: Path) -> None:
     for line in results(evaluated):
         made, truth = (read_image(evaluated / line[kind]) for kind in ("image", "truth"))
@@ -303,6 +325,11 @@ def test_sets_are_compared_under_the_encoders_own_name(tmp_path: Path) -> None:
     assert "image similarity (efficientnet-lite0)" in text
     assert "KID (efficientnet-lite0)" in text
     assert "FID is left out" in text
+    with (tmp_path / "out" / "sets.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["distance"], row["encoder"], row["n"]) == ("KID", "efficientnet-lite0", "4")
+    assert f"| {float(row['value']):.4g} | {float(row['deviation']):.2g} | 4 |" in text
+    assert not (tmp_path / "out" / "retention.csv").exists()
     assert "| PSNR" not in text
     assert "CLIP-I" not in text
     features = sorted((tmp_path / "out" / "features").rglob("*.safetensors"))

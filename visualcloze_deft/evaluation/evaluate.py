@@ -5,7 +5,7 @@ OUTPUT/grids/          the grids of the suite, see `cases`
 OUTPUT/images/, base/  what `vcdeft infer` makes of them; base: without the adapter
 OUTPUT/features/       features of images by their content and their encoder; maps/: conditions
 OUTPUT/results.jsonl   the scores of every image
-OUTPUT/table.md, table.csv, report.html
+OUTPUT/table.md, table.csv, report.html; retention.csv, drift.csv, sets.csv where they have rows
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ from visualcloze_deft.evaluation.tables import (
     as_csv,
     as_jsonl,
     drift_table,
+    kept_csv,
     kept_of,
     lines_of,
+    sets_csv,
     table_of,
     told,
 )
@@ -81,7 +83,7 @@ SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
 FEW = 8  # units of a row: a percentile interval of fewer is too narrow
 MEANING = (
-    "Every figure is a mean with its 95 % bootstrap interval and the number of images (n); whole "
+    "Every mean has its 95 % bootstrap interval and the number of images (n) beside it; whole "
     "units (scenes, items, subjects) are drawn, so one unit alone has no interval."
 )
 
@@ -509,9 +511,24 @@ def report(
     )
     whole_text(output / RESULTS, as_jsonl(lines_of(found, output)))
     whole_text(output / "table.csv", as_csv(results.table))
+    for name, text in further_csv(results).items():
+        if text:
+            whole_text(output / name, text)
+        else:
+            (output / name).unlink(missing_ok=True)  # of a call that asked for more
     whole_text(output / "table.md", as_markdown(results))
     whole_text(output / REPORT, as_page(results, output, cases))
     return output / REPORT
+
+
+def further_csv(results: Results) -> dict[str, str]:
+    """The tables below the first one, "" for those without rows."""
+    kept, drift, sets = results.kept, results.drift, results.sets
+    return {
+        "retention.csv": kept_csv(kept, results.table.metrics) if kept else "",
+        "drift.csv": as_csv(drift) if drift.rows else "",
+        "sets.csv": sets_csv(sets) if sets else "",
+    }
 
 
 def evaluate_folders(

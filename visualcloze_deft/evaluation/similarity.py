@@ -8,6 +8,7 @@ Axes: n images, m others, d dimensions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,9 @@ class Distance:
     warning: str
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} (n {self.count}{'; ' + self.warning if self.warning else ''})"
+        spread = "" if math.isnan(self.deviation) else f", deviation {self.deviation:.2g}"
+        warning = f"; {self.warning}" if self.warning else ""
+        return f"{self.value:.4g} (n {self.count}{spread}{warning})"
 
 
 def cosines(one: Rows, other: Rows) -> Floats:
@@ -139,7 +142,7 @@ def kid(made: Rows, truth: Rows, *, seed: int = 0) -> Distance:
         _discrepancy(*(x[rng.choice(len(x), size, replace=False)] for x in (one, other)))
         for _ in range(SUBSETS)
     ]
-    few = f"subsets of {size} images instead of {SUBSET_SIZE}, deviation {np.std(found):.2g}"
+    few = f"subsets of {size} images instead of {SUBSET_SIZE}"
     return Distance(
         value=float(np.mean(found)),
         deviation=float(np.std(found)),
