@@ -477,12 +477,17 @@ def test_a_note_says_where_images_were_made_unlike() -> None:
     assert "peft" not in said
 
 
-def test_a_question_without_example_needs_no_other_data(tmp_path: Path) -> None:
+@pytest.fixture
+def plus(tmp_path: Path) -> Path:
     data = tmp_path / "plus"
     write_pictures(data / "images", "owl")
     (data / "captions").mkdir()
     (data / "captions" / "owl.txt").write_text("owl\nan owl in oil\nan owl at sea\n")
-    given = {"dreambench-plus": str(data)}
+    return data
+
+
+def test_a_question_without_example_needs_no_other_data(plus: Path) -> None:
+    given = {"dreambench-plus": str(plus)}
     with pytest.raises(UserError, match="--rows 1"):
         rows_of("dreambench-plus", Making(data=given, resolution=32))
     (row,) = rows_of("dreambench-plus", Making(data=given, resolution=32, rows=1))
@@ -514,11 +519,105 @@ def test_references_of_all_are_compared_once(
 
 
 @lite0
-def test_an_encoder_of_photos_has_nothing_to_say_of_maps(micro_model: Path, tmp_path: Path) -> None:
-    words = ("--suite", "scenes", "--tasks", "image-to-depth", "--limit", 1)
-    run(micro_model, "none", *words, "--output", tmp_path / "out")
+def test_the_base_is_added_to_a_finished_evaluation(
+    micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ("--suite", "scenes", "--tasks", "image-to-depth", "--limit", 1, "--output", output)
+    run(micro_model, adapter, *words)
+    (line,) = results(output)
+    assert set(line["scores"]) == {
+        "psnr",
+        "ssim",
+        "depth_rmse",
+    }  # an encoder of photos says nothing
+    path = output / "images" / "001.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    made = (output / "images" / "001.png").stat().st_mtime_ns
+    run(micro_model, adapter, *words, "--against-base")
+    (again,) = results(output)
+    assert again["scores"] == line["scores"]
+    assert set(again["base"]) == set(line["scores"])
+    assert set(again["drift"]) == {"drift_pixels", "drift/efficientnet-lite0"}
+    assert (output / "images" / "001.png").stat().st_mtime_ns == made
+    assert "device cuda (images) 1, cpu (base) 1" in (output / "table.md").read_text()
+
+
+@lite0
+def test_an_object_is_put_into_a_box_and_looked_for_there(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "insdet"
+    for k, name in enumerate(("001_cup", "002_ball")):
+        write_pictures(root / "Objects" / name / "images", "001 002", seed=k)
+        (root / "Objects" / name / "masks").mkdir()
+        for view in ("001", "002"):
+            mask = Image.new("L", (32, 32))
+            mask.paste(255, (12, 4, 20, 28))
+            mask.save(root / "Objects" / name / "masks" / f"{view}.png")
+    room = root / "Scenes" / "easy" / "room"
+    room.mkdir(parents=True)
+    scene = Scenes(size=66, seed=1).item(0).image("target")
+    scene.crop((18, 0, 48, 66)).save(room / "rgb_000.jpg")
+    boxes = (("001_cup", 10, 20, 20, 50), ("002_ball", 3, 30, 27, 38))  # 1 : 3 and 3 : 1
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax>"
+        f"<ymax>{d}</ymax></bndbox></object>"
+        for name, a, b, c, d in boxes
+    )
+    size = "<size><width>30</width><height>66</height></size>"
+    (room / "rgb_000.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    output = tmp_path / "out"
+    words = ("--suite", "insdet", "--data", f"insdet={root}", "--limit", 1, "--output", output)
+    run(micro_model, "none", *words)
+    (line,) = results(output)
+    assert (line["unit"], line["task"]) == ("001_cup", "object-insertion")
+    own = {f"{kind}/efficientnet-lite0" for kind in ("image", "box", "box_hit")}
+    assert set(line["scores"]) == {"psnr", "ssim", "preserved", *own}
+    (case,) = read_cases(output)
+    assert len(case.references) == 2
+    assert len(case.shown) == len(case.roles) - 1
+    assert "box hit rate (efficientnet-lite0)" in (output / "table.md").read_text()
+
+
+@lite0
+def test_a_question_without_example_is_scored(
+    plus: Path, micro_model: Path, tmp_path: Path
+) -> None:
+    words = ("--suite", "dreambench-plus", "--data", f"dreambench-plus={plus}", "--rows", 1)
+    run(micro_model, "none", *words, "--limit", 1, "--output", tmp_path / "out")
     (line,) = results(tmp_path / "out")
-    assert set(line["scores"]) == {"psnr", "ssim", "depth_rmse"}
+    assert (line["prompt"], line["truth"]) == ("an owl in oil", None)
+    assert set(line["scores"]) == {"image/efficientnet-lite0"}
+
+
+def test_only_items_that_are_held_out_are_asked(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    root = tmp_path / "graph"
+    root.mkdir()
+    for k in range(4):
+        Scenes(size=32, seed=1).item(k).image("target").save(root / f"{k}.png")
+    described = {"item": "A ball.", "description_0": "It lies on the floor."}
+    rows = [
+        {
+            "quality_assessment": None,
+            "description": described,
+            "condition": {"target": f"{k}.png"},
+        }
+        for k in range(4)
+    ]
+    (root / "data.json").write_text(json.dumps(rows))
+    words = ("--suite", "graph200k", "--data", f"graph200k={root}", "--hold-out", 2)
+    words += ("--encoder", "none", "--output", tmp_path / "out")
+    named = ("--tasks", "canny-to-image,depth-to-image", "--model", micro_model)
+    assert "task depth-to-image: no data source" in refused("eval", "none", *words, *named)
+    run(micro_model, "none", *words, "--tasks", "canny-to-image")
+    lines = results(tmp_path / "out")
+    for line, k in zip(lines, (1, 3), strict=True):
+        truth = read_image(tmp_path / "out" / line["truth"])
+        assert np.array_equal(np.array(truth), np.array(read_image(root / f"{k}.png")))
+        assert set(line["scores"]) == {"psnr", "ssim", "canny_f1"}
 
 
 def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
