@@ -636,6 +636,22 @@ def test_no_edge_asked_for_is_no_perfect_score(tmp_path: Path) -> None:
     assert [scores.get("canny_f1") for scores in found] == [None, 1, 0]
 
 
+def test_conditions_are_followed_by_photos_that_have_a_truth(tmp_path: Path) -> None:
+    from visualcloze_deft.evaluation.cases import Shot
+    from visualcloze_deft.evaluation.scoring import Measures, score
+
+    path = tmp_path / "scene.png"
+    Scenes(size=16, seed=1).item(0).image("target").save(path)
+    asked = [("target", path), ("style_image", path), ("style_image", None), ("depth", path)]
+    shots = [
+        Shot(image=path, row="r", unit="u", role=role, truth=truth, shown={"canny": path})
+        for role, truth in asked
+    ]
+    found = score(shots, Measures(lpips=True))  # of 16 pixels there is none
+    assert ["canny_f1" in scores for scores in found] == [True, True, False, False]
+    assert not any("lpips" in scores for scores in found)
+
+
 def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> None:
     from transformers import (
         SegformerConfig,
@@ -721,7 +737,9 @@ def test_prompts_are_followed_only_as_an_encoder_with_texts_says(tmp_path: Path)
         cosine = image @ prompt / np.linalg.norm(image) / np.linalg.norm(prompt)
         assert line["scores"]["text/mine"] == pytest.approx(cosine, abs=1e-6)
         assert line["scores"]["image/mine"] == pytest.approx(1)
-    assert "text similarity (mine)" in (out / "table.md").read_text()
+    text = (out / "table.md").read_text()
+    assert "text similarity (mine)" in text
+    assert f"- encoders: mine (folder {folder}, {encoder.fingerprint[:12]})" in text
 
 
 def test_outside_the_hole_nothing_of_it_is_counted() -> None:

@@ -481,8 +481,16 @@ def facts_of(
 
 
 def told_encoders(encoders: Sequence[Encoder]) -> str:
-    """Where each came from, and the start of its fingerprint: a name alone does not say it."""
-    return ", ".join(f"{e.name} ({e.place}, {e.fingerprint[:12]})" for e in encoders) or "none"
+    """Where each came from, and the start of its fingerprint: of a folder its shape is known, whose
+    weights they are only by that."""
+    return (
+        ", ".join(
+            f"{e.name} ({'folder ' if Path(e.place).is_dir() else ''}{e.place}, "
+            f"{e.fingerprint[:12]})"
+            for e in encoders
+        )
+        or "none"
+    )
 
 
 def report(
