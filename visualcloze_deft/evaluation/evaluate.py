@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from visualcloze_deft.data.annotate import check_models
-from visualcloze_deft.data.annotations import is_stored
+from visualcloze_deft.data.annotations import RECORD, is_stored
 from visualcloze_deft.data.annotators import check_role
 from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.encodings import Encodings
@@ -81,6 +81,7 @@ from visualcloze_deft.output import only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
+LISTED_IN = ("data.json", RECORD)  # files that tell the pictures of a folder
 FEW = 8  # units of a row: a percentile interval of fewer is too narrow
 MEANING = (
     "Every mean has its 95 % bootstrap interval and the number of images (n) beside it; whole "
@@ -191,6 +192,7 @@ def made_of(
     """What grids and images hang on: where one of these differs, a folder is of another
     evaluation."""
     places = {n: str(Path(p).absolute()) if Path(p).exists() else p for n, p in making.data.items()}
+    annotate = dict(making.annotate) if asked.suite == "graph200k" else {}
     fields = {
         "suite": asked.suite,
         "data": places,
@@ -202,26 +204,25 @@ def made_of(
         "seed": making.seed,
         "hold_out": making.hold_out,
         # where data may lack roles, they are part of the grids
-        "annotate": dict(making.annotate) if asked.suite == "graph200k" else {},
+        "annotate": annotate,
     }
     fields |= {k: v for k, v in shared.items() if k not in NOT_COMPARED}
     return fields | {
         "grids": {row.name: row.count for row in rows},
-        "data_state": {name: state_of(place) for name, place in making.data.items()},
+        "data_state": {n: state_of(place) for n, place in {**making.data, **annotate}.items()},
     }
 
 
 def state_of(place: str) -> str | None:
     """What changes when files of data come, go or are written: SHA-256 of their names, sizes and
-    times. Of Graph200K unpacked it is that of its data.json, as it has millions of pictures; None
-    of what is made here or on the hub."""
+    times. Of Graph200K unpacked and of annotations it is that of the file that lists the pictures,
+    of which there may be millions; None of what is made here or on the hub."""
     root = Path(place)
     if place and not root.exists():
         root = Path(place.partition("@")[0])  # a table's split stands behind it
     if not place or not root.exists():
         return None
-    if (root / "data.json").is_file():
-        root /= "data.json"
+    root = next((root / name for name in LISTED_IN if (root / name).is_file()), root)
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     told = hashlib.sha256()
     for path in files:
@@ -250,9 +251,11 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(made))
     for key in {**now, **before}:
         if key == "data_state" and now.get(key) != before.get(key):
+            told = before.get(key) or {}
+            changed = [name for name, state in now[key].items() if state != told.get(name)]
             raise UserError(
                 f"--output {output}: its grids are of data whose files have come, gone or been "
-                f"written since ({', '.join(now[key]) or 'none'}); give another folder"
+                f"written since ({', '.join(changed)}); give another folder"
             )
         if now.get(key) != before.get(key):
             raise UserError(
