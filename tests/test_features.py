@@ -3,6 +3,7 @@ however images come in."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -35,9 +36,12 @@ from visualcloze_deft.encodings import Encodings, Used
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import efficientnet, similarity
 from visualcloze_deft.evaluation.features import (
+    IMAGENET,
     OFFLINE,
+    SEEN,
     SHAPES,
     STANDARD,
+    check_standard,
     load_encoder,
     text_title,
     title,
@@ -219,19 +223,69 @@ def test_only_the_encoder_itself_takes_a_standard_name(folders: dict[str, Path])
     for name, kind in (("clip", "clip"), ("dino", "vit"), ("dinov2", "dinov2")):
         with pytest.raises(UserError, match=f"{STANDARD[name]} has .*; give it a name of its own"):
             load_encoder(f"{name}={folders[kind]}")
+        with pytest.raises(UserError, match=r"no folder some/other, and .* OTHER=some/other"):
+            load_encoder(f"{name}=some/other")
         with pytest.raises(UserError, match=f"{name} is another encoder's name"):
             load_encoder(f"{name.upper()}={folders[kind]}")
 
 
+CONFIGS = {  # of the hub's config.json, what is not the default of its class
+    "clip": (CLIPConfig(), CLIPImageProcessorPil()),
+    "dino": (
+        ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+        ViTImageProcessorPil(image_mean=IMAGENET["image_mean"], image_std=IMAGENET["image_std"]),
+    ),
+    "dinov2": (
+        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14),
+        BitImageProcessorPil(size={"shortest_edge": 256}, **IMAGENET),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_a_standard_encoder_is_known_by_its_shape_and_by_how_it_sees_pictures(
+    name: str, tmp_path: Path
+) -> None:
+    config, processor = CONFIGS[name]
+    config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    check_standard(name, str(tmp_path))
+    path = tmp_path / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    for change in (
+        {"image_mean": [0.5] * 3},
+        {"do_normalize": False},
+        {"size": {"shortest_edge": 9}},
+    ):
+        path.write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=f"has {next(iter(change))} .*OTHER="):
+            check_standard(name, str(tmp_path))
+    path.write_text(json.dumps(settings))
+    another = copy.deepcopy(config)
+    (another.vision_config if name == "clip" else another).hidden_act = "relu"
+    another.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="hidden_act relu"):
+        check_standard(name, str(tmp_path))
+    assert set(SHAPES) == set(SEEN) == set(STANDARD)
+
+
 def test_a_folder_of_a_standard_encoders_shape_may_have_its_name(tmp_path: Path) -> None:
-    config = ViTConfig(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=8
-    )
+    config, processor = CONFIGS["dino"]
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    ViTImageProcessorPil().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     encoder = load_encoder(f"dino={tmp_path}")
     assert encoder.images(pictures(1)).encoder == "dino"
-    assert set(SHAPES) == set(STANDARD)
+
+
+def test_a_clip_without_its_tokenizer_is_refused_at_once(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    for path in folder.glob("*"):
+        if path.name not in ("config.json", "preprocessor_config.json", "model.safetensors"):
+            path.unlink()
+    with pytest.raises(UserError, match=r"no tokenizer, or another's: .*AutoTokenizer"):
+        load_encoder(f"mine={folder}")
 
 
 def test_a_table_cannot_take_one_encoder_for_another(folders: dict[str, Path]) -> None:

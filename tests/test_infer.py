@@ -284,7 +284,11 @@ sys.stdin.read()
 
 
 def test_several_adapters_and_strengths(
-    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from visualcloze_deft import adapters
     from visualcloze_deft.models import load_models
@@ -305,6 +309,18 @@ def test_several_adapters_and_strengths(
     assert made["one",] == made["one=1.0", "two=0"]
     assert made["one=0",] == made[()]
     assert len(set(made.values())) == 3
+    path = tmp_path / "one" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"inference_mode": not settings["inference_mode"]}))
+    capsys.readouterr()
+    given = (*words, "--steps", 1, "--adapter", tmp_path / "one")
+    output = tmp_path / "out-one"
+    assert "made with adapters_config_sha256" in refused("infer", *given, "--output", output)
+    record = json.loads((output / "001.json").read_text())  # as it was before it told of settings
+    del record["adapters_config_sha256"]
+    (output / "001.json").write_text(json.dumps(record))
+    run(*words, "--adapter", tmp_path / "one", "--output", output)
+    assert "1 of 1 grids are finished already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

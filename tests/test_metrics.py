@@ -180,6 +180,13 @@ def test_normals_do_not_hang_on_their_length() -> None:
     assert metrics.normals_angle(shorter, scene(role="normal")) < 0.6
 
 
+def test_a_pixel_without_direction_is_a_right_angle_away() -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    assert metrics.normals_angle(grey, scene(role="normal")) == pytest.approx(90)
+    half = np.concatenate([grey[:, :32], pixels(role="normal")[:, 32:]], axis=1)
+    assert metrics.normals_angle(half, scene(role="normal")) == pytest.approx(45)
+
+
 def test_miou_counts_as_a_confusion_matrix_does() -> None:
     colours = list(SEGMENT_COLOURS.values())
     one, other = pixels(0, "segmentation"), pixels(1, "segmentation")
@@ -203,6 +210,7 @@ def test_a_class_is_the_nearest_colour() -> None:
         (lambda: metrics.psnr(scene(), scene().resize((32, 64))), "64 x 64 and 32 x 64"),
         (lambda: metrics.psnr(pixels() / 255, pixels()), "unsigned bytes"),  # type: ignore[arg-type]
         (lambda: metrics.ssim(scene().resize((8, 64)), scene().resize((8, 64))), "8 x 64"),
+        (lambda: metrics.lpips(scene().resize((31, 64)), scene().resize((31, 64))), "31 x 64"),
         (lambda: metrics.segmentation_miou(scene(), noisy(pixels(), 30)), "flat colours"),
         (lambda: metrics.psnr(scene(), scene(), where=np.zeros((64, 64), bool)), "no pixel"),
         (lambda: metrics.psnr(scene(), scene(), where=np.ones((2, 2), bool)), "2 x 2"),
@@ -331,6 +339,13 @@ def test_candidates_have_the_size_asked_for_and_stay_in_the_picture() -> None:
         assert (right - left, bottom - top) == (20, 10)
         assert min(left, top) >= 0
         assert (right <= 64, bottom <= 48) == (True, True)
+
+
+def test_a_candidate_one_step_away_still_overlaps_by_half() -> None:
+    asked = (20.0, 20.0, 32.0, 28.0)
+    near = [placement.overlap(b, asked) for b in placement.candidates(asked, (64, 48))]
+    assert sorted(near)[-5:] == pytest.approx([0.6] * 4 + [1])
+    assert sorted(near)[-6] < placement.OVERLAP
 
 
 def test_an_instance_is_found_where_it_was_put_and_nowhere_else() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from visualcloze_deft.errors import UserError, nearest
 
@@ -539,7 +540,13 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     metavar="N",
     help="Of graph200k, the items that training with data.hold_out=N never sees.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Of grids; not training's.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Of grids; not training's.",
+)
 @click.option(
     "--encoder",
     "encoders",
@@ -558,10 +565,9 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option(
     "--edge-tolerance",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
     metavar="PIXELS",
-    help="How far apart edges may lie that count as the same.",
+    help="How far apart edges may lie that count as the same. Default: 0; with --images, edges are "
+    "compared only where it is given.",
 )
 @click.option("--lpips", is_flag=True, help="Also LPIPS, which needs torchvision.")
 @click.option(
@@ -598,7 +604,7 @@ def evaluate(
     seed: int,
     encoders: tuple[str, ...],
     annotate: tuple[str, ...],
-    edge_tolerance: int,
+    edge_tolerance: int | None,
     lpips: bool,
     against_base: bool,
     processes: int | None,
@@ -637,8 +643,8 @@ def evaluate(
     if images is not None or against is not None:
         if images is None or against is None:
             raise UserError("--images and --against go together: what was made, and its truth")
-        if adapter or suite:
-            raise UserError("--images scores what is there: leave ADAPTER and --suite")
+        if vain := given_but(OF_FOLDERS):
+            raise UserError(f"--images scores what is there: leave {', '.join(vain)}")
         written = evaluate_folders(
             Path(images),
             Path(against),
@@ -685,6 +691,22 @@ def evaluate(
     if written:
         click.echo((written.parent / "table.md").read_text(encoding="utf-8"))
         click.echo(f"report: {written}")
+
+
+OF_FOLDERS = frozenset(  # what of `vcdeft eval` goes with --images
+    "images against unpaired prompts output encoders annotate edge_tolerance lpips dry_run".split()
+)
+
+
+def given_but(known: frozenset[str]) -> list[str]:
+    """What the command line names of this command beside `known`, as it is written there."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name).upper()
+        for parameter in context.command.params
+        if parameter.name not in known
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
 
 
 def sources_named(data: Sequence[str]) -> dict[str, str]:

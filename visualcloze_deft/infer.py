@@ -38,6 +38,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
 from visualcloze_deft.launch import PREPARED, prepared
 from visualcloze_deft.modelfolder import (
+    CONFIG,
     WEIGHTS,
     Bits,
     check_base,
@@ -59,6 +60,7 @@ from visualcloze_deft.signals import Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
+SHEET = "-sheet.png"  # how the names of contact sheets end
 METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 NOT_COMPARED = (
     "images",
@@ -72,6 +74,7 @@ NOT_COMPARED = (
     "batch",
     "of_seed",
 )
+LATER = ("adapters_config_sha256",)  # what older records lack, and then says nothing
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
 MANY = 20  # grids from which on reading their pictures gets a bar
@@ -212,6 +215,7 @@ def shared_of(settings: Settings) -> dict[str, Any]:
         "adapters_sha256": [
             [digest(folder / WEIGHTS), strength] for folder, strength in settings.adapters.items()
         ],
+        "adapters_config_sha256": [digest(folder / CONFIG) for folder in settings.adapters],
         "dtype": str(default_dtype(device)).removeprefix("torch."),
         "device": device,
         "quantise": settings.quantise,
@@ -317,7 +321,7 @@ def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) ->
 
 def files_of(plan: Planned) -> tuple[str, ...]:
     """The names of all files that are made of a grid, the record last."""
-    return (*plan.names, f"{plan.entry.name}-sheet.png", f"{plan.entry.name}.json")
+    return (*plan.names, f"{plan.entry.name}{SHEET}", f"{plan.entry.name}.json")
 
 
 def is_record(path: Path) -> bool:
@@ -340,18 +344,19 @@ def finished(output: Path, plan: Planned, *, since: float) -> bool:
     now = compared(plan.record)
     if before is None:
         for name in files_of(plan):
-            if (output / name).exists() and compared(told_by_image(output / name)) != now:
+            if (output / name).exists() and (
+                differing(compared(told_by_image(output / name)), now) is not None
+            ):
                 raise UserError(
                     f"{output / name}: already there, not made by this command; {WAY_OUT}"
                 )
         return False
     found = compared(before)
-    for key, value in now.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
-                f"{shortly(value)}; {WAY_OUT}"
-            )
+    if (key := differing(found, now)) is not None:
+        raise UserError(
+            f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
+            f"{shortly(now[key])}; {WAY_OUT}"
+        )
     return all((output / name).is_file() for name in plan.names)
 
 
@@ -360,6 +365,13 @@ def compared(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in NOT_COMPARED}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
+
+
+def differing(found: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first key of what is asked for `now` that a record has otherwise; None: it is the same.
+    A record of before a key was kept may be of anything there."""
+    keys = [key for key in now if key in found or key not in LATER]
+    return next((key for key in keys if found.get(key) != now[key]), None)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

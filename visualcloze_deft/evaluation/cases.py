@@ -1,7 +1,7 @@
 """The grids of an evaluation on disk, and every image that is to be scored.
 
 grids/grid.json      what `vcdeft infer` completes, with its pictures beside it
-grids/cases.json     what the answers are held to, written last
+grids/cases.json     what the answers are held to, and how many grids could not be made; the last
 grids/references/    pictures of subjects that are no files of the data
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Shot:
 def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]:
     """Make all grids of `rows` in OUTPUT/grids, or read them where they are there whole.
 
-    images: of each grid. An item that cannot be read is left out and said.
+    images: of each grid. An item that cannot be read is left out, said and counted: `left_out`.
     """
     folder, part = output / GRIDS, output / f".{GRIDS}.part"
     if (folder / CASES).is_file():
@@ -79,6 +80,7 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
         shutil.rmtree(unfinished, ignore_errors=True)
     part.mkdir(parents=True)
     cases: list[Case] = []
+    broken: Counter[str] = Counter()
 
     def examples() -> Iterator[Example]:
         asked = [(row, index) for row in rows for index in range(row.count)]
@@ -88,6 +90,7 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
                 case = case_of(question, row, len(cases), images, part)
             except UserError as error:
                 tqdm.write(f"{row.name}: a grid is left out: {error}")
+                broken[row.name] += 1
                 continue
             cases.append(case)
             yield question.example
@@ -99,7 +102,8 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
     for entry, case in zip(entries, cases, strict=True):
         entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
     path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    (part / CASES).write_text(json.dumps([asdict(case) for case in cases], indent=1), "utf-8")
+    told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
+    (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
     part.rename(folder)
     return cases
 
@@ -152,16 +156,27 @@ def saved(image: Image.Image | None, path: Path) -> str | None:
 
 
 def read_cases(output: Path) -> list[Case]:
+    entries = read_told(output)["cases"]
+    return [Case(**{name: as_tuples(value) for name, value in entry.items()}) for entry in entries]
+
+
+def left_out(output: Path) -> dict[str, int]:
+    """How many grids of each row could not be made; only rows that have some."""
+    found: dict[str, int] = read_told(output)["left_out"]
+    return found
+
+
+def read_told(output: Path) -> dict[str, Any]:
+    """What `cases.json` says. Raises `UserError` where it is something else."""
     path = output / GRIDS / CASES
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            Case(**{name: as_tuples(value) for name, value in entry.items()}) for entry in entries
-        ]
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: damaged, or not written by 'vcdeft eval'; give another --output"
-        ) from None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = {field.name for field in fields(Case)}
+        if {*found} == {"left_out", "cases"} and all(names == {*one} for one in found["cases"]):
+            return found
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"{path}: damaged, or not written by 'vcdeft eval'; give another --output")
 
 
 def as_tuples(value: Any) -> Any:

@@ -5,13 +5,15 @@ OUTPUT/grids/          the grids of the suite, see `cases`
 OUTPUT/images/, base/  what `vcdeft infer` makes of them; base: without the adapter
 OUTPUT/features/       features of images by their content and their encoder; maps/: conditions
 OUTPUT/results.jsonl   the scores of every image
-OUTPUT/table.md, table.csv, report.html
+OUTPUT/table.md, table.csv, report.html; retention.csv, drift.csv, sets.csv where they have rows
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,17 +23,26 @@ import torch
 from tqdm import tqdm
 
 from visualcloze_deft.data.annotate import check_models
-from visualcloze_deft.data.annotations import is_stored
+from visualcloze_deft.data.annotations import RECORD, is_stored
 from visualcloze_deft.data.annotators import check_role
 from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import similarity
-from visualcloze_deft.evaluation.cases import GRID_FILE, GRIDS, Case, Shot, shots_of, write_cases
+from visualcloze_deft.evaluation.cases import (
+    GRID_FILE,
+    GRIDS,
+    Case,
+    Shot,
+    left_out,
+    shots_of,
+    write_cases,
+)
 from visualcloze_deft.evaluation.efficientnet import PACKAGE
 from visualcloze_deft.evaluation.features import OFFLINE, Encoder, load_encoder
 from visualcloze_deft.evaluation.page import Results, as_markdown, as_page
 from visualcloze_deft.evaluation.scoring import (
+    COMPARED,
     Kept,
     Measures,
     SetScore,
@@ -48,19 +59,32 @@ from visualcloze_deft.evaluation.tables import (
     as_csv,
     as_jsonl,
     drift_table,
+    kept_csv,
     kept_of,
     lines_of,
+    sets_csv,
     table_of,
     told,
 )
-from visualcloze_deft.infer import NOT_COMPARED, Settings, check, infer, shared_of
+from visualcloze_deft.infer import (
+    NOT_COMPARED,
+    SHEET,
+    WAY_OUT,
+    Settings,
+    check,
+    infer,
+    is_record,
+    shared_of,
+    told_by_image,
+)
 from visualcloze_deft.output import only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
+LISTED_IN = ("data.json", RECORD)  # files that tell the pictures of a folder
 FEW = 8  # units of a row: a percentile interval of fewer is too narrow
 MEANING = (
-    "Every figure is a mean with its 95 % bootstrap interval and the number of images (n); whole "
+    "Every mean has its 95 % bootstrap interval and the number of images (n) beside it; whole "
     "units (scenes, items, subjects) are drawn, so one unit alone has no interval."
 )
 
@@ -68,11 +92,12 @@ MEANING = (
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How images are scored. encoders: as `features.load_encoder` reads them; None for the offline
-    one where it is installed. annotate: role -> model. tolerance: of edges in pixels."""
+    one where it is installed. annotate: role -> model. tolerance: of edges in pixels; None is 0,
+    and of folders edges are not compared."""
 
     encoders: tuple[str, ...] | None = None
     annotate: Mapping[str, str] = field(default_factory=dict)
-    tolerance: int = 0
+    tolerance: int | None = None
     lpips: bool = False
 
 
@@ -105,7 +130,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     making = replace(asked.making, resolution=shared["resolution"], cells=shared["cells"])
     rows = rows_of(asked.suite, making)
     images = asked.images or SUITES[asked.suite].images
-    made = made_of(asked, making, images, shared)
+    made = made_of(asked, making, rows, images, shared)
     check_same(output, made)
     check_scoring(asked.scoring)
     encoders = load_encoders(asked.scoring.encoders, output)
@@ -116,6 +141,8 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     with only_writer(output):
         whole_text(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
         cases = write_cases(rows, output, images=images)
+        broken = left_out(output)
+        ways = (IMAGES, BASE) if asked.against_base else (IMAGES,)
         shots = complete(asked, cases, output, shared)
         measures = measures_of(asked.scoring, encoders, output)
         scores = score(shots[0], measures)
@@ -130,9 +157,12 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
             found = [Scored(shot=s, scores=one) for s, one in zip(shots[0], scores, strict=True)]
         sets = [one for encoder in encoders for one in set_scores(shots[0], encoder)]
         notes = notes_of(found, encoders, sets)
+        notes += [real for encoder in encoders if (real := ceiling(found, encoder))]
+        notes += unmade(broken)
+        notes += unlike({name: records(cases, output / name) for name in ways})
         facts = facts_of(asked, making, cases, len(found), encoders, shared)
         title = f"{asked.suite}: {name_of(asked)}"
-        tolerance = asked.scoring.tolerance
+        tolerance = asked.scoring.tolerance or 0
         return report(output, title, facts, found, sets, notes, cases, tolerance=tolerance)
 
 
@@ -156,10 +186,13 @@ def described(asked: Asked, rows: Sequence[Row], images: int) -> list[str]:
     ]
 
 
-def made_of(asked: Asked, making: Making, images: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+def made_of(
+    asked: Asked, making: Making, rows: Sequence[Row], images: int, shared: Mapping[str, Any]
+) -> dict[str, Any]:
     """What grids and images hang on: where one of these differs, a folder is of another
     evaluation."""
     places = {n: str(Path(p).absolute()) if Path(p).exists() else p for n, p in making.data.items()}
+    annotate = dict(making.annotate) if asked.suite == "graph200k" else {}
     fields = {
         "suite": asked.suite,
         "data": places,
@@ -171,9 +204,32 @@ def made_of(asked: Asked, making: Making, images: int, shared: Mapping[str, Any]
         "seed": making.seed,
         "hold_out": making.hold_out,
         # where data may lack roles, they are part of the grids
-        "annotate": dict(making.annotate) if asked.suite == "graph200k" else {},
+        "annotate": annotate,
     }
-    return fields | {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    fields |= {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    return fields | {
+        "grids": {row.name: row.count for row in rows},
+        "data_state": {n: state_of(place) for n, place in {**making.data, **annotate}.items()},
+    }
+
+
+def state_of(place: str) -> str | None:
+    """What changes when files of data come, go or are written: SHA-256 of their names, sizes and
+    times. Of Graph200K unpacked and of annotations it is that of the file that lists the pictures,
+    of which there may be millions; None of what is made here or on the hub."""
+    root = Path(place)
+    if place and not root.exists():
+        root = Path(place.partition("@")[0])  # a table's split stands behind it
+    if not place or not root.exists():
+        return None
+    root = next((root / name for name in LISTED_IN if (root / name).is_file()), root)
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    told = hashlib.sha256()
+    for path in files:
+        if not path.name.startswith("."):
+            found = path.stat()
+            told.update(f"{path.relative_to(root)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return told.hexdigest()
 
 
 def check_same(output: Path, made: Mapping[str, Any]) -> None:
@@ -194,6 +250,13 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
         ) from None
     now = json.loads(json.dumps(made))
     for key in {**now, **before}:
+        if key == "data_state" and now.get(key) != before.get(key):
+            told = before.get(key) or {}
+            changed = [name for name, state in now[key].items() if state != told.get(name)]
+            raise UserError(
+                f"--output {output}: its grids are of data whose files have come, gone or been "
+                f"written since ({', '.join(changed)}); give another folder"
+            )
         if now.get(key) != before.get(key):
             raise UserError(
                 f"--output {output}: holds another evaluation, with {key} "
@@ -215,7 +278,7 @@ def settings_text(
             {"name": e.name, "place": e.place, "fingerprint": e.fingerprint} for e in encoders
         ],
         "annotate": dict(scoring.annotate),
-        "edge_tolerance": scoring.tolerance,
+        "edge_tolerance": scoring.tolerance or 0,
         "lpips": scoring.lpips,
     }
     here = {key: shared[key] for key in also if key in shared}
@@ -259,7 +322,7 @@ def measures_of(scoring: Scoring, encoders: Sequence[Encoder], output: Path) -> 
     return Measures(
         encoders=encoders,
         annotate=models,
-        tolerance=scoring.tolerance,
+        tolerance=scoring.tolerance or 0,
         lpips=scoring.lpips,
         maps=output / MAPS,
     )
@@ -276,13 +339,17 @@ def complete(
         )
     found = []
     for name, settings in ways.items():
-        infer(
-            output / GRIDS / GRID_FILE,
-            output / name,
-            settings,
-            processes=asked.processes,
-            arguments=command(settings, output, name),
-        )
+        try:
+            infer(
+                output / GRIDS / GRID_FILE,
+                output / name,
+                settings,
+                processes=asked.processes,
+                arguments=command(settings, output, name),
+            )
+        except UserError as error:  # there is no --overwrite here
+            way_out = "remove it, or give another --output"
+            raise UserError(str(error).replace(WAY_OUT, way_out)) from None
         found.append(shots_of(cases, output, output / name))
     return found
 
@@ -334,14 +401,43 @@ def notes_of(
             "No encoder here reads texts, so nothing tells whether prompts were followed: CLIP-T "
             "needs --encoder clip, or clip=FOLDER."
         )
-    for encoder in encoders:
-        if real := ceiling(found, encoder):
-            notes.append(real)
     if sets and not any(one.kind == "FID" for one in sets):
         notes.append(
             "FID is left out: no row has more images than its encoder's features have dimensions."
         )
     return notes
+
+
+def unmade(broken: Mapping[str, int]) -> list[str]:
+    """Grids left out, by row, as their items could not be read."""
+    rows = ", ".join(f"{row} {count}" for row, count in broken.items())
+    return [f"Grids left out, as what they need cannot be read: {rows}."] if broken else []
+
+
+def records(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
+    """What `vcdeft infer` says of each grid in `folder`."""
+    return [json.loads((folder / f"{case.name}.json").read_text("utf-8")) for case in cases]
+
+
+def unlike(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Whether grids (records by folder) were made on several devices, in several dtypes or by
+    several versions: where one stopped here and went on elsewhere, or the base came later."""
+    counts: dict[str, Counter[str]] = {}
+    for folder, grids in made.items():
+        for record in grids:
+            ways = {"device": record["device"], "dtype": record["dtype"], **record["versions"]}
+            for name, way in ways.items():
+                counts.setdefault(name, Counter())[f"{way} ({folder})"] += 1
+    several = {
+        name: found
+        for name, found in counts.items()
+        if len({way.rpartition(" (")[0] for way in found}) > 1
+    }
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{way} {count}" for way, count in found.items())
+        for name, found in several.items()
+    )
+    return [f"Not all grids were made alike, which figures show too: {told}."] if told else []
 
 
 def ceiling(found: Sequence[Scored], encoder: Encoder) -> str:
@@ -382,12 +478,22 @@ def facts_of(
             f"{images} images of {len(cases)} grids, {making.rows} rows, seed {making.seed}",
         ),
         ("sampling", f"{asked.settings.steps} steps, guidance {asked.settings.guidance:g}"),
-        (
-            "encoders",
-            ", ".join(f"{e.name} ({e.place}, {e.fingerprint[:12]})" for e in encoders) or "none",
-        ),
+        ("encoders", told_encoders(encoders)),
         ("computed", f"{shared['dtype']} on {shared['device']}; {versions}"),
     ]
+
+
+def told_encoders(encoders: Sequence[Encoder]) -> str:
+    """Where each came from, and the start of its fingerprint: of a folder its shape is known, whose
+    weights they are only by that."""
+    return (
+        ", ".join(
+            f"{e.name} ({'folder ' if Path(e.place).is_dir() else ''}{e.place}, "
+            f"{e.fingerprint[:12]})"
+            for e in encoders
+        )
+        or "none"
+    )
 
 
 def report(
@@ -416,9 +522,24 @@ def report(
     )
     whole_text(output / RESULTS, as_jsonl(lines_of(found, output)))
     whole_text(output / "table.csv", as_csv(results.table))
+    for name, text in further_csv(results).items():
+        if text:
+            whole_text(output / name, text)
+        else:
+            (output / name).unlink(missing_ok=True)  # of a call that asked for more
     whole_text(output / "table.md", as_markdown(results))
     whole_text(output / REPORT, as_page(results, output, cases))
     return output / REPORT
+
+
+def further_csv(results: Results) -> dict[str, str]:
+    """The tables below the first one, "" for those without rows."""
+    kept, drift, sets = results.kept, results.drift, results.sets
+    return {
+        "retention.csv": kept_csv(kept, results.table.metrics) if kept else "",
+        "drift.csv": as_csv(drift) if drift.rows else "",
+        "sets.csv": sets_csv(sets) if sets else "",
+    }
 
 
 def evaluate_folders(
@@ -436,7 +557,12 @@ def evaluate_folders(
 
     Raises `UserError` where there are none, or one has no partner.
     """
-    shots = folder_shots(images, against, unpaired=unpaired, prompts=prompts)
+    pictures, sheets = pictures_of("images", images)
+    truths, more_sheets = pictures_of("against", against)
+    if not unpaired:
+        check_partners(images, pictures, against, truths)
+    texts = read_texts(prompts, pictures) if prompts else {}
+    shots = folder_shots(images, pictures, truths, texts, unpaired=unpaired)
     made = {
         "images": str(images.absolute()),
         "against": str(against.absolute()),
@@ -444,22 +570,27 @@ def evaluate_folders(
         "prompts": str(prompts.absolute()) if prompts else None,
     }
     check_same(output, made)
+    check_pairs(scoring, unpaired=unpaired)
     check_scoring(scoring)
-    if dry_run:
-        encoders = ", ".join(chosen(scoring.encoders)) or "none: pixels alone"
-        tqdm.write(f"{len(shots)} images to score; encoders: {encoders}")
-        return None
     loaded = load_encoders(scoring.encoders, output)
     if unpaired and not loaded:
         raise UserError(
             f"--unpaired: sets are compared by an encoder, and there is none; pip install "
             f"'visualcloze-deft[offline]' for {OFFLINE}, or --encoder clip=FOLDER"
         )
+    leaving = left_out_sheets(sheets + more_sheets)
+    if dry_run:
+        encoders = ", ".join(chosen(scoring.encoders)) or "none: pixels alone"
+        for line in (*leaving, f"{len(shots)} images to score; encoders: {encoders}"):
+            tqdm.write(line)
+        return None
     with only_writer(output):
         whole_text(output / SETTINGS, settings_text(made, scoring, loaded, {}))
-        scores = score(shots, measures_of(scoring, loaded, output))
+        edges = () if scoring.tolerance is None else ("canny",)
+        always = (*scoring.annotate, *edges)
+        scores = score(shots, replace(measures_of(scoring, loaded, output), always=always))
         found = [Scored(shot=shot, scores=one) for shot, one in zip(shots, scores, strict=True)]
-        others = list(images_in(against).values())
+        others = list(truths.values())
         sets: list[SetScore] = []
         for encoder in loaded if min(len(shots), len(others)) >= 4 else ():
             kept = Kept(encoder, "sets")
@@ -468,24 +599,39 @@ def evaluate_folders(
         facts = [
             ("images", f"{images}, {len(shots)}"),
             ("against", f"{against}, {len(others)}"),
-            ("encoders", ", ".join(f"{e.name} ({e.place})" for e in loaded) or "none"),
+            ("encoders", told_encoders(loaded)),
         ]
-        notes = [note for note in notes_of(found, loaded, sets) if not note.startswith("Real")]
-        title = f"{images} against {against}"
-        return report(output, title, facts, found, sets, notes, (), tolerance=scoring.tolerance)
+        notes = [*notes_of(found, loaded, sets), *leaving]
+        title, tolerance = f"{images} against {against}", scoring.tolerance or 0
+        return report(output, title, facts, found, sets, notes, (), tolerance=tolerance)
+
+
+def check_pairs(scoring: Scoring, *, unpaired: bool) -> None:
+    """Raise `UserError` for what would be asked of folders in vain."""
+    asked = {
+        "--annotate": scoring.annotate,
+        "--edge-tolerance": scoring.tolerance is not None,
+        "--lpips": scoring.lpips,
+    }
+    if unpaired and (vain := [option for option, told in asked.items() if told]):
+        raise UserError(f"{', '.join(vain)}: for pairs of pictures, and --unpaired has none")
+    check_models(scoring.annotate)
+    for role in scoring.annotate:
+        if role not in COMPARED:
+            raise UserError(f"--annotate {role}: no metric compares it, only {', '.join(COMPARED)}")
 
 
 def folder_shots(
-    images: Path, against: Path, *, unpaired: bool, prompts: Path | None
+    images: Path,
+    made: Mapping[str, Path],
+    others: Mapping[str, Path],
+    texts: Mapping[str, str],
+    *,
+    unpaired: bool,
 ) -> list[Shot]:
-    """A shot for each picture in `images`."""
-    made, others = (
-        pictures_of(option, p) for option, p in (("images", images), ("against", against))
-    )
-    texts = read_texts(prompts, made) if prompts else {}
-    if not unpaired:
-        check_partners(images, made, against, others)
+    """A shot for each picture of `made`, by stem, in the folder `images`."""
     row = images.absolute().name
+    references = tuple(others.values()) if unpaired else ()
     return [
         Shot(
             image=path,
@@ -493,19 +639,34 @@ def folder_shots(
             unit=stem,
             prompt=texts.get(stem, ""),
             truth=None if unpaired else others[stem],
-            references=tuple(others.values()) if unpaired else (),
+            references=references,
         )
         for stem, path in made.items()
     ]
 
 
-def pictures_of(option: str, folder: Path) -> dict[str, Path]:
+def pictures_of(option: str, folder: Path) -> tuple[dict[str, Path], int]:
+    """The pictures in `folder` by stem, and how many contact sheets of ours were left out."""
     if not folder.is_dir():
         raise UserError(f"--{option} {folder}: no such folder")
-    found = images_in(folder)
+    pictures = images_in(folder)
+    found = {stem: path for stem, path in pictures.items() if not is_sheet(path)}
     if not found:
         raise UserError(f"--{option} {folder}: no image in this folder; found {listing(folder)}")
-    return found
+    return found, len(pictures) - len(found)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether `vcdeft infer` drew a whole grid there, beside the images that it made."""
+    if not path.name.endswith(SHEET):
+        return False
+    record = path.with_name(path.name.removesuffix(SHEET) + ".json")
+    told = told_by_image(path)
+    return "of_seed" not in told and ("rows_sha256" in told or is_record(record))
+
+
+def left_out_sheets(count: int) -> list[str]:
+    return [f"Contact sheets of 'vcdeft infer' left out: {count}."] if count else []
 
 
 def check_partners(

@@ -8,9 +8,10 @@ Axes: b batch, n images or texts, d dimensions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,15 +36,38 @@ SHAPES: dict[str, Mapping[str, object]] = {  # what their configs say, so that n
     "clip": {
         "model_type": "clip", "projection_dim": 512, "vision_config.hidden_size": 768,
         "vision_config.num_hidden_layers": 12, "vision_config.patch_size": 32,
-        "vision_config.image_size": 224,
+        "vision_config.image_size": 224, "vision_config.hidden_act": "quick_gelu",
+        "vision_config.intermediate_size": 3072, "vision_config.num_attention_heads": 12,
+        "text_config.hidden_size": 512, "text_config.num_hidden_layers": 12,
+        "text_config.vocab_size": 49408,
     },
     "dino": {
         "model_type": "vit", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 16,
-        "image_size": 224,
+        "image_size": 224, "hidden_act": "gelu", "intermediate_size": 1536,
+        "num_attention_heads": 6,
     },
     "dinov2": {
         "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 14,
-        "image_size": 518,
+        "image_size": 518, "hidden_act": "gelu", "mlp_ratio": 4, "use_swiglu_ffn": False,
+        "num_attention_heads": 6,
+    },
+}  # fmt: skip
+OPENAI = {  # mean and deviation of pixels, github.com/openai/CLIP, clip.py
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}  # torchvision
+SQUARE = {"height": 224, "width": 224}
+SCALED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+SEEN: dict[str, Mapping[str, object]] = {  # how they see pictures: preprocessor_config.json's words
+    "clip": {
+        **SCALED, **OPENAI, "size": {"shortest_edge": 224}, "do_center_crop": True,
+        "crop_size": SQUARE,
+    },
+    "dino": {**SCALED, **IMAGENET, "size": SQUARE, "do_center_crop": False},
+    "dinov2": {
+        **SCALED, **IMAGENET, "size": {"shortest_edge": 256}, "do_center_crop": True,
+        "crop_size": SQUARE,
     },
 }  # fmt: skip
 OFFLINE = "efficientnet-lite0"
@@ -68,8 +92,8 @@ class Encoder:
     """An image encoder, and a text encoder of the same space where `read` is given.
 
     name: as in tables. place: a folder, a hub id or a package. prepare: images -> (b, 3, h, w);
-    look: those -> (b, d); read: token ids (b, 77) -> (b, d). encodings: where features are kept,
-    by the pixels an encoder is given and by all its weights.
+    look: those -> (b, d); split: texts -> token ids (b, 77); read: those -> (b, d). encodings:
+    where features are kept, by the pixels an encoder is given and by all its weights.
     """
 
     name: str
@@ -77,6 +101,7 @@ class Encoder:
     network: nn.Module
     prepare: Callable[[list[Image.Image]], Tensor]
     look: Callable[[Tensor], Tensor]
+    split: Callable[[list[str]], Tensor] | None
     read: Callable[[Tensor], Tensor] | None
     device: str
     batch: int
@@ -97,14 +122,13 @@ class Encoder:
 
         Raises `UserError` where the encoder knows no words.
         """
-        if self.read is None:
+        if self.read is None or self.split is None:
             raise UserError(
                 f"encoder {self.name} has no texts; likeness to a prompt needs CLIP: clip, or "
                 "NAME=FOLDER of another"
             )
-        tokenizer = _tokenizer(self.name, self.place)
         chunks = _chunks(iter(sentences), self.batch)
-        return self._features(self.read, (tokenizer(chunk) for chunk in chunks))
+        return self._features(self.read, map(self.split, chunks))
 
     def _features(self, encode: Callable[[Tensor], Tensor], inputs: Iterator[Tensor]) -> Features:
         @torch.inference_mode()
@@ -129,7 +153,7 @@ def load_encoder(
 ) -> Encoder:
     """The encoder that `told` names: clip, dino, dinov2, efficientnet-lite0, or NAME=PLACE with a
     folder or hub id of a CLIP or of a vision transformer with a CLS token; PLACE alone is its own
-    name. clip=FOLDER and the like take a standard encoder from a folder.
+    name. clip=FOLDER and the like take a standard encoder from a folder, and from no other hub id.
 
     batch: images at a time; 32, but on CPU one, which is no slower there and gives the same bits
     whatever else is encoded.
@@ -142,9 +166,14 @@ def load_encoder(
     if name == OFFLINE:
         network = load_lite0().to(device)
         return Encoder(
-            name=name, place=place, network=network, prepare=prepared, look=network, read=None,
-            device=device, batch=batch, encodings=encodings,
+            name=name, place=place, network=network, prepare=prepared, look=network,
+            split=None, read=None, device=device, batch=batch, encodings=encodings,
         )  # fmt: skip
+    if name in STANDARD and place != STANDARD[name] and is_hub_id(place):
+        raise UserError(
+            f"{where}: no folder {place}, and of the hub this name stands for {STANDARD[name]} "
+            f"alone; give another a name of its own, OTHER={place}"
+        )
     try:
         kind = str(config_of(where, place).get("model_type"))
     except UserError as error:
@@ -153,6 +182,7 @@ def load_encoder(
         raise UserError(f"{where}: {place} is a {kind}; known: clip, {', '.join(CLS)}")
     if name in STANDARD:
         check_standard(name, place)
+    split = _tokenizer(name, place) if kind == "clip" else None
     loaded: Any = _loaded(name, place, kind).to(device)
     processor = _from_place(name, place, "AutoImageProcessor", backend="pil")
 
@@ -169,8 +199,8 @@ def load_encoder(
         return loaded.get_text_features(input_ids=ids).pooler_output
 
     return Encoder(
-        name=name, place=place, network=loaded, prepare=prepare, look=look,
-        read=read if kind == "clip" else None, device=device, batch=batch, encodings=encodings,
+        name=name, place=place, network=loaded, prepare=prepare, look=look, split=split,
+        read=read if split else None, device=device, batch=batch, encodings=encodings,
     )  # fmt: skip
 
 
@@ -198,34 +228,53 @@ def named(told: str) -> tuple[str, str]:
     return name, place
 
 
+def is_hub_id(place: str) -> bool:
+    """Whether `place` can only be on the hub: of its form, and no folder here."""
+    formed = place.count("/") == 1 and not place.startswith((".", "/", "~"))
+    return formed and not Path(place).is_dir()
+
+
 def _is_place(told: str) -> bool:
     return "/" in told or Path(told).is_dir()
 
 
 def check_standard(name: str, place: str) -> None:
-    """Raise `UserError` unless the config at `place` is that of the standard encoder `name`.
+    """Raise `UserError` unless the configs of the model and of the image processor at `place` are
+    those of the standard encoder `name`.
 
     That its weights are the right ones, no config tells: see `Encoder.fingerprint`.
     """
     config = _from_place(name, place, "AutoConfig")
-    for setting, expected in SHAPES[name].items():
-        found: Any = config
+    processor = _from_place(name, place, "AutoImageProcessor", backend="pil").to_dict()
+    found: dict[str, Any] = {}
+    for setting in SHAPES[name]:
+        found[setting] = config
         for part in setting.split("."):
-            found = getattr(found, part)
-        if found != expected:
+            found[setting] = getattr(found[setting], part)
+    for setting in SEEN[name]:
+        found[setting] = processor.get(setting)
+    found["do_center_crop"] = bool(found["do_center_crop"])  # ViT's processor has none
+    for setting, expected in {**SHAPES[name], **SEEN[name]}.items():
+        if as_json(found[setting]) != as_json(expected):
             raise UserError(
-                f"encoder {name}: {place} has {setting} {found}, but {STANDARD[name]} has "
+                f"encoder {name}: {place} has {setting} {found[setting]}, but {STANDARD[name]} has "
                 f"{expected}; give it a name of its own, OTHER={place}"
             )
 
 
+def as_json(value: object) -> object:
+    """A value as its file has it: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
 def remedy(name: str, place: str) -> str:
     """The end of a message on an encoder that is not to be had."""
-    standard = STANDARD.get(name, place)
+    standard = STANDARD.get(name, place if is_hub_id(place) else "HUB-ID")
     return (
-        f"bring a folder of {standard} from a machine that reaches the hub (config.json, "
-        f"preprocessor_config.json, model.safetensors; of CLIP its tokenizer too) and say "
-        f"{name}=FOLDER, or take {OFFLINE}, which needs none"
+        f"bring a folder of {standard} from a machine that reaches the hub, made by transformers' "
+        f'AutoModel.from_pretrained("{standard}").save_pretrained("FOLDER"), likewise by '
+        f"AutoImageProcessor and for CLIP by AutoTokenizer, and say {name}=FOLDER, or take "
+        f"{OFFLINE}, which needs none"
     )
 
 
@@ -273,9 +322,16 @@ def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
         ) from None
 
 
-@cache
 def _tokenizer(name: str, place: str) -> Callable[[list[str]], Tensor]:
+    """Raises `UserError` where it is not the model's own: of a folder without one, transformers
+    makes one of two tokens and says nothing."""
     tokenizer = _from_place(name, place, "AutoTokenizer")
+    expected = _from_place(name, place, "AutoConfig").text_config.vocab_size
+    if len(tokenizer) != expected:
+        raise UserError(
+            f"encoder {name}: {place} has no tokenizer, or another's: it knows {len(tokenizer)} "
+            f"tokens, the model {expected}; {remedy(name, place)}"
+        )
 
     def ids(sentences: list[str]) -> Tensor:
         # what is padded comes after the end of the text, where CLIP's causal attention never looks

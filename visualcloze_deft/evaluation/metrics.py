@@ -30,6 +30,8 @@ Bools = NDArray[np.bool_]
 PEAK = 255.0
 LEAST_ERROR = 1e-2  # mean squared; equal images then have 68.1 dB instead of infinitely many
 WINDOW = 11  # side of SSIM's window in pixels
+LEAST_SIDE = 32  # of pictures for LPIPS: of less AlexNet's strides leave nothing
+NO_DIRECTION = 0.1  # length of a normal below which it is none; middle grey has 0.007
 MOST_COLOURS = 256  # of a segmentation map; a photo or a JPEG has more
 
 
@@ -78,11 +80,15 @@ def lpips(made: Picture, truth: Picture, *, device: str = "cpu") -> float:
     """Learned perceptual distance, 0 upward, equal images 0: Zhang et al. 2018, version 0.1 on
     AlexNet (package `lpips`, which needs torchvision and fetches torchvision's AlexNet once).
 
-    Raises `UserError` where either is missing.
+    Raises `UserError` where either is missing, and for pictures below 32 pixels a side.
     """
     import torch
 
     one, other = _pair(made, truth)
+    if min(one.shape[:2]) < LEAST_SIDE:
+        raise UserError(
+            f"LPIPS of pictures of {one.shape[1]} x {one.shape[0]} pixels: it needs {LEAST_SIDE}"
+        )
     planes = [
         torch.from_numpy(rearrange(x, "h w c -> 1 c h w")).float().to(device) / (PEAK / 2) - 1
         for x in (one, other)
@@ -145,12 +151,14 @@ def normals_angle(made: Picture, truth: Picture) -> float:
     """Mean angle in degrees, 0..180, between the vectors of two maps of normals.
 
     A map holds x, y, z in -1..1 as 0..255 (Eigen and Fergus 2015 for the measure). Rounding to
-    bytes alone makes up to half a degree. A pixel without a direction counts as 90.
+    bytes alone makes up to half a degree. A pixel without a direction in either (a vector shorter
+    than 0.1: middle grey, which bytes cannot hold exactly) counts as 90.
     """
     one, other = (values / (PEAK / 2) - 1 for values in _pair(made, truth))
-    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    cosines = np.sum(one * other, axis=-1) / np.maximum(lengths, 1e-9)
-    return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean())
+    lengths = [np.linalg.norm(values, axis=-1) for values in (one, other)]
+    known = np.minimum(*lengths) >= NO_DIRECTION
+    cosines = np.sum(one * other, axis=-1) / np.maximum(lengths[0] * lengths[1], 1e-9)
+    return float(np.degrees(np.arccos(np.clip(np.where(known, cosines, 0), -1, 1))).mean())
 
 
 def segmentation_miou(

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from visualcloze_deft.data.images import Box
+from visualcloze_deft.data.insdet import LIGHT_GREY
 from visualcloze_deft.errors import UserError
 
+STEPS = 4  # of a candidate to the side of a box
 OVERLAP = 0.5  # intersection over union of a hit (PASCAL VOC, Everingham et al. 2010)
 
 
@@ -30,6 +32,19 @@ def crop(image: Image.Image, box: Box) -> Image.Image:
             f"no pixel of the box {corners} lies in a picture of {image.width} x {image.height}"
         )
     return image.crop((left, top, right, bottom))
+
+
+def squared(image: Image.Image) -> Image.Image:
+    """`image` in the middle of a square of light grey that just holds it, as `data.insdet.alone`
+    shows objects: encoders cut a square from the middle of what is longer than wide.
+
+    >>> squared(Image.new("RGB", (2, 6))).size
+    (6, 6)
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), LIGHT_GREY)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def box_of(mask: Image.Image) -> Box:
@@ -54,14 +69,13 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def candidates(asked: Box, size: tuple[int, int]) -> list[Box]:
-    """The box asked for, then all others of its size in steps of half its sides that lie in a
-    picture of `size` (width, height).
+    """The box asked for, then all others of its size in steps of a quarter of its sides that lie in
+    a picture of `size` (width, height). One step away the overlap is 0.6, further it is below half.
 
-    >>> candidates((10, 0, 20, 10), (30, 10))
-    [(10, 0, 20, 10), (0.0, 0.0, 10.0, 10.0), (5.0, 0.0, 15.0, 10.0), (15.0, 0.0, 25.0, 10.0), \
-(20.0, 0.0, 30.0, 10.0)]
+    >>> [left for left, *_ in candidates((8, 0, 16, 8), (20, 8))]
+    [8, 0.0, 2.0, 4.0, 6.0, 10.0, 12.0]
     """
-    lefts, tops = (_steps(asked[k], (asked[k + 2] - asked[k]) / 2, size[k]) for k in (0, 1))
+    lefts, tops = (_steps(asked[k], (asked[k + 2] - asked[k]) / STEPS, size[k]) for k in (0, 1))
     width, height = asked[2] - asked[0], asked[3] - asked[1]
     others = [
         (left, top, left + width, top + height)
@@ -73,8 +87,8 @@ def candidates(asked: Box, size: tuple[int, int]) -> list[Box]:
 
 
 def _steps(start: float, step: float, length: int) -> list[float]:
-    """`start` and all that lie whole steps from it, two more steps ending within `length`."""
-    first, last = -int(start // step), int((length - start) // step) - 2
+    """`start` and all that lie whole steps from it, `STEPS` more of them ending within `length`."""
+    first, last = -int(start // step), int((length - start) // step) - STEPS
     return [start + k * step for k in range(first, max(last, 0) + 1)]
 
 

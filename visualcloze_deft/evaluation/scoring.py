@@ -6,9 +6,11 @@ Axes: n images, d dimensions of features.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft.data.annotators import computed, fastest
+from visualcloze_deft.data.annotators import ANNOTATORS, computed, fastest, loaded
 from visualcloze_deft.data.derive import canny
-from visualcloze_deft.data.images import read_image
+from visualcloze_deft.data.images import Box, read_image
 from visualcloze_deft.data.insdet import GROWN
+from visualcloze_deft.encodings import fingerprint
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics, placement, similarity
 from visualcloze_deft.evaluation.cases import Shot
@@ -55,12 +58,15 @@ class Metric:
 class Measures:
     """What is measured beside pixels.
 
-    encoders: of images. annotate: role -> model that extracts it from an image. tolerance: of
-    edges, in pixels. lpips: whether it is computed. maps: a folder that keeps what `annotate` made.
+    encoders: of images. annotate: role -> model that extracts it from an image. always: roles that
+    are extracted from every image and its truth, also where none was given as a condition.
+    tolerance: of edges, in pixels. lpips: whether it is computed. maps: a folder that keeps what
+    `annotate` made.
     """
 
     encoders: Sequence[Encoder] = ()
     annotate: Mapping[str, str] = field(default_factory=dict)
+    always: Sequence[str] = ()
     tolerance: int = 0
     lpips: bool = False
     maps: Path | None = None
@@ -117,12 +123,12 @@ def pixel_scores(shot: Shot, measures: Measures) -> Scores:
         found["psnr"] = metrics.psnr(made, truth)
         if min(made.size) >= metrics.WINDOW:
             found["ssim"] = metrics.ssim(made, truth)
-        if measures.lpips:
+        if measures.lpips and min(made.size) >= metrics.LEAST_SIDE:
             found["lpips"] = metrics.lpips(made, truth, device=fastest())
         if shot.role in COMPARED:
             found |= compared(shot.role, made, truth, measures, shot.classes)
-    if shot.role == "target":
-        for role in shot.shown:
+    if shot.role not in MAPS and (truth or shot.role == "target"):
+        for role in dict.fromkeys((*shot.shown, *measures.always)):
             found |= followed(role, made, truth, shot, measures)
     if shot.box and "hole" in shot.shown:
         hole = fitted(read_image(shot.shown["hole"]), made.size)
@@ -155,11 +161,12 @@ def colours_of(*painted: Image.Image) -> tuple[Colour, ...]:
 
 
 def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
-    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content."""
+    """What OpenCV (canny) or a model sees in an image; of a model, kept by the image's content and
+    the model's."""
     if role == "canny":
         return canny(image)
     place = measures.annotate[role]
-    told = f"{role} {place} {image.size}".encode() + image.tobytes()
+    told = f"{role} {annotator(role, place)} {image.size}".encode() + image.tobytes()
     path = measures.maps and measures.maps / role / f"{hashlib.sha256(told).hexdigest()}.png"
     if path and path.is_file():
         return read_image(path)
@@ -168,6 +175,15 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole(path, partial(found.save, format="PNG"))
     return found
+
+
+@cache
+def annotator(role: str, place: str) -> str:
+    """What tells a model that extracts `role` from others, wherever it lies: SHA-256 of its weights
+    and of how it sees pictures."""
+    seen = loaded(ANNOTATORS[role].pipeline, place, fastest())
+    sees = json.dumps(seen.image_processor.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(f"{fingerprint(seen.model)} {sees}".encode()).hexdigest()
 
 
 def compared(
@@ -210,22 +226,29 @@ def encoded(shots: Sequence[Shot], encoder: Encoder, what: str) -> list[Scores]:
     kept = Kept(encoder, what)
     found: list[Scores] = [{} for _ in shots]
     photos = [k for k, shot in enumerate(shots) if shot.role not in MAPS]
-    features = kept.of([shots[k].image for k in photos])
-    for k, one in zip(photos, features, strict=True):
-        shot = shots[k]
-        if shot.references and not shot.box:
-            references = kept.of(shot.references)
-            found[k][f"image/{name}"] = float(similarity.to_references(one[None], references)[0])
-        elif shot.truth:
-            truth = kept.of([shot.truth])
-            found[k][f"image/{name}"] = float(similarity.aligned(one[None], truth)[0])
-        if shot.box and shot.references:
-            found[k] |= placed(shot, kept)
+    if not photos:
+        return found
+    features = dict(zip(photos, kept.of([shots[k].image for k in photos]), strict=True))
+    # those of one subject stand together: its references are taken once, not once an image
+    for references, own in groupby(photos, key=lambda k: shots[k].references):
+        group = list(own)
+        alike = [k for k in group if references and not shots[k].box]
+        if alike:
+            made = np.stack([features[k] for k in alike])
+            cosines = similarity.to_references(made, kept.of(references))
+            for k, cosine in zip(alike, cosines, strict=True):
+                found[k][f"image/{name}"] = float(cosine)
+        for k in group:
+            shot = shots[k]
+            if shot.truth and (shot.box or not references):
+                truth = kept.of([shot.truth])
+                found[k][f"image/{name}"] = float(similarity.aligned(features[k][None], truth)[0])
+            if shot.box and references:
+                found[k] |= placed(shot, kept)
     asked = [k for k in photos if shots[k].prompt]
     if encoder.read is not None and asked:
         texts = encoder.texts([shots[k].prompt for k in asked]).values
-        places = {k: place for place, k in enumerate(photos)}
-        made = np.stack([features[places[k]] for k in asked])
+        made = np.stack([features[k] for k in asked])
         for k, cosine in zip(asked, similarity.aligned(made, texts), strict=True):
             found[k][f"text/{name}"] = float(cosine)
     return found
@@ -257,12 +280,17 @@ def placed(shot: Shot, kept: Kept) -> Scores:
     box = placement.box_of(fitted(read_image(shot.box), made.size))
     views = kept.of(shot.references)
     boxes = placement.candidates(box, made.size)
-    crops = kept.encoder.images(placement.crop(made, one) for one in boxes).values
+    crops = kept.encoder.images(seen(made, one) for one in boxes).values
     cosines = similarity.to_references(crops, views)
     found = {f"box/{kept.encoder.name}": float(cosines[0])}
     if not all(placement.overlap(one, box) >= placement.OVERLAP for one in boxes):
         found[f"box_hit/{kept.encoder.name}"] = float(placement.box_hit(cosines, boxes, box))
     return found
+
+
+def seen(image: Image.Image, box: Box) -> Image.Image:
+    """What of a box an encoder is given: all of it."""
+    return placement.squared(placement.crop(image, box))
 
 
 def drifts(

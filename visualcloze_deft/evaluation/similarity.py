@@ -8,6 +8,7 @@ Axes: n images, m others, d dimensions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,9 @@ class Distance:
     warning: str
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} (n {self.count}{'; ' + self.warning if self.warning else ''})"
+        spread = "" if math.isnan(self.deviation) else f", deviation {self.deviation:.2g}"
+        warning = f"; {self.warning}" if self.warning else ""
+        return f"{self.value:.4g} (n {self.count}{spread}{warning})"
 
 
 def cosines(one: Rows, other: Rows) -> Floats:
@@ -49,9 +52,11 @@ def to_references(made: Rows, references: Rows) -> Floats:
     """(n,): the mean cosine of each image to all references.
 
     Its mean is the mean pairwise cosine: CLIP-I and DINO of DreamBooth (Ruiz et al. 2023, sec. 4.2)
-    with those encoders' features of a subject's generated and real images.
+    with those encoders' features of a subject's generated and real images. The mean of cosines is
+    the product with the mean of unit vectors, so no table of n x m is made.
     """
-    return cosines(made, references).mean(axis=1)
+    found: Floats = _unit(made) @ _unit(references).mean(axis=0)
+    return found
 
 
 def within(features: Rows) -> Floats:
@@ -137,7 +142,7 @@ def kid(made: Rows, truth: Rows, *, seed: int = 0) -> Distance:
         _discrepancy(*(x[rng.choice(len(x), size, replace=False)] for x in (one, other)))
         for _ in range(SUBSETS)
     ]
-    few = f"subsets of {size} images instead of {SUBSET_SIZE}, deviation {np.std(found):.2g}"
+    few = f"subsets of {size} images instead of {SUBSET_SIZE}"
     return Distance(
         value=float(np.mean(found)),
         deviation=float(np.std(found)),

@@ -19,7 +19,7 @@ from visualcloze_deft.data.dreambooth import CLASSES, DreamBooth, words
 from visualcloze_deft.data.images import folders_in, images_in, read_image
 from visualcloze_deft.data.insdet import Place, View, alone, placed, read_places, read_views
 from visualcloze_deft.data.item import Item, Part, Source
-from visualcloze_deft.data.mixture import Able, Example, able, content, row_of
+from visualcloze_deft.data.mixture import Able, Example, able, content, row_of, serving
 from visualcloze_deft.data.scenes import SEGMENT_COLOURS
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
@@ -169,10 +169,15 @@ def opened(name: str, making: Making) -> list[Source]:
 def by_task(
     tasks: Mapping[str, Task], sources: Sequence[Source], making: Making, *, usual: int
 ) -> list[Row]:
-    """A row for each task that there is data for."""
+    """A row for each task that there is data for.
+
+    Raises `UserError` where there is none for any, or for one that is called by its name.
+    """
     rows = []
+    parts = [part.partition("=")[0].strip() for part in (making.tasks or "").split(",")]
     for name, task in tasks.items():
-        if found := able(task.roles, sources):
+        # one that is asked for by its own name must have data
+        if found := serving(task, sources) if name in parts else able(task.roles, sources):
             count = min(making.limit or usual, len(found[0]))
             make = partial(known, task, found[0], making, count)
             rows.append(Row(name=name, count=count, make=make))

@@ -154,12 +154,14 @@ def kept_cells(
 
 
 def set_cells(sets: Sequence[SetScore]) -> tuple[list[str], list[list[str]]]:
-    head = ["", "distance of sets (encoder) ↓", "value", "images", "what to think of it"]
+    head = ["", "distance of sets (encoder) ↓", "value", "deviation", "images"]
+    head.append("what to think of it")
     rows = [
         [
             one.row,
             f"{one.kind} ({one.encoder})",
             f"{one.distance.value:.4g}",
+            NONE if math.isnan(one.distance.deviation) else f"{one.distance.deviation:.2g}",
             str(one.distance.count),
             one.distance.warning or NONE,
         ]
@@ -183,17 +185,60 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def as_csv(table: Table) -> str:
     """A row for each row of the table; of each metric four columns: mean, low, high, n."""
+    head = ["row", *(t for metric in table.metrics.values() for t in columns(metric.title))]
+    rows = [
+        [row, *(cell for name in table.metrics for cell in cells_of_figure(figures.get(name)))]
+        for row, figures in table.rows.items()
+    ]
+    return csv_text(head, rows)
+
+
+def kept_csv(kept: Sequence[Kept], metrics: Mapping[str, Metric]) -> str:
+    """A row for each row and metric before and after."""
+    figures = ("base", "with the adapter", "change")
+    head = ["row", "metric", *(title for name in figures for title in columns(name)), "p"]
+    rows = [
+        [
+            one.row,
+            metrics[one.metric].title,
+            *(cell for f in (one.base, one.after, one.change) for cell in cells_of_figure(f)),
+            one.p,
+        ]
+        for one in kept
+    ]
+    return csv_text(head, rows)
+
+
+def sets_csv(sets: Sequence[SetScore]) -> str:
+    """A row for each row of the table and distance of sets."""
+    head = ["row", "distance", "encoder", "value", "deviation", "n", "what to think of it"]
+    rows = [
+        [
+            one.row,
+            one.kind,
+            one.encoder,
+            one.distance.value,
+            None if math.isnan(one.distance.deviation) else one.distance.deviation,
+            one.distance.count,
+            one.distance.warning,
+        ]
+        for one in sets
+    ]
+    return csv_text(head, rows)
+
+
+def columns(title: str) -> list[str]:
+    return [title + end for end in ("", " low", " high", " n")]
+
+
+def cells_of_figure(one: Figure | None) -> list[object]:
+    record = one.record() if one else {}
+    return [record.get(key) for key in ("mean", "low", "high", "count")]
+
+
+def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    ends = ("", " low", " high", " n")
-    titles = [metric.title for metric in table.metrics.values()]
-    writer.writerow(["row", *(title + end for title in titles for end in ends)])
-    for row, figures in table.rows.items():
-        cells: list[object] = [row]
-        for name in table.metrics:
-            record = figures[name].record() if name in figures else {}
-            cells += [record.get(key) for key in ("mean", "low", "high", "count")]
-        writer.writerow(cells)
+    csv.writer(file, lineterminator="\n").writerows([head, *rows])
     return file.getvalue()
 
 
