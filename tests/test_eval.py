@@ -8,10 +8,13 @@ import json
 import math
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -200,6 +203,26 @@ def test_a_killed_evaluation_makes_only_what_is_missing(
     words = scenes(output, "--against-base", "--model", micro_model, "--steps", 1)
     said = refused("eval", adapter, *words)
     assert "003.json: already there and no record of vcdeft; remove it, or give another" in said
+
+
+@pytest.mark.processes
+def test_an_evaluation_killed_at_work_ends_as_one_that_was_not(
+    micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    words = ["--suite", "scenes", "--tasks", TASKS, "--limit", 6, "--encoder", "none"]
+    words = ["eval", adapter, *words, "--against-base", "--model", micro_model, "--steps", 30]
+    group = processes.Group([*words, "--output", output], processes=1)
+    while len(list((output / "images").glob("*.json"))) < 2:
+        time.sleep(0.01)
+    group.send(signal.SIGKILL)
+    group.wait()
+    before = {path: path.stat().st_mtime_ns for path in (output / "images").glob("*.json")}
+    assert 2 <= len(before) < 12
+    for place in (output, whole):
+        main([str(word) for word in (*words, "--output", place)])
+    assert (output / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
 def test_another_evaluations_folder_is_refused(
