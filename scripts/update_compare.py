@@ -1,6 +1,7 @@
 """Put a comparison's results into its page: python scripts/update_compare.py runs/compare-scenes
 
-Copies table.md between the marks of that name in docs/compare.md, and the pictures to docs/images.
+Copies table.md between the marks of that name in docs/compare.md, the figures of each task folded
+away, and the pictures to docs/images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main() -> None:
         copy = f"{name}-{picture}"
         shutil.copyfile(folder / picture, DOCS / "images" / copy)
         pictures.append(f"![{Path(picture).stem}](images/{copy})")
-    parts = [marks[0], "", (folder / TABLE).read_text(encoding="utf-8"), *pictures, "", marks[1]]
+    whole, each = (folder / TABLE).read_text(encoding="utf-8").split("### Each task\n")
+    folded = f"<details><summary>Each task</summary>\n{each}\n</details>"
+    parts = [marks[0], "", whole.rstrip(), "", *pictures, "", folded, "", marks[1]]
     between = f"{re.escape(marks[0])}.*{re.escape(marks[1])}"
     filled = re.sub(between, lambda _: "\n".join(parts), text, flags=re.S)
     page.write_text(filled, encoding="utf-8")

@@ -222,25 +222,22 @@ def measure_all(plan: Plan) -> None:
 
 
 def compared(plan: Plan) -> list[Compared]:
-    """What was measured: a value for each match, method, seed and task, in their order."""
+    """What was measured: a value for each method, rank, seed and task, in their order."""
     found = []
-    by_method = sorted(plan.trainings, key=lambda t: plan.comparison.methods.index(t.method))
-    for match in plan.comparison.match:
-        for training in (t for t in by_method if match in t.matches):
-            for one in plan.asked:
-                before, after = plan.measured(None, one), plan.measured(training, one)
-                assert before is not None
-                assert after is not None
-                found.append(
-                    Compared(
-                        training=training,
-                        match=match,
-                        group=one.group,
-                        task=one.task.name,
-                        before=before,
-                        after=after,
-                    )
+    for training in sorted(plan.trainings, key=lambda t: plan.comparison.methods.index(t.method)):
+        for one in plan.asked:
+            before, after = plan.measured(None, one), plan.measured(training, one)
+            assert before is not None
+            assert after is not None
+            found.append(
+                Compared(
+                    training=training,
+                    group=one.group,
+                    task=one.task.name,
+                    before=before,
+                    after=after,
                 )
+            )
     return found
 
 

@@ -1,7 +1,7 @@
 """What `vcdeft compare` writes of its measurements: lines, tables, pictures, a page.
 
-OUTPUT/results.jsonl          a line for each match, method, seed and task, with the figures of
-                              every grid before and after training; all else is made from it
+OUTPUT/results.jsonl          a line for each training and task, with the figures of every grid
+                              before and after; all else is made from it
 OUTPUT/table.md, table.csv    gain, retention and the methods in pairs
 OUTPUT/gain-retention.svg, learning-curves.svg
 OUTPUT/report.html            all of it, in a file that opens without a server
@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from visualcloze_deft import rundir
-from visualcloze_deft.compare_config import Match, Training
+from visualcloze_deft.compare_config import Training
 from visualcloze_deft.compare_evaluate import Measured
 from visualcloze_deft.compare_statistics import LEVEL, Estimate, Values, estimate, holm
 from visualcloze_deft.output import whole_text
@@ -43,10 +43,9 @@ GROUPS = {"new": "gain", "old": "retention"}  # what a change is called
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One task before and after one training, as it counts in one match."""
+    """One task before and after one training."""
 
     training: Training
-    match: Match
     group: str
     task: str
     before: Measured
@@ -86,7 +85,8 @@ MEASURES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure of the tables. what: a method, or a pair of them as (better, than).
+    """One figure of the tables. match: by what it is matched, "rank", "parameters" or both. what: a
+    method, or a pair of them as (one, minus the other).
 
     p: of no difference, adjusted for all pairs of its group and measure (Holm); nan of a method."""
 
@@ -131,7 +131,7 @@ def write_reports(found: Sequence[Compared], output: Path) -> Path:
 def line_of(one: Compared) -> dict[str, Any]:
     training = one.training
     return {
-        "match": one.match,
+        "matches": training.matches,
         "method": training.method,
         "rank": training.rank,
         "parameters": training.parameters,
@@ -167,6 +167,19 @@ def some(lines: Lines, **wanted: object) -> list[Mapping[str, Any]]:
     return [line for line in lines if all(line[key] == value for key, value in asked.items())]
 
 
+def matches(lines: Lines) -> list[str]:
+    return list(dict.fromkeys(match for line in lines for match in line["matches"]))
+
+
+def entrants(lines: Lines, match: str | None = None) -> dict[tuple[str, int], Lines]:
+    """(method, rank) -> its lines; those that take part in a match, or all."""
+    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if match is None or match in line["matches"]:
+            found.setdefault((line["method"], line["rank"]), []).append(line)
+    return dict(found)
+
+
 def changes(lines: Lines, measure: Measure) -> Values:
     """(s g) the change of each grid of each seed, mean over the tasks of `lines`."""
     found = []
@@ -182,50 +195,44 @@ def changes(lines: Lines, measure: Measure) -> Values:
 
 def method_rows(lines: Lines, *, by_task: bool = False) -> Iterator[Row]:
     """The changes of every method, of all tasks of a group together or of each."""
-    for match in named(lines, "match"):
-        for method in named(some(lines, match=match), "method"):
-            own = some(lines, match=match, method=method)
-            for group in named(own, "group"):
-                of_group = some(own, group=group)
-                for task in named(of_group, "task") if by_task else [None]:
-                    for measure in MEASURES:
-                        yield Row(
-                            match=match,
-                            what=(method,),
-                            group=group,
-                            task=task or "",
-                            measure=measure,
-                            found=estimate(changes(some(of_group, task=task), measure)),
-                        )
+    for (method, _), own in entrants(lines).items():
+        for group in named(own, "group"):
+            of_group = some(own, group=group)
+            for task in named(of_group, "task") if by_task else [None]:
+                for measure in MEASURES:
+                    yield Row(
+                        match=" and ".join(matches(own)),
+                        what=(method,),
+                        group=group,
+                        task=task or "",
+                        measure=measure,
+                        found=estimate(changes(some(of_group, task=task), measure)),
+                    )
 
 
 def pair_rows(lines: Lines) -> Iterator[Row]:
-    """How much more the change of one method is than that of another, on the same grids after the
-    same examples. Two trainings that meet in both matches are told once; p is adjusted for all
-    pairs of one group and measure."""
+    """How much more the change of one method is than that of another that it is matched with, on
+    the same grids after the same examples; p is adjusted for all pairs of one group and measure."""
     for group in named(lines, "group"):
         for measure in MEASURES:
-            found: dict[tuple[str, str], Row] = {}
-            for match in named(lines, "match"):
-                own = some(lines, match=match, group=group)
-                by_method = {method: some(own, method=method) for method in named(own, "method")}
-                of = {method: changes(told, measure) for method, told in by_method.items()}
-                for one, other in combinations(of, 2):
-                    runs = by_method[one][0]["run"], by_method[other][0]["run"]
-                    if runs in found:
-                        both = f"{found[runs].match} and {match}"
-                        found[runs] = replace(found[runs], match=both)
-                        continue
-                    found[runs] = Row(
-                        match=match,
-                        what=(one, other),
-                        group=group,
-                        task="",
-                        measure=measure,
-                        found=estimate(of[one] - of[other]),
+            found = []
+            for (one, first), (other, second) in combinations(
+                entrants(some(lines, group=group)).items(), 2
+            ):
+                if shared := [match for match in matches(first) if match in matches(second)]:
+                    apart = changes(first, measure) - changes(second, measure)
+                    found.append(
+                        Row(
+                            match=" and ".join(shared),
+                            what=(one[0], other[0]),
+                            group=group,
+                            task="",
+                            measure=measure,
+                            found=estimate(apart),
+                        )
                     )
-            adjusted = holm([row.found.p for row in found.values()])
-            for row, p in zip(found.values(), adjusted, strict=True):
+            adjusted = holm([row.found.p for row in found])
+            for row, p in zip(found, adjusted, strict=True):
                 yield replace(row, p=p)
 
 
@@ -254,30 +261,25 @@ def counted(lines: Lines, group: str) -> str:
 def summary(lines: Lines, steps: Mapping[str, Lines]) -> Section:
     rows = []
     found = list(method_rows(lines))
-    for match in named(lines, "match"):
-        for method in named(some(lines, match=match), "method"):
-            own = some(lines, match=match, method=method)
-            own_rows = [row for row in found if (row.match, row.what) == (match, (method,))]
-            texts = {(row.group, row.measure.key): row.text for row in own_rows}
-            spent = [sum(s["seconds"] for s in steps[run]) for run in named(own, "run")]
-            rows.append(
-                [
-                    match,
-                    method,
-                    str(own[0]["rank"]),
-                    f"{own[0]['parameters']:,}",
-                    f"{np.mean(spent) / 60:.1f}",
-                    *(texts[group, m.key] for group in GROUPS for m in MEASURES),
-                ]
-            )
+    for (method, rank), own in entrants(lines).items():
+        match = " and ".join(matches(own))
+        own_rows = [row for row in found if (row.match, row.what) == (match, (method,))]
+        texts = {(row.group, row.measure.key): row.text for row in own_rows}
+        spent = [sum(s["seconds"] for s in steps[run]) for run in named(own, "run")]
+        rows.append(
+            [
+                match,
+                method,
+                str(rank),
+                f"{own[0]['parameters']:,}",
+                f"{np.mean(spent) / 60:.1f}",
+                *(texts[group, m.key] for group in GROUPS for m in MEASURES),
+            ]
+        )
     runs = named(lines, "run")
     minutes = sum(s["seconds"] for run in runs for s in steps[run]) / 60
-    measured = {  # a training of both matches has its lines twice, the base a line for every one
-        (who, line["group"], line["task"]): line["seconds"][kind]
-        for line in lines
-        for who, kind in (("", "base"), (line["run"], "adapter"))
-    }
-    measuring = sum(measured.values()) / 60
+    of_base = {(line["group"], line["task"]): line["seconds"]["base"] for line in lines}
+    measuring = sum([*of_base.values(), *(line["seconds"]["adapter"] for line in lines)]) / 60
     note = (
         f"Change from the base to the base with the adapter; above 0 is better. Gain is of the new "
         f"tasks ({counted(lines, 'new')}), retention of the old ones ({counted(lines, 'old')}), "
@@ -301,7 +303,8 @@ def pairs(lines: Lines) -> Section:
     for row in pair_rows(lines):
         key = row.match, GROUPS[row.group], " - ".join(row.what)
         star = " *" if row.significant else ""
-        said = f"{row.p:.3f}{star}, {row.found.agree} of {row.found.seeds}"
+        p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
+        said = f"{p}{star}, {row.found.agree} of {row.found.seeds}"
         rows.setdefault(key, []).extend([row.text, said])
     note = (
         "PSNR: how much more the first method changed it than the second. Velocity error: by how "
@@ -320,7 +323,7 @@ def by_task(lines: Lines) -> Section:
     rows: dict[tuple[str, ...], list[str]] = {}
     for row in method_rows(lines, by_task=True):
         (method,) = row.what
-        own = some(lines, match=row.match, method=method, task=row.task, group=row.group)
+        own = some(lines, method=method, task=row.task, group=row.group)  # of the base: the same
         before = np.mean([line[f"{row.measure.key}_before"] for line in own])
         digits = 1 if row.measure.key == "psnr" else 4
         key = row.match, method, GROUPS[row.group], row.task
@@ -370,18 +373,13 @@ def as_csv(lines: Lines) -> str:
 
 def draw_scatter(lines: Lines) -> Figure:
     """Gain against retention: a panel for each match and measure; small points are seeds."""
-    matches = named(lines, "match")
-    figure = Figure(figsize=(6.2 * len(MEASURES), 4.4 * len(matches)), layout="constrained")
-    panels = figure.subplots(len(matches), len(MEASURES), squeeze=False)
-    found = {
-        (row.match, row.what[0], row.group, row.measure.key): row.found
-        for row in method_rows(lines)
-    }
-    for match, of_match in zip(matches, panels, strict=True):
+    every = matches(lines)
+    figure = Figure(figsize=(6.2 * len(MEASURES), 4.4 * len(every)), layout="constrained")
+    panels = figure.subplots(len(every), len(MEASURES), squeeze=False)
+    for match, of_match in zip(every, panels, strict=True):
         for measure, axes in zip(MEASURES, of_match, strict=True):
-            for method in named(some(lines, match=match), "method"):
-                own = some(lines, match=match, method=method)
-                ends = [found[match, method, group, measure.key] for group in GROUPS]
+            for own in entrants(lines, match).values():
+                ends = [estimate(changes(some(own, group=group), measure)) for group in GROUPS]
                 draw_method(axes, own, ends, measure)
             axes.axhline(0, color="#888", linewidth=0.8)
             axes.axvline(0, color="#888", linewidth=0.8)
@@ -411,13 +409,13 @@ def draw_method(axes: Axes, own: Lines, ends: Sequence[Estimate], measure: Measu
 def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
     """Training losses, mean over seeds and smoothed, and their difference to the first method's:
     every method sees the same examples with the same noise, so that the noise goes with it."""
-    matches = named(lines, "match")
-    figure = Figure(figsize=(12.4, 3.6 * len(matches)), layout="constrained")
-    panels = figure.subplots(len(matches), 2, squeeze=False)
-    for match, (left, right) in zip(matches, panels, strict=True):
-        losses = {m: mean_loss(some(lines, match=match, method=m), steps) for m in COLOURS}
-        known = {method: loss for method, loss in losses.items() if len(loss)}
-        first = named(some(lines, match=match), "method")[0]
+    every = matches(lines)
+    figure = Figure(figsize=(12.4, 3.6 * len(every)), layout="constrained")
+    panels = figure.subplots(len(every), 2, squeeze=False)
+    for match, (left, right) in zip(every, panels, strict=True):
+        own = entrants(lines, match).items()
+        known = {method: mean_loss(told, steps) for (method, _), told in own}
+        first = next(iter(known))
         for method, loss in known.items():
             x = np.arange(1.0, len(loss) + 1)
             style: dict[str, Any] = {"color": COLOURS[method], "label": method, "linewidth": 1.2}
@@ -434,8 +432,7 @@ def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
 
 def mean_loss(lines: Lines, steps: Mapping[str, Lines]) -> Numbers:
     """The loss of each step, mean over the trainings of `lines`."""
-    losses = [values(steps[run], "loss") for run in named(lines, "run")]
-    return np.mean(losses, axis=0) if losses else np.array([])
+    return np.mean([values(steps[run], "loss") for run in named(lines, "run")], axis=0)
 
 
 def page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:
