@@ -450,6 +450,7 @@ def train_all(path: Path, *more: str) -> None:
         settings.unlink()
 
 
+@pytest.mark.processes
 def test_what_is_finished_is_not_done_again(
     comparison_file: Callable[..., Path],
     tmp_path: Path,
