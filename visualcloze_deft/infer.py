@@ -74,7 +74,6 @@ NOT_COMPARED = (
     "batch",
     "of_seed",
 )
-LATER = ("adapters_config_sha256",)  # what older records lack, and then says nothing
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
 MANY = 20  # grids from which on reading their pictures gets a bar
@@ -344,19 +343,18 @@ def finished(output: Path, plan: Planned, *, since: float) -> bool:
     now = compared(plan.record)
     if before is None:
         for name in files_of(plan):
-            if (output / name).exists() and (
-                differing(compared(told_by_image(output / name)), now) is not None
-            ):
+            if (output / name).exists() and compared(told_by_image(output / name)) != now:
                 raise UserError(
                     f"{output / name}: already there, not made by this command; {WAY_OUT}"
                 )
         return False
     found = compared(before)
-    if (key := differing(found, now)) is not None:
-        raise UserError(
-            f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
-            f"{shortly(now[key])}; {WAY_OUT}"
-        )
+    for key, value in now.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
+                f"{shortly(value)}; {WAY_OUT}"
+            )
     return all((output / name).is_file() for name in plan.names)
 
 
@@ -365,13 +363,6 @@ def compared(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in NOT_COMPARED}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
-
-
-def differing(found: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first key of what is asked for `now` that a record has otherwise; None: it is the same.
-    A record of before a key was kept may be of anything there."""
-    keys = [key for key in now if key in found or key not in LATER]
-    return next((key for key in keys if found.get(key) != now[key]), None)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
