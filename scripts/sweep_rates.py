@@ -36,8 +36,6 @@ def main(
     asked = load_comparison(config)
     if seed in asked.seeds:
         raise SystemExit(f"--seed {seed} is one of the comparison's: {list(asked.seeds)}")
-    if asked.run["data"].get("sources", ["scenes"]) != ["scenes"]:
-        raise SystemExit(f"{config}: its examples repeat, so training losses choose no rate")
     root = output or Path(f"{asked.output}-rates")
     wanted = methods.split(",") if methods else list(asked.methods)
     for rate in rates.split(","):
@@ -45,6 +43,8 @@ def main(
         changes += [f"method.{name}.optimiser.lr={rate}" for name in wanted]
         changes += [f"run.steps={steps}"] if steps else []
         plan = planned(load_comparison(config, changes))
+        if any(not name.startswith("scenes") for name in plan.trainings[0].run.data.sources):
+            raise SystemExit(f"{config}: its examples repeat, so training losses choose no rate")
         for training in prepared(plan):
             try:
                 train_all(plan, [training])
@@ -59,15 +59,18 @@ def report(root: Path) -> None:
     for file in root.glob("*/runs/*/metrics.jsonl"):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         losses = np.array([line["loss"] for line in lines], float)  # null, a loss astray: nan
-        losses = np.nan_to_num(losses, nan=np.inf)[int(len(losses) * (1 - LAST)) :]
+        losses = np.nan_to_num(losses, nan=np.inf)
         found.setdefault(file.parent.name, {})[file.parts[len(root.parts)]] = losses
-    for training, by_rate in sorted(found.items()):
+    for training, every in sorted(found.items()):
+        longest = max(map(len, every.values()))
+        by_rate = {
+            rate: losses[int(longest * (1 - LAST)) :]
+            for rate, losses in every.items()
+            if len(losses) == longest  # the others are not finished, or were given up
+        }
         best = min(by_rate, key=lambda rate: float(by_rate[rate].mean()))
         print(f"{training}: {best}")
         for rate in sorted(by_rate, key=float):
-            if len(by_rate[rate]) != len(by_rate[best]):
-                print(f"  {rate:>6}  not finished")
-                continue
             apart, loss = by_rate[rate] - by_rate[best], by_rate[rate].mean()
             error = apart.std(ddof=1) / np.sqrt(len(apart))
             print(f"  {rate:>6}  loss {loss:.4f}  {apart.mean():+.4f} ± {error:.4f}")

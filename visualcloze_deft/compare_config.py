@@ -56,6 +56,12 @@ def _of_scenes_not_asked(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return _all_different(seeds)
 
 
+def _none_or_several(grids: int) -> int:
+    if grids < 0 or grids == 1:
+        raise ValueError("give two or more, or 0 for evaluate.grids")
+    return grids
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -68,8 +74,8 @@ class Group(_Section):
     sources: tuple[str, ...] = ()
     """Data of its own, never trained on; without, what the run holds out (`data.hold_out`, or
     scenes of another seed)."""
-    grids: Annotated[int, Field(ge=0)] = 0
-    """Held-out grids of each task; 0: `evaluate.grids`."""
+    grids: Annotated[int, AfterValidator(_none_or_several)] = 0
+    """Held-out grids of each task, two at least; 0: `evaluate.grids`."""
 
 
 class Evaluate(_Section):

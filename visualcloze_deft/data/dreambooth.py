@@ -30,7 +30,9 @@ class DreamBooth:
         subjects = root / "dataset" if (root / "dataset").is_dir() else root
         self.classes = read_classes(subjects / CLASSES) if (subjects / CLASSES).exists() else {}
         by_subject = [
-            list(permutations(images_in(folder).values(), 2)) for folder in folders_in(subjects)
+            pairs
+            for folder in folders_in(subjects)
+            if (pairs := list(permutations(images_in(folder).values(), 2)))
         ]
         self.pairs = [pair for pairs in by_subject for pair in pairs]
         self.units = [k for k, pairs in enumerate(by_subject) for _ in pairs]

@@ -95,6 +95,7 @@ class Part:
         numbers = np.arange(len(source)) if units is None else units
         self.mine = (numbers % every == every - 1) == held_out
         self.own = np.flatnonzero(self.mine)
+        self.units = None if units is None else units[self.own]
 
     def __len__(self) -> int:
         return len(self.own)

@@ -220,7 +220,7 @@ def state_of(place: str) -> str | None:
     root = Path(place)
     if place and not root.exists():
         root = Path(place.partition("@")[0])  # a table's split stands behind it
-    if not place or not root.exists():
+    if not place.partition("@")[0] or not root.exists():
         return None
     root = next((root / name for name in LISTED_IN if (root / name).is_file()), root)
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
