@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import warnings
 import zlib
@@ -25,6 +26,7 @@ from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.images import picture_size, read_crop, read_image
 from visualcloze_deft.data.insdet import LIGHT_GREY, InsDet
+from visualcloze_deft.data.item import Part, units_of
 from visualcloze_deft.data.sources import PROCEDURAL, SOURCES, open_source
 from visualcloze_deft.errors import UserError
 
@@ -527,6 +529,17 @@ def test_dreambooth_pairs_are_ordered_and_of_one_subject(tmp_path: Path) -> None
     assert len(DreamBooth(tmp_path / "dataset")) == len(source)
 
 
+def test_subjects_are_held_out_whole(tmp_path: Path) -> None:
+    for name in ("cat2/00", "cat2/01", "cat2/02", "lone/00", "red_toy/00", "red_toy/01"):
+        paint(tmp_path / f"{name}.jpg")
+    trained, asked = (
+        Part(DreamBooth(tmp_path), every=2, held_out=held_out) for held_out in (False, True)
+    )
+    subjects = [{one.item(k).key.split()[0] for k in range(len(one))} for one in (trained, asked)]
+    assert subjects == [{"cat2"}, {"red_toy"}]
+    assert units_of(asked).tolist() == [1, 1]  # they still share photos
+
+
 def test_dreambooth_captions_name_the_class_or_the_folder(tmp_path: Path) -> None:
     for name in ("red_toy2/00", "red_toy2/01"):
         paint(tmp_path / f"{name}.jpg")
@@ -585,6 +598,28 @@ def insdet(root: Path, *, views: int = 2) -> Path:
 
 def scene_xml(root: Path) -> Path:
     return root / "Scenes/easy/desk_001/rgb_000.xml"
+
+
+def test_objects_and_places_are_held_out_whole(tmp_path: Path) -> None:
+    insdet(tmp_path, views=3)
+    for old, new in (
+        ("Objects/007_red_block", "Objects/008_blue_block"),
+        ("Scenes/easy/desk_001", "Scenes/easy/desk_002"),
+    ):
+        shutil.copytree(tmp_path / old, tmp_path / new)
+    trained, asked = (
+        Part(InsDet(tmp_path), every=2, held_out=held_out) for held_out in (False, True)
+    )
+    assert len(trained) == len(asked) == 3 + 1  # pairs of views, and a box
+    for part, name, desk in (
+        (trained, "007_red_block", "desk_001"),
+        (asked, "008_blue_block", "desk_002"),
+    ):
+        kinds = {roles: [part.item(k).key for k in own] for roles, own in part.kinds.items()}
+        (turned,) = (keys for roles, keys in kinds.items() if "view_turned" in roles)
+        (placed,) = (keys for roles, keys in kinds.items() if "hole" in roles)
+        assert {key.split()[0] for key in turned} == {name}
+        assert [key.split("/")[0] for key in placed] == [desk]
 
 
 def test_a_view_is_a_tight_centred_square_on_light_grey(tmp_path: Path) -> None:
