@@ -321,6 +321,7 @@ def test_examples_are_the_same_from_a_folder_also_where_items_are_held_out(
     assert found[:2] == found[2:]
 
 
+@pytest.mark.processes
 def test_a_killed_command_goes_on_where_it_stopped(
     depth_model: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:

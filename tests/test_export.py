@@ -414,6 +414,7 @@ def test_diffusers_pipelines_load_the_file(
     torch.testing.assert_close(export.answer(found, 1.0), export.answer(live, 1.0))
 
 
+@pytest.mark.processes
 def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     export.export(folder, tmp_path / "lora.safetensors", "kohya")

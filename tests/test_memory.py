@@ -205,6 +205,7 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
     assert living.most == pytest.approx(plan.peak(0), rel=0.1)
 
 
+@pytest.mark.processes
 def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
     processes.run([tmp_path / "held.json"], function=zero_memory.main)
     held = json.loads((tmp_path / "held.json").read_text())
