@@ -1,6 +1,6 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
 # make test: set up and run the tests.   make check: ruff and mypy.
-# make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; half an hour.
+# make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; long.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv

@@ -22,7 +22,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from visualcloze_deft.compare import Plan, measure_all, planned, prepared, train_all
+from visualcloze_deft import rundir
+from visualcloze_deft.compare import Plan, measure_all, planned, prepared, state_of, train_all
 from visualcloze_deft.compare_config import Training, load_comparison
 from visualcloze_deft.errors import UserError
 
@@ -74,13 +75,13 @@ def main(
 
 
 def finished(plan: Plan) -> list[Training]:
-    return [one for one in plan.trainings if (one.folder / "adapter").is_dir()]
+    return [one for one in plan.trainings if state_of(one) == "finished"]
 
 
 def losses(plan: Plan) -> Iterator[tuple[str, Numbers]]:
     for training in finished(plan):
-        lines = (training.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        every = np.array([json.loads(line)["loss"] for line in lines], float)
+        lines = rundir.read_lines(training.folder / rundir.METRICS)
+        every = np.array([line["loss"] for line in lines], float)
         yield training.name, every[int(len(every) * (1 - LAST)) :]
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from PIL import Image
 
 from visualcloze_deft import grid, heldout, rundir
 from visualcloze_deft.batch import Drawn, in_pixels
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
+from visualcloze_deft.data.annotators import fastest
 from visualcloze_deft.data.item import units_of
 from visualcloze_deft.data.mixture import Able, Example, Mixture
 from visualcloze_deft.data.sources import PROCEDURAL
@@ -166,7 +166,7 @@ def asked_with(
         "model": fingerprint(run.model) or run.model,
         "model_lora": run.model_lora,
         "quantise": run.quantise,
-        "computed": [device_here(), str(dtype_of(run.precision, device_here())), *versions()],
+        "computed": [fastest(), str(dtype_of(run.precision, fastest())), *versions()],
         "clip_text": run.clip_text,
         "cells": run.data.cells,
         "resolution": one.mixture.resolution,
@@ -179,10 +179,6 @@ def asked_with(
         "grids": one.grids,
         "steps": comparison.evaluate.steps,
     }
-
-
-def device_here() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache
@@ -227,7 +223,7 @@ def load(run: Run) -> InContextPipeline:
     return InContextPipeline.from_pretrained(
         run.model,
         lora=run.model_lora,
-        torch_dtype=dtype_of(run.precision, device_here()),
+        torch_dtype=dtype_of(run.precision, fastest()),
         quantise=run.quantise,
         clip_text=run.clip_text,
         cells=run.data.cells,

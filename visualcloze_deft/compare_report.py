@@ -32,6 +32,7 @@ from visualcloze_deft import rundir
 from visualcloze_deft.compare_config import Training
 from visualcloze_deft.compare_evaluate import Measured
 from visualcloze_deft.compare_statistics import LEVEL, Estimate, Values, estimate, holm
+from visualcloze_deft.evaluation.tables import markdown as tables_markdown
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
 
@@ -336,8 +337,7 @@ def by_task(lines: Lines) -> Section:
 
 
 def markdown(title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"### {title}", "", note, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    return f"### {title}\n\n{note}\n\n{tables_markdown(head, rows)}\n"
 
 
 def as_csv(lines: Lines) -> str:

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from visualcloze_deft.data.annotate import check_models
 from visualcloze_deft.data.annotations import RECORD, is_stored
-from visualcloze_deft.data.annotators import check_role
+from visualcloze_deft.data.annotators import check_role, fastest
 from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
@@ -296,7 +295,7 @@ def chosen(told: Sequence[str] | None) -> list[str]:
 def load_encoders(told: Sequence[str] | None, output: Path) -> list[Encoder]:
     """Every encoder loaded, its features kept in OUTPUT/features. Raises `UserError` where one
     cannot be had, or two have one name."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = fastest()
     encodings = Encodings(output / FEATURES)
     found: list[Encoder] = []
     for one in chosen(told):
