@@ -33,6 +33,7 @@ from visualcloze_deft.compare_config import Training
 from visualcloze_deft.compare_evaluate import Measured
 from visualcloze_deft.compare_statistics import LEVEL, Estimate, Values, estimate, holm
 from visualcloze_deft.evaluation.tables import markdown as tables_markdown
+from visualcloze_deft.evaluation.tables import told_p
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
 
@@ -304,8 +305,7 @@ def pairs(lines: Lines) -> Section:
     for row in pair_rows(lines):
         key = row.match, GROUPS[row.group], " - ".join(row.what)
         star = " *" if row.significant else ""
-        p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
-        said = f"{p}{star}, {row.found.agree} of {row.found.seeds}"
+        said = f"{told_p(row.p)}{star}, {row.found.agree} of {row.found.seeds}"
         rows.setdefault(key, []).extend([row.text, said])
     note = (
         "PSNR: how much more the first method changed it than the second. Velocity error: by how "

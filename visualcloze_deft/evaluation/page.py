@@ -94,7 +94,8 @@ def bars(results: Results) -> list[str]:
 def draw_bars(title: str, after: Mapping[str, Figure], before: Mapping[str, Figure]) -> Drawing:
     """A bar for each row with its interval, grey ones of the base above."""
     drawing = Drawing(
-        figsize=(6.2, 0.9 + 0.3 * len(after) * (2 if before else 1)), layout="constrained"
+        figsize=(6.2, 0.9 + len(after) * (0.6 if before else 0.3) + (0.25 if before else 0)),
+        layout="constrained",
     )
     axes = drawing.subplots()
     places = np.arange(len(after))
@@ -117,7 +118,7 @@ def draw_bars(title: str, after: Mapping[str, Figure], before: Mapping[str, Figu
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     if before:
-        axes.legend(fontsize=8, frameon=False)
+        drawing.legend(fontsize=8, frameon=False, ncols=2, loc="outside lower center")
     return drawing
 
 

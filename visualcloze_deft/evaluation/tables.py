@@ -117,6 +117,15 @@ def told(one: Figure, digits: int, *, sign: bool = False) -> str:
     )
 
 
+def told_p(p: float) -> str:
+    """A probability in words; no p is nought.
+
+    >>> told_p(0.0004), told_p(0.04)
+    ('< 0.001', '0.040')
+    """
+    return f"{p:.3f}" if not p < 0.001 else "< 0.001"
+
+
 def cells_of(table: Table) -> tuple[list[str], list[list[str]]]:
     """Heading and cells."""
     head = ["", *(f"{m.title} {'↑' if m.up else '↓'}" for m in table.metrics.values())]
@@ -147,7 +156,7 @@ def kept_cells(
                 told(one.base, metric.digits),
                 told(one.after, metric.digits),
                 told(one.change, metric.digits, sign=True),
-                f"{one.p:.3f}",
+                told_p(one.p),
             ]
         )
     return head, rows
