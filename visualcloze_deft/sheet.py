@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
 TITLE_LINES = 5
+# Pillow's own font stops at ASCII; this one has Latin, Greek and Cyrillic letters.
+FONT = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 Cells = Sequence[Sequence[Image.Image | None]]
 
@@ -20,7 +24,7 @@ def draw_grid(
 
     Cells keep their aspect inside `cell` x `cell` pixels; missing ones are drawn as "?".
     """
-    font = ImageFont.load_default(size=11)
+    font = ImageFont.truetype(FONT, 10)
     width = max(len(row) for row in rows) * (cell + GAP) + GAP
     lines = textwrap.wrap(title, max(width // 6, 12), max_lines=TITLE_LINES, placeholder=" ...")
     top = GAP + 14 * len(lines)
