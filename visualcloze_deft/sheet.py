@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
 TITLE_LINES = 5
-# Pillow's own font stops at ASCII; this one has Latin, Greek and Cyrillic letters.
-FONT = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 Cells = Sequence[Sequence[Image.Image | None]]
 
@@ -24,7 +22,7 @@ def draw_grid(
 
     Cells keep their aspect inside `cell` x `cell` pixels; missing ones are drawn as "?".
     """
-    font = ImageFont.truetype(FONT, 10)
+    font = caption_font()
     width = max(len(row) for row in rows) * (cell + GAP) + GAP
     lines = textwrap.wrap(title, max(width // 6, 12), max_lines=TITLE_LINES, placeholder=" ...")
     top = GAP + 14 * len(lines)
@@ -46,6 +44,14 @@ def draw_grid(
                 frame = (left - 2, upper - 2, left + shown.width + 1, upper + shown.height + 1)
                 pen.rectangle(frame, outline=MARK, width=2)
     return page
+
+
+@cache
+def caption_font() -> ImageFont.FreeTypeFont:
+    """Latin, Greek and Cyrillic letters; Pillow's own font stops at ASCII."""
+    from matplotlib import get_data_path  # here: importing it takes long, and sheets are rare
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:

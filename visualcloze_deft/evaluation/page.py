@@ -93,10 +93,8 @@ def bars(results: Results) -> list[str]:
 
 def draw_bars(title: str, after: Mapping[str, Figure], before: Mapping[str, Figure]) -> Drawing:
     """A bar for each row with its interval, grey ones of the base above."""
-    drawing = Drawing(
-        figsize=(6.2, 0.9 + len(after) * (0.6 if before else 0.3) + (0.25 if before else 0)),
-        layout="constrained",
-    )
+    each, around = (0.6, 1.15) if before else (0.3, 0.9)  # inches; two bars have a legend below
+    drawing = Drawing(figsize=(6.2, around + each * len(after)), layout="constrained")
     axes = drawing.subplots()
     places = np.arange(len(after))
     kinds = (

@@ -123,7 +123,7 @@ def told_p(p: float) -> str:
     >>> told_p(0.0004), told_p(0.04)
     ('< 0.001', '0.040')
     """
-    return f"{p:.3f}" if not p < 0.001 else "< 0.001"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def cells_of(table: Table) -> tuple[list[str], list[list[str]]]:
