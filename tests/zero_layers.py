@@ -62,7 +62,7 @@ class Net(nn.Module):
         config = DeftConfig(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS[kind])
         inject_adapter_in_model(config, self, "default")
         deft.adopt(self)
-        deft.share_bases(self)
+        deft.share_factors(self)
 
     def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
         for block in self.blocks:

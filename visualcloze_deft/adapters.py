@@ -94,7 +94,7 @@ def attach(
     for layer in deft.layers(transformer).values():
         with whole(layer.get_base_layer().weight):
             layer.start(NAME)
-    deft.share_bases(transformer)
+    deft.share_factors(transformer)
 
 
 def check_bare(transformer: nn.Module) -> None:
@@ -230,7 +230,7 @@ def load(
     if not trainable:
         transformer.requires_grad_(False)  # diffusers makes what it adds trainable
     deft.adopt(transformer)
-    deft.share_bases(transformer)
+    deft.share_factors(transformer)
     set_peft_model_state_dict(
         transformer, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, NAME
     )

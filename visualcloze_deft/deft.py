@@ -2,8 +2,13 @@
 
 The adapted weight (arXiv 2509.22793) is `(I - Q right^T) W + s Q R`, where (Q, right) is the
 orthonormal basis of P twice (orthogonal kind, PaRa without R) or P and relu(P) (relaxed kind).
-The change is `Q A` with `A = s R - right^T W`, of rank r: a layer is `y = W x + b + Q (A x)`, and
-for training keeps x and A x, as LoRA does.
+The change is `Q A` with `A = s R - right^T W`, of rank r. Once Q and A are there, a layer is a
+LoRA layer: `y = W x + b + Q (A x)`.
+
+Q and A depend on parameters alone. `Factors` makes them for all layers at the start of a forward
+pass of the whole, in few large operations; each layer then reads its own, also where a block is
+computed again for the backward pass. Their gradients wait for each other, and those of all P and R
+are made together at the end of the backward pass.
 
 The basis is the one of the QR decomposition whose triangular part has a positive diagonal,
 because that one is continuous in P. LAPACK's signs, which peft's layer takes, jump while P is
@@ -11,15 +16,16 @@ trained, and with them what R means. In files R is written in peft's signs.
 
 Several adapters add up: each one's A is formed from the frozen W, each change counts times its
 strength (1 unless set; 0 is the base).
-Axes: n tokens, o outputs, i inputs, r rank.
+Axes: k layers, n tokens, o outputs, i inputs, r rank.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners.deft.layer import DeftLinear as PeftDeftLinear
@@ -27,10 +33,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from visualcloze_deft.quantise import dense, is_quantised
+from visualcloze_deft.quantise import dense, is_quantised, precision_of
 
 P_NAME, R_NAME = "deft_P.", "deft_R."
 ROWS = 512  # of a weight that are cast to the adapter's precision together
+CHUNK = 2**24  # numbers in a temporary matrix of several layers
+SUMS_IN_FLOAT32 = ("cuda", "meta")  # devices whose bfloat16 products torch gives out in float32
 LEAST_ANGLE = 1e-5  # radians from the columns before it: float32 says little of a smaller one
 
 
@@ -54,18 +62,52 @@ def whitening(gram: Tensor) -> Tensor:
     return inverse.masked_fill(either, 0) / size[..., :, None]
 
 
-def gram_of(p: Tensor) -> Tensor:
-    """P^T P in float64: squaring would cost float32 half of its digits."""
-    double = p.detach().double()
-    return double.mT @ double
+def bases(p: Tensor, whiten: Tensor | None) -> Tensor:
+    """Q (k o r) of P (k o r), by float64: P itself where the kind is relaxed."""
+    return p if whiten is None else (p.double() @ whiten).to(p.dtype)
 
 
-def into_subspace(right: Tensor, weight: Tensor) -> Tensor:
-    """right^T W (r i) in the precision of `right` (o r), whatever that of `weight` (o i)."""
-    if weight.dtype == right.dtype:
-        return right.mT @ weight
-    parts = zip(right.split(ROWS), weight.split(ROWS), strict=True)
-    return torch.stack([part.mT @ rows.to(right.dtype) for part, rows in parts]).sum(dim=0)
+def into_subspace(right: Tensor, weights: Iterable[Tensor]) -> list[Tensor]:
+    """right^T W (r i) of several layers in the precision of `right` (k o r), whatever that of their
+    weights (o i)."""
+    split: Tensor | None = None
+    found = []
+    for one, weight in zip(right, weights, strict=True):
+        if weight.dtype == one.dtype:
+            found.append(one.mT @ weight)
+        elif weight.dtype == torch.bfloat16 and weight.device.type in SUMS_IN_FLOAT32:
+            split = in_parts(right) if split is None else split
+            found.append(torch.mm(split[len(found)].mT, weight, out_dtype=one.dtype))
+        else:
+            parts = zip(one.split(ROWS), weight.split(ROWS), strict=True)
+            found.append(torch.stack([p.mT @ rows.to(one.dtype) for p, rows in parts]).sum(dim=0))
+    return added_parts(found, right.shape[-1])
+
+
+def in_parts(right: Tensor) -> Tensor:
+    """A float32 matrix (..., o r) as three in bfloat16 side by side (..., o 3r), whose sum it is.
+
+    Each part holds 8 binary digits of what those before it leave, so three hold all 24. A product
+    with a bfloat16 matrix, summed in float32, then errs as one in float32 does; two parts would
+    err ten times as much. Tensor cores multiply three parts far faster than float32.
+    """
+    parts, left = [], right
+    for _ in range(3):
+        parts.append(left.to(torch.bfloat16))
+        left = left - parts[-1]
+    return torch.cat(parts, dim=-1)
+
+
+def added_parts(products: list[Tensor], rank: int) -> list[Tensor]:
+    """Products (3r i) of what `in_parts` took apart, summed to (r i); others as they are."""
+    places = [k for k, product in enumerate(products) if len(product) > rank]
+    if places:
+        high, middle, low = zip(*(products[k].split(rank) for k in places), strict=True)
+        sums = torch._foreach_add(high, middle)
+        torch._foreach_add_(sums, low)
+        for k, one in zip(places, sums, strict=True):
+            products[k] = one
+    return products
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
@@ -74,77 +116,234 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
-class LowRankUpdate(torch.autograd.Function):
-    """y + strength x A^T Q^T with gradients for x, y, P and R; W is frozen."""
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Q (o r) and A (r i) of one adapter of a layer, and T (r r) of its P; None where relaxed."""
+
+    q: Tensor
+    a: Tensor
+    whiten: Tensor | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of one layer."""
+
+    layer: DeftLinear
+    name: str
+
+    @property
+    def p(self) -> nn.Parameter:
+        return self.layer.deft_P[self.name]
+
+    @property
+    def r(self) -> nn.Parameter | None:
+        """None for PaRa, which removes and puts nothing in its place."""
+        return None if self.layer.deft_para[self.name] else self.layer.deft_R[self.name]
+
+    @property
+    def scale(self) -> float:
+        return self.layer.deft_scaling[self.name]
+
+    @property
+    def relaxed(self) -> bool:
+        return bool(self.layer.deft_decomposition[self.name] == "relu")
+
+    @property
+    def widest(self) -> int:
+        """Numbers in the larger one of its two matrices."""
+        layer = self.layer
+        return int(self.p.shape[1]) * max(int(layer.in_features), int(layer.out_features))
+
+    @property
+    def like(self) -> tuple[Any, ...]:
+        """What parts share whose matrices P can be stacked."""
+        return self.relaxed, *self.p.shape, self.p.device, self.p.dtype
+
+
+T = TypeVar("T")
+
+
+def alike(parts: Iterable[T], like: Iterable[Any]) -> list[list[T]]:
+    """Parts in groups of those with an equal `like`, which stands in the same order."""
+    groups: dict[Any, list[T]] = {}
+    for part, key in zip(parts, like, strict=True):
+        groups.setdefault(key, []).append(part)
+    return list(groups.values())
+
+
+def in_chunks(parts: Sequence[T], values: int) -> Iterator[Sequence[T]]:
+    """Parts, as many at once as keep temporary matrices of `values` numbers each within bounds."""
+    count = max(CHUNK // values, 1)
+    for first in range(0, len(parts), count):
+        yield parts[first : first + count]
+
+
+def whitenings(parts: Sequence[Part]) -> dict[Part, Tensor]:
+    """T of each P; the decompositions of one rank together, however long the matrices are."""
+    grams: dict[Part, Tensor] = {}
+    for group in alike(parts, (part.like for part in parts)):
+        for some in in_chunks(group, group[0].p.numel()):
+            stack = torch.stack([part.p.detach() for part in some]).double()
+            # in float64: squaring would cost float32 half of its digits
+            grams |= dict(zip(some, stack.mT @ stack, strict=True))
+    found: dict[Part, Tensor] = {}
+    for group in alike(grams, ((g.shape, g.device) for g in grams.values())):
+        found |= dict(zip(group, whitening(torch.stack([grams[p] for p in group])), strict=True))
+    return found
+
+
+@torch.no_grad()
+def values_of(parts: Sequence[Part], *, dtype: torch.dtype | None = None) -> dict[Part, Values]:
+    """Q and A of each part, in the precision of its layer's weight unless `dtype` is given."""
+    known = whitenings([part for part in parts if not part.relaxed])
+    found: dict[Part, Values] = {}
+    for group in alike(parts, (part.like for part in parts)):
+        for some in in_chunks(group, max(part.widest for part in group)):
+            whiten = None if some[0].relaxed else torch.stack([known[part] for part in some])
+            q = bases(torch.stack([part.p.detach() for part in some]), whiten)
+            kinds = [dtype or precision_of(part.layer.get_base_layer()) for part in some]
+            factors = zip(some, cast_all(q, kinds), cast_all(injected(some, q), kinds), strict=True)
+            found |= {part: Values(q=one, a=a, whiten=known.get(part)) for part, one, a in factors}
+    return found
+
+
+def injected(parts: Sequence[Part], q: Tensor) -> list[Tensor]:
+    """A = s R - right^T W (r i) of parts that are alike, whose bases are q (k o r)."""
+    right = torch.relu(q) if parts[0].relaxed else q
+    found = into_subspace(right, (part.layer.frozen_weight() for part in parts))
+    torch._foreach_neg_(found)
+    injecting = [(part, a) for part, a in zip(parts, found, strict=True) if part.r is not None]
+    if injecting:
+        scaled = torch._foreach_mul(
+            [cast(Tensor, part.r).detach() for part, _ in injecting],
+            [part.scale for part, _ in injecting],
+        )
+        torch._foreach_add_([a for _, a in injecting], scaled)
+    return found
+
+
+def cast_all(tensors: Iterable[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each tensor in its dtype; those that are not yet are cast together."""
+    found = list(tensors)
+    odd = [k for k, (t, dtype) in enumerate(zip(found, dtypes, strict=True)) if t.dtype != dtype]
+    if odd:
+        cast_ones = [torch.empty_like(found[k], dtype=dtypes[k]) for k in odd]
+        torch._foreach_copy_(cast_ones, [found[k] for k in odd])
+        for k, one in zip(odd, cast_ones, strict=True):
+            found[k] = one
+    return found
+
+
+class Factors(torch.autograd.Function):
+    """Q and A of each part, in the precision of its layer's weight, from the parameters of all.
+
+    The weights are frozen. In a backward pass this comes last, when every layer has given the
+    gradients of its Q and A.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        layer: nn.Linear,
-        p: Tensor,
-        r: Tensor | None,
-        whiten: Tensor | None,
-        scale: float,
-        strength: float,
-    ) -> Tensor:
-        """x (n i), y (n o), whiten (r r) or None for the relaxed kind, r None for PaRa."""
-        q, a = factors_of(dense(layer), p, r, whiten, scale)
-        a, q = (strength * a).to(x.dtype), q.to(x.dtype)
-        inside = x @ a.mT  # n r
-        ctx.save_for_backward(x, inside, a, p, whiten)
-        ctx.layer, ctx.scale, ctx.strength = layer, scale, strength
-        return torch.addmm(y, inside, q.mT)
+        ctx: Any, parts: Sequence[Part], values: Sequence[Values], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """values: those of `parts`; parameters: P and R of each in turn, None for PaRa's R."""
+        # Weak: a graph that never runs backward must not keep the model that keeps its results.
+        ctx.parts = [(weakref.ref(part.layer), part.name) for part in parts]
+        ctx.whiten = [one.whiten for one in values]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters[::2])
+        return tuple(t.detach() for one in values for t in (one.q, one.a))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inside, a, p, whiten = ctx.saved_tensors
-        q = basis(p, whiten)
-        grad_inside = grad @ q.to(grad.dtype)
-        grad_x = grad_inside @ a if ctx.needs_input_grad[0] else None
-        grad_a = ctx.strength * (grad_inside.mT @ x)  # r i
-        grad_r = ctx.scale * grad_a.to(p.dtype) if ctx.needs_input_grad[4] else None
-        grad_p = None
-        if ctx.needs_input_grad[3]:
-            weight = dense(ctx.layer)
-            grad_right = -(weight @ grad_a.to(weight.dtype).mT).to(p.dtype)  # o r
-            grad_q = (grad.mT @ inside).to(p.dtype)
-            if whiten is None:
-                grad_p = grad_q + grad_right * (p > 0)
-            else:
-                grad_p = through_basis(grad_q + grad_right, q, whiten)
-        return grad_x, grad, None, grad_p, grad_r, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """grads: of Q (o r) and A (r i) of each part in turn; None where its layer did not run."""
+        parts = [Part(layer(), name) for layer, name in ctx.parts]
+        for part in parts:
+            part.layer.end_pass(part.name)
+        ran = [
+            Gradients(part=part, p=p, whiten=whiten, q=q, a=a)
+            for part, p, whiten, q, a in zip(
+                parts, ctx.saved_tensors, ctx.whiten, grads[::2], grads[1::2], strict=True
+            )
+            if q is not None and a is not None
+        ]
+        wanted_p, wanted_r = ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
+        of_p: dict[Part, Tensor] = {}
+        if any(wanted_p):
+            for group in alike(ran, (one.part.like for one in ran)):
+                for some in in_chunks(group, max(one.part.widest for one in group)):
+                    of_p |= zip((one.part for one in some), gradients_of_p(some), strict=True)
+        of_r = gradients_of_r(ran) if ran and any(wanted_r) else {}
+        return (
+            None,
+            None,
+            *(
+                found
+                for part, p, r in zip(parts, wanted_p, wanted_r, strict=True)
+                for found in (of_p.get(part) if p else None, of_r.get(part) if r else None)
+            ),
+        )
 
 
-def basis(p: Tensor, whiten: Tensor | None) -> Tensor:
-    """Q (o r): P itself where the kind is relaxed."""
-    return p if whiten is None else (p.double() @ whiten).to(p.dtype)
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What a backward pass gave for Q (o r) and A (r i) of a part, whose P and T are these."""
+
+    part: Part
+    p: Tensor
+    whiten: Tensor | None
+    q: Tensor
+    a: Tensor
 
 
-def factors_of(
-    weight: Tensor, p: Tensor, r: Tensor | None, whiten: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Q (o r) and A (r i) of the change Q A."""
-    q = basis(p, whiten)
-    removed = into_subspace(torch.relu(q) if whiten is None else q, weight)
-    return q, -removed if r is None else scale * r - removed
+def gradients_of_p(some: Sequence[Gradients]) -> Tensor:
+    """Gradients (k o r) of P, of parts that are alike."""
+    p = torch.stack([one.p for one in some])
+    through_a = []
+    for one in some:
+        weight = one.part.layer.frozen_weight()
+        through_a.append(weight @ one.a.to(weight.dtype).mT)
+    grad, of_right = torch.empty_like(p), torch.empty_like(p)
+    torch._foreach_copy_(grad.unbind(), [one.q for one in some])
+    torch._foreach_copy_(of_right.unbind(), through_a)
+    if some[0].part.relaxed:
+        return grad.sub_(of_right.mul_(p > 0))
+    whiten = torch.stack([cast(Tensor, one.whiten) for one in some])
+    # Q again: in float32 it is as large as P, and takes an H100 0.2 ms (rank 64) to 3 ms (256)
+    return through_basis(grad.sub_(of_right), bases(p, whiten), whiten)
+
+
+def gradients_of_r(some: Sequence[Gradients]) -> dict[Part, Tensor]:
+    """Gradients (r i) of R."""
+    found = [torch.empty_like(one.a, dtype=one.p.dtype) for one in some]
+    torch._foreach_copy_(found, [one.a for one in some])
+    torch._foreach_mul_(found, [one.part.scale for one in some])
+    return dict(zip((one.part for one in some), found, strict=True))
 
 
 def through_basis(grad: Tensor, q: Tensor, whiten: Tensor) -> Tensor:
-    """The gradient of P from that of its basis Q (o r): the reverse of QR (Walter and Lehmann 2010,
-    arXiv 1001.1654) without a gradient of the triangular part."""
+    """The gradients of P from those of their bases Q (k o r): the reverse of QR (Walter and Lehmann
+    2010, arXiv 1001.1654) without a gradient of the triangular part."""
     inner = -(grad.mT @ q)
     mirrored = inner.tril() + inner.tril(-1).mT
     return (grad + q @ mirrored) @ whiten.to(grad.dtype).mT
 
 
-@dataclass
 class Pass:
-    """Whether a forward pass of the whole that shares bases is under way."""
+    """A forward pass of the whole whose layers share factors, and its backward pass.
 
-    open: bool = False
+    roots: modules whose forward opens it. depth: how many of them are running. open: whether one
+    is. held: whether parameters stay as they are, see `constant_parameters`.
+    """
+
+    def __init__(self) -> None:
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.depth = 0
+        self.open = self.held = False
+
+    def __deepcopy__(self, _: Any) -> Pass:
+        return Pass()  # a copy of the model makes its own factors
 
 
 def in_backward() -> bool:
@@ -157,10 +356,12 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
 
     other_param_names = (
         *PeftDeftLinear.other_param_names,
-        *("strengths", "_whitening", "_frozen", "_merged", "_fixed"),
+        *("strengths", "_values", "_factors", "_together", "_frozen", "_merged", "_fixed"),
     )
     strengths: dict[str, float]
-    _whitening: dict[str, Tensor]  # of the pass that `_pass` is in
+    _values: dict[str, Values]  # made in the pass under way
+    _factors: dict[str, tuple[Tensor, Tensor]]  # Q and A that a pass made for all layers together
+    _together: dict[str, None]  # the adapters whose last forward used such
     _frozen: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]]
     _original: Tensor | None  # the frozen weight while adapters are merged
     _merged: dict[str, tuple[Tensor, Tensor]]  # factors of what is merged, strength within
@@ -190,19 +391,11 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def updated(self, x: Tensor, y: Tensor, name: str) -> Tensor:
         if self.is_frozen(name):
             q, a = self.frozen(name, y.dtype)
-            return torch.addmm(y, x @ a.mT, q.mT, alpha=self.strength(name))
-        self._frozen.pop(name, None)  # it is being trained
-        changed: Tensor = LowRankUpdate.apply(
-            x,
-            y,
-            self.get_base_layer(),
-            self.deft_P[name],
-            None if self.deft_para[name] else self.deft_R[name],
-            self.whiten(name),
-            self.deft_scaling[name],
-            self.strength(name),
-        )
-        return changed
+        else:
+            self._frozen.pop(name, None)  # it is being trained
+            q, a = self.trained(name)
+        inside = x @ a.to(y.dtype).mT  # n r
+        return torch.addmm(y, inside, q.to(y.dtype).mT, alpha=self.strength(name))
 
     def is_frozen(self, name: str) -> bool:
         return not any(p.requires_grad for p in self.parameters_of(name))
@@ -210,25 +403,49 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         return [part[name] for part in (self.deft_P, self.deft_R) if name in part]
 
+    def trained(self, name: str) -> tuple[Tensor, Tensor]:
+        """Q (o r) and A (r i) with their gradients."""
+        if self._pass is not None and self._pass.open and name in self._factors:
+            return self._factors[name]
+        return self.apart(name)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def whiten(self, name: str) -> Tensor | None:
-        """T of P; None for the relaxed kind. Where bases are shared, once in a forward pass of the
-        whole and its backward pass."""
-        if self.deft_decomposition[name] == "relu":
-            return None
-        shared = self._pass is not None and (self._pass.open or in_backward())
-        whiten = self._whitening.get(name) if shared else None
-        if whiten is None:
-            whiten = whitening(gram_of(self.deft_P[name]))
-            if shared:
-                self._whitening[name] = whiten
-        return whiten
+    def apart(self, name: str) -> tuple[Tensor, Tensor]:
+        """`trained` where no pass has them ready: in layers called by themselves, under ZeRO-3,
+        where a layer's parameters are whole while it runs, and in what is computed again after
+        another pass has begun."""
+        part, again = Part(self, name), in_backward()
+        if not again:
+            self._together.pop(name, None)
+        if again and name in self._factors and name in self._together:
+            return self._factors[name]
+        sharing = self._pass is not None and (self._pass.open or again)
+        if not sharing or name not in self._values:
+            self._values |= {name: values_of([part])[part]}
+        values = self._values[name] if sharing else self._values.pop(name)
+        if again and name in self._together:  # autograd has the way to P and R from the first time
+            return values.q.detach().requires_grad_(), values.a.detach().requires_grad_()
+        return factors({part: values})[part]
+
+    def end_pass(self, name: str) -> None:
+        """Drop what was made for the pass under way."""
+        self._factors.pop(name, None)
+        if self._pass is None or not self._pass.held:
+            self._values.pop(name, None)
+
+    def is_split(self) -> bool:
+        """Whether DeepSpeed's ZeRO-3 has divided its parameters among processes."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.parameters())
 
     def forget(self) -> None:
         """Drop what is kept of the parameters. Needed only where an adapter that is not trained is
         changed in a way that leaves no trace: through `.data`, or by a fused optimiser."""
-        self._whitening.clear()
+        self._values.clear()
+        self._factors.clear()
         self._frozen.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factors": {}}  # torch copies no tensor that has a history
 
     def _apply(self, *args: Any, **kwargs: Any) -> DeftLinear:
         self.forget()  # another device or precision
@@ -239,17 +456,11 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         """W (o i), without what is merged into it."""
         return dense(self.get_base_layer()) if self._original is None else self._original
 
-    @torch.no_grad()
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
-        p = self.deft_P[name]
-        return factors_of(
-            self.frozen_weight(),
-            p,
-            None if self.deft_para[name] else self.deft_R[name],
-            None if self.deft_decomposition[name] == "relu" else whitening(gram_of(p)),
-            self.deft_scaling[name],
-        )
+        part = Part(self, name)
+        values = values_of([part], dtype=part.p.dtype)[part]
+        return values.q, values.a
 
     def frozen(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`factors` in `dtype`, kept until a parameter or the weight changes."""
@@ -362,7 +573,8 @@ def adopt(root: nn.Module) -> None:
         if not module.fan_in_fan_out:
             module.__class__ = DeftLinear
             layer = cast(DeftLinear, module)
-            layer.strengths, layer._whitening, layer._frozen, layer._merged = {}, {}, {}, {}
+            layer.strengths, layer._frozen, layer._merged = {}, {}, {}
+            layer._values, layer._factors, layer._together = {}, {}, {}
             layer.register_buffer("_original", None, persistent=False)
             layer._fixed = {name: layer.is_frozen(name) for name in layer.deft_P}
             layer._pass = None
@@ -380,43 +592,111 @@ def layers(root: nn.Module) -> dict[str, DeftLinear]:
     return {name: m for name, m in root.named_modules() if isinstance(m, DeftLinear)}
 
 
-def share_bases(root: nn.Module) -> None:
-    """Compute what the bases need at the start of each forward of `root`, many layers at once.
+def share_factors(root: nn.Module) -> None:
+    """Make Q and A of all layers in `root` together at the start of each forward of `root`.
 
-    It then serves the whole pass, the recomputation of checkpointed blocks too. Where a process
-    holds only a share of P (ZeRO-3), each layer computes its own when it first runs.
+    They serve the whole pass, also the non-reentrant recomputation of checkpointed blocks. Where
+    `root` is part of another module that shares, that one's pass counts. A process that holds only
+    a share of the parameters (ZeRO-3) makes them layer by layer, each when it first runs.
     """
-    found = layers(root).values()
-    shared = next((layer._pass for layer in found if layer._pass is not None), None)
-    if found and shared is None:
-        shared = Pass()
-        root.register_forward_pre_hook(_renew_bases)
-        root.register_forward_hook(_end_pass, always_call=True)
+    found = list(layers(root).values())
+    shared = next((layer._pass for layer in found if layer._pass is not None), Pass())
     for layer in found:
         layer._pass = shared
+    if found and root not in shared.roots:
+        shared.roots.add(root)
+        root.register_forward_pre_hook(_open_pass)
+        root.register_forward_hook(_close_pass, always_call=True)
 
 
-def _end_pass(root: nn.Module, *_: Any) -> None:
+@contextmanager
+def constant_parameters(root: nn.Module) -> Iterator[None]:
+    """Inside, nothing changes the adapters in `root`: their Q and A are made once for all passes.
+
+    For the batches of one step, and for sampling.
+    """
+    shared = shared_pass(root)
+    if shared is None or shared.held:
+        yield
+        return
+    _drop_factors(root)
+    shared.held = True
+    try:
+        yield
+    finally:
+        shared.held = False
+        _drop_factors(root)
+
+
+def recomputing(root: nn.Module) -> tuple[AbstractContextManager[object], ...]:
+    """Contexts for a block's forward and for its recomputation, as torch's checkpoint takes them.
+
+    In the second the pass is open as in the first: compiled blocks then run the same code twice.
+    """
+    return nullcontext(), _reopened(root)
+
+
+@contextmanager
+def _reopened(root: nn.Module) -> Iterator[None]:
+    shared = shared_pass(root)
+    if shared is None:
+        yield
+        return
+    before, shared.open = shared.open, True
+    try:
+        yield
+    finally:
+        shared.open = before
+
+
+def _drop_factors(root: nn.Module) -> None:
     for layer in layers(root).values():
-        if layer._pass is not None:
-            layer._pass.open = False
+        for name in layer.deft_P:
+            layer.end_pass(name)
+
+
+def shared_pass(root: nn.Module) -> Pass | None:
+    """The pass that the layers in `root` share, if they do."""
+    found = (m._pass for m in root.modules() if isinstance(m, DeftLinear))
+    return next((one for one in found if one is not None), None)
+
+
+def _close_pass(root: nn.Module, *_: Any) -> None:
+    if shared := shared_pass(root):
+        shared.depth = max(shared.depth - 1, 0)
+        shared.open = shared.depth > 0
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _renew_bases(root: nn.Module, _: Any) -> None:
-    by_rank: dict[tuple[int, torch.device], list[tuple[DeftLinear, str]]] = defaultdict(list)
-    for layer in layers(root).values():
-        if layer._pass is not None:
-            layer._pass.open = True
-        for name in layer.here():
-            p = layer.deft_P[name]
-            layer._whitening.pop(name, None)
-            if layer.deft_decomposition[name] == "qr" and p.requires_grad and p.numel():
-                by_rank[p.shape[1], p.device].append((layer, name))
-    for group in by_rank.values():
-        shared = whitening(torch.stack([gram_of(layer.deft_P[name]) for layer, name in group]))
-        for (layer, name), one in zip(group, shared, strict=True):
-            layer._whitening[name] = one
+def _open_pass(root: nn.Module, _: Any) -> None:
+    shared = shared_pass(root)
+    if shared is None:
+        return
+    shared.depth += 1
+    shared.open = True
+    if shared.depth > 1:
+        return
+    found = [m for m in root.modules() if isinstance(m, DeftLinear)]
+    parts = [Part(m, name) for m in found for name in m.here() if not m.is_frozen(name)]
+    for part in parts:
+        part.layer.end_pass(part.name)
+    together = [part for part in parts if not part.layer.is_split()]
+    missing = [part for part in together if part.name not in part.layer._values]
+    for part, values in values_of(missing).items():
+        part.layer._values[part.name] = values
+    made = factors({part: part.layer._values[part.name] for part in together})
+    for part in together:
+        part.layer._factors[part.name] = made[part]
+        part.layer._together[part.name] = None
+
+
+def factors(values: Mapping[Part, Values]) -> dict[Part, tuple[Tensor, Tensor]]:
+    """Q and A of each part with their gradients."""
+    if not values:
+        return {}
+    parameters = [parameter for part in values for parameter in (part.p, part.r)]
+    made = Factors.apply(list(values), list(values.values()), *parameters)
+    return dict(zip(values, zip(made[::2], made[1::2], strict=True), strict=True))
 
 
 def change_signs(layer: DeftLinear, tensors: dict[str, Tensor], prefix: str) -> None:

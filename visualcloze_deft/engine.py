@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visualcloze_deft import adapters, deft
 from visualcloze_deft.checkpoint import Checkpoint
+from visualcloze_deft.compiled import compile_blocks
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.memory import BUCKET
 from visualcloze_deft.settings import OFFLOADED, Run, over
@@ -48,6 +49,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         guidance=run.guidance,
         rollout=run.rollout > 0,
     )
+    deft.share_factors(module)  # over all its calls of the transformer, one for each grid shape
     settings = run.optimiser
     optimiser = (torch.optim.AdamW if run.zero else ClippedAdamW)(
         adapters.parameter_groups(transformer, run.adapter, lr=settings.lr),
@@ -69,12 +71,6 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     )
     start_moments(engine, steps=0)
     return engine
-
-
-def compile_blocks(transformer: FluxTransformer2DModel) -> None:
-    """Compile every block, in place: blocks of one kind share what was compiled."""
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.compile()
 
 
 class ClippedAdamW(torch.optim.AdamW):
@@ -111,7 +107,11 @@ def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
     again = set(chosen)
 
     def call(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(block, *inputs, use_reentrant=False) if block in again else block(*inputs)
+        if block not in again:
+            return block(*inputs)
+        return checkpoint(
+            block, *inputs, use_reentrant=False, context_fn=lambda: deft.recomputing(transformer)
+        )
 
     transformer.enable_gradient_checkpointing(call)
 
@@ -228,7 +228,8 @@ def published(engine: Any, *, averaged: bool) -> Iterator[None]:
     if averaged:
         put_parameters(engine, by_parameter(gather_average(engine)))
     engine.module.eval()
-    yield
+    with deft.constant_parameters(engine.module):
+        yield
     for module in training:
         module.training = True
     if averaged:

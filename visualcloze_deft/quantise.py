@@ -9,7 +9,7 @@ scale for each output, computed with in the base's precision.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -118,6 +118,19 @@ def dense(layer: nn.Linear) -> Tensor:
         return values.to(scales.dtype) * (scales[:, None] / 127)  # largest value of a row: 127
     found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
     return found
+
+
+def precision_of(layer: nn.Linear) -> torch.dtype:
+    """The precision of `dense`."""
+    weight: Any = layer.weight
+    if weight.is_floating_point():
+        return cast(torch.dtype, weight.dtype)
+    if isinstance(layer, Float8Linear):
+        return layer.compute_dtype
+    from bitsandbytes.nn import Linear8bitLt
+
+    scales = torch.float32  # int8's
+    return scales if isinstance(layer, Linear8bitLt) else cast(torch.dtype, weight.quant_state.dtype)
 
 
 def is_quantised(layer: nn.Linear) -> bool:
