@@ -1,7 +1,8 @@
-"""DEFT layers under every ZeRO stage, in one group of processes.
+"""Adapter layers under every ZeRO stage, in one group of processes.
 
 Layers with and without bias, blocks recomputed or not, two accumulated batches, optimiser and
-parameters offloaded or not. Writes losses and the trained adapter of each way to OUTPUT.
+parameters offloaded or not. Writes losses and the trained adapter of each way to OUTPUT. With
+MEMORY "full of NaN", so is the memory of every tensor that is made without values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from peft import DeftConfig, inject_adapter_in_model
+from peft import DeftConfig, LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr"},
     "deft-relaxed": {"decomposition_method": "relu"},
     "para": {"decomposition_method": "qr", "para": True},
+    "lora": {"lora_alpha": 4, "init_lora_weights": False},
 }
 STEPS, ACCUMULATED, BATCH = 3, 2, 4
 SPLIT_ALL = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
@@ -59,7 +61,8 @@ class Net(nn.Module):
         )
         self.recompute = recompute
         self.requires_grad_(False)
-        config = DeftConfig(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS[kind])
+        config = LoraConfig if kind == "lora" else DeftConfig
+        config = config(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS[kind])
         inject_adapter_in_model(config, self, "default")
         deft.adopt(self)
         deft.share_factors(self)
@@ -120,7 +123,8 @@ def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tenso
     return {"losses": mean / world, **found}
 
 
-def main(output: str) -> None:
+def main(output: str, memory: str = "fresh") -> None:
+    torch.use_deterministic_algorithms(memory == "full of NaN", warn_only=True)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for kind, way, recompute in itertools.product(KINDS, WAYS, (True, False)):
