@@ -709,7 +709,7 @@ def test_a_broken_annotation_is_named(tmp_path: Path, content: str, message: str
 def test_entities_are_refused_in_any_encoding(tmp_path: Path) -> None:
     text = '<!DOCTYPE a [<!ENTITY b "c">]>' + voc(100, 80, "x", 1, 1, 2, 2)
     scene_xml(insdet(tmp_path)).write_bytes(text.encode("utf-16"))
-    with pytest.raises(UserError, match="not valid XML in UTF-8"):
+    with pytest.raises(UserError, match="cannot be read as UTF-8"):
         InsDet(tmp_path)
 
 
@@ -860,6 +860,8 @@ def test_a_published_graph200k_is_read_without_unpacking(tmp_path: Path, form: s
     assert [told[k] for k in range(4)] == [frozenset(roles) for roles in expected]
     colours = dict(zip(graph_table.COLUMNS, ImageColor.colormap, strict=False))
     for column, role in graph_table.COLUMNS.items():
+        if role == "mask":  # which is read as one, in grey
+            continue
         found = source.item(0).image(role).getpixel((3, 3))
         assert found == ImageColor.getrgb(colours[column]), column
     assert source.item(0).texts["caption"] == "A fox. In snow."

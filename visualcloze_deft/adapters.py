@@ -289,7 +289,7 @@ def read_config(folder: Path) -> PeftConfig:
     if not path.is_file():
         raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     kind = fields.get("peft_type") if isinstance(fields, dict) else None

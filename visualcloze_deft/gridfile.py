@@ -3,7 +3,6 @@ such files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ from typing import Any
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.images import as_rgb, read_image
+from visualcloze_deft.data.depth import declared
+from visualcloze_deft.data.maps import as_role, read_role
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.registry import Task
+from visualcloze_deft.textfile import read_json, sound
 from visualcloze_deft.upsample import Upsampling, each
 
 _KEYS: dict[str, tuple[type, ...]] = {
@@ -87,14 +88,14 @@ def request(
 
     seed: one for each image to make of it, or the first of `images` that follow one another.
 
-    Images of any mode become 8-bit RGB as files do: see `images.as_rgb`.
+    Images of any mode become 8-bit RGB as files do, masks and depth maps in the sense of their
+    role where `task` tells it: see `maps.as_role`.
     """
     grid.check_rows(rows)
     for r, row in enumerate(rows, 1):
         for image in row:
             if not isinstance(image, Image.Image | None):
                 raise UserError(f"row {r}: a cell is a PIL image or None, not {image!r}")
-    rows = [[image and as_rgb("an image of the rows", image) for image in row] for row in rows]
     seeds = seeds_of(seed, images)
     if task is not None:
         if task not in tasks:
@@ -106,14 +107,27 @@ def request(
                 f"{len(rows[0])}"
             )
         task_prompt = task_prompt if task_prompt is not None else tasks[task].sentence()
+    roles = roles_of(task, tasks, len(rows[0]))
     return Request(
-        rows=tuple(tuple(row) for row in rows),
+        rows=tuple(
+            tuple(
+                image and as_role(role, f"row {r}, {role or 'an image'}", image)
+                for role, image in zip(roles, row, strict=True)
+            )
+            for r, row in enumerate(rows, 1)
+        ),
         task=task,
-        task_prompt=task_prompt or "",
-        content_prompt=content_prompt or "",
+        task_prompt=sound(task_prompt or ""),
+        content_prompt=sound(content_prompt or ""),
         seeds=seeds,
         upsampling=each(upsampling, sum(image is None for image in rows[-1])) if upsampling else (),
     )
+
+
+def roles_of(task: object, tasks: Mapping[str, Task], columns: int) -> tuple[str, ...]:
+    """The role of each column; "" where no task that has as many columns tells it."""
+    roles = tasks[task].roles if isinstance(task, str) and task in tasks else ()
+    return roles if len(roles) == columns else ("",) * columns
 
 
 def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
@@ -199,13 +213,9 @@ def read_requests(
 
 def _entries_of(path: Path, prefix: str) -> list[Entry]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"examples {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"examples {path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"examples {error}") from None
     values = content if isinstance(content, list) else [content]
     if not values:
         raise UserError(f"{path}: the list of grids is empty")
@@ -257,10 +267,18 @@ def _read_entry(
             tuple(None if cell is None else (entry.folder / cell).absolute() for cell in row)
         )
     own = value.get("seed")
+    depth = declared(entry.folder)
+    task = value.get("task")
     asked = request(
-        [[None if path is None else read_image(path) for path in row] for row in paths],
+        [
+            [
+                None if path is None else read_role(role, path, depth)
+                for role, path in zip(roles_of(task, tasks, len(row)), row, strict=True)
+            ]
+            for row in paths
+        ],
         tasks,
-        task=value.get("task"),
+        task=task,
         task_prompt=value.get("task_prompt"),
         content_prompt=value.get("content_prompt"),
         seed=seed if seed is not None else own if own is not None else 0,

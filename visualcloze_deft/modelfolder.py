@@ -48,7 +48,7 @@ def check_channels(path: Path) -> None:
     """Raise `UserError` unless the transformer in the model folder `path` completes grids."""
     config = path / "transformer" / "config.json"
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
+        fields = json.loads(config.read_text(encoding="utf-8-sig"))
         # out_channels came with Fill; before it, a transformer had as many out as in
         found = fields["in_channels"], fields.get("out_channels") or fields["in_channels"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,7 +105,7 @@ def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
     on a base with the same LoRA merged into it ("": none)."""
     path = folder / CONFIG
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
         kind, found = fields["peft_type"], fields["r"]
         if kind == "DEFT":
             relaxed = "deft-relaxed" if fields["decomposition_method"] == "relu" else "deft"
@@ -142,7 +142,7 @@ def index_of(name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no index of a model: {error}") from None
     if not isinstance(fields, dict):

@@ -45,7 +45,7 @@ def settings_of(name: str, network: Network) -> dict[str, Any]:
     try:
         if not folder.is_dir():
             path = Path(hf_hub_download(name, f"{network}/config.json"))
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"model {name!r}: {network}/config.json cannot be had from the hub: "
@@ -218,7 +218,7 @@ def text_tokens_of(name: str) -> int:
     if not path.is_file():
         return MAX_TEXT_TOKENS
     try:
-        longest = json.loads(path.read_text(encoding="utf-8"))["model_max_length"]
+        longest = json.loads(path.read_text(encoding="utf-8-sig"))["model_max_length"]
         return min(int(longest), MAX_TEXT_TOKENS)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no settings of a tokenizer: {error}") from None

@@ -116,7 +116,7 @@ def config_of(where: str, place: str) -> dict[str, Any]:
                 f"{where}: no such folder, and not from the hub: {str(error).splitlines()[0]}"
             ) from None
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: its config.json cannot be read: {error}") from None
     if not isinstance(fields, dict):

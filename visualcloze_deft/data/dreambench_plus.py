@@ -13,6 +13,7 @@ from pathlib import Path
 from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
 from visualcloze_deft.data.item import Item, Listed
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.textfile import read_text
 
 
 class DreamBenchPlus(Listed):
@@ -53,19 +54,16 @@ def pictures_below(folder: Path, inside: str = "") -> dict[str, Path]:
     """The pictures in `folder` and in its folders, by their path there without its suffix."""
     found = {inside + stem: path for stem, path in images_in(folder).items()}
     for deeper in folders_in(folder):
-        found |= pictures_below(deeper, f"{inside}{deeper.name}/")
+        if deeper.resolve() not in folder.resolve().parents:  # a link that leads back
+            found |= pictures_below(deeper, f"{inside}{deeper.name}/")
     return found
 
 
 def asked_of(stem: str, picture: Path, caption: Path) -> list[Item]:
     """One item for each prompt in `caption`."""
-    try:
-        lines = caption.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{picture}: its prompts {caption} are missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{caption}: cannot be read as UTF-8 text: {error}") from None
-    subject, *prompts = (line.strip() for line in lines)
+    if not caption.exists():
+        raise UserError(f"{picture}: its prompts {caption} are missing")
+    subject, *prompts = (line.strip() for line in read_text(caption).split("\n"))
     prompts = [prompt for prompt in prompts if prompt]
     if not subject or not prompts:
         raise UserError(f"{caption}: expected the subject in line 1, a prompt in each line below")

@@ -10,6 +10,7 @@ from pathlib import Path
 from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.textfile import read_text
 
 CLASSES = "prompts_and_classes.txt"
 _HEADER = "subject_name,class"
@@ -73,10 +74,7 @@ def words(subject: str) -> str:
 
 def read_classes(path: Path) -> dict[str, str]:
     """Subject -> class, from the lines below `subject_name,class` down to an empty one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if _HEADER not in lines:
         raise UserError(f"{path}: expected a line {_HEADER!r} with one subject per line below it")
     classes = {}

@@ -8,22 +8,17 @@ suffixes        0001_depth.png  0001_target.png  0001.txt  0001_instruction.txt
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from visualcloze_deft.data.images import (
-    check_inside,
-    folders_in,
-    images_in,
-    listing,
-    path_inside,
-)
+from visualcloze_deft.data.images import folders_in, images_in, listing
 from visualcloze_deft.data.index import Indexed, Row, index, key_of_files, key_of_names
+from visualcloze_deft.data.inside import located, path_inside
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.textfile import check_file, parse_json, read_text, sound
 
 # Where the texts of the item called {0} may stand. The first file found counts.
 TEXTS = {
@@ -64,7 +59,10 @@ def read_folder(root: Path) -> Iterator[Row]:
     """The items in subfolders of `root`, or of its pictures' suffixes."""
     by_stem: dict[str, dict[str, str]] = defaultdict(dict)
     for folder in folders_in(root):
-        for stem, path in images_in(folder).items():
+        pictures = images_in(folder)
+        if pictures:
+            _check_role(str(folder), folder.name)
+        for stem, path in pictures.items():
             by_stem[stem][folder.name] = f"{folder.name}/{path.name}"
     loose = images_in(root)
     if by_stem and loose:
@@ -85,40 +83,41 @@ def _paired(root: Path, stem: str, paths: Mapping[str, str]) -> Row:
     for name, places in TEXTS.items():
         for path in (root / place.format(stem) for place in places):
             if name not in texts and path.is_file():
-                texts[name] = _read_text(path)
+                texts[name] = sound(read_text(path)).strip()
     return Row(key=stem, paths=paths, texts=texts)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+def _check_role(where: str, role: str) -> None:
+    if not role.strip() or not role.isprintable():
+        raise UserError(f"{where}: the role {role!r} is no word; give it letters, no line break")
 
 
 def read_table(path: Path) -> Iterator[Row]:
     """One item per line of a .jsonl file; paths are relative to the file and lead nowhere but into
     its folder."""
     file, folder = str(path), str(path.parent)
+    check_file(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{file}, line {number}"
                 names, texts = _row(where, line)
-                for role, name in names.items():
-                    check_inside(f"{where}: {role}", folder, name)
-                    if not os.path.isfile(path_inside(folder, name)):
-                        missing = path_inside(folder, name)
-                        raise UserError(f"{where}: {role}: no such file {missing}")
-                yield Row(key=f"{path.name}:{number}", paths=names, texts=texts)
+                paths = {role: _picture(where, folder, role, names[role]) for role in names}
+                yield Row(key=f"{path.name}:{number}", paths=paths, texts=texts)
+
+
+def _picture(where: str, folder: str, role: str, name: str) -> str:
+    """The path in `folder` of the picture that a row calls `name`, which is there."""
+    _check_role(where, role)
+    found = located(f"{where}: {role}", folder, name)
+    if not os.path.isfile(path_inside(folder, found)):
+        raise UserError(f"{where}: {role}: no such file {path_inside(folder, found)}")
+    return found
 
 
 def _row(where: str, line: bytes) -> tuple[dict[str, str], dict[str, str]]:
     """File names and texts of a line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
+    row = parse_json(where, line)
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, {{...}}, not {row!r}")
     return _edit(where, row) if "images" in row else _roles(where, row)
@@ -130,7 +129,7 @@ def _roles(where: str, row: Mapping[str, object]) -> tuple[dict[str, str], dict[
         if not isinstance(value, str):
             kind = "text" if key in TEXTS else "the path of a picture"
             raise UserError(f"{where}: {key} must be {kind}, not {value!r}")
-    texts = {key: str(row[key]) for key in TEXTS if key in row}
+    texts = {key: sound(str(row[key])) for key in TEXTS if key in row}
     names = {key: str(value) for key, value in row.items() if key not in TEXTS}
     if not names:
         raise UserError(f"{where}: names no picture; expected e.g. {{'target': 'a.png'}}")
@@ -150,5 +149,6 @@ def _edit(where: str, row: Mapping[str, object]) -> tuple[dict[str, str], dict[s
         if not isinstance(row.get(key), str | None):
             raise UserError(f"{where}: {key} must be text or null, not {row[key]!r}")
     before = ["before"] if len(names) == 2 else [f"image_{k}" for k in range(1, len(names))]
-    texts = {"instruction": str(prompt), "caption": str(prompt)} if prompt else {}
+    said = sound(str(prompt or ""))
+    texts = {"instruction": said, "caption": said} if said else {}
     return dict(zip([*before, "target"], names, strict=True)), texts

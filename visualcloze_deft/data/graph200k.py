@@ -6,14 +6,15 @@ A row: {"quality_assessment": {"objectConsistency": 4, ...} or null, "descriptio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from visualcloze_deft.data.images import check_inside, listing, path_inside
+from visualcloze_deft.data.images import listing
 from visualcloze_deft.data.index import Indexed, Row, index, key_of_files
+from visualcloze_deft.data.inside import located, path_inside
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.textfile import parse_json, read_bytes, sound
 
 ROLES = {  # condition with one picture -> role
     "target": "target",
@@ -71,24 +72,29 @@ def items_of(path: Path) -> Iterator[Row]:
     """The items in `data.json`, whose first has its pictures."""
     folder = str(path.parent)
     for number, row in enumerate(read_rows(path)):
-        names = picture_names(row)
+        where = f"{path}, item {number}"
+        names = {
+            role: located(f"{where}: {condition}", folder, name)
+            for role, (condition, name) in picture_names(row).items()
+        }
         for name in names.values() if number == 0 else ():
             if not Path(path_inside(folder, name)).is_file():
                 raise UserError(
-                    f"{path}, item 0: no such file {path_inside(folder, name)}; "
+                    f"{where}: no such file {path_inside(folder, name)}; "
                     f"paths are relative to {path.name}"
                 )
         yield Row(key=f"item {number}", paths=names, texts=texts(row))
 
 
-def picture_names(row: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> file name as it stands in the row."""
-    names: dict[str, str] = {}
+def picture_names(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Role -> where it stands in the row, and the file name as it stands there."""
+    names: dict[str, tuple[str, str]] = {}
     for condition, value in row["condition"].items():
         if condition in ROLES and value:
-            names[ROLES[condition]] = value
+            names[ROLES[condition]] = condition, value
         elif condition in LISTS and value:
-            names |= {role: value[key][0] for key, role in LISTS[condition].items()}
+            lists = LISTS[condition]
+            names |= {role: (f"{condition}: {key}", value[key][0]) for key, role in lists.items()}
     if "reference" in names and not _consistent(row):
         del names["reference"]
     return names
@@ -106,11 +112,11 @@ def texts(row: Mapping[str, Any]) -> dict[str, str]:
     """
     description = row.get("description") or {}
     item = description.get("item") or ""
-    caption = f"{item} {description.get('description_0') or ''}".strip()
+    caption = sound(f"{item} {description.get('description_0') or ''}").strip()
     replaced = (row["condition"].get("FillEdit") or {}).get("name")
     found = {"caption": caption} if caption else {}
     if item and isinstance(replaced, str):
-        found["instruction"] = f"replace the {replaced} with {_in_sentence(item)}"
+        found["instruction"] = sound(f"replace the {replaced} with {_in_sentence(item)}")
     return found
 
 
@@ -118,21 +124,29 @@ def _in_sentence(words: str) -> str:
     return f"{words[0].lower()}{words[1:]}".rstrip(".")
 
 
+def place_and_split(place: str) -> tuple[str, str]:
+    """The folder or hub id, and the split, that a place of tables names; a folder that is there is
+    itself, whatever its name has in it.
+
+    >>> place_and_split("VisualCloze/Graph200K@test"), place_and_split("me@host@test")
+    (('VisualCloze/Graph200K', 'test'), ('me@host', 'test'))
+    """
+    where, at, split = place.rpartition("@")
+    return (where, split or "train") if at and not Path(place).exists() else (place, "train")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The checked list in `data.json`."""
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    rows = parse_json(str(path), read_bytes(path))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of items, found {str(rows)[:60]!r}")
-    file, folder = str(path), str(path.parent)
+    file = str(path)
     for number, row in enumerate(rows):
-        _check(f"{file}, item {number}", folder, row)
+        _check(f"{file}, item {number}", row)
     return rows
 
 
-def _check(where: str, folder: str, row: object) -> None:
+def _check(where: str, row: object) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("condition"), dict):
         raise UserError(f"{where}: expected an object with the key 'condition'")
     for key, fields in _FIELDS.items():
@@ -146,16 +160,14 @@ def _check(where: str, folder: str, row: object) -> None:
         raise UserError(f"{where}: the condition 'target' is missing")
     for name, value in row["condition"].items():
         if name in LISTS:
-            _check_lists(f"{where}: {name}", folder, value, LISTS[name])
+            _check_lists(f"{where}: {name}", value, LISTS[name])
         elif name not in _KNOWN:
             raise UserError(f"{where}: unknown condition {name!r}; {nearest(name, _KNOWN)}")
         elif name in ROLES and not isinstance(value, str | None):
             raise UserError(f"{where}: {name} must be a path or null, not {value!r}")
-        elif name in ROLES and value:
-            check_inside(f"{where}: {name}", folder, value)
 
 
-def _check_lists(where: str, folder: str, value: object, lists: Mapping[str, str]) -> None:
+def _check_lists(where: str, value: object, lists: Mapping[str, str]) -> None:
     if not value:
         return
     if not isinstance(value, dict):
@@ -164,4 +176,3 @@ def _check_lists(where: str, folder: str, value: object, lists: Mapping[str, str
         names = value.get(key)
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise UserError(f"{where}: {key} must be a list of paths, not {names!r}")
-        check_inside(f"{where}: {key}", folder, names[0])

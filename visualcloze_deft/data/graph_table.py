@@ -5,7 +5,7 @@ decoded when it is asked for.
 
 from __future__ import annotations
 
-import json
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,10 +16,14 @@ import numpy as np
 import pyarrow.compute
 from PIL import Image
 
-from visualcloze_deft.data.graph200k import CONSISTENT, ROLES, texts
-from visualcloze_deft.data.images import listing, read_encoded
+from visualcloze_deft.data.depth import declared
+from visualcloze_deft.data.graph200k import CONSISTENT, ROLES, place_and_split, texts
+from visualcloze_deft.data.images import listing
+from visualcloze_deft.data.inside import located, path_inside
 from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.maps import read_role
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.textfile import parse_json
 
 COLUMNS = {  # column with pictures -> role
     **{name: role for name, role in ROLES.items() if name not in ("reference", "mask", "bbox")},
@@ -40,9 +44,10 @@ class GraphTable:
     name = "graph200k"
 
     def __init__(self, place: str) -> None:
-        where, _, split = place.partition("@")
+        self.folder, self.split = place_and_split(place)
         self.place = place
-        table = open_table(where, split or "train")
+        table = open_table(self.folder, self.split)
+        self.depth = declared(Path(self.folder))
         if "target" not in table.column_names:
             raise UserError(
                 f"{place}: expected Graph200K's columns, target among them; found "
@@ -50,7 +55,7 @@ class GraphTable:
             )
         self.table = table
         self.cells = {
-            role: encoded(table.select_columns([column]), column)
+            role: encoded(place, table.select_columns([column]), column)
             for column, role in COLUMNS.items()
             if column in table.column_names
         }
@@ -81,13 +86,19 @@ class GraphTable:
             if rows[index]
         }
         words = {} if self.words is None else self.words[index]
-        row = {"description": said(words.get("description")), "condition": {}}
+        where = f"{self.place}, item {index}"
+        row = {"description": said(where, words.get("description")), "condition": {}}
         return Item(key=f"item {index}", images=images, texts=texts(row))
 
     def _picture(self, role: str, index: int) -> Image.Image:
         cells = self.cells[role]
         cell = cells[index][cells.column_names[0]]
-        return read_encoded(f"{self.place}, item {index}, {role}", cell["bytes"] or b"")
+        where = f"{self.place}, item {index}, {role}"
+        if isinstance(cell, dict) and cell["bytes"] is None:
+            path = path_inside(self.folder, located(where, self.folder, cell["path"]))
+            return read_role(role, path, self.depth)
+        data = cell["bytes"] if isinstance(cell, dict) else cell
+        return read_role(role, where, self.depth, data)
 
     def _consistent(self) -> np.ndarray:
         """Whether each reference shows the target's subject."""
@@ -95,7 +106,7 @@ class GraphTable:
         if self.words is None or column not in self.words.column_names:
             return np.zeros(len(self), bool)
         cells = self.words.with_format("arrow")[:][column]
-        levels = (said(cell.as_py()).get("objectConsistency") for cell in cells)
+        levels = (said(column, cell.as_py()).get("objectConsistency") for cell in cells)
         return np.fromiter(
             (isinstance(level, int | float) and level >= CONSISTENT for level in levels),
             bool,
@@ -106,8 +117,11 @@ class GraphTable:
 def there(cells: datasets.Dataset) -> np.ndarray:
     """Which cells of a table of one column hold something, without reading it."""
     column = cells.with_format("arrow")[:][cells.column_names[0]]
-    found: np.ndarray = pyarrow.compute.is_valid(column).to_numpy()
-    return found.copy()  # to be written to
+    found: np.ndarray = pyarrow.compute.is_valid(column).to_numpy().copy()  # to be written to
+    if pyarrow.types.is_struct(column.type):
+        parts = [pyarrow.compute.struct_field(column, name) for name in ("bytes", "path")]
+        found &= np.logical_or(*(pyarrow.compute.is_valid(part).to_numpy() for part in parts))
+    return found
 
 
 def open_table(where: str, split: str) -> datasets.Dataset:
@@ -122,31 +136,51 @@ def open_table(where: str, split: str) -> datasets.Dataset:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(str(folder))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
-        files = sorted(str(path) for path in folder.rglob(f"{split}*.parquet"))
+        files = [glob.escape(path) for path in shards(folder, split)]
         if not files:
             raise UserError(
                 f"{folder}: expected data.json, {split}*.parquet, or what save_to_disk writes; "
                 f"found {listing(folder)}"
             )
         return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
     finally:
         datasets.enable_progress_bars()
 
 
-def encoded(table: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The column's cells as {"bytes", "path"}, or None."""
-    if isinstance(table.features[column], datasets.Image):
+def shards(folder: Path, split: str) -> list[str]:
+    """The parquet files of a split, sorted."""
+    return sorted(
+        str(path)
+        for path in folder.rglob("*.parquet")
+        if path.name.startswith(split) and path.is_file()
+    )
+
+
+def encoded(place: str, table: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The column's cells as encoded pictures: {"bytes", "path"}, plain bytes, or None.
+
+    Raises `UserError` where it holds anything else.
+    """
+    feature = table.features[column]
+    if isinstance(feature, datasets.Image):
         return table.cast_column(column, datasets.Image(decode=False))
+    kind = table.with_format("arrow")[:0][column].type
+    names = {kind.field(k).name for k in range(kind.num_fields)}
+    binary = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    if not (binary or names == {"bytes", "path"}):
+        raise UserError(f"{place}: column {column} holds {kind}; expected pictures, as bytes")
     return table
 
 
-def said(cell: object) -> Mapping[str, Any]:
+def said(where: str, cell: object) -> Mapping[str, Any]:
     """A cell that holds an object, or the JSON of one."""
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
-        except ValueError:
+            cell = parse_json(where, cell)
+        except UserError:
             return {}
     return cell if isinstance(cell, dict) else {}

@@ -18,17 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from visualcloze_deft.data.images import path_inside, read_image
+from visualcloze_deft.data.depth import declared
+from visualcloze_deft.data.images import files_below
+from visualcloze_deft.data.inside import path_inside
 from visualcloze_deft.data.item import Item
+from visualcloze_deft.data.maps import read_role
+from visualcloze_deft.errors import printable
 
-FORMAT = "1"  # part of every key: raise it when what a row holds changes
+FORMAT = "2"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
 CHUNK = 10_000  # rows held while an index is made
 _SCHEMA = pa.schema(
     {
         "key": pa.string(),
         "kind": pa.string(),  # roles, joined by SEPARATOR
-        "paths": pa.list_(pa.string()),  # one for each role, as they stand in the data
+        "paths": pa.list_(pa.binary()),  # one for each role; names of files may be any bytes
         "texts": pa.string(),  # JSON
     }
 )
@@ -53,6 +57,7 @@ class Indexed:
         self.name = name
         self.folder = folder
         self.table = table
+        self.depth = declared(folder)
         self.roles = frozenset(role for kind in self.kinds for role in kind)
 
     def __len__(self) -> int:
@@ -82,7 +87,9 @@ class Indexed:
         return Item(
             key=row["key"],
             images={
-                role: partial(read_image, path_inside(str(self.folder), path))
+                role: partial(
+                    read_role, role, path_inside(str(self.folder), os.fsdecode(path)), self.depth
+                )
                 for role, path in paths
             },
             texts=json.loads(row["texts"]),
@@ -136,9 +143,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
     left = iter(rows)
     while chunk := list(islice(left, CHUNK)):
         columns = [
-            [row.key for row in chunk],
+            [printable(row.key) for row in chunk],
             [SEPARATOR.join(row.paths) for row in chunk],
-            [list(row.paths.values()) for row in chunk],
+            [list(map(os.fsencode, row.paths.values())) for row in chunk],
             [json.dumps(dict(row.texts), ensure_ascii=False) for row in chunk],
         ]
         yield pa.RecordBatch.from_pydict(dict(zip(_SCHEMA.names, columns, strict=True)), _SCHEMA)
@@ -148,7 +155,7 @@ def key_of_files(paths: Iterable[Path]) -> str:
     """A key of where the files are and what stands in them."""
     digest = hashlib.sha256(FORMAT.encode())
     for path in paths:
-        digest.update(f"\0{path.absolute()}\0".encode())
+        digest.update(b"\0%b\0" % os.fsencode(path.absolute()))
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -156,16 +163,11 @@ def key_of_files(paths: Iterable[Path]) -> str:
 
 
 def key_of_names(folder: Path) -> str:
-    """A key of the paths, sizes and times of all files in `folder` and its subfolders."""
+    """A key of the paths, sizes and times of all files in `folder` and its subfolders, and of what
+    links in it lead to; a folder that links lead to again is told once."""
     digest = hashlib.sha256(FORMAT.encode())
-    places = [str(folder.absolute())]
-    while places:
-        place = places.pop()
-        entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_dir():
-                places.append(entry.path)
-            else:
-                told = entry.stat()
-                digest.update(f"{entry.path}\0{told.st_size}\0{told.st_mtime_ns}\n".encode())
+    for path in files_below(folder):
+        told = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
+        name = os.fsencode(os.path.abspath(path))
+        digest.update(b"%b\0%d\0%d\n" % (name, told.st_size, told.st_mtime_ns))
     return digest.hexdigest()[:32]

@@ -24,7 +24,9 @@ from visualcloze_deft.data.images import (
     read_image,
 )
 from visualcloze_deft.data.item import Item, Listed
+from visualcloze_deft.data.maps import read_role
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.textfile import read_text
 
 VIEWS = 24  # of a complete turn
 TURN = 3  # views, 45 degrees
@@ -162,7 +164,7 @@ def alone(view: View) -> Image.Image:
     image = read_image(view.image)
     if view.mask is None:
         return image
-    mask = read_image(view.mask).convert("L").point(lambda value: 255 * (value > 127), "L")
+    mask = read_role("mask", view.mask).convert("L").point(lambda value: 255 * (value > 127), "L")
     if mask.size != image.size:
         raise UserError(f"{view.mask}: {mask.size} pixels, but its photo has {image.size}")
     box = mask.getbbox()
@@ -260,12 +262,12 @@ def read_places(path: Path, views: dict[str, list[View]]) -> list[Place]:
 
 def _parse(path: Path) -> ET.Element:
     """The XML in `path`. Entities, which can blow up in memory, are refused unread."""
+    source = read_text(path)
+    if "<!DOCTYPE" in source or "<!ENTITY" in source:
+        raise UserError(f"{path}: declares a document type; Pascal VOC needs none, remove it")
     try:
-        source = path.read_text(encoding="utf-8-sig")
-        if "<!DOCTYPE" in source or "<!ENTITY" in source:
-            raise UserError(f"{path}: declares a document type; Pascal VOC needs none, remove it")
         return ET.fromstring(source)
-    except (OSError, UnicodeDecodeError, ET.ParseError) as error:
+    except (ET.ParseError, ValueError) as error:  # also of an encoding that it declares
         raise UserError(f"{path}: not valid XML in UTF-8: {error}") from None
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from visualcloze_deft.data.annotate import check_models
 from visualcloze_deft.data.annotations import RECORD, is_stored
 from visualcloze_deft.data.annotators import check_role, fastest
+from visualcloze_deft.data.graph200k import place_and_split
 from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
@@ -77,6 +78,7 @@ from visualcloze_deft.infer import (
     told_by_image,
 )
 from visualcloze_deft.output import only_writer, whole_text
+from visualcloze_deft.textfile import read_json, sound
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
@@ -218,8 +220,8 @@ def state_of(place: str) -> str | None:
     of which there may be millions; None of what is made here or on the hub."""
     root = Path(place)
     if place and not root.exists():
-        root = Path(place.partition("@")[0])  # a table's split stands behind it
-    if not place.partition("@")[0] or not root.exists():
+        root = Path(place_and_split(place)[0])
+    if not place or not root.exists():
         return None
     root = next((root / name for name in LISTED_IN if (root / name).is_file()), root)
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
@@ -692,11 +694,9 @@ def check_partners(
 
 def read_texts(path: Path, made: Mapping[str, Path]) -> dict[str, str]:
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--prompts {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}: not valid JSON: {error}") from None
+        texts = read_json(path)
+    except UserError as error:
+        raise UserError(f"--prompts {error}") from None
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise UserError(f'--prompts {path}: expected an object {{"NAME": "prompt", ...}}')
     if missing := [place.name for stem, place in made.items() if not texts.get(stem)]:
@@ -704,4 +704,4 @@ def read_texts(path: Path, made: Mapping[str, Path]) -> dict[str, str]:
         raise UserError(
             f"--prompts {path}: no prompt for {missing[0]}{more}, by name without suffix"
         )
-    return texts
+    return {name: sound(text) for name, text in texts.items()}

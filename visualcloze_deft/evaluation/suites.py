@@ -25,6 +25,7 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.evaluation.metrics import Colour
 from visualcloze_deft.registry import Task, load_tasks, select
+from visualcloze_deft.textfile import read_text
 
 FAMILIES = (  # what the embedded base, its demo and its evaluation are about
     "canny-to-image",
@@ -277,7 +278,7 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
     """The prompts for "object" and "live" subjects in DreamBooth's `prompts_and_classes.txt`."""
     if not path.is_file():
         raise UserError(f"{path}: the prompts are missing; it comes with DreamBooth's data set")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     objects, _, live = text.partition("Live Subject Prompts")
     found = {"object": PROMPT.findall(objects), "live": PROMPT.findall(live)}
     for kind, prompts in found.items():

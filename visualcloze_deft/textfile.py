@@ -1,0 +1,65 @@
+"""Text that a user wrote, read from a file: UTF-8, with or without the mark of Windows' editors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from visualcloze_deft.errors import UserError
+
+MARK = "\ufeff"  # byte order mark, which is no part of any text
+REPLACED = "\ufffd"
+
+
+def read_text(path: Path) -> str:
+    """The text in `path`. Raises `UserError` where it is no file, or not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` where `path` is no file: a pipe would be waited for without end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise UserError(f"{path}: cannot be read: {kind}, not a file")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in `path`. Raises `UserError` where it is no file."""
+    check_file(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(where: str, text: str | bytes) -> Any:
+    """The value of a JSON text. Raises `UserError`, which begins with `where`, where it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # also bytes that are no text, and numbers of thousands of digits
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in the JSON file `path`."""
+    return parse_json(str(path), read_text(path))
+
+
+def sound(text: str) -> str:
+    """`text` as every encoder can take it: half of a pair of surrogates, which JSON may hold where
+    an emoji was cut, becomes U+FFFD, a byte order mark nothing.
+
+    >>> sound("caf\\u00e9 \\ud83c"), sound("\\ufeffday"), sound("\\ud83c\\udf89")
+    ('café \ufffd', 'day', '🎉')
+    """
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace(MARK, "")
