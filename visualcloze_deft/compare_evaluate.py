@@ -25,6 +25,7 @@ from visualcloze_deft.batch import Drawn, in_pixels
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
 from visualcloze_deft.data.annotators import fastest
+from visualcloze_deft.data.graph200k import place_and_split
 from visualcloze_deft.data.item import units_of
 from visualcloze_deft.data.mixture import Able, Example, Mixture
 from visualcloze_deft.data.sources import PROCEDURAL
@@ -144,9 +145,9 @@ def place_of(spec: str) -> tuple[str, str] | None:
         return None
     if name in PROCEDURAL:
         return name, argument or "0"
-    folder, at, split = argument.rpartition("@") if "@" in argument else (argument, "", "")
+    folder, split = place_and_split(argument)
     whole = str(Path(folder).resolve()) if Path(folder).exists() else folder
-    return name, whole + (at + split if split != "train" else "")
+    return name, whole if split == "train" else f"{whole}@{split}"
 
 
 def folder_of(comparison: Comparison, name: str) -> Path:
