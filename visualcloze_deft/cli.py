@@ -1034,7 +1034,8 @@ def data() -> None:
 @FOLDERS
 @click.option("--workers", type=click.IntRange(0), help="Reading processes; default: one per core.")
 def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
-    """Read all pictures of a source: what it has, which tasks it serves, what is broken and why.
+    """Read all pictures of a source: what it has, how masks and depth were read, which tasks it
+    serves, what was left out and what is broken, and why.
 
     Exit code 1 where something is broken.
 
@@ -1044,6 +1045,7 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     from tqdm import tqdm
 
     from visualcloze_deft.data.check import look_at_all, report
+    from visualcloze_deft.data.left_out import left_out
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.registry import load_tasks
 
@@ -1055,10 +1057,12 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     lines, broken = report(seen, tasks)
     for line in lines:
         click.echo(line)
+    for line in left_out(opened):
+        click.echo(f"left out: {line}", err=True)
     for line in broken:
         click.echo(f"broken: {line}", err=True)
     if broken:
-        click.echo(f"{len(broken)} pictures cannot be read", err=True)
+        click.echo(f"{len(broken)} pictures are broken", err=True)
         raise SystemExit(1)
 
 

@@ -1,25 +1,44 @@
-"""Reading a source whole: what each item has, how large it is, and what is broken."""
+"""Reading a source whole: what each item has, how large it is, how it was read, what is broken."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-from visualcloze_deft.data.derive import missing
+import numpy as np
+from PIL import Image
+
+from visualcloze_deft.data.depth import SPAN
+from visualcloze_deft.data.derive import misfits, missing
+from visualcloze_deft.data.images import READ_AS
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.data.maps import MASKS
+from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.registry import Task
+
+PLAIN = 64  # of 255 levels: a role most of whose pictures use fewer is worth a look
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """size: (width, height) in pixels. levels: from its darkest value to its lightest, of 255. how:
+    its file was read, "" where there is nothing to say. span: near and far in metres."""
+
+    size: tuple[int, int]
+    levels: int
+    how: str = ""
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One item: role -> (width, height) in pixels of what could be read, role -> what is wrong."""
+    """One item: role -> what could be read, role -> what is wrong."""
 
     key: str
-    sizes: Mapping[str, tuple[int, int]]
+    pictures: Mapping[str, Picture]
     faults: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
 
@@ -29,15 +48,29 @@ def look(source: Source, index: int) -> Seen:
     try:
         item = source.item(index)
     except UserError as error:
-        return Seen(key=f"item {index}", sizes={}, faults={"": str(error)})
-    sizes, faults = {}, {}
+        return Seen(key=f"item {index}", pictures={}, faults={"": str(error)})
+    pictures, faults = {}, {}
     for role in item.images:
         try:
-            sizes[role] = item.image(role).size
+            pictures[role] = seen_in(item.image(role))
         except UserError as error:
             faults[role] = str(error)
+    for role, why in misfits({role: one.size for role, one in pictures.items()}).items():
+        faults[role] = why
+        del pictures[role]
     texts = tuple(name for name, text in item.texts.items() if text)
-    return Seen(key=item.key, sizes=sizes, faults=faults, texts=texts)
+    return Seen(key=item.key, pictures=pictures, faults=faults, texts=texts)
+
+
+def seen_in(image: Image.Image) -> Picture:
+    """What `report` tells of an RGB picture."""
+    values = np.asarray(image)
+    return Picture(
+        size=image.size,
+        levels=int(values.max()) - int(values.min()),
+        how=image.info.get(READ_AS, ""),
+        span=image.info.get(SPAN),
+    )
 
 
 def look_at_all(source: Source, *, workers: int) -> Iterator[Seen]:
@@ -63,26 +96,54 @@ def _look(index: int) -> Seen:
 
 def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], list[str]]:
     """Lines that say what there is, and lines that say what is broken."""
-    sizes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    found: dict[str, list[Picture]] = defaultdict(list)
     texts: Counter[str] = Counter()
     broken: list[str] = []
     kinds: Counter[frozenset[str]] = Counter()
     for one in seen:
-        kinds[frozenset(one.sizes)] += 1
+        kinds[frozenset(one.pictures)] += 1
         texts.update(one.texts)
-        for role, size in one.sizes.items():
-            sizes[role].append(size)
+        for role, picture in one.pictures.items():
+            found[role].append(picture)
         broken += [f"{one.key}{role and f', {role}'}: {why}" for role, why in one.faults.items()]
-    width = max(map(len, [*sizes, *texts, "role"])) + 2
+    width = max(map(len, [*found, *texts, "role"])) + 2
     lines = [f"{sum(kinds.values())} items", "", f"{'role':{width}}items  pixels, middle of all"]
-    for role, found in sorted(sizes.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+    for role, pictures in sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+        sizes = [picture.size for picture in pictures]
         middle = " x ".join(
-            str(round(statistics.median(side))) for side in zip(*found, strict=True)
+            str(round(statistics.median(side))) for side in zip(*sizes, strict=True)
         )
-        least, most = min(map(min, found)), max(map(max, found))
-        lines.append(f"{role:{width}}{len(found):5}  {middle} ({least} to {most} a side)")
+        least, most = min(map(min, sizes)), max(map(max, sizes))
+        lines.append(f"{role:{width}}{len(sizes):5}  {middle} ({least} to {most} a side)")
     lines += [f"{name:{width}}{count:5}  (text)" for name, count in texts.most_common()]
-    lines += ["", "tasks that it serves, by group: how many, and with how many items"]
+    if notes := [line for role, pictures in found.items() for line in noted(role, pictures)]:
+        lines += ["", "how files were read", *(f"  {line}" for line in notes)]
+    return lines + served(kinds, tasks), [printable(line) for line in broken]
+
+
+def noted(role: str, pictures: Sequence[Picture]) -> Iterator[str]:
+    """What to know of how the files of a role were read."""
+    ways: dict[str, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        if picture.how:
+            ways[picture.how].append(picture)
+    for how, those in ways.items():
+        spans = [one.span for one in those if one.span]
+        near, far = min(spans, default=(0, 0))[0], max((far for _, far in spans), default=0)
+        metres = f", {near:.3g} to {far:.3g} m" if spans else ""
+        yield f"{role}: {how}{metres} ({len(those)} items)"
+    if len(ways) > 1:
+        yield f"{role}: its files were read in {len(ways)} ways; they may mean different things"
+    if role in MASKS and (flat := sum(not picture.levels for picture in pictures)):
+        yield f"{role}: all of one value in {flat} items, so it marks all or nothing"
+    levels = round(statistics.median(picture.levels for picture in pictures))
+    if levels < PLAIN:
+        yield f"{role}: uses {levels} of 255 levels, in the middle of all; is it meant so dark?"
+
+
+def served(kinds: Counter[frozenset[str]], tasks: Mapping[str, Task]) -> list[str]:
+    """Lines that say which tasks find their roles."""
+    lines = ["", "tasks that it serves, by group: how many, and with how many items"]
     by_group: dict[str, list[int]] = defaultdict(list)
     for task in tasks.values():
         count = sum(n for roles, n in kinds.items() if not missing(task.roles, roles))
@@ -94,4 +155,4 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
     for group, counts in by_group.items():
         span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         lines.append(f"  {group:40}{len(counts):3} with {span} items")
-    return lines, broken
+    return lines

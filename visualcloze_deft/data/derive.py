@@ -12,10 +12,14 @@ from numpy.random import Generator
 from PIL import Image, ImageChops, ImageOps
 
 from visualcloze_deft.data.degrade import DEGRADATIONS, Degrade
-from visualcloze_deft.errors import UserError
 
 Pictures = Mapping[str, Image.Image]
 ALIKE = 0.02  # difference in width over height that rounding to whole pixels may make
+ALIGNED = frozenset(  # roles that show, pixel for pixel, what the target shows
+    "depth normal canny hed mlsd openpose segmentation uniformer object_masks mask box boxes "
+    "foreground background hole".split()
+)
+Size = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +76,28 @@ def missing(wanted: Iterable[str], roles: Collection[str]) -> set[str]:
     return {*wanted}.difference(roles, made)
 
 
-def check_shapes(key: str, pictures: Pictures) -> None:
-    """Raise `UserError` unless pictures that one is made of have the same proportions.
+def misfits(sizes: Mapping[str, Size]) -> dict[str, str]:
+    """Role -> what is wrong with it, of maps that have other proportions than their target or,
+    without one, than the first of them. sizes: of the pictures of one item, by role.
 
     A mask of half the size fits its picture; one cut otherwise marks something else.
+
+    >>> misfits({"depth": (64, 96), "target": (96, 64)})["depth"]
+    'depth has 64 x 96 pixels, but target has 96 x 64: it lies on its side; turn it as that is'
     """
-    (first, image), *others = pictures.items()
-    for role, other in others:
-        if abs(image.width * other.height / (image.height * other.width) - 1) > ALIKE:
-            raise UserError(
-                f"{key}: {role} has {other.width} x {other.height} pixels, but {first} has "
-                f"{image.width} x {image.height}: other proportions; cut them alike"
+    maps = [role for role in sizes if role in ALIGNED]
+    first = "target" if "target" in sizes else next(iter(maps), "")
+    found = {}
+    for role in maps:
+        (width, height), (wide, high) = sizes[role], sizes[first]
+        if abs(wide * height / (high * width) - 1) > ALIKE:
+            turned = abs(wide * width / (high * height) - 1) <= ALIKE
+            why = (
+                "it lies on its side; turn it as that is"
+                if turned
+                else ("other proportions; cut them alike")
             )
+            found[role] = (
+                f"{role} has {width} x {height} pixels, but {first} has {wide} x {high}: {why}"
+            )
+    return found

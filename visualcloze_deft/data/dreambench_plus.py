@@ -34,7 +34,8 @@ class DreamBenchPlus(Listed):
                 raise UserError(
                     f"{data}: expected the folders images and captions; found {listing(data)}"
                 )
-        pictures = pictures_below(data / "images")
+        self.images = data / "images"
+        self.pictures = pictures = pictures_below(self.images)
         if not pictures:
             raise UserError(f"{data / 'images'}: no picture in it or in its folders")
         for path in sorted((data / "captions").rglob("[!.]*.txt")):

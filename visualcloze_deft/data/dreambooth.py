@@ -28,7 +28,7 @@ class DreamBooth:
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder")
-        subjects = root / "dataset" if (root / "dataset").is_dir() else root
+        self.folder = subjects = root / "dataset" if (root / "dataset").is_dir() else root
         self.classes = read_classes(subjects / CLASSES) if (subjects / CLASSES).exists() else {}
         by_subject = [
             pairs

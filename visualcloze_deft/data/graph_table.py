@@ -35,6 +35,7 @@ COLUMNS = {  # column with pictures -> role
     "ReduxStyle_image_0": "redux_image",
     "ReduxStyle_ref_0": "redux_reference",
 }
+WORDS = ("description", "quality_assessment")  # columns that are read beside pictures
 
 
 class GraphTable:
@@ -59,7 +60,7 @@ class GraphTable:
             for column, role in COLUMNS.items()
             if column in table.column_names
         }
-        words = [n for n in ("description", "quality_assessment") if n in table.column_names]
+        words = [name for name in WORDS if name in table.column_names]
         self.words = table.select_columns(words) if words else None
         self.there = {role: there(cells) for role, cells in self.cells.items()}
         if "reference" in self.there:

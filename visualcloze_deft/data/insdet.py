@@ -3,11 +3,15 @@ scenes as a whole from one side and another, and backgrounds without objects.
 
 Objects/NNN_name/{images,masks}/001..024, views 15 degrees apart; Scenes/<level>/<place>/rgb_NNN.jpg
 with its boxes in Pascal VOC beside it, rgb_NNN.xml; Background/*.jpg (InsDet, arXiv 2310.19257).
+Photos in one folder may show different rooms: which show one place is said in `SAME_PLACE`.
 """
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +27,11 @@ from visualcloze_deft.data.images import (
     read_crop,
     read_image,
 )
+from visualcloze_deft.data.inside import located, path_inside
 from visualcloze_deft.data.item import Item, Listed
 from visualcloze_deft.data.maps import read_role
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.textfile import read_text
+from visualcloze_deft.textfile import parse_json, read_text
 
 VIEWS = 24  # of a complete turn
 TURN = 3  # views, 45 degrees
@@ -34,6 +39,9 @@ AROUND = 2.2  # side of a crop over the longer side of its box
 GROWN = 0.1  # of the longer side of a box: how far a hole reaches beyond it, on every side
 LIGHT_GREY = (219, 219, 219)
 MIDDLE_GREY = (128, 128, 128)
+SAME_PLACE = "same_place.jsonl"
+"""In Scenes: a line for each place that was looked at, a list of photos that show it, such as
+["easy/office_001/rgb_000.jpg", "easy/office_001/rgb_003.jpg"], all of one folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +76,20 @@ class InsDet(Listed):
         if not (root / "Objects").is_dir():
             found = f"found {listing(root)}" if root.is_dir() else "no such folder"
             raise UserError(f"{root}: expected the folders Objects and Scenes; {found}")
-        views = read_views(root / "Objects")
+        self.root = root
+        self.views = views = read_views(root / "Objects")
+        self.same = read_same_places(root / "Scenes")
         objects = [turned(name, views[name]) for name in views]
         places = [
             [
-                *(placed(place, size=size) for path in boxed for place in read_places(path, views)),
-                *moved(folder, size=size),
+                *(
+                    placed(place, size=size)
+                    for path in sorted(folder.glob("rgb_*.xml"))
+                    for place in read_places(path, views)
+                ),
+                *(one for photos in self.same.get(folder, ()) for one in moved(photos, size=size)),
             ]
-            for folder in sorted(root.glob("Scenes/*/*/"))
-            for boxed in [sorted(folder.glob("rgb_*.xml"))]
+            for folder in sorted({*root.glob("Scenes/*/*/"), *self.same})
         ]
         groups = (objects, places, [[one] for one in backgrounds(root, size=size)])
         items = [item for units in groups for unit in units for item in unit]
@@ -119,19 +132,42 @@ def placed(place: Place, *, size: int) -> Item:
     )
 
 
-def moved(folder: Path, *, size: int) -> list[Item]:
+def read_same_places(scenes: Path) -> dict[Path, list[list[Path]]]:
+    """Folder of scenes -> lists of photos in it that show one place, from `SAME_PLACE`."""
+    path = scenes / SAME_PLACE
+    found: dict[Path, list[list[Path]]] = defaultdict(list)
+    lines = read_text(path).splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        names = parse_json(where, line)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}: expected a list of photos of one place, not {line}")
+        inside = [path_inside(str(scenes), located(where, str(scenes), name)) for name in names]
+        photos = [scenes / os.path.relpath(name, scenes) for name in inside]
+        for photo in photos:
+            if not photo.is_file():
+                raise UserError(f"{where}: no such file {photo}")
+        if len(photos) < 2 or len({*photos}) < len(photos):
+            raise UserError(f"{where}: expected two or more different photos of one place")
+        if len({photo.parent for photo in photos}) > 1:
+            raise UserError(f"{where}: photos of one place stand in one folder; give each its line")
+        found[photos[0].parent].append(photos)
+    return found
+
+
+def moved(photos: Sequence[Path], *, size: int) -> list[Item]:
     """Each photo of a place with the next one; the last with the first."""
-    photos = [path for stem, path in images_in(folder).items() if stem.startswith("rgb_")]
     return [
         Item(
-            key=f"{folder.name} {one.stem}-{other.stem}",
+            key=f"{one.parent.name} {one.stem}-{other.stem}",
             images={
                 "place": partial(read_whole, one, size=size),
                 "place_moved": partial(read_whole, other, size=size),
             },
         )
-        for one, other in zip(photos, photos[1:] + photos[:1], strict=True)
-        if one != other
+        for one, other in zip(photos, [*photos[1:], photos[0]], strict=True)
     ]
 
 
@@ -258,6 +294,11 @@ def read_places(path: Path, views: dict[str, list[View]]) -> list[Place]:
             view = views[name][0]
             places.append(Place(name=name, view=view, picture=picture, box=box, crop=crop))
     return places
+
+
+def boxes_of(path: Path) -> list[str]:
+    """The name of each box in one VOC file."""
+    return [element.findtext("name", "").strip() for element in _parse(path).iter("object")]
 
 
 def _parse(path: Path) -> ET.Element:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from visualcloze_deft import grid
 from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
-from visualcloze_deft.data.derive import DERIVED, check_shapes, missing
+from visualcloze_deft.data.derive import DERIVED, misfits, missing
 from visualcloze_deft.data.item import Item, Source
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.prompt import Prompt
@@ -261,7 +261,8 @@ def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
 def row_of(
     item: Item, order: Sequence[str], resolution: int, cells: Cells, rng: np.random.Generator
 ) -> tuple[Image.Image, ...]:
-    """The item's pictures in the roles of `order`, as cells.
+    """The item's pictures in the roles of `order`, as cells. Raises `UserError` where they do not
+    lie upon one another, see `misfits`.
 
     Those that the source lacks are derived at the size of a cell, so that noise or small squares
     are seen as strong as they are made.
@@ -280,6 +281,10 @@ def row_of(
         return fits[role, size]
 
     shown = [role if role in item.images else DERIVED[role].needs[0] for role in order]
+    made = [DERIVED[role].needs for role in order if role not in item.images]
+    used = dict.fromkeys([*shown, *(need for needs in made for need in needs)])
+    for why in misfits({role: picture(role).size for role in used}).values():
+        raise UserError(f"{item.key}: {why}")
     sizes = row_sizes([picture(role).size for role in shown], resolution, cells)
     pictures = []
     for role, size in zip(order, sizes, strict=True):
@@ -287,7 +292,6 @@ def row_of(
             pictures.append(cell(role, size))
         else:
             derived = DERIVED[role]
-            check_shapes(item.key, {need: picture(need) for need in derived.needs})
             pictures.append(derived.make({need: cell(need, size) for need in derived.needs}, rng))
     return tuple(pictures)
 
