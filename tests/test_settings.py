@@ -180,7 +180,7 @@ def test_a_setting_inside_a_value_of_the_file_is_refused(tmp_path: Path) -> None
     ("text", "message"),
     [
         (b"steps = ", "not valid TOML"),
-        (b"\xff", "not valid TOML"),
+        (b"\xff", "cannot be read as UTF-8"),
         (b"stepps = 5", "unknown setting 'stepps'; did you mean steps"),
         (b"[adapter]\nmethod = 'deff'", "adapter.method = 'deff'"),
     ],

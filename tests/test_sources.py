@@ -27,7 +27,8 @@ from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.images import picture_size, read_crop, read_image
 from visualcloze_deft.data.insdet import LIGHT_GREY, InsDet
 from visualcloze_deft.data.item import Part, units_of
-from visualcloze_deft.data.sources import PROCEDURAL, SOURCES, open_source
+from visualcloze_deft.data.places import PROCEDURAL
+from visualcloze_deft.data.sources import SOURCES, open_source
 from visualcloze_deft.errors import UserError
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))

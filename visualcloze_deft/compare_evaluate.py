@@ -25,10 +25,9 @@ from visualcloze_deft.batch import Drawn, in_pixels
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
 from visualcloze_deft.data.annotators import fastest
-from visualcloze_deft.data.graph200k import place_and_split
 from visualcloze_deft.data.item import units_of
 from visualcloze_deft.data.mixture import Able, Example, Mixture
-from visualcloze_deft.data.sources import PROCEDURAL
+from visualcloze_deft.data.places import PROCEDURAL, place_and_split
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss

@@ -19,6 +19,7 @@ from torch import Tensor
 from visualcloze_deft.cells import CELL_STEP, PATCH, VAE_SCALE, Cells, row_sizes
 from visualcloze_deft.errors import UserError
 
+MOST_ASPECT = 16  # longer side over shorter: what is longer is no picture of a cell
 BLANK = -1.0  # what a hidden cell shows: black, as in diffusers' VisualClozeProcessor
 
 Row = Sequence[Image.Image | None]
@@ -101,6 +102,16 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(values, "c h w -> h w c").cpu().numpy())
 
 
+def check_aspect(size: tuple[int, int]) -> None:
+    """Raise `UserError` for a picture too long for a cell, whose strip would be longer still."""
+    width, height = size
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise UserError(
+            f"a picture of {width} x {height} pixels: more than {MOST_ASPECT} times as long as "
+            "wide; cut it"
+        )
+
+
 def check_rows(rows: Sequence[Row]) -> None:
     """Raise `UserError` unless `rows` is a grid with something to generate in its last row."""
     if not rows or not rows[-1]:
@@ -112,6 +123,10 @@ def check_rows(rows: Sequence[Row]) -> None:
             )
         if k < len(rows) and any(image is None for image in row):
             raise UserError(f"row {k} is an example and has a hole; only the last row may have one")
+    for row in rows:
+        for image in row:
+            if isinstance(image, Image.Image):
+                check_aspect(image.size)
     if all(image is not None for image in rows[-1]):
         raise UserError("no target: the last row has no null, so there is nothing to generate")
     if len(rows) == 1 and all(image is None for image in rows[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from visualcloze_deft.cells import Cells
+from visualcloze_deft.data.places import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits, Precision
@@ -58,6 +60,10 @@ def _expression(pattern: str) -> str:
     return pattern
 
 
+def _folder_or_word(place: str) -> str:
+    return place if place in ("", "run") else os.path.abspath(place)
+
+
 def _none_or_some(every: int) -> int:
     if every < 0 or every == 1:
         raise ValueError("give 0 for none, or 2 and more for every n-th item")
@@ -90,17 +96,22 @@ class Recipe(_Section):
     """Whether condition columns come in a random order."""
 
 
+_Source = Annotated[str, AfterValidator(spec_from_root)]
+_Place = Annotated[str, AfterValidator(from_root)]
+
+
 class Data(_Section):
     """What is trained on."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("scenes",)
+    sources: Annotated[tuple[_Source, ...], Field(min_length=1)] = ("scenes",)
     """NAME or NAME=PATH each: scenes, subject, folder, graph200k, dreambooth, dreambench-plus,
-    insdet."""
+    insdet. A relative path is one of the folder that the command is given in; the run records where
+    that is."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
     "depth-to-image=2" draws one twice as often. Of "all" and patterns, tasks without data are left
     out."""
-    task_folders: tuple[str, ...] = ()
+    task_folders: tuple[_Place, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
@@ -110,7 +121,7 @@ class Data(_Section):
     cells: Cells = "row"
     """Shape of cells: "row", all of a row in that of its first picture, as VisualCloze generates;
     "own", each in its picture's, at the height of its row; "square", as VisualCloze was trained."""
-    annotate: dict[str, str] = {}
+    annotate: dict[str, _Place] = {}
     """Role -> what computes it from the target where a source lacks it: a model of transformers (a
     folder or hub id), or a folder that `vcdeft data annotate` wrote."""
     hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
@@ -121,7 +132,7 @@ class Data(_Section):
     are a larger share than this of at least 100 drawn, the run stops."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Reading processes per training process."""
-    encodings: str = ""
+    encodings: Annotated[str, AfterValidator(_folder_or_word)] = ""
     """Folder in which encodings of strips and texts are kept and looked up, of this run and others;
     "run": in the run folder; "": none are kept."""
     recipe: Recipe = Recipe()

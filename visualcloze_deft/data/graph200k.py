@@ -124,17 +124,6 @@ def _in_sentence(words: str) -> str:
     return f"{words[0].lower()}{words[1:]}".rstrip(".")
 
 
-def place_and_split(place: str) -> tuple[str, str]:
-    """The folder or hub id, and the split, that a place of tables names; a folder that is there is
-    itself, whatever its name has in it.
-
-    >>> place_and_split("VisualCloze/Graph200K@test"), place_and_split("me@host@test")
-    (('VisualCloze/Graph200K', 'test'), ('me@host', 'test'))
-    """
-    where, at, split = place.rpartition("@")
-    return (where, split or "train") if at and not Path(place).exists() else (place, "train")
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The checked list in `data.json`."""
     rows = parse_json(str(path), read_bytes(path))

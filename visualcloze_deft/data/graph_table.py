@@ -17,11 +17,12 @@ import pyarrow.compute
 from PIL import Image
 
 from visualcloze_deft.data.depth import declared
-from visualcloze_deft.data.graph200k import CONSISTENT, ROLES, place_and_split, texts
+from visualcloze_deft.data.graph200k import CONSISTENT, ROLES, texts
 from visualcloze_deft.data.images import listing
 from visualcloze_deft.data.inside import located, path_inside
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.data.maps import read_role
+from visualcloze_deft.data.places import place_and_split
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.textfile import parse_json
 

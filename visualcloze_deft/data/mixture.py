@@ -285,6 +285,8 @@ def row_of(
     used = dict.fromkeys([*shown, *(need for needs in made for need in needs)])
     for why in misfits({role: picture(role).size for role in used}).values():
         raise UserError(f"{item.key}: {why}")
+    for role in shown:
+        grid.check_aspect(picture(role).size)
     sizes = row_sizes([picture(role).size for role in shown], resolution, cells)
     pictures = []
     for role, size in zip(order, sizes, strict=True):

@@ -12,6 +12,7 @@ from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.insdet import InsDet
 from visualcloze_deft.data.item import Source
+from visualcloze_deft.data.places import PROCEDURAL
 from visualcloze_deft.data.scenes import Scenes, Subject
 from visualcloze_deft.errors import UserError, nearest
 
@@ -66,7 +67,6 @@ def _graph200k(place: str, opening: Opening) -> Source:
     return GraphTable(place)
 
 
-PROCEDURAL = ("scenes", "subject")  # made, not read: they need no path
 ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "folder": anything
     "scenes": Scenes.roles,
     "subject": Subject.roles,

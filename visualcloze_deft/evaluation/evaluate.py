@@ -24,8 +24,8 @@ from tqdm import tqdm
 from visualcloze_deft.data.annotate import check_models
 from visualcloze_deft.data.annotations import RECORD, is_stored
 from visualcloze_deft.data.annotators import check_role, fastest
-from visualcloze_deft.data.graph200k import place_and_split
 from visualcloze_deft.data.images import images_in, listing, picture_size
+from visualcloze_deft.data.places import from_root, place_and_split
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import similarity
@@ -192,7 +192,7 @@ def made_of(
 ) -> dict[str, Any]:
     """What grids and images hang on: where one of these differs, a folder is of another
     evaluation."""
-    places = {n: str(Path(p).absolute()) if Path(p).exists() else p for n, p in making.data.items()}
+    places = {name: from_root(place) for name, place in making.data.items()}
     annotate = dict(making.annotate) if asked.suite == "graph200k" else {}
     fields = {
         "suite": asked.suite,

@@ -1,0 +1,38 @@
+"""What follows the name of a source on the command line: a path, a hub id, a number, a split."""
+
+from __future__ import annotations
+
+import os
+
+PROCEDURAL = ("scenes", "subject")  # sources that are made, not read: they need no path
+SPLIT = "train"  # where none is said
+
+
+def place_and_split(place: str) -> tuple[str, str]:
+    """The folder or hub id, and the split, that a place of tables names; a folder that is there is
+    itself, whatever its name has in it.
+
+    >>> place_and_split("VisualCloze/Graph200K@test"), place_and_split("me@host@test")
+    (('VisualCloze/Graph200K', 'test'), ('me@host', 'test'))
+    """
+    where, at, split = place.rpartition("@")
+    return (where, split or SPLIT) if at and not os.path.exists(place) else (place, SPLIT)
+
+
+def from_root(place: str) -> str:
+    """`place` as it holds from any folder: absolute where it is a path that exists, with its split
+    behind it; a hub id as it is."""
+    where, split = place_and_split(place)
+    if not where or not os.path.exists(where):
+        return place
+    return os.path.abspath(where) + (f"@{split}" if where != place else "")
+
+
+def spec_from_root(spec: str) -> str:
+    """`from_root` of the path in "NAME=PATH".
+
+    >>> spec_from_root("scenes=9"), spec_from_root("graph200k=VisualCloze/Graph200K")
+    ('scenes=9', 'graph200k=VisualCloze/Graph200K')
+    """
+    name, equals, place = spec.partition("=")
+    return spec if name in PROCEDURAL or not equals else f"{name}={from_root(place)}"
