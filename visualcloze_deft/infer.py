@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, speed
+from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import Claims
@@ -52,7 +53,7 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
 from visualcloze_deft.output import output_folder, whole, whole_text
-from visualcloze_deft.pipeline import Answer, InContextPipeline, one_of
+from visualcloze_deft.pipeline import Answer, InContextPipeline, check_attention, one_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
@@ -73,6 +74,8 @@ NOT_COMPARED = (
     "model",
     "batch",
     "of_seed",
+    "attention_used",
+    "attention_check",
 )
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
@@ -101,7 +104,7 @@ class Settings:
     encodings: Path | None = None
     offload: speed.Offload = "none"
     cache: str | None = None
-    attention: str | None = None
+    attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False
 
@@ -189,6 +192,9 @@ def check(settings: Settings) -> None:
         quantise=settings.quantise,
         batch=settings.batch,
     )
+    if not torch.cuda.is_available():  # on a GPU each process that generates tries it
+        dtype = default_dtype("cpu")
+        check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
         check_lora(settings.lora)
     for folder in settings.adapters:
@@ -223,7 +229,8 @@ def shared_of(settings: Settings) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "cache": settings.cache,
-        "attention": settings.attention,
+        # null for "auto", as in records of before it; what it came to is not compared
+        "attention": None if settings.attention == AUTO else settings.attention,
         "vae_tiling": settings.vae_tiling,
         "compile": settings.compile_blocks,
         "batch": settings.batch,
@@ -460,6 +467,12 @@ def work(
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
     pipe, claims, others = load(settings), Claims(output), 0
+    if pipe.attention.line:
+        tqdm.write(pipe.attention.line)
+    used = {
+        "attention_used": pipe.attention.backend,
+        "attention_check": pipe.attention.line,
+    }
     left = list(waiting)
     with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
 
@@ -498,7 +511,7 @@ def work(
             bar.update(before + sum(plan.steps for plan in chunk) - bar.n)
             for number, (plan, one) in enumerate(zip(chunk, asked, strict=True)):
                 answers = [answer for answer in made.answers if answer.grid == number]
-                write(output, plan, one, answers)
+                write(output, replace(plan, record=plan.record | used), one, answers)
                 claims.release(plan.entry.name)
     if others:
         tqdm.write(f"{others} grids are being made by other processes")
@@ -506,23 +519,25 @@ def work(
 
 def load(settings: Settings) -> InContextPipeline:
     """The pipeline that `settings` describe."""
+    offloaded = settings.offload != "none"
     pipe = InContextPipeline.from_pretrained(
         settings.model,
         adapter=settings.adapters,
         lora=settings.lora,
-        device="cpu" if settings.offload != "none" else None,
+        device="cpu" if offloaded else None,
         torch_dtype=default_dtype("cuda" if torch.cuda.is_available() else "cpu"),
         quantise=settings.quantise,
         clip_text=settings.clip_text,
         cells=settings.cells,
         encodings=settings.encodings,
         task_folders=settings.task_folders,
+        attention=NATIVE if offloaded else settings.attention,
     )
     speed.enable(
         pipe,
         offload=settings.offload,
         cache=settings.cache,
-        attention=settings.attention,
+        attention=settings.attention if offloaded else None,
         vae_tiling=settings.vae_tiling,
         compile_blocks=settings.compile_blocks,
     )
