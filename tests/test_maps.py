@@ -299,6 +299,27 @@ def test_a_map_of_another_shape_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("size", "orientation", "doubt"),
+    [((32, 32), 6, True), ((48, 32), 3, True), ((48, 32), 1, False)],
+)
+def test_maps_that_no_shape_tells_upright_are_said(
+    tmp_path: Path,
+    size: tuple[int, int],
+    orientation: int,
+    doubt: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for role, how in (("depth", {}), ("target", {"exif": exif})):
+        (tmp_path / role).mkdir()
+        Image.new("RGB", size).save(tmp_path / role / "0.png", **how)
+    main(["data", "check", f"folder={tmp_path}", "--workers", "0"])
+    said = "depth: 1 lie beside a target that EXIF turns" in capsys.readouterr().out
+    assert said == doubt
+
+
 def test_a_smaller_map_and_another_picture_are_as_they_are(tmp_path: Path) -> None:
     for role, size in (("depth", (24, 16)), ("target", (48, 32)), ("reference", (20, 30))):
         (tmp_path / role).mkdir()

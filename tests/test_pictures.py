@@ -310,6 +310,14 @@ def test_heic_is_named_where_it_cannot_be_read(
     assert "HEIC" in said.err
 
 
+def test_heic_is_read_where_it_can_be(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    marked().save(tmp_path / "a.heic", exif=turned_by(6), quality=-1)
+    assert corners(read_image(tmp_path / "a.heic")) == CORNERS[6]
+    assert picture_size(tmp_path / "a.heic") == (32, 48)
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png: a pipe or a device, not an image"):

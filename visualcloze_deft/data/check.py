@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft.data.depth import SPAN
-from visualcloze_deft.data.derive import misfits, missing
+from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits, missing
 from visualcloze_deft.data.images import READ_AS
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.maps import MASKS
+from visualcloze_deft.data.maps import MASKS, TURNED
 from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.registry import Task
 
@@ -25,12 +25,14 @@ PLAIN = 64  # of 255 levels: a role most of whose pictures use fewer is worth a 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """size: (width, height) in pixels. levels: from its darkest value to its lightest, of 255. how:
-    its file was read, "" where there is nothing to say. span: near and far in metres."""
+    its file was read, "" where there is nothing to say. span: near and far in metres. turned: the
+    EXIF orientation, 1 for none."""
 
     size: tuple[int, int]
     levels: int
     how: str = ""
     span: tuple[float, float] | None = None
+    turned: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def seen_in(image: Image.Image) -> Picture:
         levels=int(values.max()) - int(values.min()),
         how=image.info.get(READ_AS, ""),
         span=image.info.get(SPAN),
+        turned=image.info.get(TURNED, 1),
     )
 
 
@@ -100,7 +103,9 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
     texts: Counter[str] = Counter()
     broken: list[str] = []
     kinds: Counter[frozenset[str]] = Counter()
+    unsure: Counter[str] = Counter()
     for one in seen:
+        unsure.update(doubtful(one.pictures))
         kinds[frozenset(one.pictures)] += 1
         texts.update(one.texts)
         for role, picture in one.pictures.items():
@@ -116,9 +121,27 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
         least, most = min(map(min, sizes)), max(map(max, sizes))
         lines.append(f"{role:{width}}{len(sizes):5}  {middle} ({least} to {most} a side)")
     lines += [f"{name:{width}}{count:5}  (text)" for name, count in texts.most_common()]
-    if notes := [line for role, pictures in found.items() for line in noted(role, pictures)]:
+    notes = [line for role, pictures in found.items() for line in noted(role, pictures)]
+    notes += [
+        f"{role}: {count} lie beside a target that EXIF turns, and no shape tells whether they are "
+        "turned alike; see 'vcdeft data preview'"
+        for role, count in unsure.items()
+    ]
+    if notes:
         lines += ["", "how files were read", *(f"  {line}" for line in notes)]
     return lines + served(kinds, tasks), [printable(line) for line in broken]
+
+
+def doubtful(pictures: Mapping[str, Picture]) -> list[str]:
+    """The maps of an item whose target EXIF turns, but not them, and whose shape would be the same
+    either way: of half a turn, a mirrored photo, or a square."""
+    target = pictures.get("target")
+    if target is None or target.turned == 1:
+        return []
+    width, height = target.size
+    if target.turned not in (2, 3, 4) and abs(width / height - 1) > ALIKE:
+        return []
+    return [role for role in pictures if role in ALIGNED and pictures[role].turned == 1]
 
 
 def noted(role: str, pictures: Sequence[Picture]) -> Iterator[str]:

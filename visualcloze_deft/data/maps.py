@@ -13,9 +13,10 @@ from PIL import Image
 
 from visualcloze_deft.data.depth import Depth, as_depth
 from visualcloze_deft.data.images import READ_AS, as_rgb, opened
-from visualcloze_deft.data.upright import upright
+from visualcloze_deft.data.upright import orientation, upright
 from visualcloze_deft.errors import UserError
 
+TURNED = "orientation"  # key of `Image.info`: EXIF's, which the picture was turned by
 MASKS = frozenset({"mask", "box"})
 FEW = 32  # values below it number objects; a mask of brightness is brighter somewhere
 VOID = (224, 224, 192)  # entry 255 of PASCAL VOC's palette: the border that is of no object
@@ -32,7 +33,10 @@ def read_role(
 ) -> Image.Image:
     """The upright picture in the file `path`, or in `data` called so, as `as_role` gives it."""
     with opened(path, data) as image:
-        return as_role(role, str(path), upright(image), depth)
+        turned = orientation(image)  # which a TIFF no longer tells once it is decoded
+        found = as_role(role, str(path), upright(image), depth)
+        found.info[TURNED] = turned
+        return found
 
 
 def as_role(role: str, name: str, image: Image.Image, depth: Depth | None = None) -> Image.Image:
