@@ -274,7 +274,7 @@ def test_a_name_that_cannot_be_typed_is_refused(tmp_path: Path, name: str) -> No
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "painting.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"painting\.toml: not valid TOML"):
+    with pytest.raises(UserError, match=r"painting\.toml: cannot be read as UTF-8"):
         load_tasks([tmp_path])
 
 
