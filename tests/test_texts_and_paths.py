@@ -26,8 +26,9 @@ from visualcloze_deft.errors import MOST, UserError
 from visualcloze_deft.evaluation.evaluate import read_texts
 from visualcloze_deft.evaluation.suites import read_prompts
 from visualcloze_deft.gridfile import read_requests
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.registry import load_tasks, read_tasks
-from visualcloze_deft.rundir import append_line
+from visualcloze_deft.rundir import append_line, check_settings, read_lines
 from visualcloze_deft.settings import load_run
 from visualcloze_deft.textfile import read_json
 
@@ -353,3 +354,20 @@ def test_data_paths_of_a_run_hold_from_any_folder(
     assert load_run(None, ["data.encodings=kept"]).data.encodings == f"{here}/kept"
     assert load_run(None, ["data.encodings=run"]).data.encodings == "run"
     assert from_root("depth-anything/Depth-Anything-V2-Small-hf").startswith("depth-anything")
+
+
+def test_a_setting_that_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
+    root = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.makedirs(root)
+    run = load_run(None, [f"data.sources={json.dumps(['folder=x'])}"])
+    odd = run.data.model_copy(update={"sources": (f"folder={os.fsdecode(root)}",)})
+    with pytest.raises(UserError, match=r"data\.sources = .*: a name that is not UTF-8"):
+        check_settings(run.model_copy(update={"data": odd}))
+
+
+def test_files_of_results_name_what_is_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    whole_text(tmp_path / "a.json", json.dumps({"name": odd}, ensure_ascii=False))
+    assert read_json(tmp_path / "a.json") == {"name": odd}  # the same file again
+    append_line(tmp_path / "lines.jsonl", {"step": 1, "name": odd})
+    assert read_lines(tmp_path / "lines.jsonl") == [{"step": 1, "name": odd}]

@@ -39,8 +39,9 @@ def whole(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def whole_text(path: Path, text: str) -> None:
-    """`whole` of a text file."""
-    whole(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+    """`whole` of a text file. Of the names of files that are not UTF-8 it holds the escapes, which
+    are those of JSON."""
+    whole(path, lambda s: s.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 @contextmanager

@@ -253,7 +253,13 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
 
 
 def check_settings(run: Run) -> None:
-    """Raise `UserError` where settings do not go together or a tracker's package is missing."""
+    """Raise `UserError` where settings do not go together, cannot be written down, or a tracker's
+    package is missing."""
+    for name, value in flat(run.model_dump(mode="json")).items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name} = {value}: a name that is not UTF-8; rename it") from None
     if run.optimiser.warmup_of(run.steps) > run.steps:
         raise UserError(
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
@@ -487,7 +493,7 @@ def adapter_metadata(run: Run, step: int, *, attention: str) -> dict[str, str]:
 def append_line(path: Path, fields: Mapping[str, object]) -> None:
     """One more line of JSON, in which a number that is not finite is null."""
     text = json.dumps(finite(fields), ensure_ascii=False, allow_nan=False)
-    with told(path), path.open("a", encoding="utf-8") as file:
+    with told(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text + "\n")
 
 
