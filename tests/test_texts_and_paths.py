@@ -254,6 +254,18 @@ def test_a_path_without_an_end_that_exists_is_refused(tmp_path: Path) -> None:
         Graph200K(folder)
 
 
+@pytest.mark.parametrize("name", ["a\ud83c.png", "x" * 5000, "a\0b.png", "/old/" + "x/" * 3000])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, name: str, place: int) -> None:
+    paint(tmp_path / "a.png")
+    rows = [{"condition": {"target": "a.png"}} for _ in range(2)]
+    rows[place]["condition"]["target"] = name
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError) as raised:  # where it is opened, or where it is read
+        Graph200K(tmp_path, cache=tmp_path / "index").item(place).image("target")
+    assert str(raised.value).isprintable()
+
+
 def test_the_longest_end_is_meant(tmp_path: Path) -> None:
     paint(tmp_path / "a.png", "red")
     paint(tmp_path / "target" / "a.png", "blue")

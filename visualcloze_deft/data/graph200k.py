@@ -6,6 +6,7 @@ A row: {"quality_assessment": {"objectConsistency": 4, ...} or null, "descriptio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def items_of(path: Path) -> Iterator[Row]:
             for role, (condition, name) in picture_names(row).items()
         }
         for name in names.values() if number == 0 else ():
-            if not Path(path_inside(folder, name)).is_file():
+            if not os.path.isfile(path_inside(folder, name)):
                 raise UserError(
                     f"{where}: no such file {path_inside(folder, name)}; "
                     f"paths are relative to {path.name}"

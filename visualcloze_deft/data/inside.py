@@ -14,6 +14,11 @@ def located(where: str, folder: str, name: str) -> str:
     longest end of it that exists below `folder`. Raises `UserError`, which begins with `where`,
     where a path leads out of the folder. A link in the folder may lead anywhere, it is the user's.
     """
+    if not name.isascii():
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {name} is the name of no file") from None
     if not name.startswith("/") and ".." not in name:
         return name  # told without the cost of making paths: tables have hundreds of thousands
     root = os.path.abspath(folder)
