@@ -23,7 +23,7 @@ from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.places import from_root, place_and_split
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import MOST, UserError
-from visualcloze_deft.evaluation.evaluate import read_texts
+from visualcloze_deft.evaluation.evaluate import read_texts, state_of
 from visualcloze_deft.evaluation.suites import read_prompts
 from visualcloze_deft.gridfile import read_requests
 from visualcloze_deft.output import whole_text
@@ -106,6 +106,11 @@ def test_half_of_an_emoji_is_read_as_the_sign_for_what_is_lost(
     (pairs.parent / "grid.json").write_text(grid % "\\ud83c")
     (request,) = read_requests(pairs.parent / "grid.json", load_tasks())
     assert request.content_prompt == "\ufffd"
+    upsampled = {"rows": [["F/before/0.png", None]], "upsampling": {"prompt": "\ud83c"}}
+    (pairs.parent / "grid.json").write_text(json.dumps(upsampled))
+    (request,) = read_requests(pairs.parent / "grid.json", load_tasks())
+    assert request.upsampling[0] is not None
+    assert request.upsampling[0].prompt == "\ufffd"
     row = {"target": "target/0.png"}
     words = {"item": "A fox.", "description_0": "\ud83c"}
     (pairs / "data.json").write_text(json.dumps([{"condition": row, "description": words}]))
@@ -346,6 +351,14 @@ def test_a_column_of_anything_else_is_named(tmp_path: Path, cells: list[object])
 
 
 # ---- paths of a run
+
+
+def test_a_declaration_beside_data_is_part_of_what_an_evaluation_is_of(tmp_path: Path) -> None:
+    unpacked(tmp_path / "T", ".")
+    before = state_of(str(tmp_path / "T"))
+    assert state_of(str(tmp_path / "T")) == before
+    (tmp_path / "T" / "depth.toml").write_text("meaning = 'picture'")
+    assert state_of(str(tmp_path / "T")) != before
 
 
 def test_data_paths_of_a_run_hold_from_any_folder(

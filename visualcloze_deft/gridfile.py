@@ -300,7 +300,8 @@ def _upsampling(
 
 def _one_upsampling(told: Any) -> Upsampling:
     check_keys(told, _UPSAMPLING_KEYS, "an object or null for upsampling")
-    return Upsampling(**told)
+    prompt = told.get("prompt")
+    return Upsampling(**told | {"prompt": None if prompt is None else sound(prompt)})
 
 
 _WORDS = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from visualcloze_deft.data.annotate import check_models
 from visualcloze_deft.data.annotations import RECORD, is_stored
 from visualcloze_deft.data.annotators import check_role, fastest
+from visualcloze_deft.data.depth import DECLARED
 from visualcloze_deft.data.images import images_in, listing, picture_size
 from visualcloze_deft.data.places import from_root, place_and_split
 from visualcloze_deft.encodings import Encodings
@@ -225,11 +227,14 @@ def state_of(place: str) -> str | None:
         return None
     root = next((root / name for name in LISTED_IN if (root / name).is_file()), root)
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    if root.is_file():  # and what says what its depth maps mean
+        files += [path for path in (root.parent / DECLARED,) if path.is_file()]
     told = hashlib.sha256()
     for path in files:
         if not path.name.startswith("."):
             found = path.stat()
-            told.update(f"{path.relative_to(root)} {found.st_size} {found.st_mtime_ns}\n".encode())
+            told.update(os.fsencode(os.path.relpath(path, root)))
+            told.update(f" {found.st_size} {found.st_mtime_ns}\n".encode())
     return told.hexdigest()
 
 
