@@ -790,6 +790,11 @@ def test_a_check_reads_all_and_names_what_is_broken(
     assert ended.value.code == 2
 
 
+def test_a_check_of_scenes_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "check", "scenes", "--workers", "2"])
+    assert "8 items" in capsys.readouterr().out
+
+
 def test_a_data_preview_shows_items(tmp_path: Path) -> None:
     main(["data", "preview", "scenes", "--count", "2", "--output", str(tmp_path / "x.png")])
     assert Image.open(tmp_path / "x.png").width > 600
