@@ -1,5 +1,6 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
 # make test: set up and run the tests.   make check: ruff and mypy.
+# make gpu: on a machine with a GPU, check its results, try every command, measure; 15 minutes.
 # make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; long.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +9,7 @@ SHOWN := canny-to-image,depth-to-image,segmentation-to-image,image-to-depth,imag
 	image-editing,novel-view,object-insertion,colourisation,deblurring,subject-driven
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-processes check setup
+.PHONY: demo test test-processes check gpu setup
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -34,3 +35,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The next script also runs where the one before it found a fault.
+gpu:
+	status=0; for script in check_gpu smoke_gpu bench_gpu; do \
+		$(PYTHON) scripts/$$script.py --output runs/$$script || status=1; \
+	done; exit $$status

@@ -335,6 +335,14 @@ def first_line(error: BaseException) -> str:
 
 
 def use(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Have `transformer` attend with the backend `name`, see `switch`. On a GPU cuDNN's gets
+    gradients that it can read."""
+    switch(transformer, name)
+    if name in MAY_BE_CUDNN and transformer.device.type == "cuda":
+        dense_gradients(transformer)
+
+
+def switch(transformer: FluxTransformer2DModel, name: str) -> None:
     """Have `transformer` attend with the backend `name`, and nothing else in this process.
 
     diffusers' switch also makes it the default of every model that has not been given a backend;
@@ -342,8 +350,6 @@ def use(transformer: FluxTransformer2DModel, name: str) -> None:
     """
     with without_notice(), attention_backend(AttentionBackendName.NATIVE):
         transformer.set_attention_backend(BACKENDS[name].value)
-    if name in MAY_BE_CUDNN and transformer.device.type == "cuda":
-        dense_gradients(transformer)
 
 
 def dense_gradients(transformer: FluxTransformer2DModel) -> None:
