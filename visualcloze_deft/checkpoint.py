@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from visualcloze_deft import tensorfile
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
@@ -75,9 +76,9 @@ def save(
 
     def fill(at: Path) -> None:
         write_adapter(at)
-        save_file(moments, at / MOMENTS)
+        tensorfile.save(moments, at / MOMENTS)
         if average:
-            save_file(dict(average), at / AVERAGE)
+            tensorfile.save(average, at / AVERAGE)
         sums = {path.name: digest(path) for path in sorted(at.iterdir())}
         (at / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
 

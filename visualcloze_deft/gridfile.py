@@ -3,6 +3,7 @@ such files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.images import as_rgb, read_image
+from visualcloze_deft.data.images import as_rgb, read_encoded, read_image
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.prompt import Prompt
 from visualcloze_deft.registry import Task
@@ -42,12 +43,14 @@ RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say mo
 class Request:
     """One grid to complete, checked: rows end in the query, None marks what to generate.
 
-    paths: where each image of `rows` was read, () where they were given as images. seeds: one for
-    each image to make of it. upsampling: one for each target, or () for none.
+    paths: where each image of `rows` was read; digests: SHA-256 of what was read there; both ()
+    where images were given. seeds: one for each image to make of it. upsampling: one for each
+    target, or () for none.
     """
 
     rows: tuple[tuple[Image.Image | None, ...], ...]
     paths: tuple[tuple[Path | None, ...], ...] = ()
+    digests: tuple[tuple[str | None, ...], ...] = ()
     task: str | None = None
     task_prompt: str
     content_prompt: str
@@ -257,8 +260,9 @@ def _read_entry(
             tuple(None if cell is None else (entry.folder / cell).absolute() for cell in row)
         )
     own = value.get("seed")
+    read = [[(None, None) if path is None else read_once(path) for path in row] for row in paths]
     asked = request(
-        [[None if path is None else read_image(path) for path in row] for row in paths],
+        [[image for image, _ in row] for row in read],
         tasks,
         task=value.get("task"),
         task_prompt=value.get("task_prompt"),
@@ -267,7 +271,18 @@ def _read_entry(
         images=images,
         upsampling=_upsampling(value.get("upsampling"), upsampling),
     )
-    return replace(asked, paths=tuple(paths))
+    digests = tuple(tuple(digest for _, digest in row) for row in read)
+    return replace(asked, paths=tuple(paths), digests=digests)
+
+
+def read_once(path: Path) -> tuple[Image.Image, str]:
+    """The picture in a file, and the SHA-256 of the bytes that it was made of."""
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        read_image(path)  # says in words what is wrong
+        raise
+    return read_encoded(str(path), data), hashlib.sha256(data).hexdigest()
 
 
 def _upsampling(

@@ -5,26 +5,28 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.loaders import FluxLoraLoaderMixin
-from huggingface_hub import snapshot_download
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
 
-from visualcloze_deft import flow
+from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.folders import BASE
+from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     TINY,
@@ -32,9 +34,12 @@ from visualcloze_deft.modelfolder import (
     Precision,
     check_folder,
     check_quantise,
+    folder_of,
+    lora_file,
     resolution_of,
+    weight_files,
 )
-from visualcloze_deft.modelsize import MAX_TEXT_TOKENS
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
@@ -205,12 +210,7 @@ def text_length(tokenizer: T5TokenizerFast) -> int:
 def transformer_config(name: str) -> dict[str, Any]:
     """The settings of a model's transformer, without its weights."""
     check_folder(name)
-    folder = BASE if name == TINY else name
-    try:
-        found: dict[str, Any] = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    return found
+    return settings_of(name, "transformer")
 
 
 def predict_velocity(
@@ -252,12 +252,14 @@ def load_models(
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
-    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
+    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own), see
+    `lorafile.read`.
     `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
     `load_encoders`. `split`: see `load_transformer`.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     check_quantise(bits)
+    check_weights(name)
     transformer = load_transformer(name, dtype=dtype, lora=lora, split=split)
     quantise(transformer, bits, device=device)
     transformer.to(device)
@@ -314,11 +316,68 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
 
 def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
     """A component of a model, by its name in diffusers' layout and its class."""
-    folder = BASE if name == TINY else name
+    if part in _NETWORKS or part == "transformer":
+        options["use_safetensors"] = True
     try:
-        return kind.from_pretrained(folder, subfolder=part, **options)
+        return kind.from_pretrained(folder_of(name), subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+
+
+FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder
+
+
+def check_weights(name: str, *, variant: str | None = None) -> None:
+    """Raise `UserError` unless the tensors of every network are those that its settings ask for.
+
+    What is missing would be drawn at random, and blocks beyond the settings left out, without a
+    word. Names and shapes alone are read. variant: of the weight files, as in diffusers.
+    """
+    check_folder(name)
+    for part, kind in (("transformer", FluxTransformer2DModel), *_NETWORKS.items()):
+        if issubclass(kind, ModelMixin):
+            missing, odd = compared_tensors(name, part, kind, variant)
+        else:
+            with without_bars():
+                _, found = load_part(
+                    *(name, part, kind),
+                    device_map="meta",
+                    variant=variant,
+                    output_loading_info=True,
+                )
+            missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+            odd = [key for key in found["unexpected_keys"] if FURTHER.match(key)]
+        where = f"model {name!r}: the weight files of {part}/"
+        if missing:
+            raise UserError(
+                f"{where} lack {len(missing)} tensors that its config.json asks for, "
+                f"{sorted(missing)[0]} among them; copy or download it again"
+            )
+        if odd:
+            raise UserError(
+                f"{where} hold {len(odd)} tensors that its config.json has no place for, "
+                f"{sorted(odd)[0]} among them; its config.json is another model's"
+            )
+
+
+def compared_tensors(
+    name: str, part: str, kind: type[ModelMixin], variant: str | None
+) -> tuple[list[str], list[str]]:
+    """The names of tensors that weight files lack or have in another shape, and of those that
+    settings have no place for."""
+    folder = folder_of(name) / part
+    with torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder))
+    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder, variant):
+        try:
+            with safe_open(path, "pt") as file:
+                stored |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model {name!r}: {path}: damaged or truncated ({error})") from None
+    missing = [key for key, shape in expected.items() if stored.get(key) != shape]
+    return missing, [key for key in stored if key not in expected]
 
 
 @contextmanager
@@ -342,6 +401,7 @@ def load_transformer(
     are views of their mapped files until then, in the files' precision, which `lora` is merged in.
     """
     check_folder(name)
+    changes = {} if lora is None else lora_changes(name, lora)
     kept_as = stored_dtype(name) if split else dtype
     transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as).eval()
     channels = transformer.config.in_channels, transformer.config.out_channels
@@ -350,8 +410,7 @@ def load_transformer(
             f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
-    if lora is not None:
-        merge_lora(transformer, lora, split=split)
+    lowrank.merge(transformer, changes, merged=split)
     if split is not None:
         split(transformer)
     return transformer
@@ -359,17 +418,7 @@ def load_transformer(
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
-    folder = BASE if name == TINY else Path(name)
-    if not folder.is_dir():
-        patterns = ["transformer/*.json", "transformer/*.safetensors"]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    path = next(iter(sorted((folder / "transformer").glob("*.safetensors"))), None)
-    if path is None:
-        raise UserError(f"model {name!r}: no .safetensors file in {folder / 'transformer'}")
-    with safe_open(path, "pt") as file:
+    with safe_open(weight_files(folder_of(name) / "transformer")[0], "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
@@ -394,39 +443,12 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def merge_lora(
-    transformer: FluxTransformer2DModel, lora: str, *, split: Split | None = None
-) -> None:
-    """Add a diffusers FLUX LoRA into the transformer's weights, for good; `split` each layer."""
-    try:
-        tensors, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(
-            lora, return_alphas=True, return_lora_metadata=True
-        )
-    except (OSError, ValueError, KeyError, NotImplementedError, SafetensorError) as error:
-        raise UserError(
-            f"LoRA {lora!r}: not one of FLUX that diffusers reads: {str(error).splitlines()[0]}"
-        ) from None
-    if not any(name.startswith("transformer.") for name in tensors):
-        raise UserError(
-            f"LoRA {lora!r}: none of its layers is FLUX's transformer's, e.g. {next(iter(tensors))}"
-        )
-    try:
-        FluxLoraLoaderMixin.load_lora_into_transformer(
-            tensors,
-            network_alphas=alphas,
-            metadata=metadata,
-            transformer=transformer,
-            adapter_name="merged",
-        )
-        for layer in transformer.modules():
-            if isinstance(layer, BaseTunerLayer):
-                base = layer.get_base_layer()
-                base.weight.data = base.weight.data.clone()  # not in the pages of a mapped file
-                layer.merge(adapter_names=["merged"])
-                if split is not None:
-                    split(base)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"LoRA {lora!r} does not fit this transformer: {str(error).splitlines()[0]}"
-        ) from None
-    transformer.unload_lora()
+def lora_changes(name: str, lora: str) -> dict[str, Change]:
+    """What a LoRA changes of the transformer of a model, see `lorafile.read`."""
+    return lorafile.read(lora_file(lora), shapes=shapes_of(name))
+
+
+def shapes_of(name: str) -> Shapes:
+    """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
+    linear = flux(transformer_config(name)).linear
+    return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}

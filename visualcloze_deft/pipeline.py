@@ -76,6 +76,18 @@ class Answer:
     row: tuple[Any, ...]
 
 
+class NotFinite(UserError):
+    """An image that came out as NaN or infinity. grid: its number in the call; why: in words."""
+
+    def __init__(self, grid: int, seed: int) -> None:
+        self.grid = grid
+        self.why = (
+            f"seed {seed}: the result is not finite, so there is no image; weights that are not, a "
+            "strength or a guidance too large, or a precision too narrow do that"
+        )
+        super().__init__(f"grid {grid + 1}, {self.why}")
+
+
 class Completed(list[Any]):
     """The generated images: by grid, then by seed, then left to right. answers: the same in
     groups."""
@@ -475,6 +487,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         after=after,
                     )
                 for job, final in zip(chunk, finals, strict=True):
+                    check_finite(job, final)
                     answers[job.order] = self._answer(
                         models,
                         job,
@@ -557,6 +570,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
         with enough_memory("decoding a strip"):
             (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
+        check_finite(job, pixels)
         made = list(grid.cells(pixels, built.widths[-1]))
         asis = grid.cells(built.strips[-1], built.widths[-1])
         row = [
@@ -588,6 +602,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                     guidance=guidance,
                     after=after,
                 )
+            check_finite(job, row[column])
         given = tuple(converted(cell, output_type) for cell in row)
         return Answer(
             grid=job.grid,
@@ -648,6 +663,11 @@ PARTS = (
     *("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "transformer",
 )
+
+
+def check_finite(job: _Job, made: Tensor) -> None:
+    if not made.isfinite().all():
+        raise NotFinite(job.grid, job.seed)
 
 
 def by_shape(jobs: Sequence[_Job], shapes: Sequence[Shape]) -> list[list[_Job]]:
