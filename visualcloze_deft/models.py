@@ -44,6 +44,7 @@ from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
 CPU = torch.device("cpu")
+SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
 
 
@@ -308,10 +309,25 @@ def load_encoders(
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """The tokenizers of `load_models` alone: CLIP's and T5's."""
+    """The tokenizers of `load_models` alone: CLIP's and T5's.
+
+    Raises `UserError` where one is not its encoder's own: of damaged files or none, transformers
+    makes one of a few tokens and says nothing.
+    """
     check_folder(name)
     clip = load_part(name, "tokenizer", CLIPTokenizer)
-    return clip, load_part(name, "tokenizer_2", T5TokenizerFast)
+    t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
+    for tokenizer, part, encoder, spare in (
+        (clip, "tokenizer", "text_encoder", 0),
+        (t5, "tokenizer_2", "text_encoder_2", SPARE),
+    ):
+        known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
+        if not known - spare <= len(tokenizer) <= known:
+            raise UserError(
+                f"model {name!r}: {part}/ has {len(tokenizer)} tokens, {encoder}/ knows {known}; "
+                "copy or download it again"
+            )
+    return clip, t5
 
 
 def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
@@ -338,11 +354,12 @@ def check_weights(name: str, *, variant: str | None = None) -> None:
         if issubclass(kind, ModelMixin):
             missing, odd = compared_tensors(name, part, kind, variant)
         else:
-            with without_bars():
+            with without_report():
                 _, found = load_part(
                     *(name, part, kind),
                     device_map="meta",
                     variant=variant,
+                    ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
             missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
@@ -390,6 +407,18 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Without transformers' bars, and its table of tensors that did not fit."""
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(shown)
 
 
 def load_transformer(
