@@ -241,6 +241,30 @@ def group_of(net: FluxTransformer2DModel, *, rows: int, columns: int) -> Group:
     )
 
 
+METHODS: dict[str, tuple[str, torch.dtype]] = {
+    "LoRA in bfloat16": ("lora", torch.bfloat16),
+    "LoRA in float32": ("lora", torch.float32),
+    "DEFT": ("deft", torch.float32),
+    "DEFT relaxed": ("deft-relaxed", torch.float32),
+    "PaRa": ("para", torch.float32),
+}
+"""Name -> method, and the precision of LoRA's own products."""
+
+
+def table(costs: dict[str, dict[str, Cost]]) -> str:
+    """Milliseconds of each method in each case, and their ratio to the first method's; Markdown."""
+    cases = list(next(iter(costs.values())))
+    lines = [f"| ms a step | {' | '.join(cases)} |", f"|---|{'---|' * len(cases)}"]
+    first = next(iter(costs.values()))
+    for name, by_case in costs.items():
+        cells = [
+            f"{1e3 * cost.seconds():.0f} ({cost.seconds() / first[case].seconds():.2f})"
+            for case, cost in by_case.items()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,28 +272,36 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--columns", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--kinds", action="store_true", help="seconds by kind of operation, too")
+    parser.add_argument("--kinds", action="store_true", help="milliseconds by kind of operation")
     options = parser.parse_args()
-    grid = {"rows": options.rows, "columns": options.columns}
-    for rank in options.ranks:
-        for blocks in ("all", "none"):
-            print(f"\nrank {rank}, {blocks} blocks recomputed")
-            for name, adapter, precision in (
-                ("LoRA in bfloat16", Adapter(method="lora", rank=rank), torch.bfloat16),
-                ("LoRA in float32", Adapter(method="lora", rank=rank), torch.float32),
-                ("DEFT", Adapter(rank=rank), torch.float32),
-                ("DEFT relaxed", Adapter(method="deft-relaxed", rank=rank), torch.float32),
-                ("PaRa", Adapter(method="para", rank=rank), torch.float32),
-            ):
-                cost = step_cost(adapter, blocks=blocks, lora=precision, **grid)
-                print(
-                    f"{name:18s} {1e3 * cost.seconds():7.1f} ms  host {1e3 * cost.host():6.1f} ms  "
-                    f"{cost.launches:6d} launches  bf16 {cost.flops(torch.bfloat16) / 1e12:6.1f}  "
-                    f"f32 {cost.flops(torch.float32) / 1e12:6.2f}  "
-                    f"f64 {cost.flops(torch.float64) / 1e12:5.2f} TFLOP"
-                )
-                for kind, seconds in list(cost.by_name().items())[: 15 if options.kinds else 0]:
-                    print(f"    {kind:44s} {1e3 * seconds:8.2f} ms")
+    cases = {
+        f"rank {rank}, {blocks} recomputed": (rank, blocks)
+        for rank in options.ranks
+        for blocks in ("all", "none")
+    }
+    costs: dict[str, dict[str, Cost]] = {}
+    for name, (method, precision) in METHODS.items():
+        costs[name] = {
+            case: step_cost(
+                Adapter.model_validate({"method": method, "rank": rank}),
+                rows=options.rows,
+                columns=options.columns,
+                blocks=blocks,
+                lora=precision,
+            )
+            for case, (rank, blocks) in cases.items()
+        }
+    print(table(costs))
+    for name, by_case in costs.items():
+        for case, cost in by_case.items():
+            print(
+                f"\n{name}, {case}: {cost.launches:,} launches, {1e3 * cost.host():.0f} ms of the "
+                f"host; TFLOP: {cost.flops(torch.bfloat16) / 1e12:.1f} in bfloat16, "
+                f"{cost.flops(torch.float32) / 1e12:.2f} in float32, "
+                f"{cost.flops(torch.float64) / 1e12:.2f} in float64"
+            )
+            for kind, seconds in list(cost.by_name().items())[: 15 if options.kinds else 0]:
+                print(f"    {kind:44s} {1e3 * seconds:8.2f} ms")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from visualcloze_deft.heldout import Measured
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import Models, load_models
 from visualcloze_deft.preview import sample_sheet
+from visualcloze_deft.room import Room
 from visualcloze_deft.settings import Run, load_run
 
 
@@ -116,7 +117,9 @@ def test_a_sheet_shows_the_same_grids_from_the_same_noise_each_time(
     models: Models, micro_model: Path
 ) -> None:
     run = run_on(micro_model)
-    first = sample_sheet(models, rundir.mixture_of(run))
+    first, _ = sample_sheet(models, rundir.mixture_of(run), Room(models))
     torch.rand(3)  # whatever training draws in between
-    second = sample_sheet(models, rundir.mixture_of(run))
+    second, _ = sample_sheet(models, rundir.mixture_of(run), Room(models))
+    assert first is not None
+    assert second is not None
     assert first.tobytes() == second.tobytes()

@@ -182,7 +182,7 @@ class FlashAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        parts = (kwargs["query"], kwargs["key"], kwargs["value"])
+        parts = args[:3] or (kwargs["query"], kwargs["key"], kwargs["value"])
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)[0]
 
 

@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from visualcloze_deft import adapters, rundir
 from visualcloze_deft.batch import Draws, encode
 from visualcloze_deft.cli import main
+from visualcloze_deft.compiled import compile_blocks
 from visualcloze_deft.encodings import entries
-from visualcloze_deft.engine import compile_blocks
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.models import load_models

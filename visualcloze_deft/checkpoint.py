@@ -12,8 +12,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,7 +32,9 @@ class Progress:
     """Where a run stands: steps taken, examples seen, and what a resumed run must share.
 
     not_finite: steps that changed nothing because their gradient was not finite; in_a_row: how
-    many of those were the last ones.
+    many of those were the last ones. attention: the backend in use, "" in older checkpoints, and
+    attention_setting what the run's setting was; norms: see `kernels.Norms`. explained: kernels
+    and whether the loss was finite -> where the first such gradient that was not came from.
     """
 
     step: int
@@ -40,6 +43,10 @@ class Progress:
     global_batch: int
     not_finite: int = 0
     in_a_row: int = 0
+    attention: str = ""
+    attention_setting: str = "auto"
+    norms: Literal["fused", "composed"] = "fused"
+    explained: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,12 @@ def run_of(
 
 @cli.command(context_settings=CONTEXT)
 @run_options
+@click.option(
+    "--attention",
+    metavar="NAME",
+    help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
+    "diffusers; auto (default): on a GPU the fastest whose gradients are right there.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
 @click.option("--dry-run", is_flag=True, help="One step, one save, one sheet; then say the rest.")
 @click.option(
@@ -431,7 +437,14 @@ def plan(
     metavar="NAME[=NUMBER]",
     help="Skip steps that change little: first-block or taylorseer. Changes the images.",
 )
-@click.option("--attention", metavar="NAME", help="diffusers' attention backend, e.g. flash.")
+@click.option(
+    "--attention",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
+    "diffusers; auto: on a GPU the fastest that is right there.",
+)
 @click.option("--tasks-from", multiple=True, metavar="DIR", help="Your own task files.")
 @click.option("--dry-run", is_flag=True, help="Check all grids and say what would be made.")
 @click.pass_obj

@@ -628,7 +628,9 @@ def constant_parameters(root: nn.Module) -> Iterator[None]:
         _drop_factors(root)
 
 
-def recomputing(root: nn.Module) -> tuple[AbstractContextManager[object], ...]:
+def recomputing(
+    root: nn.Module,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts for a block's forward and for its recomputation, as torch's checkpoint takes them.
 
     In the second the pass is open as in the first: compiled blocks then run the same code twice.

@@ -31,6 +31,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, speed
+from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import Claims
@@ -53,7 +54,13 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.models import default_dtype, load_tokenizers, lora_changes, text_length
 from visualcloze_deft.output import output_folder, whole, whole_text
-from visualcloze_deft.pipeline import Answer, InContextPipeline, NotFinite, one_of
+from visualcloze_deft.pipeline import (
+    Answer,
+    InContextPipeline,
+    NotFinite,
+    check_attention,
+    one_of,
+)
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
@@ -75,6 +82,8 @@ NOT_COMPARED = (
     "model_lora",
     "batch",
     "of_seed",
+    "attention_used",
+    "attention_check",
 )
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
@@ -103,7 +112,7 @@ class Settings:
     encodings: Path | None = None
     offload: speed.Offload = "none"
     cache: str | None = None
-    attention: str | None = None
+    attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False
 
@@ -193,6 +202,9 @@ def check(settings: Settings) -> None:
         quantise=settings.quantise,
         batch=settings.batch,
     )
+    if not torch.cuda.is_available():  # on a GPU each process that generates tries it
+        dtype = default_dtype("cpu")
+        check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
         lora_changes(settings.model, settings.lora)  # read whole, or refused
     for folder in settings.adapters:
@@ -223,7 +235,8 @@ def shared_of(settings: Settings) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "cache": settings.cache,
-        "attention": settings.attention,
+        # null for "auto", as in records of before it; what it came to is not compared
+        "attention": None if settings.attention == AUTO else settings.attention,
         "vae_tiling": settings.vae_tiling,
         "compile": settings.compile_blocks,
         "batch": settings.batch,
@@ -487,6 +500,12 @@ def work(
         return
     pipe, claims, others = load(settings), Claims(output), 0
     check_unchanged(settings, waiting[0].record)
+    if pipe.attention.line:
+        tqdm.write(pipe.attention.line)
+    used = {
+        "attention_used": pipe.attention.backend,
+        "attention_check": pipe.attention.line,
+    }
     left = list(waiting)
     with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
 
@@ -528,8 +547,8 @@ def work(
             bar.update(before + sum(plan.steps for plan in chunk) - bar.n)
             for number, (plan, one) in enumerate(zip(chunk, asked, strict=True)):
                 answers = [answer for answer in made.answers if answer.grid == number]
-                read = replace(plan, record=plan.record | record_of_grid(one))
-                write(output, read, one, answers)
+                record = plan.record | record_of_grid(one) | used
+                write(output, replace(plan, record=record), one, answers)
                 claims.release(plan.entry.name)
     if others:
         tqdm.write(f"{others} grids are being made by other processes")
@@ -537,23 +556,25 @@ def work(
 
 def load(settings: Settings) -> InContextPipeline:
     """The pipeline that `settings` describe."""
+    offloaded = settings.offload != "none"
     pipe = InContextPipeline.from_pretrained(
         settings.model,
         adapter=settings.adapters,
         lora=settings.lora,
-        device="cpu" if settings.offload != "none" else None,
+        device="cpu" if offloaded else None,
         torch_dtype=default_dtype("cuda" if torch.cuda.is_available() else "cpu"),
         quantise=settings.quantise,
         clip_text=settings.clip_text,
         cells=settings.cells,
         encodings=settings.encodings,
         task_folders=settings.task_folders,
+        attention=NATIVE if offloaded else settings.attention,
     )
     speed.enable(
         pipe,
         offload=settings.offload,
         cache=settings.cache,
-        attention=settings.attention,
+        attention=settings.attention if offloaded else None,
         vae_tiling=settings.vae_tiling,
         compile_blocks=settings.compile_blocks,
     )

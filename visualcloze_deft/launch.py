@@ -15,10 +15,13 @@ from types import FrameType
 import psutil
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.gpus import check_alike, gpus_here
 from visualcloze_deft.signals import Asked, exit_status, handled
 
 CPU_PROCESSES = 2
 ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
+# What sets torch's allocator: the last, for all kinds of device, where none of the others does.
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 
 
@@ -43,13 +46,17 @@ def prepared() -> bool:
 
 
 def process_count(wanted: int) -> int:
-    """`wanted`, or one process per GPU, or two on a machine without GPU."""
-    import torch
+    """`wanted`, or one process per GPU, or two on a machine without GPU.
 
-    gpus = torch.cuda.device_count()
-    if gpus and wanted > gpus:
-        raise UserError(f"--processes {wanted}: this machine has {gpus} GPUs; one process uses one")
-    return wanted or gpus or CPU_PROCESSES
+    Raises `UserError` where there are fewer GPUs, or those used differ in memory.
+    """
+    gpus = gpus_here()
+    if gpus and wanted > len(gpus):
+        raise UserError(
+            f"--processes {wanted}: this machine has {len(gpus)} GPUs; one process uses one"
+        )
+    check_alike(gpus[: wanted or None])
+    return wanted or len(gpus) or CPU_PROCESSES
 
 
 def launch(arguments: Sequence[str], *, processes: int) -> int:
@@ -116,11 +123,17 @@ def environment(processes: int) -> dict[str, str]:
         "PATH": os.pathsep.join(filter(None, [str(python), os.environ.get("PATH")])),
         PREPARED: "1",
     }
-    return found | cpu_environment()
+    return found | device_environment()
 
 
-def cpu_environment() -> dict[str, str]:
-    """What DeepSpeed needs to be told on a machine without GPU."""
+def device_environment() -> dict[str, str]:
+    """On NVIDIA's GPUs, memory in segments that grow, unless the user has set torch's allocator:
+    grids of changing shapes leave holes in segments of fixed size, until hours later none is large
+    enough. On a machine without GPU, what DeepSpeed needs to be told."""
     import torch
 
-    return {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    if not torch.cuda.is_available():
+        return {"DS_ACCELERATOR": "cpu"}
+    if torch.version.hip is not None or any(name in os.environ for name in ALLOCATOR):
+        return {}
+    return {ALLOCATOR[-1]: "expandable_segments:True"}

@@ -18,12 +18,14 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.gpus import gpus_here, precision_on
 from visualcloze_deft.modelfolder import WEIGHTS, Bits, check_quantise
 from visualcloze_deft.modelsize import (
     BLOCK,
     FLUX_LAYERS,
     PARAMETERS,
     Flux,
+    Other,
     double_block,
     flux,
     parameters_of,
@@ -31,13 +33,21 @@ from visualcloze_deft.modelsize import (
     single_block,
     text_tokens_of,
 )
+from visualcloze_deft.outside import (
+    SHEET_ROWS,
+    SINGLE,
+    Outside,
+    PixelValues,
+    forward_values,
+    picture_bytes,
+    pixel_values,
+)
 from visualcloze_deft.settings import OFFLOADED, Adapter, Run
 
 RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000 + 50_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size
 PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold
-SINGLE = 4  # bytes of float32
 STAGES = (0, 1, 2, 3)
 
 Stage = Literal[0, 1, 2, 3]
@@ -51,11 +61,19 @@ LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a process computes at once: so many grids of `image` and `text` tokens each."""
+    """What a process computes at once: so many grids of `image` and `text` tokens each.
+
+    strip: image tokens of the widest row of a grid; without, a grid is one row.
+    """
 
     grids: int
     image: int
     text: int
+    strip: int | None = None
+
+    @property
+    def widest(self) -> int:
+        return self.image if self.strip is None else self.strip
 
     @property
     def tokens(self) -> int:
@@ -66,12 +84,14 @@ class Load:
 class Activations:
     """What a forward pass leaves for the backward pass.
 
-    blocks: what autograd keeps of each block. entry: what it keeps of a recomputed one, its input.
+    blocks: what autograd keeps of each block. factors: of that, DEFT's Q and A, which stay also
+    where a block is recomputed. entry: what it keeps of a recomputed one, its input.
     outside: what it keeps after the last. positions: sines and cosines that all blocks read.
     batch: the encoded grids. work: what the backward pass of one block holds beside.
     """
 
     blocks: tuple[int, ...]
+    factors: tuple[int, ...]
     entry: int
     outside: int
     positions: int
@@ -85,8 +105,9 @@ class Activations:
 
     def peak(self, recomputed: int) -> int:
         """The most at any time. A recomputed block comes back when all later ones are done."""
-        before = self.outside + recomputed * self.entry
-        again = max(self.blocks[:recomputed], default=0)
+        before = self.outside + recomputed * self.entry + sum(self.factors[:recomputed])
+        pairs = zip(self.blocks[:recomputed], self.factors, strict=False)
+        again = max((kept - factors for kept, factors in pairs), default=0)
         most = before + max(again, sum(self.blocks[recomputed:]))
         return self.batch + self.positions + self.work + most
 
@@ -111,8 +132,6 @@ class Kept:
         lora, rank = self.adapter.method == "lora", self.adapter.rank
         own = SINGLE if lora else self.size  # peft's LoRA casts its input to float32
         each = rows * rank * own
-        if not lora:
-            each += rank * width * self.size  # A, formed from the weight
         if self.adapter.dropout:
             each += 2 * rows * width * own  # what is left of the tensor, and which values are
         elif own != self.size:
@@ -202,12 +221,15 @@ def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Act
         if inside := BLOCK.fullmatch(name):
             wrapped.setdefault(inside[1], set()).add(inside[2])
     blocks: list[int] = []
+    factors: list[int] = []
     reached = False
     for name in model.blocks:
         own = frozenset(wrapped.get(name, ()))
         kept = Kept(model=model, load=load, adapter=settings, wrapped=own, size=size)
         count = kept.single if name.startswith("single") else kept.double
-        blocks.append(count(first=not reached) if reached or own else 0)
+        sides = (sum(model.linear[f"{name}.{layer}"]) for layer in own)
+        factors.append(0 if settings.method == "lora" else settings.rank * sum(sides) * size)
+        blocks.append(count(first=not reached) + factors[-1] if reached or own else 0)
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
@@ -216,6 +238,7 @@ def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Act
     held = 15 if settings.method == "lora" and size < SINGLE else 13
     return Activations(
         blocks=tuple(blocks),
+        factors=tuple(factors),
         entry=tokens * width * size,
         outside=tokens * width * size,  # the last norm reads a view of what the last block gave
         positions=2 * SINGLE * model.head * (load.image + load.text),
@@ -263,7 +286,11 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a run needs under each ZeRO stage and number of recomputed blocks."""
+    """What a run needs under each ZeRO stage and number of recomputed blocks.
+
+    size: bytes of a value of the base's precision. encoders: bytes of those that stay. moved: bytes
+    of those that come only while they work.
+    """
 
     run: Run
     model: Flux
@@ -271,6 +298,8 @@ class MemoryPlan:
     processes: int
     size: int
     encoders: int
+    pixels: PixelValues
+    moved: Mapping[Other, int]
 
     @cached_property
     def activations(self) -> Activations:
@@ -316,9 +345,34 @@ class MemoryPlan:
         )
 
     def peak(self, stage: Stage, recomputed: int) -> int:
-        """The most a process holds: at the peak of a step. Loading takes less under every stage,
-        as ZeRO-3 divides the base while it is read."""
-        return self.parts(stage, recomputed).peak
+        """The most a process holds: at the peak of a step, or while it encodes or makes a sample.
+        Loading takes less under every stage, as ZeRO-3 divides the base while it is read."""
+        between = self.between(stage) + self.outside.peak
+        return max(self.parts(stage, recomputed).peak, between)
+
+    def between(self, stage: Stage) -> int:
+        """What stays when a step is over: gradients are gone. With the weights that ZeRO-3 gathers
+        again for a sample."""
+        parts = self.parts(stage, 0)
+        return parts.peak - parts.gradients - parts.activations
+
+    @cached_property
+    def outside(self) -> Outside:
+        """What encoding, evaluating and sampling take, see `Outside`. Where encodings are kept,
+        strips are encoded one by one."""
+        run, load, strip = self.run, self.load, self.load.widest
+        sheet = SHEET_ROWS * strip + load.text
+        tokens = max(sheet, load.tokens) if run.watch.evaluate_every else sheet
+        values = forward_values(run.adapter.method, self.size) * self.model.width * tokens
+        together = 1 if run.data.encodings else load.grids
+        vae, pixels = self.moved.get("vae", 0), self.pixels
+        texts = [size for part, size in self.moved.items() if part != "vae"]
+        return Outside(
+            text=max(texts, default=0),
+            encode=vae + picture_bytes(pixels.encode, together * strip, self.size),
+            forward=values * self.size + sum(self.activations.factors),
+            decode=vae + picture_bytes(pixels.decode, strip, self.size),
+        )
 
     def held(
         self, stage: Stage, zero: Mapping[str, Any], whole: int, share: int
@@ -420,14 +474,17 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
     check_quantise(run.quantise, zero3=run.zero == 3)
     size = 2 if run.precision == "bfloat16" or (run.precision == "auto" and gpu) else SINGLE
     model = flux(settings_of(run.model, "transformer"))
-    others = sum(parameters_of(run.model, part) for part in PARAMETERS)
+    others: dict[Other, int] = {part: parameters_of(run.model, part) * size for part in PARAMETERS}
+    offloaded = run.offload_encoders and gpu
     plan = MemoryPlan(
         run=run,
         model=model,
         load=load,
         processes=processes,
         size=size,
-        encoders=0 if run.offload_encoders and gpu else others * size,
+        encoders=0 if offloaded else sum(others.values()),
+        pixels=pixel_values(settings_of(run.model, "vae")),
+        moved=others if offloaded else {},
     )
     check_blocks(run, model)
     return plan
@@ -442,31 +499,27 @@ def check_blocks(run: Run, model: Flux) -> None:
 
 def plan_here(run: Run, load: Load, *, processes: int) -> MemoryPlan:
     """`memory_plan` for the machine it is called on."""
-    return memory_plan(run, load, processes=processes, gpu=on_gpu())
+    gpus = gpus_here()
+    precision = precision_on(run.precision, gpus[0] if gpus else None)
+    run = run.model_copy(update={"precision": precision})
+    return memory_plan(run, load, processes=processes, gpu=bool(gpus))
 
 
-def on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def load_of(run: Run, *, most: int, least: int) -> Load:
-    """What a process of `run` computes at once, where grids have `least` to `most` tokens.
+def load_of(run: Run, *, most: int, least: int, strip: int) -> Load:
+    """What a process of `run` computes at once, where grids have `least` to `most` tokens, and rows
+    up to `strip`.
 
     With a budget of tokens it is the number of the smallest grids, which bring most text.
     """
     grids = max(run.batch_tokens // least, 1) if run.batch_tokens else run.batch
     image = run.batch_tokens // grids if run.batch_tokens else most
-    return Load(grids=grids, image=image, text=text_tokens_of(run.model))
+    return Load(grids=grids, image=image, text=text_tokens_of(run.model), strip=strip)
 
 
 def memory_here(processes: int) -> int:
     """Bytes a process can use: of the smallest GPU, or its share of the machine's memory."""
-    import torch
-
-    if gpus := torch.cuda.device_count():
-        return min(torch.cuda.get_device_properties(k).total_memory for k in range(gpus))
+    if gpus := gpus_here()[:processes]:
+        return min(gpu.memory for gpu in gpus)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
 
 
@@ -475,7 +528,7 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
 
     On CPU no block is recomputed. Raises `UserError` where nothing fits.
     """
-    gpu = on_gpu()
+    gpu = bool(gpus_here())
     if isinstance(run.checkpoint_blocks, int):
         check_blocks(run, flux(settings_of(run.model, "transformer")))
     if run.zero != "auto" and (run.checkpoint_blocks != "auto" or not gpu):

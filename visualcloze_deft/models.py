@@ -5,10 +5,12 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
+from visualcloze_deft.launch import rank
 from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
@@ -43,6 +47,8 @@ from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
+logger = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
@@ -53,6 +59,8 @@ class Encoders:
     """VAE and text encoders, named as in diffusers, which may rest elsewhere than they work.
 
     device: where they work and give their results. encodings: where results are kept and looked up.
+    A VAE in float16 is turned to float32, in place and for good: its activations leave the range of
+    float16, and pictures come out as NaN. That is diffusers' `force_upcast`.
     """
 
     vae: AutoencoderKL
@@ -63,6 +71,9 @@ class Encoders:
     clip_text: ClipText = "fit"
     device: torch.device = CPU
     encodings: Encodings | None = None
+
+    def __post_init__(self) -> None:
+        upcast(self.vae)
 
     @property
     def text_length(self) -> int:
@@ -186,6 +197,17 @@ def precision(network: nn.Module) -> torch.dtype:
     return next(network.parameters()).dtype
 
 
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of the VAE in a model of `dtype`, see `Encoders`."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def upcast(vae: AutoencoderKL) -> None:
+    """Turn float16 weights to `vae_dtype`; others stay."""
+    if precision(vae) == torch.float16:
+        vae.to(vae_dtype(torch.float16))
+
+
 @contextmanager
 def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
     """`network` on `device`, and back where it rests; hooks that offload it do so themselves."""
@@ -293,8 +315,9 @@ def load_encoders(
     check_folder(name)
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
         networks = {
-            part: load_part(name, part, kind, torch_dtype=dtype).to(rest or device).eval()
+            part: load_part(name, part, kind, torch_dtype=kept).to(rest or device).eval()
             for part, kind in _NETWORKS.items()
+            for kept in [vae_dtype(dtype) if part == "vae" else dtype]
         }
     networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
     clip, t5 = load_tokenizers(name)
@@ -400,25 +423,25 @@ def compared_tensors(
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Without transformers' bars for loading weights."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def without_report() -> Iterator[None]:
     """Without transformers' bars, and its table of tensors that did not fit."""
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
+    shown = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         with without_bars():
             yield
     finally:
-        logging.set_verbosity(shown)
+        transformers_logging.set_verbosity(shown)
 
 
 def load_transformer(
@@ -459,17 +482,25 @@ _NETWORKS = {
 
 
 def dtype_of(precision: Precision, device: str) -> torch.dtype:
-    if precision == "auto":
-        return default_dtype(device)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    """What `precision` is on a device, see `gpus.precision_on`; where "auto" is float32 on a GPU, a
+    warning says why, once. Raises `UserError` for bfloat16 on a GPU without it."""
+    place = torch.device(device)
+    gpu = gpus_here()[place.index or 0] if place.type == "cuda" else None
+    if precision == "auto" and gpu is not None and (why := why_float32(gpu)):
+        say_once(why)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision_on(precision, gpu)]
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 on GPUs that compute in it, float32 elsewhere."""
-    gpu = device.startswith("cuda")
-    if gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 on GPUs that compute in it, float32 elsewhere, see `dtype_of`."""
+    return dtype_of("auto", device)
+
+
+@cache
+def say_once(line: str) -> None:
+    """A warning, in the first process of a group."""
+    if rank() == 0:
+        logger.warning(line)
 
 
 def lora_changes(name: str, lora: str) -> dict[str, Change]:

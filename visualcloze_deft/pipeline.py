@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from visualcloze_deft import adapters, grid
+from visualcloze_deft.attention import AUTO, NATIVE, Choice, Shapes, check_known, decide, require
+from visualcloze_deft.attention import use as use_attention
 from visualcloze_deft.batch import encode_grids
 from visualcloze_deft.blend import Blend
 from visualcloze_deft.cells import CELL_STEP, Cells, Shape, strip_shapes
@@ -39,10 +41,12 @@ from visualcloze_deft.modelfolder import (
     index_of,
     told_by,
 )
-from visualcloze_deft.models import Models, default_dtype, load_models
+from visualcloze_deft.models import Models, default_dtype, load_models, text_length, upcast
+from visualcloze_deft.modelsize import flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt
 from visualcloze_deft.quantise import is_quantised
 from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.room import ran_out
 from visualcloze_deft.sample import (
     GUIDANCE,
     STEPS,
@@ -158,6 +162,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.tasks = load_tasks(Path(folder) for folder in task_folders)
         self.blend = Blend(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
+        self.attention = Choice(backend=NATIVE)
         self._interrupt = False
 
     @classmethod
@@ -175,6 +180,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         encodings: str | Path | None = None,
         task_folders: Sequence[str | Path] = (),
         merge: bool = True,
+        attention: str = AUTO,
     ) -> InContextPipeline:
         """The model "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
@@ -183,11 +189,13 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         bfloat16 where there is one, else CPU in float32; "cpu" before offloading is enabled.
         quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8". clip_text, cells:
         where None, as the (first) adapter was trained, else as the folder says, else "fit" and
-        "row". The others: see `__init__`.
+        "row". attention: see `set_attention`. The others: see `__init__`.
         Raises `UserError` where something is missing or does not fit.
         """
         name = str(pretrained_model_name_or_path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch_dtype or default_dtype(device)
+        check_attention(attention, name, device=device, dtype=dtype)
         if lora is not None:
             check_lora(lora)
         wanted = strengths_of(adapter)
@@ -201,7 +209,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         with enough_memory(f"loading {name}"):
             models = load_models(
                 name,
-                dtype=torch_dtype or default_dtype(device),
+                dtype=dtype,
                 device=device,
                 lora=lora,
                 bits=quantise,
@@ -216,6 +224,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=name)
+        pipe.set_attention(attention)
         with enough_memory("merging adapters"):
             for folder in wanted:
                 pipe.blend.add(names[folder], folder, used=False)  # merged once, all together
@@ -241,6 +250,36 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         device = next(self.transformer.parameters()).device
         moved = device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available())
         return self._execution_device if moved else device
+
+    def to(self, *args: Any, **kwargs: Any) -> InContextPipeline:
+        """As diffusers, but that in float16 the VAE is float32, see `models.Encoders`."""
+        super().to(*args, **kwargs)
+        upcast(self.vae)
+        return self
+
+    def set_attention(self, attention: str, *, device: str | None = None) -> None:
+        """Compute attention with another kernel; `attention` then says which, and why.
+
+        attention: "native", torch's own choice; one of torch's: "cudnn", "flash", "efficient",
+        "math"; any other backend of diffusers, flash-attn as "flash_attn"; or "auto": on a GPU the
+        fastest of torch's that agrees with plain attention in float32 (grids of 1x2 to 3x3 cells,
+        the forward pass alone), on a CPU "native". device: where the transformer works, if its
+        weights rest elsewhere; "auto" is decided for it and stays on another one.
+        Raises `UserError` where this machine lacks the kernel.
+        """
+        config, text = self.transformer.config, text_length(self.tokenizer_2)
+        cell = (self.config.resolution // CELL_STEP) ** 2
+        shapes = Shapes(
+            lengths=(text + 2 * cell, text + 9 * cell),
+            heads=config.num_attention_heads,
+            width=config.attention_head_dim,
+            dtype=self.transformer.dtype,
+            device=torch.device(device) if device else self.place,
+        )
+        self.attention = decide(attention, shapes, passes="forward")
+        use_attention(self.transformer, self.attention.backend)
+        if self.attention.line:
+            logger.info(self.attention.line)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As diffusers; adapters that are merged are then part of the weights.
@@ -693,15 +732,25 @@ def enough_memory(doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = str(error).lower()
-        signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-        if not isinstance(error, MemoryError) and not any(sign in told for sign in signs):
+        if not ran_out(error):
             raise
         raise UserError(
             f"out of memory while {doing}: lower the batch, the resolution or the upsampling; "
             "offload (--offload model, enable_model_cpu_offload); keep the base in fewer bits "
             "(--quantise nf4); or decode in tiles (--vae-tiling, vae.enable_tiling)"
         ) from None
+
+
+def check_attention(attention: str, model: str, *, device: str, dtype: torch.dtype) -> None:
+    """Raise `UserError` where the kernel `attention` does not compute for `model` on `device`."""
+    check_known(attention)
+    if attention == AUTO:
+        return
+    sizes = flux(settings_of(model, "transformer"))
+    shapes = Shapes(
+        lengths=(), heads=sizes.heads, width=sizes.head, dtype=dtype, device=torch.device(device)
+    )
+    require(attention, shapes, passes="forward")
 
 
 def strengths_of(adapter: Adapters | None) -> dict[Path, float]:

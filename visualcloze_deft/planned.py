@@ -23,6 +23,7 @@ from visualcloze_deft.memory import (
     memory_here,
     memory_plan,
     parse_memory,
+    plan_here,
 )
 from visualcloze_deft.rundir import (
     METRICS,
@@ -122,6 +123,7 @@ class Planned:
             yield f"choose   {options}: about {gigabytes(found.peak)}"
         else:
             yield f"choose   nothing fits; {plan.left_open().way_out()}"
+        yield samples_line(plan, found.stage if found else plan.left_open().smallest()[0])
         if self.rate:
             yield from self.rate_lines(self.rate)
 
@@ -142,6 +144,7 @@ class Planned:
                 "zero": found.stage,
                 "checkpoint_blocks": found.recomputed,
                 "parts": vars(found.parts),
+                "between": plan.between(found.stage),
                 "peak": found.peak,
                 "fits": found.fits,
             }
@@ -155,6 +158,7 @@ class Planned:
             "load": vars(plan.load),
             "memory": self.memory,
             "reserve": RESERVE,
+            "outside": vars(plan.outside) | {"peak": plan.outside.peak},
             "ways": [one(found) for found in self.ways],
             "chosen": one(self.chosen) if self.chosen else None,
             "steps_per_hour": self.rate.steps_per_hour if self.rate else None,
@@ -179,14 +183,14 @@ def planned(run: Run, *, memory: str | None, grid: str | None, before: Path | No
     """
     import torch
 
-    gpu = memory is not None or torch.cuda.is_available()
     processes = run.processes or torch.cuda.device_count() or CPU_PROCESSES
     load = load_in(run, mixture_of(run)) if grid is None else load_of_grid(run, grid)
-    return Planned(
-        plan=memory_plan(run, load, processes=processes, gpu=gpu),
-        memory=memory_here(processes) if memory is None else parse_memory(memory),
-        rate=None if before is None else rate_of(before, run),
-    )
+    if memory is None:
+        plan, size = plan_here(run, load, processes=processes), memory_here(processes)
+    else:
+        plan, size = memory_plan(run, load, processes=processes, gpu=True), parse_memory(memory)
+    rate = None if before is None else rate_of(before, run)
+    return Planned(plan=plan, memory=size, rate=rate)
 
 
 def load_of_grid(run: Run, grid: str) -> Load:
@@ -194,8 +198,9 @@ def load_of_grid(run: Run, grid: str) -> Load:
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid)
     if not found:
         raise UserError(f"--grid {grid!r}: expected ROWSxCOLUMNS, e.g. 3x3")
-    tokens = int(found[1]) * int(found[2]) * (resolution_of(run) // CELL_STEP) ** 2
-    return load_of(run, most=tokens, least=tokens)
+    strip = int(found[2]) * (resolution_of(run) // CELL_STEP) ** 2
+    tokens = int(found[1]) * strip
+    return load_of(run, most=tokens, least=tokens, strip=strip)
 
 
 def rate_of(folder: Path, run: Run) -> Rate:
@@ -214,8 +219,17 @@ def rate_of(folder: Path, run: Run) -> Rate:
     return Rate(folder=folder, steps_per_hour=3600 / max(seconds, 1e-4), other=tuple(other))
 
 
+def samples_line(plan: MemoryPlan, stage: Stage) -> str:
+    """What encoding, sampling and decoding take between steps."""
+    named = {name: size for name, size in vars(plan.outside).items() if size}
+    return (
+        f"samples  about {gigabytes(plan.outside.peak)} beside {gigabytes(plan.between(stage))} "
+        "that stay: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named.items())
+    )
+
+
 def in_short(plan: MemoryPlan, memory: int) -> list[str]:
-    """Two lines for the head of a run whose stage and number of blocks are decided."""
+    """Three lines for the head of a run whose stage and number of blocks are decided."""
     stage, blocks = plan.run.zero, plan.recomputed
     assert stage != "auto"
     assert blocks is not None
@@ -225,4 +239,5 @@ def in_short(plan: MemoryPlan, memory: int) -> list[str]:
         f"memory   about {gigabytes(plan.peak(stage, blocks))} of {gigabytes(memory)} a process: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named.items()),
         f"         {blocks} of {plan.blocks} blocks recomputed; vcdeft plan shows other ways",
+        samples_line(plan, stage),
     ]

@@ -19,7 +19,8 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.registry import Task
-from visualcloze_deft.sample import GUIDANCE, generate
+from visualcloze_deft.room import NoRoom, Room
+from visualcloze_deft.sample import GUIDANCE, conditions_of, pictures_of, tokens_of
 from visualcloze_deft.sheet import draw_grid, draw_sheet
 
 SHEETS = 10_000_019  # index offset: sheets show combinations that training does not draw
@@ -98,28 +99,48 @@ def grids_to_try(
     return chain(*(each.grids(**fields) for each in asked.values()), known)
 
 
-def sample_sheet(models: Models, mixture: Mixture) -> Image.Image:
+def sample_sheet(
+    models: Models, mixture: Mixture, room: Room
+) -> tuple[Image.Image | None, list[str]]:
     """For each of the tasks drawn most often a grid with the model's answer framed, and the truth
-    beside it."""
-    pages = []
+    beside it; and the tasks of grids that memory is too small for. None where all are."""
+    pages, left_out = [], []
     for example in queries(mixture, tasks=SHOWN):
-        built = grid.join(example.complete, hidden=example.hidden)
-        (made,) = generate(
-            models, [built], [example.prompt], seeds=[example.index], steps=STEPS, guidance=GUIDANCE
-        )
-        answers = iter(made)
-        last = [
-            next(answers) if hidden else image
-            for image, hidden in zip(example.rows[-1], example.hidden, strict=True)
-        ]
-        truth = [
-            image for image, hidden in zip(example.rows[-1], example.hidden, strict=True) if hidden
-        ]
-        rows = [*example.rows[:-1], [*last, *truth]]
-        framed = [(len(rows) - 1, c) for c, hidden in enumerate(example.hidden) if hidden]
-        words = f"{example.task}: {example.content}" if example.content else example.task
-        pages.append(draw_grid(rows, title=words, made=framed))
-    return draw_sheet(pages, columns=min(4, len(pages)))
+        try:
+            made = answer(models, example, room)
+        except NoRoom:
+            left_out.append(example.task)
+        else:
+            pages.append(sample_page(example, made))
+    page = draw_sheet(pages, columns=min(4, len(pages))) if pages else None
+    return page, left_out
+
+
+def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
+    """The images that the model makes of the hidden cells. Raises `NoRoom`."""
+    built = [grid.join(example.complete, hidden=example.hidden)]
+    given = room.attempt(lambda: conditions_of(models, built, [example.prompt]))
+    tokens = room.attempt(
+        lambda: tokens_of(models, given, seeds=[example.index], steps=STEPS, guidance=GUIDANCE),
+        transformer=True,
+    )
+    return room.attempt(lambda: pictures_of(models, tokens, built))[0]
+
+
+def sample_page(example: Example, made: Sequence[Image.Image]) -> Image.Image:
+    """One grid with the images `made` in its hidden cells framed, and the truth beside it."""
+    answers = iter(made)
+    last = [
+        next(answers) if hidden else image
+        for image, hidden in zip(example.rows[-1], example.hidden, strict=True)
+    ]
+    truth = [
+        image for image, hidden in zip(example.rows[-1], example.hidden, strict=True) if hidden
+    ]
+    rows = [*example.rows[:-1], [*last, *truth]]
+    framed = [(len(rows) - 1, c) for c, hidden in enumerate(example.hidden) if hidden]
+    words = f"{example.task}: {example.content}" if example.content else example.task
+    return draw_grid(rows, title=words, made=framed)
 
 
 def example_sheet(examples: list[Example]) -> Image.Image:

@@ -130,7 +130,9 @@ def precision_of(layer: nn.Linear) -> torch.dtype:
     from bitsandbytes.nn import Linear8bitLt
 
     scales = torch.float32  # int8's
-    return scales if isinstance(layer, Linear8bitLt) else cast(torch.dtype, weight.quant_state.dtype)
+    return (
+        scales if isinstance(layer, Linear8bitLt) else cast(torch.dtype, weight.quant_state.dtype)
+    )
 
 
 def is_quantised(layer: nn.Linear) -> bool:

@@ -46,7 +46,7 @@ def write_report(folder: Path) -> Path:
     skipped = rundir.read_lines(folder / rundir.SKIPPED)
     parts = [
         f"<h1>{escape(folder.resolve().name)}</h1>",
-        table(facts(load_run(str(settings)), steps, evaluations)),
+        table([*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]),
         f'<div class="curves">{"".join(pictures(steps, evaluations))}</div>',
         "<h2>Tasks</h2>" + task_rows(steps, evaluations),
         last_sheet(folder),
@@ -102,6 +102,17 @@ def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
     if "memory" in last:
         found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
     return found
+
+
+def kernels(folder: Path) -> list[tuple[str, str]]:
+    """The attention that the run computes with, why, and where another one failed."""
+    recorded = rundir.recorded(folder)
+    if "attention" not in recorded:  # a run of before it was chosen
+        return []
+    why = recorded["attention_check"].removeprefix("attention: ") or recorded["attention"]
+    failed = [f"not finite after {where}" for where in recorded["not_finite"].values()]
+    changed = f"now {recorded['attention']}, norms {recorded['norms']}"
+    return [("attention", "; ".join([why, *failed, changed] if failed else [why]))]
 
 
 def values(lines: Lines, *path: str) -> Numbers:

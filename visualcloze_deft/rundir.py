@@ -21,6 +21,7 @@ from visualcloze_deft.data.item import Part, Source, units_of
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.gpus import check_alike, gpus_here, precision_on
 from visualcloze_deft.memory import LEAST, Load, decided, load_of
 from visualcloze_deft.modelfolder import (
     check_base,
@@ -31,7 +32,7 @@ from visualcloze_deft.modelfolder import (
     fingerprint,
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
-from visualcloze_deft.output import only_writer
+from visualcloze_deft.output import only_writer, whole_text
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
 from visualcloze_deft.settings import Run, load_run, setting_names, write_run
@@ -51,6 +52,7 @@ FREE_ON_RESUME = {
     "processes",
     "zero",
     "checkpoint_blocks",
+    "attention",
     "offload",
     "save_every",
     "keep",
@@ -207,7 +209,9 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
     allowed: settings that may differ from those of the run that is resumed.
     """
     check_settings(run)
+    check_alike(gpus_here()[:processes])
     check_folder(run.model)
+    check_attention(run)
     check_quantise(run.quantise, zero3=run.zero == 3)
     encodings_folder(run)
     if run.model_lora is not None:
@@ -255,6 +259,8 @@ def check_settings(run: Run) -> None:
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
             'run; give less, or "auto"'
         )
+    for gpu in gpus_here():
+        precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:
         raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
     for name in run.watch.trackers:
@@ -265,9 +271,29 @@ def check_settings(run: Run) -> None:
             )
 
 
+def check_attention(run: Run) -> None:
+    """Raise `UserError` where the backend of attention is unknown or, on a CPU, cannot be used.
+
+    A GPU is left to the processes that compute: here it would take memory as long as they run.
+    """
+    if run.attention == "auto":
+        return
+    import torch  # and what follows takes seconds, which most runs need not wait here
+
+    from visualcloze_deft import attention
+    from visualcloze_deft.kernels import shapes_in
+
+    attention.check_known(run.attention)
+    if not torch.cuda.is_available():
+        shapes = shapes_in(run, image_tokens=(), device=torch.device("cpu"))
+        attention.require(run.attention, shapes, passes="both")
+
+
 def load_in(run: Run, mixture: Mixture) -> Load:
     """The most a process computes at once on the run's examples."""
-    return load_of(run, most=mixture.most_tokens, least=mixture.least_tokens)
+    return load_of(
+        run, most=mixture.most_tokens, least=mixture.least_tokens, strip=mixture.widest_strip
+    )
 
 
 def to_plan(run: Run) -> Run:
@@ -419,9 +445,23 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
     write_run(run, output / SETTINGS)
 
 
-def adapter_metadata(run: Run, step: int) -> dict[str, str]:
+def record(output: Path, facts: Mapping[str, object]) -> None:
+    """Put `facts`, known only once the run has started, beside the versions in its folder."""
+    path = output / VERSIONS
+    with told(path):
+        whole_text(path, json.dumps(recorded(output) | dict(facts), indent=1))
+
+
+def recorded(output: Path) -> dict[str, Any]:
+    """Versions of packages, and what `record` put beside them; {} where there is no such file."""
+    path = output / VERSIONS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def adapter_metadata(run: Run, step: int, *, attention: str) -> dict[str, str]:
     """What the adapter file says of itself (safetensors metadata: text values only). An adapter
-    that training started from keeps its own scale and layers, which its settings file tells."""
+    that training started from keeps its own scale and layers, which its settings file tells.
+    attention: the backend that it was trained with last."""
     alpha, layers = run.adapter.alpha, run.adapter.layers
     if run.adapter.start is not None:
         alpha, layers = None, f"those of {run.adapter.start}"
@@ -433,6 +473,7 @@ def adapter_metadata(run: Run, step: int) -> dict[str, str]:
         "layers": layers,
         "dropout": str(run.adapter.dropout),
         "quantise": run.quantise,
+        "attention": attention,
         "clip_text": run.clip_text,
         "cells": run.data.cells,
         "base_model": run.model,

@@ -96,7 +96,6 @@ def draw_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
 def generate(
     models: Models,
     grids: Sequence[grid.Grid],
@@ -107,15 +106,38 @@ def generate(
     guidance: float = GUIDANCE,
 ) -> list[list[Image.Image]]:
     """The images of each grid's hidden cells, left to right; all grids must have one shape."""
+    given = conditions_of(models, grids, prompts)
+    return pictures_of(
+        models, tokens_of(models, given, seeds=seeds, steps=steps, guidance=guidance), grids
+    )
+
+
+def conditions_of(
+    models: Models, grids: Sequence[grid.Grid], prompts: Sequence[Prompt | str]
+) -> Conditions:
+    """What the encoders make of grids of one shape; the transformer is not called."""
     text, pooled = models.encode_text(prompts)
-    latents = encode_grids(models, grids, clean=False)
-    given = Conditions(latents=latents, text=text, pooled=pooled)
-    shape = latents.seen.shape[1:]
-    noise = torch.stack([torch.randn(shape, generator=draw_of(seed)) for seed in seeds])
-    noise = noise.to(latents.seen.device)
+    return Conditions(latents=encode_grids(models, grids, clean=False), text=text, pooled=pooled)
+
+
+@torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
+def tokens_of(
+    models: Models, given: Conditions, *, seeds: Sequence[int], steps: int, guidance: float
+) -> Tensor:
+    """The (b, n, 64) clean tokens that the transformer makes."""
+    seen = given.latents.seen
+    noise = torch.stack([torch.randn(seen.shape[1:], generator=draw_of(seed)) for seed in seeds])
+    noise = noise.to(seen.device)
     times = models.times(steps, noise.shape[1]).to(noise.device)
-    velocity = velocity_of(models, given, guidance=guidance, steps=steps)
-    query = models.decode_latents(grid.unpack(denoise(velocity, noise, times), grids[0].shape)[-1])
+    return denoise(velocity_of(models, given, guidance=guidance, steps=steps), noise, times)
+
+
+def pictures_of(
+    models: Models, tokens: Tensor, grids: Sequence[grid.Grid]
+) -> list[list[Image.Image]]:
+    """The images of each grid's hidden cells in its (b, n, 64) clean tokens, left to right. Only
+    the query's strip is decoded."""
+    query = models.decode_latents(grid.unpack(tokens, grids[0].shape)[-1])
     return [
         [grid.to_image(cell) for cell in hidden_cells(pixels, g)]
         for pixels, g in zip(query, grids, strict=True)

@@ -193,7 +193,7 @@ OWNED = {
 }  # DeepSpeed's settings that one of ours decides
 
 
-ON_CPU = {"device": "cpu"}
+ON_CPU = {"device": "cpu", "pin_memory": False}  # which DeepSpeed 0.19 does by itself
 OFFLOADED: dict[str, dict[str, Any]] = {
     "none": {},
     "optimiser": {"offload_optimizer": ON_CPU},
@@ -234,12 +234,15 @@ class Run(_Section):
     """DeepSpeed ZeRO stage; "auto": the lowest whose memory fits, see `vcdeft plan`."""
     offload: Literal["none", "optimiser", "parameters"] = "none"
     """What a GPU leaves in the computer's memory: the optimiser's state (ZeRO 1 to 3), or that and
-    its share of the weights (ZeRO 3)."""
+    its share of the weights (ZeRO 3). That memory is not pinned, so that a machine with little of
+    it can still swap; with plenty, pinned memory is faster to copy:
+    deepspeed.zero_optimization.offload_optimizer.pin_memory=true."""
     deepspeed: Annotated[dict[str, Any], AfterValidator(_not_owned)] = {}
     """Anything of DeepSpeed's configuration, over what is set here, e.g.
     deepspeed.zero_optimization.stage3_max_live_parameters=100000000."""
     precision: Precision = "auto"
-    """Of the frozen base; "auto": bfloat16 on GPUs, float32 on CPU. The adapter is float32."""
+    """Of the frozen base; "auto": bfloat16 on NVIDIA's GPUs that compute in it, float32 elsewhere.
+    The adapter is float32."""
     quantise: Bits = "none"
     """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes, fp8 does not."""
     offload_encoders: bool = False
@@ -248,6 +251,12 @@ class Run(_Section):
     checkpoint_blocks: Annotated[int, Field(ge=0)] | Literal["auto", "none", "all"] = "auto"
     """How many blocks, from the first on, are recomputed in the backward pass: less memory, all of
     them about a third more time. "auto": as many as memory needs; on CPU none."""
+    attention: str = "auto"
+    """The kernel that computes attention: "auto"; "native", torch's own choice; one of torch's:
+    "cudnn", "flash", "efficient", "math"; or any other backend of diffusers. On a GPU "auto" takes
+    the fastest of torch's whose results, forward and backward, agree with plain attention in
+    float32 for this run's shapes; on a CPU it is "native". Where gradients are not finite and
+    another kernel mends them, the run goes on with that one."""
     compile: bool = False
     """Compile each block (torch.compile): some minutes at the start for faster steps. Under ZeRO-3
     weights come and go between the operations of a block: not there."""

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
-from diffusers.models.attention_dispatch import AttentionBackendName
 
+from visualcloze_deft import attention as kernels
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import Bits
 from visualcloze_deft.pipeline import InContextPipeline
@@ -76,9 +76,8 @@ def check(
                 f"--cache {cache} with --batch {batch}: it decides for all of a batch at once, and "
                 "an image would depend on the others; give --batch 1"
             )
-    known = [backend.value for backend in AttentionBackendName]
-    if attention is not None and attention not in known:
-        raise UserError(f"--attention {attention}: {nearest(attention, known)}")
+    if attention is not None:
+        kernels.check_known(attention)
 
 
 def enable(
@@ -97,10 +96,7 @@ def enable(
             pipe.transformer.disable_cache()
         pipe.transformer.enable_cache(cache_settings(cache))
     if attention is not None:
-        try:
-            pipe.transformer.set_attention_backend(attention)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--attention {attention}: {str(error).splitlines()[0]}") from None
+        pipe.set_attention(attention, device=None if offload == "none" else "cuda")
     if vae_tiling:
         pipe.vae.enable_tiling()
     if compile_blocks:

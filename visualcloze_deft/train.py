@@ -6,6 +6,7 @@ Which examples a step sees is `plan`'s: the next ones, whatever the number of pr
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 import warnings
@@ -25,8 +26,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, heldout, rundir, sharded
-from visualcloze_deft.batch import Drawn, Draws, Group, Own, encode
+from visualcloze_deft import (
+    adapters,
+    checkpoint,
+    compiled,
+    heldout,
+    kernels,
+    rundir,
+    sharded,
+)
+from visualcloze_deft.attention import Shapes
+from visualcloze_deft.batch import Drawn, Draws, Own, encode
 from visualcloze_deft.checkpoint import Checkpoint, Progress
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.encodings import Encodings
@@ -44,13 +54,17 @@ from visualcloze_deft.engine import (
     torch_optimiser,
 )
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.kernels import Kernels, shapes_in
+from visualcloze_deft.launch import device_environment
 from visualcloze_deft.models import Models, dtype_of, load_models
 from visualcloze_deft.output import only_writer
 from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.report import write_report
+from visualcloze_deft.room import Room, put_back, short_of_memory
 from visualcloze_deft.settings import Optimiser, Run
 from visualcloze_deft.signals import Asked, deaf, exit_status, handled
+from visualcloze_deft.step import Batch, Stepper, first_said, kernels_at_start, seen_in
 from visualcloze_deft.watch import Seen, Watch, mean_error
 from visualcloze_deft.watchdog import Watchdog
 
@@ -90,6 +104,7 @@ def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = 
     that may differ from those of the run that is resumed.
     """
     quiet()
+    os.environ.update(device_environment())  # also under another launcher than ours
     cpu = not torch.cuda.is_available()
     patience = timedelta(seconds=2 * run.timeout)  # the watchdog, which can say why, comes first
     process = PartialState(cpu=cpu, timeout=patience)
@@ -155,6 +170,16 @@ def train_here(
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
     kept = rundir.encodings_folder(run)
     dtype = dtype_of(run.precision, process.device.type)
+    start = latest(output, process) if resume else None
+    watchdog.doing("choosing kernels")
+    tokens = mixture.least_tokens, mixture.most_tokens
+    shapes = shapes_in(run, image_tokens=tokens, device=process.device)
+    rank, world = process.process_index, process.num_processes
+    before = start.progress if start else None
+    chosen = kernels_at_start(run, shapes, before, rank=rank, world=world)
+    if process.device.type == "cuda":  # the memory of its test is not the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     watchdog.doing("loading the model")
     models = load_models(
         run.model,
@@ -168,7 +193,6 @@ def train_here(
         split=sharded.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
     )
     watchdog.doing("attaching the adapter")
-    start = latest(output, process) if resume else None
     if start is not None:
         adapters.load(models.transformer, start.folder, trainable=True)
     elif run.adapter.start is not None:
@@ -180,6 +204,7 @@ def train_here(
         )
     else:
         adapters.attach(models.transformer, run.adapter, seed=run.seed, whole=sharded.whole)
+    kernels.use(models.transformer, chosen)
     watchdog.doing("starting DeepSpeed")
     engine = start_engine(models.transformer, run)
     if start is not None:
@@ -189,14 +214,17 @@ def train_here(
         mixture=mixture,
         models=models,
         engine=engine,
-        rank=process.process_index,
-        world=process.num_processes,
-        start=start.progress if start else None,
+        rank=rank,
+        world=world,
+        start=before,
+        chosen=chosen,
+        shapes=shapes,
         asked=asked,
         watchdog=watchdog,
     )
-    loop.run_steps()
-    loop.finish()
+    with compiled.explained() if run.compile else nullcontext():
+        loop.run_steps()
+        loop.finish()
     if models.encodings is not None:
         used = models.encodings.used_by_all()
         if process.is_main_process:
@@ -232,10 +260,13 @@ class Loop:
         rank: int,
         world: int,
         start: Progress | None,
+        chosen: Kernels,
+        shapes: Shapes,
         asked: Asked,
         watchdog: Watchdog,
     ) -> None:
-        """start: how far the run that is resumed came; asked: whether to save and leave."""
+        """start: how far the run that is resumed came; chosen: the kernels that the transformer
+        uses; shapes: of attention, to test others; asked: whether to save and leave."""
         self.run = run
         self.mixture = mixture
         self.shown = mixture
@@ -256,6 +287,15 @@ class Loop:
         self.examples = start.examples if start else 0
         self.not_finite = start.not_finite if start else 0
         self.in_a_row = start.in_a_row if start else 0
+        self.stepper = Stepper(
+            engine,
+            run,
+            rank=rank,
+            world=world,
+            shapes=shapes,
+            chosen=chosen,
+            explained=start.explained if start else {},
+        )
         self.items = self.skipped = 0
         self.output = Path(run.output)
         kept = self.step if start else -1
@@ -307,20 +347,17 @@ class Loop:
         for group in torch_optimiser(self.engine).param_groups:
             group["lr"] = group["full_lr"] * factor
         began = time.monotonic()
-        seen: dict[int, Seen] = {}
-        noise_of_dropout = (run.seed * 1_000_003 + self.step) * self.world + self.rank
-        torch.manual_seed(noise_of_dropout % 2**63)
+        step = self.encoded([next(batches) for _ in range(run.accumulate)])
         share = len(planned.parts) / planned.examples  # parts are averaged, examples count
-        for _ in range(run.accumulate):
-            seen |= self.backward(self.agreed(next(batches)), share)
-            self.engine.step()
+        errors = self.stepper.take(step, share, number=self.step + 1)
         self.step += 1
         if run.ema:
             stepped = self.engine.was_step_applied()
             average(self.engine, averaging_factor(self.step, run.ema) if stepped else 1.0)
         self.examples += planned.examples
-        seen = self.record(planned, seen, factor, time.monotonic() - began, bar)
-        self.count_not_finite(planned, seen)
+        seen = seen_in(step, torch.cat(errors).tolist())
+        everyone = self.record(planned, seen, factor, time.monotonic() - began, bar)
+        self.count_not_finite(planned, everyone)
 
     def agreed(self, drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
         """`drawn`, unless a reading process of any rank found a mistake: then all raise it."""
@@ -329,52 +366,43 @@ class Loop:
 
     def together(self, mistake: str | None) -> None:
         """All processes raise the `mistake` that one found, and stop where one is asked to."""
-        found = torch.tensor([mistake is not None, bool(self.asked)], device=self.models.device)
-        found = found.float()
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        raising, stopping = found.bool().tolist()
+        raising, stopping = mistake is not None, bool(self.asked)
+        if self.world > 1:
+            found = torch.tensor([float(raising), float(stopping)], device=self.models.device)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+            raising, stopping = found.bool().tolist()
         self.stopping |= stopping
         if raising:
-            said: list[str | None] = [None] * self.world
-            torch.distributed.all_gather_object(said, mistake)
-            raise UserError(next(text for text in said if text is not None))
+            raise UserError(cast(str, first_said(mistake, self.world)))
 
-    def backward(self, drawn: Sequence[Drawn], share: float) -> dict[int, Seen]:
-        """Gradients of one batch, each example's counted `share`; what was seen, by index."""
+    def encoded(self, parts: Sequence[Sequence[Drawn | UserError]]) -> list[Batch]:
+        """The batches of a step, ready to compute; all processes raise what one could not draw.
+
+        Under ZeRO-3 each call of the transformer gathers its weights from all processes: a batch
+        of fewer groups than another process's has its last one again.
+        """
         run = self.run
-        groups = encode(
-            self.models,
-            drawn,
-            seed=run.seed,
-            times=run.times,
-            time_shift=run.time_shift,
-            rollout=run.rollout,
-        )
-        count = len(drawn)
-        if run.zero == 3:
-            groups = self.as_many_as_others(groups)
-        errors = self.engine(groups)
-        self.engine.backward(share * errors[:count].sum() + 0 * errors[count:].sum())
-        order = [index for group in groups for index in group.indices][:count]
-        error_of = dict(zip(order, errors[:count].tolist(), strict=True))
-        tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
-        return {
-            one.index: Seen(
-                task=one.task,
-                error=error_of[one.index],
-                tokens=tokens_of[one.index],
-                items=len(one.grid.strips),
-                skipped=one.skipped,
+        self.agreed([one for part in parts for one in part])
+        drawn = [cast(Sequence[Drawn], part) for part in parts]
+        groups = [
+            encode(
+                self.models,
+                part,
+                seed=run.seed,
+                times=run.times,
+                time_shift=run.time_shift,
+                rollout=run.rollout,
             )
-            for one in drawn
-        }
-
-    def as_many_as_others(self, groups: list[Group]) -> list[Group]:
-        """`groups` and its last one again, until every rank has as many: under ZeRO-3 each call of
-        the transformer gathers its weights from all ranks."""
-        most = torch.tensor(len(groups), device=self.models.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return groups + [groups[-1]] * (int(most) - len(groups))
+            for part in drawn
+        ]
+        if run.zero == 3 and self.world > 1:
+            most = torch.tensor([len(part) for part in groups], device=self.models.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            groups = [
+                part + [part[-1]] * (count - len(part))
+                for part, count in zip(groups, most.tolist(), strict=True)
+            ]
+        return [Batch(drawn=d, groups=g) for d, g in zip(drawn, groups, strict=True)]
 
     def record(
         self, planned: Step, seen: dict[int, Seen], factor: float, seconds: float, bar: Any
@@ -444,13 +472,18 @@ class Loop:
         first, last = planned.first, planned.first + planned.examples - 1
         where = f"examples {', '.join(map(str, odd))}" if odd else f"examples {first} to {last}"
         if self.rank == 0:
-            tqdm.write(f"step {self.step} skipped, its gradient is not finite: {where}")
+            but = "" if odd else ", whose losses are finite"
+            tqdm.write(f"step {self.step} skipped, its gradient is not finite: {where}{but}")
         if self.in_a_row > self.run.not_finite_at_most:
+            came = self.stepper.origin(loss_finite=not odd)
+            if odd:
+                blamed = f"The last in {where}: look at them (`vcdeft tasks preview`)"
+            else:
+                blamed = "Their losses are finite: try another --attention or precision"
             raise UserError(
                 f"step {self.step}: loss or gradient not finite {self.in_a_row} times in a row, "
-                f"more than not_finite_at_most = {self.run.not_finite_at_most}; the last in "
-                f"{where}. Look at them (`vcdeft tasks preview`), or lower optimiser.lr and go on "
-                "with another --output"
+                f"more than not_finite_at_most = {self.run.not_finite_at_most}; the first after "
+                f"{came}. {blamed}, or lower optimiser.lr and go on with another --output"
             )
 
     def save(self) -> None:
@@ -467,6 +500,10 @@ class Loop:
                 global_batch=self.plan.size,
                 not_finite=self.not_finite,
                 in_a_row=self.in_a_row,
+                attention=self.stepper.kernels.attention,
+                attention_setting=self.run.attention,
+                norms=self.stepper.kernels.norms,
+                explained=self.stepper.explained,
             )
             try:
                 saved = checkpoint.save(
@@ -497,23 +534,33 @@ class Loop:
         raise SystemExit(exit_status(self.asked.signal or signal.SIGTERM))
 
     def write_adapter(self, folder: Path, tensors: dict[str, Tensor], step: int) -> None:
+        used = self.stepper.kernels.attention
         adapters.save(
             self.models.transformer,
             folder,
             base=self.run.model,
             tensors=tensors,
-            metadata=rundir.adapter_metadata(self.run, step),
+            metadata=rundir.adapter_metadata(self.run, step, attention=used),
         )
 
     def sheet(self) -> None:
-        """A picture of what the adapter makes; every process samples, rank 0 writes."""
+        """A picture of what the adapter makes; every process samples, rank 0 writes. Grids that
+        memory is too small for are left out, in all processes, and training goes on."""
         self.watchdog.doing(f"the sheet of step {self.step}")
-        with published(self.engine, averaged=self.has_average):
-            page = sample_sheet(self.models, self.shown)
+        room = Room(
+            self.models,
+            split=self.run.zero == 3 and self.world > 1,
+            agree=lambda failure: first_said(failure, self.world),
+        )
+        with published(self.engine, averaged=self.has_average), put_back(room):
+            page, left_out = sample_sheet(self.models, self.shown, room)
         if self.rank == 0:
-            folder = self.output / "sheets"
-            folder.mkdir(exist_ok=True)
-            page.save(folder / f"step-{self.step:06d}.png")
+            if room.made:
+                tqdm.write(f"sheet of step {self.step}: {short_of_memory(left_out)}")
+            if page is not None:
+                folder = self.output / "sheets"
+                folder.mkdir(exist_ok=True)
+                page.save(folder / f"step-{self.step:06d}.png")
 
     def finish(self) -> None:
         """Publish the adapter, the last sheet and the report; also where a resumed run has no step

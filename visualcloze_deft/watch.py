@@ -11,8 +11,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from tqdm import tqdm
 
 from visualcloze_deft import rundir
+from visualcloze_deft.compiled import Compiling
 from visualcloze_deft.data.mixture import Skipped
 from visualcloze_deft.flops import peak, training_flops
 from visualcloze_deft.heldout import Measured
@@ -64,6 +66,7 @@ class Watch:
         self.output = Path(run.output)
         self.peak = peak_of(models)
         self.waited = 0.0
+        self.compiling = Compiling() if run.compile else None
         self.trackers: list[GeneralTracker] = []
         if self.first:
             rundir.keep_lines_until(self.output, start)
@@ -111,6 +114,8 @@ class Watch:
             }
             if planned.tokens:
                 line |= {"tokens": sum(planned.tokens), "idle": round(planned.idle, 4)}
+            if self.compiling:
+                line["compiling"] = round(self.compiling.share, 4)
             self.write(rundir.METRICS, line)
         return merged
 
@@ -148,6 +153,8 @@ class Watch:
             tracker.log(curves(line, prefix), step=line["step"])
 
     def close(self) -> None:
+        if self.first and self.compiling:
+            tqdm.write(str(self.compiling))
         for tracker in self.trackers:
             tracker.finish()
 
@@ -170,6 +177,8 @@ def singular(name: str) -> str:
 def gathered(own: T, world: int) -> list[T]:
     """What every process has, in order of ranks."""
     everyone = [own] * world
+    if world == 1:  # no collective operation, for which a GPU would wait
+        return everyone
     torch.distributed.all_gather_object(everyone, own)
     return everyone
 

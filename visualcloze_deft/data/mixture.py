@@ -107,13 +107,21 @@ class Mixture:
         """The least that `tokens` gives for any example."""
         return min(self._sizes())
 
+    @property
+    def widest_strip(self) -> int:
+        """About the most tokens of one row of any example."""
+        return max(self._strips())
+
     def _sizes(self) -> list[int]:
         """What `tokens` gives: for each number of rows and of columns that are drawn."""
-        cell = (self.resolution // CELL_STEP) ** 2
         rows = [k for k, weight in enumerate(self.recipe.examples, 1) if weight]
+        return [r * strip for r in rows for strip in self._strips()]
+
+    def _strips(self) -> set[int]:
+        """About the tokens of a row, for each number of columns that are drawn."""
+        cell = (self.resolution // CELL_STEP) ** 2
         drawn = zip(self.names, self.proportions, strict=True)
-        columns = {len(self.tasks[name].roles) for name, p in drawn if p}
-        return [r * c * cell for r in rows for c in columns]
+        return {len(self.tasks[name].roles) * cell for name, p in drawn if p}
 
     def _name(self, rng: np.random.Generator) -> str:
         """The task of the example whose generator this is: the first that is drawn."""
