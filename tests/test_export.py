@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxFillPipeline, FluxTransformer2DModel, VisualClozePipeline
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers
+from hub_cache import in_hub_cache
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -427,3 +428,22 @@ def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path
     began = load_file(start / WEIGHTS)
     for name, tensor in load_file(tmp_path / "run" / "adapter" / WEIGHTS).items():
         torch.testing.assert_close(tensor, began[name])
+
+
+def test_a_base_that_an_adapter_names_is_not_downloaded_unasked(
+    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    tensors = load_file(folder / WEIGHTS)
+    file = tmp_path / "lora.safetensors"
+    words = ("export", folder, "--format", "diffusers", "--output", file)
+    save_file(tensors, folder / WEIGHTS, {"base_model": "someone/their-base"})
+    assert "give --model someone/their-base to have it downloaded" in refused(*words)
+    save_file(tensors, folder / WEIGHTS, {"base_lora": "someone/their-lora"})
+    line = refused(*words, "--model", micro_model)
+    assert "give --lora someone/their-lora to have it downloaded" in line
+    in_hub_cache(micro_model, "someone/their-base", tmp_path / "cache", monkeypatch)
+    save_file(tensors, folder / WEIGHTS, {"base_model": "someone/their-base"})
+    export.export(folder, file, "diffusers")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base_model"] == "someone/their-base"

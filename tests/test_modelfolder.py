@@ -176,3 +176,19 @@ def test_infer_runs_on_a_hub_id_and_records_its_weights(
     record = json.loads((out / "001.json").read_text())
     assert record["model_fingerprint"] == fingerprint(str(micro_model))
     assert record["resolution"] == 32  # as its model_index.json says
+
+
+def test_a_revision_is_part_of_the_name(
+    micro_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+    grid_file: Callable[..., Path],
+) -> None:
+    in_hub_cache(micro_model, "someone/revised", tmp_path / "cache", monkeypatch)
+    out, grid = tmp_path / "out", grid_file()
+    words = ["infer", "--examples", grid, "--model", "someone/revised", "--output", out]
+    main([str(word) for word in (*words, "--steps", 1, "--revision", COMMIT)])
+    assert json.loads((out / "001.json").read_text())["model"] == f"someone/revised@{COMMIT}"
+    assert "'someone/revised@gone': not in the hub's cache" in refused(*words, "--revision", "gone")
+    assert "goes with --model" in refused("train", "--revision", "main")

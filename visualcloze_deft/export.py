@@ -29,7 +29,16 @@ from visualcloze_deft import adapters, deft, lorafile, lowrank, tensorfile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.lowrank import Change
-from visualcloze_deft.modelfolder import CONFIG, TINY, WEIGHTS, check_base, fingerprint, told_by
+from visualcloze_deft.modelfolder import (
+    CONFIG,
+    TINY,
+    WEIGHTS,
+    check_base,
+    fingerprint,
+    folder_here,
+    on_hub,
+    told_by,
+)
 from visualcloze_deft.models import load_transformer, shapes_of
 from visualcloze_deft.output import output_folder
 
@@ -81,8 +90,8 @@ def export(
         raise UserError(f"--strength {strength}: give a number other than 0, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = adapters.read_config(folder), told_by(folder)
-    model = model or told.get("base_model") or config.base_model_name_or_path or TINY
-    lora = lora or told.get("base_lora") or None
+    model = model or named(folder, "--model", told.get("base_model"), config) or TINY
+    lora = lora or named(folder, "--lora", told.get("base_lora")) or None
     check_base(folder, model)
     if kind == "peft" and (strength, dtype) != (1.0, None):
         raise UserError("--format peft keeps P and R as they are: leave --strength and --dtype")
@@ -136,6 +145,20 @@ def export(
     finally:
         clear(staged)
     return report
+
+
+def named(
+    folder: Path, option: str, told: str | None, config: PeftConfig | None = None
+) -> str | None:
+    """What an adapter names as its base. Nothing is downloaded for it: raises `UserError` where
+    that is not on this machine."""
+    name = told or (config.base_model_name_or_path if config else None)
+    if name and on_hub(name) and folder_here(name) is None:
+        raise UserError(
+            f"adapter {folder}: trained on {name!r}, which is not on this machine; give {option} "
+            f"{name} to have it downloaded, or name where it lies"
+        )
+    return name
 
 
 def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:

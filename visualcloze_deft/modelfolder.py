@@ -262,6 +262,20 @@ def check_base(adapter: Path, name: str) -> None:
         )
 
 
+def pinned(model: str | None, revision: str | None) -> str | None:
+    """The name of a model at a revision of its repository on the hub, None: the newest.
+
+    >>> pinned("black-forest-labs/FLUX.1-Fill-dev", "a1b2c3")
+    'black-forest-labs/FLUX.1-Fill-dev@a1b2c3'
+    """
+    if revision is None:
+        return model
+    if model is None or not on_hub(model) or hub_id(model)[1]:
+        raise UserError(f"--revision {revision}: goes with --model and an id on the hub")
+    hub_id(f"{model}@{revision}")
+    return f"{model}@{revision}"
+
+
 def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
     """Raise `UserError` unless the adapter in a folder is of this method and rank, and was trained
     on a base with the same LoRA merged into it ("": none)."""
@@ -322,7 +336,7 @@ def resolution_of(name: str) -> int:
     try:
         return int(found)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model {name}: model_index.json: resolution: {error}") from None
+        raise UserError(f"{file_of(name, 'model_index.json')}: resolution: {error}") from None
 
 
 def check_lora(name: str) -> None:

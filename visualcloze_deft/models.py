@@ -43,7 +43,7 @@ from visualcloze_deft.modelfolder import (
     resolution_of,
     weight_files,
 )
-from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, flux, settings_of
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
@@ -340,10 +340,11 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     check_folder(name)
     clip = load_part(name, "tokenizer", CLIPTokenizer)
     t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
-    for tokenizer, part, encoder, spare in (
+    encoders: tuple[tuple[Any, str, Network, int], ...] = (
         (clip, "tokenizer", "text_encoder", 0),
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
-    ):
+    )
+    for tokenizer, part, encoder, spare in encoders:
         known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
             raise UserError(
@@ -361,6 +362,11 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(folder_of(name), subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # of JSON that is something else
+        raise UserError(
+            f"model {name!r}: {part}/ is damaged ({type(error).__name__}: {error}); copy or "
+            "download it again"
+        ) from None
 
 
 FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder

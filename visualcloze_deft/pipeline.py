@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from visualcloze_deft import adapters, grid
+from visualcloze_deft import adapters, grid, tensorfile
 from visualcloze_deft.attention import AUTO, NATIVE, Choice, Shapes, check_known, decide, require
 from visualcloze_deft.attention import use as use_attention
 from visualcloze_deft.batch import encode_grids
@@ -292,6 +292,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if any(self.blend.strengths.values()) and not self.blend.merge:
             raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
         super().save_pretrained(save_directory, **options)
+        tensorfile.open_to(Path(save_directory))
 
     # Adapters
 
