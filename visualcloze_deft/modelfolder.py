@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -195,9 +196,14 @@ def weight_files(part: Path, variant: str | None = None) -> list[Path]:
     ending = f".{variant}" if variant else ""
     for index in sorted(part.glob(f"*.safetensors.index{ending}.json")):
         return [part / shard for shard in shards_in(index)]
-    plain = [p for p in sorted(part.glob("*.safetensors")) if "." not in p.stem]
-    own = [p for p in sorted(part.glob("*.safetensors")) if variant and p.stem.endswith(ending)]
-    return own or plain
+    found = sorted(part.glob("*.safetensors"))
+    own = [path for path in found if variant and path.stem.endswith(ending)]
+    return own or [path for path in found if "." not in path.stem]
+
+
+def has_variant(part: Path, variant: str | None) -> bool:
+    """Whether a network's folder has weight files of a variant: diffusers loads others without."""
+    return variant is not None and any(part.glob(f"*.{glob.escape(variant)}[.-]*"))
 
 
 def check_channels(name: str) -> None:

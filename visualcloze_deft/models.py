@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from visualcloze_deft.modelfolder import (
     check_folder,
     check_quantise,
     folder_of,
+    has_variant,
     lora_file,
     resolution_of,
     weight_files,
@@ -52,6 +54,8 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
+Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +268,7 @@ def predict_velocity(
 def load_models(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
     device: str = "cpu",
     lora: str | None = None,
     bits: Bits = "none",
@@ -272,55 +276,86 @@ def load_models(
     rest: str | None = None,
     encodings: Encodings | None = None,
     split: Split | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
     `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own), see
     `lorafile.read`.
     `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
-    `load_encoders`. `split`: see `load_transformer`.
+    `load_encoders`. `split`: see `load_transformer`. `variant`: of the weight files, see diffusers.
+    `given`: parts that are there already, by name; they are moved to `device` and otherwise left.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     check_quantise(bits)
-    check_weights(name)
-    transformer = load_transformer(name, dtype=dtype, lora=lora, split=split)
-    quantise(transformer, bits, device=device)
-    transformer.to(device)
+    check_weights(name, variant=variant, but=given)
+    transformer = given.get("transformer")
+    if transformer is None:
+        own = dtype_for("transformer", dtype)
+        transformer = load_transformer(name, dtype=own, lora=lora, split=split, variant=variant)
+        quantise(transformer, bits, device=device)
+    elif lora is not None or bits != "none":
+        raise UserError("a transformer that is given stays as it is: leave lora and quantise")
+    check_grids(transformer, name)
     encoders = load_encoders(
-        name, dtype=dtype, device=device, clip_text=clip_text, rest=rest, encodings=encodings
+        name,
+        dtype=dtype,
+        device=device,
+        clip_text=clip_text,
+        rest=rest,
+        encodings=encodings,
+        variant=variant,
+        given=given,
     )
     return Models(
         name=name,
         resolution=resolution_of(name),
-        transformer=transformer,
-        scheduler=load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
+        transformer=transformer.to(device),
+        scheduler=given.get("scheduler")
+        or load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
         **vars(encoders),
     )
+
+
+def dtype_for(part: str, dtype: Dtype) -> torch.dtype:
+    """That of one part; float32 where neither it nor "default" is named, as in diffusers."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return dtype.get(part, dtype.get("default", torch.float32))
 
 
 def load_encoders(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
     device: str = "cpu",
     clip_text: ClipText = "fit",
     rest: str | None = None,
     encodings: Encodings | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
 ) -> Encoders:
     """The models of `load_models` without the transformer.
 
     `clip_text`: what CLIP reads of a prompt. `rest`: where they lie while they do not encode or
-    decode, if not on `device`. `encodings`: where results are kept.
+    decode, if not on `device`. `encodings`: where results are kept. `variant`, `given`: see
+    `load_models`.
     """
     check_folder(name)
+    networks = {part: given[part] for part in _NETWORKS if part in given}
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
-        networks = {
-            part: load_part(name, part, kind, torch_dtype=kept).to(rest or device).eval()
-            for part, kind in _NETWORKS.items()
-            for kept in [vae_dtype(dtype) if part == "vae" else dtype]
-        }
+        for part, kind in _NETWORKS.items():
+            if part not in given:
+                own = dtype_for(part, dtype)
+                kept = vae_dtype(own) if part == "vae" else own
+                networks[part] = load_part(name, part, kind, torch_dtype=kept, variant=variant)
+    networks = {part: network.to(rest or device).eval() for part, network in networks.items()}
     networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
-    clip, t5 = load_tokenizers(name)
+    clip, t5 = (given.get(part) for part in ("tokenizer", "tokenizer_2"))
+    if clip is None or t5 is None:
+        own_clip, own_t5 = load_tokenizers(name)
+        clip, t5 = clip or own_clip, t5 or own_t5
     return Encoders(
         clip_text=clip_text,
         tokenizer=clip,
@@ -358,6 +393,8 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
     """A component of a model, by its name in diffusers' layout and its class."""
     if part in _NETWORKS or part == "transformer":
         options["use_safetensors"] = True
+    if not has_variant(folder_of(name) / part, options.get("variant")):
+        options.pop("variant", None)
     try:
         return kind.from_pretrained(folder_of(name), subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -372,14 +409,20 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
 FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder
 
 
-def check_weights(name: str, *, variant: str | None = None) -> None:
+def check_weights(name: str, *, variant: str | None = None, but: Collection[str] = ()) -> None:
     """Raise `UserError` unless the tensors of every network are those that its settings ask for.
 
     What is missing would be drawn at random, and blocks beyond the settings left out, without a
-    word. Names and shapes alone are read. variant: of the weight files, as in diffusers.
+    word. Names and shapes alone are read. variant: of the weight files, as in diffusers. but: parts
+    that are not looked at.
     """
     check_folder(name)
-    for part, kind in (("transformer", FluxTransformer2DModel), *_NETWORKS.items()):
+    networks = {"transformer": FluxTransformer2DModel, **_NETWORKS}
+    if variant and not any(has_variant(folder_of(name) / part, variant) for part in networks):
+        raise UserError(f"model {name!r}: no weight files of the variant {variant!r}")
+    for part, kind in networks.items():
+        if part in but:
+            continue
         if issubclass(kind, ModelMixin):
             missing, odd = compared_tensors(name, part, kind, variant)
         else:
@@ -451,7 +494,12 @@ def without_report() -> Iterator[None]:
 
 
 def load_transformer(
-    name: str, *, dtype: torch.dtype, lora: str | None = None, split: Split | None = None
+    name: str,
+    *,
+    dtype: torch.dtype,
+    lora: str | None = None,
+    split: Split | None = None,
+    variant: str | None = None,
 ) -> FluxTransformer2DModel:
     """The transformer of `load_models` alone.
 
@@ -461,17 +509,24 @@ def load_transformer(
     check_folder(name)
     changes = {} if lora is None else lora_changes(name, lora)
     kept_as = stored_dtype(name) if split else dtype
-    transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as).eval()
+    transformer = load_part(
+        name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as, variant=variant
+    ).eval()
+    check_grids(transformer, name)
+    lowrank.merge(transformer, changes, merged=split)
+    if split is not None:
+        split(transformer)
+    return transformer
+
+
+def check_grids(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Raise `UserError` unless a transformer has FLUX.1-Fill's inputs and outputs."""
     channels = transformer.config.in_channels, transformer.config.out_channels
     if channels != CHANNELS:
         raise UserError(
             f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
-    lowrank.merge(transformer, changes, merged=split)
-    if split is not None:
-        split(transformer)
-    return transformer
 
 
 def stored_dtype(name: str) -> torch.dtype:
