@@ -57,8 +57,8 @@ def hollow_model(tmp_path: Path) -> Path:
         (folder / part / "config.json").write_text("{}")
         save_file({}, folder / part / "model.safetensors")
     for part in TOKENIZERS:
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / part / file).write_text("{}")
+        (folder / part / "tokenizer.json").write_text("{}")
+        (folder / part / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     channels = dict(zip(("in_channels", "out_channels"), CHANNELS, strict=True))
     (folder / "transformer" / "config.json").write_text(json.dumps(channels))

@@ -184,11 +184,13 @@ def test_a_revision_is_part_of_the_name(
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[..., str],
     grid_file: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     in_hub_cache(micro_model, "someone/revised", tmp_path / "cache", monkeypatch)
     out, grid = tmp_path / "out", grid_file()
     words = ["infer", "--examples", grid, "--model", "someone/revised", "--output", out]
     main([str(word) for word in (*words, "--steps", 1, "--revision", COMMIT)])
     assert json.loads((out / "001.json").read_text())["model"] == f"someone/revised@{COMMIT}"
+    capsys.readouterr()
     assert "'someone/revised@gone': not in the hub's cache" in refused(*words, "--revision", "gone")
     assert "goes with --model" in refused("train", "--revision", "main")
