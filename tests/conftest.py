@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from visualcloze_deft.modelfolder import CHANNELS, PARTS
+from visualcloze_deft.modelfolder import CHANNELS, NETWORKS, PARTS, TOKENIZERS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is computed on CPUs
@@ -52,6 +53,13 @@ def hollow_model(tmp_path: Path) -> Path:
     folder = tmp_path / "hollow"
     for part in PARTS:
         (folder / part).mkdir(parents=True)
+    for part in NETWORKS:
+        (folder / part / "config.json").write_text("{}")
+        save_file({}, folder / part / "model.safetensors")
+    for part in TOKENIZERS:
+        (folder / part / "tokenizer.json").write_text("{}")
+        (folder / part / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     channels = dict(zip(("in_channels", "out_channels"), CHANNELS, strict=True))
     (folder / "transformer" / "config.json").write_text(json.dumps(channels))
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,29 @@ def test_publish_replaces_a_folder_and_all_that_it_held(tmp_path: Path) -> None:
         write(folder / name, b"")
     publish(staging, final)
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "new"]
+
+
+def test_no_flipped_bit_of_the_progress_is_read_as_another_one(tmp_path: Path) -> None:
+    """Spaces may become others; what is said stays, or the checkpoint is damaged."""
+    (folder,) = saved(tmp_path, 5)
+    file = folder / PROGRESS
+    content = file.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            try:
+                found, _ = newest(tmp_path)
+            except UserError:
+                continue
+            assert found.progress == progress(5)
+
+
+def test_what_others_may_read_is_what_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        (folder,) = saved(tmp_path, 5)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}

@@ -201,7 +201,7 @@ def test_a_broken_task_file_is_named(train: Callable[..., str], tmp_path: Path) 
 def test_a_model_folder_without_its_parts_is_named(
     train: Callable[..., str], hollow_model: Path
 ) -> None:
-    (hollow_model / "vae").rmdir()
+    shutil.rmtree(hollow_model / "vae")
     assert f"model folder {hollow_model}: no vae" in train("--model", hollow_model)
 
 

@@ -359,7 +359,8 @@ def test_a_safe_merge_refuses_what_is_not_finite_and_changes_nothing() -> None:
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
         layer.deft_R[NAME][0, 0] = torch.inf
-    with pytest.raises(ValueError, match="not be finite"):
+    words = "NaNs detected in the merged weights. The adapter default seems to be broken"  # peft's
+    with pytest.raises(ValueError, match=f"^{words}$"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
     assert not layer.merged
@@ -371,12 +372,42 @@ def test_a_second_merge_that_fails_keeps_the_first() -> None:
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
         layer.deft_R["other"][0, 0] = torch.inf
-    with pytest.raises(ValueError, match="not be finite"):
+    with pytest.raises(ValueError, match="The adapter other seems to be broken"):
         layer.merge(safe_merge=True, adapter_names=["other"])
     assert layer.merged_adapters == [NAME]
     assert torch.equal(layer.base_layer.weight, weight)
     layer.unmerge()
     assert torch.equal(layer.base_layer.weight, two_adapters()[0].base_layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_layer_holds_pefts_small_factor_of_each_adapter(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """right^T W in float32, r x i, of the weight without adapters; it goes with the merge."""
+    layer = adopted(peft_net(kind))[0]
+    layer.base_layer.to(dtype)
+    weight = layer.base_layer.weight.clone()
+    q, _ = layer.factors(NAME)
+    right = torch.relu(q) if kind == "deft-relaxed" else q
+    layer.merge(safe_merge=True)
+    factor = layer._cached_merge_factor[NAME]
+    assert (factor.shape, factor.dtype) == ((4, 40), torch.float32)
+    torch.testing.assert_close(factor, right.mT @ weight.float(), atol=1e-5, rtol=1e-5)
+    layer.unmerge()
+    assert NAME not in layer._cached_merge_factor
+    assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_the_factor_of_a_second_adapter_is_of_the_weight_without_the_first() -> None:
+    layer = two_adapters()[0]
+    layer.merge(adapter_names=["other"])
+    alone = layer._cached_merge_factor["other"].clone()
+    layer.unmerge()
+    layer.merge(adapter_names=[NAME])
+    layer.merge(adapter_names=["other"])
+    assert torch.equal(layer._cached_merge_factor["other"], alone)
 
 
 def test_what_is_merged_stays_as_it_was_merged_whatever_happens_to_the_adapter() -> None:

@@ -13,11 +13,12 @@ import torch
 from diffusers import FluxFillPipeline, FluxTransformer2DModel, VisualClozePipeline
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers
+from hub_cache import in_hub_cache
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from visualcloze_deft import adapters, export, lowrank
+from visualcloze_deft import adapters, export, lorafile, lowrank
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import WEIGHTS
@@ -137,7 +138,7 @@ def test_original_names_are_those_that_diffusers_converts_from(tmp_path: Path) -
     """diffusers' converter of Black Forest Labs' own LoRA files, for all layers of FLUX."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-    shapes = export.layer_shapes(transformer)
+    shapes = lowrank.layer_shapes(transformer)
     random = torch.Generator().manual_seed(0)
     changes = {
         name: (torch.randn(2, i, generator=random), torch.randn(o, 2, generator=random))
@@ -189,10 +190,10 @@ def test_kohyas_names_are_read_by_diffusers_at_flux_width(tmp_path: Path) -> Non
 def test_writing_and_reading_are_inverse_for_every_linear_layer(
     micro_model: Path, tmp_path: Path, kind: lowrank.FileFormat
 ) -> None:
-    shapes = export.layer_shapes(base(micro_model))
+    shapes = lowrank.layer_shapes(base(micro_model))
     changes = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (o, i) in shapes.items()}
     lowrank.write(tmp_path / "all.safetensors", changes, kind, shapes=shapes, metadata={})
-    back = lowrank.read(tmp_path / "all.safetensors", shapes=shapes)
+    back = lorafile.read(tmp_path / "all.safetensors", shapes=shapes)
     assert set(back) == set(changes)
     for name, (a, b) in changes.items():
         torch.testing.assert_close(back[name][1] @ back[name][0], b @ a)
@@ -216,7 +217,7 @@ def test_an_imported_lora_is_an_adapter_with_the_same_output(
 
 
 def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> None:
-    shapes = export.layer_shapes(base(micro_model))
+    shapes = lowrank.layer_shapes(base(micro_model))
     name = "transformer_blocks.0.ff.net.2"
     o, i = shapes[name]
     a, b = torch.randn(4, i), torch.randn(o, 4)
@@ -224,7 +225,7 @@ def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> Non
     tensors = {f"{whole}.lora_down.weight": a, f"{whole}.lora_up.weight": b}
     tensors |= {f"{whole}.alpha": torch.tensor(1.0), "lora_te1_x.lora_down.weight": a.clone()}
     save_file(tensors, tmp_path / "k.safetensors")
-    down, up = lowrank.read(tmp_path / "k.safetensors", shapes=shapes)[name]
+    down, up = lorafile.read(tmp_path / "k.safetensors", shapes=shapes)[name]
     torch.testing.assert_close(up @ down, b @ a / 4)
 
 
@@ -285,7 +286,7 @@ def test_a_header_that_says_no_sense_is_refused(
     folder = saved_adapter(micro_model, tmp_path / "adapter", "lora")
     file = tmp_path / "lora.safetensors"
     export.export(folder, file, "diffusers", verify=False)
-    save_file(load_file(file), file, {lowrank.HEADER: json.dumps(header)})
+    save_file(load_file(file), file, {lorafile.HEADER: json.dumps(header)})
     with pytest.raises(UserError, match=words):
         export.import_lora(file, tmp_path / "imported", model=str(micro_model))
 
@@ -380,7 +381,7 @@ def test_scales_in_the_header_of_diffusers_files_count(micro_model: Path, tmp_pa
 
 def test_layers_that_end_alike_are_told_apart(micro_model: Path, tmp_path: Path) -> None:
     """proj_out ends the transformer and every single block; ranks differ."""
-    shapes = export.layer_shapes(base(micro_model))
+    shapes = lowrank.layer_shapes(base(micro_model))
     ranks = {"proj_out": 2, "transformer_blocks.0.ff.net.2": 4, "x_embedder": 4}
     changes = {
         n: (torch.randn(r, shapes[n][1]), torch.randn(shapes[n][0], r)) for n, r in ranks.items()
@@ -427,3 +428,22 @@ def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path
     began = load_file(start / WEIGHTS)
     for name, tensor in load_file(tmp_path / "run" / "adapter" / WEIGHTS).items():
         torch.testing.assert_close(tensor, began[name])
+
+
+def test_a_base_that_an_adapter_names_is_not_downloaded_unasked(
+    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
+    tensors = load_file(folder / WEIGHTS)
+    file = tmp_path / "lora.safetensors"
+    words = ("export", folder, "--format", "diffusers", "--output", file)
+    save_file(tensors, folder / WEIGHTS, {"base_model": "someone/their-base"})
+    assert "give --model someone/their-base to have it downloaded" in refused(*words)
+    save_file(tensors, folder / WEIGHTS, {"base_lora": "someone/their-lora"})
+    line = refused(*words, "--model", micro_model)
+    assert "give --lora someone/their-lora to have it downloaded" in line
+    in_hub_cache(micro_model, "someone/their-base", tmp_path / "cache", monkeypatch)
+    save_file(tensors, folder / WEIGHTS, {"base_model": "someone/their-base"})
+    export.export(folder, file, "diffusers")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base_model"] == "someone/their-base"

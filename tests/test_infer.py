@@ -16,8 +16,12 @@ import processes
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from visualcloze_deft import infer as infer_module
+from visualcloze_deft import pipeline
 from visualcloze_deft.cli import main
+from visualcloze_deft.models import shapes_of
 
 
 def names(folder: Path) -> set[str]:
@@ -393,3 +397,113 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     words = ("--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "out")
     run(*words, "--resolution", 32, "--adapter", tmp_path)
     assert "LoRA some/lora merged" in capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The last line of a command that ends in exit code 2 after it has loaded weights."""
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def write_lora(model: Path, path: Path, seed: int) -> Path:
+    name, random = "proj_out", torch.Generator().manual_seed(seed)
+    outputs, inputs = shapes_of(str(model))[name]
+    save_file(
+        {
+            f"transformer.{name}.lora_A.weight": torch.randn(2, inputs, generator=random),
+            f"transformer.{name}.lora_B.weight": torch.randn(outputs, 2, generator=random),
+        },
+        path,
+    )
+    return path
+
+
+def test_a_lora_trained_anew_under_its_name_does_not_count_as_the_one_before(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, path = tmp_path / "out", grid_file()
+    lora = write_lora(micro_model, tmp_path / "style.safetensors", 1)
+    words = ("--examples", path, "--model", micro_model, "--lora", lora, "--output", output)
+    run(*words)
+    record = json.loads((output / "001.json").read_text())
+    assert record["model_lora_sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
+    made = (output / "001.png").stat().st_mtime_ns
+    moved = lora.rename(tmp_path / "moved.safetensors")
+    run(*words[:4], "--lora", moved, "--output", output)  # the same LoRA elsewhere
+    assert (output / "001.png").stat().st_mtime_ns == made
+    write_lora(micro_model, lora, 2)
+    assert "made with model_lora_sha256" in refusal(capsys, *words)
+    run(*words, "--overwrite")
+    run(*words[:6], "--output", tmp_path / "fresh")
+    fresh = Image.open(tmp_path / "fresh" / "001.png").tobytes()
+    assert Image.open(output / "001.png").tobytes() == fresh
+
+
+def test_a_picture_replaced_meanwhile_is_recorded_as_it_was_read(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, path = tmp_path / "out", grid_file()
+    load = infer_module.load
+
+    def load_slowly(settings: infer_module.Settings) -> pipeline.InContextPipeline:
+        Image.new("RGB", (32, 32), "green").save(tmp_path / "a.png")
+        return load(settings)
+
+    monkeypatch.setattr(infer_module, "load", load_slowly)
+    run("--examples", path, "--model", micro_model, "--output", output)
+    now = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    rows = json.loads((output / "001.json").read_text())["rows_sha256"]
+    assert (rows[0][0], rows[1][0]) == (now, now)
+    monkeypatch.undo()
+    made = (output / "001.png").stat().st_mtime_ns
+    run("--examples", path, "--model", micro_model, "--output", output)
+    assert (output / "001.png").stat().st_mtime_ns == made
+
+
+def test_a_lora_replaced_while_it_is_loaded_is_noticed(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = write_lora(micro_model, tmp_path / "style.safetensors", 1)
+    load = infer_module.load
+
+    def load_slowly(settings: infer_module.Settings) -> pipeline.InContextPipeline:
+        write_lora(micro_model, lora, 2)
+        return load(settings)
+
+    monkeypatch.setattr(infer_module, "load", load_slowly)
+    output = tmp_path / "out"
+    words = ("--examples", grid_file(), "--model", micro_model, "--lora", lora)
+    assert "a file was replaced" in refusal(capsys, *words, "--output", output)
+    assert not names(output)
+
+
+def test_a_result_that_is_not_finite_is_no_image(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the transformer's result, and where only the decoder leaves the range of numbers."""
+    for part, layer in (("transformer", "proj_out.bias"), ("vae", "decoder.conv_out.bias")):
+        model = tmp_path / part
+        shutil.copytree(micro_model, model)
+        (file,) = (model / part).glob("*.safetensors")
+        tensors = load_file(file)
+        tensors[layer] = torch.full_like(tensors[layer], torch.inf)
+        save_file(tensors, file)
+        words = ("--examples", grid_file(), "--model", model, "--output", tmp_path / "out")
+        line = refusal(capsys, *words)
+        assert "grid.json: seed 0: the result is not finite" in line
+        assert not names(tmp_path / "out")

@@ -329,7 +329,8 @@ def test_steps_an_hour_are_those_of_an_earlier_run(
         (["--run", "nowhere"], "--run nowhere: no steps"),
         (["--checkpoint-blocks", "9"], "the model has 5 blocks"),
         (["--zero", "3", "--set", "quantise=fp8"], "cannot be split over processes"),
-        (["--model", "nowhere"], "model 'nowhere': transformer/config.json cannot be had"),
+        (["--model", "nowhere"], "unknown model 'nowhere'"),
+        (["--model", "no/where"], "hub id 'no/where': not in the hub's cache"),
         (["--checkpoint-blocks", "some"], "checkpoint_blocks = 'some'"),
     ],
 )

@@ -21,7 +21,7 @@ from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.encodings import Recent
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import request
-from visualcloze_deft.models import load_models, merge_lora
+from visualcloze_deft.models import load_models, load_transformer
 from visualcloze_deft.pipeline import enough_memory
 from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
 from visualcloze_deft.upsample import Upsampling
@@ -172,10 +172,8 @@ def test_a_released_lora_is_merged_into_the_base(micro_model: Path, tmp_path: Pa
         {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b},
         tmp_path / "pytorch_lora_weights.safetensors",
     )
-    merge_lora(models.transformer, str(tmp_path))
-    after = dict(models.transformer.named_parameters())[
-        "single_transformer_blocks.0.attn.to_q.weight"
-    ]
+    merged = load_transformer(str(micro_model), dtype=torch.float32, lora=str(tmp_path))
+    after = merged.get_parameter("single_transformer_blocks.0.attn.to_q.weight")
     torch.testing.assert_close(after, before + b @ a, atol=1e-4, rtol=1e-4)
 
 
@@ -185,11 +183,11 @@ def test_a_lora_of_another_model_is_refused(micro_model: Path, tmp_path: Path) -
     prefix = "transformer.single_transformer_blocks.0.attn.to_q"
     path = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = {
-        f"{prefix}.lora_A.weight": torch.zeros(4, 7),
-        f"{prefix}.lora_B.weight": torch.zeros(7, 4),
+        f"{prefix}.lora_A.weight": torch.ones(4, 7),
+        f"{prefix}.lora_B.weight": torch.ones(7, 4),
     }
     save_file(tensors, path)
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="changes a weight of 7 x 7, here it has 32 x 32"):
         load_models(str(micro_model), lora=str(tmp_path))
 
 
@@ -218,8 +216,8 @@ def test_the_alpha_in_a_loras_metadata_counts(micro_model: Path, tmp_path: Path)
         tmp_path / "pytorch_lora_weights.safetensors",
         {"lora_adapter_metadata": json.dumps(config)},
     )
-    merge_lora(models.transformer, str(tmp_path))
-    after = models.transformer.get_parameter(f"{name}.weight")
+    merged = load_transformer(str(micro_model), dtype=torch.float32, lora=str(tmp_path))
+    after = merged.get_parameter(f"{name}.weight")
     torch.testing.assert_close(after, before + 0.5 * b @ a, atol=1e-4, rtol=1e-4)
 
 

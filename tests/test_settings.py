@@ -229,3 +229,28 @@ def test_all_settings_are_named_once_and_all_names_are_settings() -> None:
 def test_a_run_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse_run({}, where="here").steps = 3  # type: ignore[misc]
+
+
+def test_secrets_are_not_written(tmp_path: Path) -> None:
+    """Of trackers and of DeepSpeed's monitors, however deep; what only sounds alike is."""
+    run = parse_run(
+        {
+            "watch": {
+                "tracker_options": {
+                    "wandb": {"entity": "us", "api_key": "HIDDEN", "settings": {"token": "HIDDEN"}},
+                    "mlflow": {"tracking_uri": "https://me:HIDDEN@host/", "experiment": "a"},
+                }
+            },
+            "deepspeed": {"comet": {"api_key": "HIDDEN", "project": "p"}, "layer_token_lr": 1},
+        },
+        where="test",
+    )
+    write_run(run, tmp_path / "settings.toml")
+    text = (tmp_path / "settings.toml").read_text()
+    assert "HIDDEN" not in text
+    again = load_run(str(tmp_path / "settings.toml"))
+    assert again.watch.tracker_options == {
+        "wandb": {"entity": "us", "settings": {}},
+        "mlflow": {"experiment": "a"},
+    }
+    assert again.deepspeed == {"comet": {"project": "p"}, "layer_token_lr": 1}

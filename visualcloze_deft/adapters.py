@@ -20,10 +20,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visualcloze_deft import deft
+from visualcloze_deft import deft, tensorfile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.lowrank import Change
 from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
@@ -192,7 +192,7 @@ def save(
         if isinstance(value, set):
             config[key] = sorted(value)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-    save_file(tensors or state(transformer), folder / WEIGHTS, {"format": "pt", **(metadata or {})})
+    tensorfile.save(tensors or state(transformer), folder / WEIGHTS, metadata)
 
 
 def load(

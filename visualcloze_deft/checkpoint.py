@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from visualcloze_deft import tensorfile
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
 AVERAGE = "ema.safetensors"  # only where a run keeps one
+CHECKSUM = "checksum"  # a key of `PROGRESS`, of its other keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +84,13 @@ def save(
 
     def fill(at: Path) -> None:
         write_adapter(at)
-        save_file(moments, at / MOMENTS)
+        tensorfile.save(moments, at / MOMENTS)
         if average:
-            save_file(dict(average), at / AVERAGE)
+            tensorfile.save(average, at / AVERAGE)
         sums = {path.name: digest(path) for path in sorted(at.iterdir())}
-        (at / PROGRESS).write_text(json.dumps({**asdict(progress), "sha256": sums}, indent=1))
+        fields = {**asdict(progress), "sha256": sums}
+        text = json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1)
+        (at / PROGRESS).write_text(text, encoding="utf-8")
 
     with told(folder):
         folder.mkdir(exist_ok=True)
@@ -187,11 +191,19 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _check(path: Path) -> Progress:
-    fields = json.loads((path / PROGRESS).read_text())
+    fields = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    told = fields.pop(CHECKSUM, None)  # none in older checkpoints
+    if told is not None and told != checksum(fields):
+        raise ValueError(f"{PROGRESS} does not match its checksum")
     for name, expected in fields.pop("sha256").items():
         if digest(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     return Progress(**fields)
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of what a file of progress says, whatever its spaces and order."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -71,11 +71,16 @@ def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> i
     return int(text) if text is not None and text.isdecimal() else text
 
 
+REVISION = click.option(
+    "--revision", metavar="REV", help="Of --model on the hub: a branch, tag or commit."
+)
+
 RUN_OPTIONS = [
     click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one."),
     click.option(
         "--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill."
     ),
+    REVISION,
     DATA,
     ANNOTATE,
     click.option(
@@ -125,8 +130,11 @@ def run_of(
     options: Mapping[str, Any],
 ) -> Run:
     """The settings that `RUN_OPTIONS` say, over a run file."""
+    from visualcloze_deft.modelfolder import pinned
     from visualcloze_deft.settings import config_for, load_run
 
+    options = dict(options)
+    options["model"] = pinned(options["model"], options.pop("revision", None))
     names = {
         "tasks": "data.tasks",
         "method": "adapter.method",
@@ -370,6 +378,7 @@ def plan(
 @cli.command(context_settings=CONTEXT)
 @click.option("--examples", required=True, metavar="FILE", help="Grid file (JSON), or a folder.")
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@REVISION
 @click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base, e.g. VisualCloze's.")
 @click.option(
     "--adapter",
@@ -477,10 +486,12 @@ def infer(
     """
     from visualcloze_deft.infer import Settings
     from visualcloze_deft.infer import infer as run_infer
+    from visualcloze_deft.modelfolder import pinned
     from visualcloze_deft.upsample import STRENGTH, Upsampling
 
     if strength is not None and upsample is None:
         raise UserError("--strength goes with --upsample, e.g. --upsample 2")
+    options["model"] = pinned(options["model"], options.pop("revision"))
     chosen = STRENGTH if strength is None else strength
     written = run_infer(
         Path(examples),

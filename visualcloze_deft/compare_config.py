@@ -28,6 +28,7 @@ from visualcloze_deft.settings import (
     parse_run,
     put,
     setting_names,
+    without_secrets,
 )
 from visualcloze_deft.tomlfile import read_toml
 
@@ -173,8 +174,9 @@ def load_comparison(file: str, overrides: Sequence[str] = ()) -> Comparison:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write all settings of a comparison in TOML."""
-    path.write_text(tomli_w.dumps(comparison.model_dump(mode="json")), encoding="utf-8")
+    """Write all settings of a comparison but secrets in TOML."""
+    fields = without_secrets(comparison.model_dump(mode="json"))
+    path.write_text(tomli_w.dumps(fields), encoding="utf-8")
 
 
 def trainings(comparison: Comparison) -> list[Training]:

@@ -31,7 +31,7 @@ from visualcloze_deft.data.places import PROCEDURAL, place_and_split
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.modelfolder import WEIGHTS, fingerprint
+from visualcloze_deft.modelfolder import WEIGHTS, fingerprint, lora_file
 from visualcloze_deft.models import Models, dtype_of
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.pipeline import InContextPipeline
@@ -165,6 +165,7 @@ def asked_with(
         "adapter_sha256": digest_of(adapter / WEIGHTS) if adapter else None,
         "model": fingerprint(run.model) or run.model,
         "model_lora": run.model_lora,
+        "model_lora_sha256": run.model_lora and digest_of(lora_file(run.model_lora)),
         "quantise": run.quantise,
         "computed": [fastest(), str(dtype_of(run.precision, fastest())), *versions()],
         "clip_text": run.clip_text,

@@ -529,6 +529,8 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters (all active ones) into the weight. The weight as it was stays in memory.
 
+        As in peft, `_cached_merge_factor` has right^T W (r i) of each adapter meanwhile, of the
+        weight without any.
         Raises `ValueError` where `safe_merge` and the result is not finite, or the weight is
         quantised; the weight is then as it was.
         """
@@ -542,14 +544,18 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         factors = {name: self.factors(name) for name in names}
         added = {name: (q, self.strength(name) * a) for name, (q, a) in factors.items()}
         changed = original.to(self.deft_P[names[0]].dtype)
-        for q, a in {**self._merged, **added}.values():
+        for name, (q, a) in {**self._merged, **added}.items():
             changed = changed + q @ a
-        changed = changed.to(original.dtype)
-        if safe_merge and not changed.isfinite().all():
-            raise ValueError(f"merging {', '.join(names)}: the weights would not be finite")
+            if safe_merge and not changed.to(original.dtype).isfinite().all():  # peft's words
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
         self._original = original
-        layer.weight.data = changed
+        layer.weight.data = changed.to(original.dtype)
         self._merged |= added
+        for name, (_, a) in factors.items():
+            r = Part(self, name).r
+            self._cached_merge_factor[name] = -a if r is None else self.deft_scaling[name] * r - a
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -558,6 +564,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             self.get_base_layer().weight.data = self._original
             self._original = None
             self._merged.clear()
+            self._cached_merge_factor.clear()
             self.merged_adapters.clear()
 
 

@@ -23,15 +23,23 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from peft import DeftConfig, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visualcloze_deft import adapters, deft, lowrank
+from visualcloze_deft import adapters, deft, lorafile, lowrank, tensorfile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.lowrank import Change
-from visualcloze_deft.modelfolder import CONFIG, TINY, WEIGHTS, check_base, fingerprint, told_by
-from visualcloze_deft.models import load_transformer, transformer_config
+from visualcloze_deft.modelfolder import (
+    CONFIG,
+    TINY,
+    WEIGHTS,
+    check_base,
+    fingerprint,
+    folder_here,
+    on_hub,
+    told_by,
+)
+from visualcloze_deft.models import load_transformer, shapes_of
 from visualcloze_deft.output import output_folder
 
 Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
@@ -82,8 +90,8 @@ def export(
         raise UserError(f"--strength {strength}: give a number other than 0, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = adapters.read_config(folder), told_by(folder)
-    model = model or told.get("base_model") or config.base_model_name_or_path or TINY
-    lora = lora or told.get("base_lora") or None
+    model = model or named(folder, "--model", told.get("base_model"), config) or TINY
+    lora = lora or named(folder, "--lora", told.get("base_lora")) or None
     check_base(folder, model)
     if kind == "peft" and (strength, dtype) != (1.0, None):
         raise UserError("--format peft keeps P and R as they are: leave --strength and --dtype")
@@ -96,7 +104,7 @@ def export(
 
     transformer = base()
     adapters.load(transformer, folder)
-    shapes, changes = layer_shapes(transformer), adapters.changes_of(transformer, strength)
+    shapes, changes = lowrank.layer_shapes(transformer), adapters.changes_of(transformer, strength)
     check_names(kind, changes, shapes)
     live = answer(transformer, strength) if verify else None
     transformer.disable_adapters()
@@ -114,6 +122,7 @@ def export(
                 shutil.copy(folder / name, staged)
         elif kind == "merged":
             merge(base(), changes, written).save_pretrained(staged)
+            tensorfile.open_to(staged)
             (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         else:
             cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
@@ -136,6 +145,20 @@ def export(
     finally:
         clear(staged)
     return report
+
+
+def named(
+    folder: Path, option: str, told: str | None, config: PeftConfig | None = None
+) -> str | None:
+    """What an adapter names as its base. Nothing is downloaded for it: raises `UserError` where
+    that is not on this machine."""
+    name = told or (config.base_model_name_or_path if config else None)
+    if name and on_hub(name) and folder_here(name) is None:
+        raise UserError(
+            f"adapter {folder}: trained on {name!r}, which is not on this machine; give {option} "
+            f"{name} to have it downloaded, or name where it lies"
+        )
+    return name
 
 
 def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
@@ -266,24 +289,12 @@ def clear(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every linear layer, those under an adapter by their own name."""
-    return {
-        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-    }
-
-
 def merge(
     transformer: Transformer, changes: dict[str, Change], dtype: torch.dtype | None = None
 ) -> Transformer:
     """Add `changes` in float32 to a plain transformer's weights, which become `dtype` if given."""
-    dtype = dtype or transformer.dtype
-    for name, (a, b) in changes.items():
-        weight = transformer.get_submodule(name).weight
-        weight.data = (weight.data.float() + b @ a).to(dtype)
-    return transformer if transformer.dtype == dtype else transformer.to(dtype)
+    lowrank.merge(transformer, changes, dtype=dtype)
+    return transformer if dtype in (None, transformer.dtype) else transformer.to(dtype)
 
 
 @torch.no_grad()
@@ -331,7 +342,7 @@ def reader_of(
         return transformer
 
     def ourselves(path: Path, base: Base) -> Transformer:
-        return merge(base(), lowrank.read(path, shapes=shapes))
+        return merge(base(), lorafile.read(path, shapes=shapes))
 
     def as_model(path: Path, base: Base) -> Transformer:
         return Transformer.from_pretrained(path, torch_dtype=written)
@@ -356,12 +367,10 @@ def import_lora(path: Path, output: Path, *, model: str = "tiny") -> Path:
     """
     if not path.is_file():
         raise UserError(f"LoRA {path}: no such file; name the .safetensors file itself")
-    output_folder(output.parent)
     if output.exists():
         raise UserError(f"--output {output}: already there; name another, or remove it")
-    with torch.device("meta"):  # its shapes are enough
-        shapes = layer_shapes(Transformer.from_config(transformer_config(model)))
-    changes = lowrank.read(path, shapes=shapes)
+    changes = lorafile.read(path, shapes=shapes_of(model))
+    output_folder(output.parent)
     ranks = {name: len(a) for name, (a, _) in changes.items()}
     common = max(ranks.values(), key=list(ranks.values()).count)
     other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
@@ -380,14 +389,14 @@ def import_lora(path: Path, output: Path, *, model: str = "tiny") -> Path:
         tensors |= {f"{whole}.lora_A.weight": a, f"{whole}.lora_B.weight": b}
     staged = output.with_name(f".{output.name}.part")
     clear(staged)
-    about = {"format": "pt", "method": "lora", "rank": str(common), "base_model": model}
+    about = {"method": "lora", "rank": str(common), "base_model": model}
     about |= {"base_fingerprint": fingerprint(model), "imported_from": path.name}
     try:
         staged.mkdir()
         text = json.dumps(config, indent=2, default=str)
         (staged / CONFIG).write_text(text, encoding="utf-8")
         whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole_tensors, staged / WEIGHTS, about)
+        tensorfile.save(whole_tensors, staged / WEIGHTS, about)
         staged.rename(output)
     finally:
         clear(staged)

@@ -3,6 +3,7 @@ such files."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from visualcloze_deft import grid
-from visualcloze_deft.data.depth import declared
+from visualcloze_deft.data.depth import Depth, declared
+from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.maps import as_role, read_role
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.prompt import Prompt
@@ -43,12 +45,14 @@ RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say mo
 class Request:
     """One grid to complete, checked: rows end in the query, None marks what to generate.
 
-    paths: where each image of `rows` was read, () where they were given as images. seeds: one for
-    each image to make of it. upsampling: one for each target, or () for none.
+    paths: where each image of `rows` was read; digests: SHA-256 of what was read there; both ()
+    where images were given. seeds: one for each image to make of it. upsampling: one for each
+    target, or () for none.
     """
 
     rows: tuple[tuple[Image.Image | None, ...], ...]
     paths: tuple[tuple[Path | None, ...], ...] = ()
+    digests: tuple[tuple[str | None, ...], ...] = ()
     task: str | None = None
     task_prompt: str
     content_prompt: str
@@ -269,14 +273,15 @@ def _read_entry(
     own = value.get("seed")
     depth = declared(entry.folder)
     task = value.get("task")
-    asked = request(
+    read = [
         [
-            [
-                None if path is None else read_role(role, path, depth)
-                for role, path in zip(roles_of(task, tasks, len(row)), row, strict=True)
-            ]
-            for row in paths
-        ],
+            (None, None) if path is None else read_once(role, path, depth)
+            for role, path in zip(roles_of(task, tasks, len(row)), row, strict=True)
+        ]
+        for row in paths
+    ]
+    asked = request(
+        [[image for image, _ in row] for row in read],
         tasks,
         task=task,
         task_prompt=value.get("task_prompt"),
@@ -285,7 +290,19 @@ def _read_entry(
         images=images,
         upsampling=_upsampling(value.get("upsampling"), upsampling),
     )
-    return replace(asked, paths=tuple(paths))
+    digests = tuple(tuple(digest for _, digest in row) for row in read)
+    return replace(asked, paths=tuple(paths), digests=digests)
+
+
+def read_once(role: str, path: Path, depth: Depth | None) -> tuple[Image.Image, str]:
+    """The picture in a file, in the sense of its role, and the SHA-256 of the bytes that it was
+    made of."""
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        read_image(path)  # says in words what is wrong
+        raise
+    return read_role(role, path, depth, data), hashlib.sha256(data).hexdigest()
 
 
 def _upsampling(

@@ -44,16 +44,23 @@ from visualcloze_deft.modelfolder import (
     Bits,
     check_base,
     check_folder,
-    check_lora,
     check_quantise,
     fingerprint,
+    folder_of,
     index_of,
+    lora_file,
     resolution_of,
     told_by,
 )
-from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
+from visualcloze_deft.models import default_dtype, load_tokenizers, lora_changes, text_length
 from visualcloze_deft.output import output_folder, whole, whole_text
-from visualcloze_deft.pipeline import Answer, InContextPipeline, check_attention, one_of
+from visualcloze_deft.pipeline import (
+    Answer,
+    InContextPipeline,
+    NotFinite,
+    check_attention,
+    one_of,
+)
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
@@ -72,6 +79,7 @@ NOT_COMPARED = (
     "task",
     "adapters",
     "model",
+    "model_lora",
     "batch",
     "of_seed",
     "attention_used",
@@ -150,6 +158,8 @@ def infer(
     line, with which further processes are started. overwrite: make anew what was there before.
     """
     check(settings)
+    if not dry_run:
+        folder_of(settings.model)  # whose fingerprint the records hold
     since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
     tasks = load_tasks(map(Path, settings.task_folders))
     shared = shared_of(settings)
@@ -196,7 +206,7 @@ def check(settings: Settings) -> None:
         dtype = default_dtype("cpu")
         check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
-        check_lora(settings.lora)
+        lora_changes(settings.model, settings.lora)  # read whole, or refused
     for folder in settings.adapters:
         adapters.read_config(folder)
         adapters.read_weights(folder)
@@ -211,16 +221,12 @@ def shared_of(settings: Settings) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "model": settings.model,
-        "model_fingerprint": fingerprint(settings.model) or settings.model,
         "model_lora": settings.lora,
         "adapters": [
             {"path": str(folder.absolute()), "strength": strength}
             for folder, strength in settings.adapters.items()
         ],
-        "adapters_sha256": [
-            [digest(folder / WEIGHTS), strength] for folder, strength in settings.adapters.items()
-        ],
-        "adapters_config_sha256": [digest(folder / CONFIG) for folder in settings.adapters],
+        **hashes_of(settings),
         "dtype": str(default_dtype(device)).removeprefix("torch."),
         "device": device,
         "quantise": settings.quantise,
@@ -237,6 +243,28 @@ def shared_of(settings: Settings) -> dict[str, Any]:
         "resolution": settings.resolution or resolution_of(settings.model),
         "versions": {name: version(name) for name in VERSIONS},
     }
+
+
+def hashes_of(settings: Settings) -> dict[str, Any]:
+    """What tells the weights that make the images from others under the same names."""
+    return {
+        "model_fingerprint": fingerprint(settings.model) or settings.model,
+        "model_lora_sha256": settings.lora and digest(lora_file(settings.lora)),
+        "adapters_sha256": [
+            [digest(folder / WEIGHTS), strength] for folder, strength in settings.adapters.items()
+        ],
+        "adapters_config_sha256": [digest(folder / CONFIG) for folder in settings.adapters],
+    }
+
+
+def check_unchanged(settings: Settings, record: Mapping[str, Any]) -> None:
+    """Raise `UserError` where what was loaded is not what a record planned before says."""
+    for key, value in hashes_of(settings).items():
+        if record[key] != value:
+            raise UserError(
+                f"{key} is {shortly(value)}, and was {shortly(record[key])} when this command "
+                "began: a file was replaced; give the command again"
+            )
 
 
 def planned(
@@ -280,16 +308,20 @@ def requested(entry: Entry, tasks: Mapping[str, Task], settings: Settings) -> Re
 def record_of(asked: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the images of a grid again. Its keys are those of a grid file,
     too."""
+    return {**record_of_grid(asked), **shared}
+
+
+def record_of_grid(asked: Request) -> dict[str, Any]:
+    """What a record says of a grid alone, its pictures as they were read."""
     return {
         "prompt": str(asked.prompt),
         "task": asked.task,
         "task_prompt": asked.task_prompt,
         "content_prompt": asked.content_prompt,
         "rows": [[path and str(path) for path in row] for row in asked.paths],
-        "rows_sha256": [[path and digest(path) for path in row] for row in asked.paths],
+        "rows_sha256": [list(row) for row in asked.digests],
         "seed": asked.seeds[0] if len(asked.seeds) == 1 else list(asked.seeds),
         "upsampling": [how and asdict(how) for how in asked.upsampling] or None,
-        **shared,
     }
 
 
@@ -467,6 +499,7 @@ def work(
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
     pipe, claims, others = load(settings), Claims(output), 0
+    check_unchanged(settings, waiting[0].record)
     if pipe.attention.line:
         tqdm.write(pipe.attention.line)
     used = {
@@ -500,18 +533,22 @@ def work(
                 continue
             before = bar.n
             asked = [requested(plan.entry, tasks, settings) for plan in chunk]
-            made = pipe.complete(
-                asked,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                resolution=settings.resolution,
-                batch_size=settings.batch,
-                callback_on_step_end=step,
-            )
+            try:
+                made = pipe.complete(
+                    asked,
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance,
+                    resolution=settings.resolution,
+                    batch_size=settings.batch,
+                    callback_on_step_end=step,
+                )
+            except NotFinite as error:
+                raise UserError(f"{chunk[error.grid].entry.where}: {error.why}") from None
             bar.update(before + sum(plan.steps for plan in chunk) - bar.n)
             for number, (plan, one) in enumerate(zip(chunk, asked, strict=True)):
                 answers = [answer for answer in made.answers if answer.grid == number]
-                write(output, replace(plan, record=plan.record | used), one, answers)
+                record = plan.record | record_of_grid(one) | used
+                write(output, replace(plan, record=record), one, answers)
                 claims.release(plan.entry.name)
     if others:
         tqdm.write(f"{others} grids are being made by other processes")

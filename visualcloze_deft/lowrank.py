@@ -1,4 +1,4 @@
-"""FLUX LoRA files: one set of low-rank changes of weights under the names of several tools.
+"""Low-rank changes of FLUX's weights, and LoRA files of them under the names of several tools.
 
 A change of a layer's weight (o i) is B A, all scales within: A (r i) is "down", B (o r) "up".
 diffusers keeps attention's projections apart; the original FLUX code, whose names kohya's
@@ -7,20 +7,16 @@ scripts and ComfyUI use, fuses them into one layer, rows below rows.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from visualcloze_deft.errors import UserError
+from visualcloze_deft import tensorfile
 
-HEADER = "lora_adapter_metadata"  # where diffusers' own files state settings, scales among them
 Change = tuple[Tensor, Tensor]  # A (r i), B (o r)
 Shapes = Mapping[str, tuple[int, int]]  # layer in diffusers' naming -> (o, i)
 FileFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -97,21 +93,18 @@ def fuse(changes: Mapping[str, Change], shapes: Shapes) -> dict[str, Change]:
     return found
 
 
-def split(changes: Mapping[str, Change], shapes: Shapes) -> dict[str, Change]:
-    """The inverse of `fuse`; ranks that a part does not use are left out of it."""
+def split(change: Change, members: Sequence[str], shapes: Shapes) -> dict[str, Change]:
+    """The changes of the layers `members`, whose rows one layer held; ranks that a part does not
+    use are left out of it. Raises `ValueError` where the rows are not theirs."""
+    a, b = change
+    sizes = [shapes[name][0] for name in members]
+    if b.shape[0] != sum(sizes):
+        raise ValueError(f"{b.shape[0]} outputs in the file, {sum(sizes)} here")
     found = {}
-    for original, members in originals(shapes).items():
-        if original not in changes:
-            continue
-        a, b = changes[original]
-        b = swap_halves(b) if original == SWAPPED else b
-        sizes = [shapes[name][0] for name in members]
-        if b.shape[0] != sum(sizes):
-            raise UserError(f"{original}: {b.shape[0]} outputs in the file, {sum(sizes)} here")
-        for name, part in zip(members, b.split(sizes), strict=True):
-            used = part.abs().amax(dim=0) > 0
-            if used.any():
-                found[name] = (a[used], part[:, used])
+    for name, part in zip(members, b.split(sizes), strict=True):
+        used = part.abs().amax(dim=0) > 0
+        if used.any():
+            found[name] = (a[used], part[:, used])
     return found
 
 
@@ -145,142 +138,33 @@ def write(
                 whole = f"lora_unet_{name.replace('.', '_')}"
                 tensors |= {f"{whole}.lora_down.weight": a, f"{whole}.lora_up.weight": b}
                 tensors[f"{whole}.alpha"] = torch.tensor(float(len(a)))  # scale alpha / r = 1
-    save_file(
-        {name: t.cpu().contiguous() for name, t in tensors.items()},
-        path,
-        {"format": "pt", **metadata},
-    )
+    tensorfile.save({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata)
 
 
-def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
-    """The changes (by diffusers' layer names, float32) of a FLUX LoRA file of any known naming.
-
-    Raises `UserError` where the file is damaged, holds what is no LoRA of FLUX's transformer, or
-    does not fit `shapes`.
-    """
-    try:
-        tensors = {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(path).items()
-        }
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"LoRA {path}: damaged, or no safetensors file ({error})") from None
-    except ValueError as error:
-        raise UserError(f"LoRA {path}: its header's {HEADER} is no JSON ({error})") from None
-    check_header(about, path)
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-    if bad:
-        raise UserError(f"LoRA {path}: {bad[0]} holds values that are not finite")
-    original: dict[str, Change] = {}
-    found: dict[str, Change] = {}
-    short = {name.replace(".", "_"): name for name in originals(shapes)}
-    for key, change in pairs(tensors, path):
-        name = re.sub(r"^(transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)", "", key)
-        name = short.get(name, name)
-        change = (change[0], header_scale(about, name, len(change[0]), path) * change[1])
-        if name in shapes:
-            found[name] = change
-        elif name in short.values():
-            original[name] = change
-        else:
-            raise UserError(
-                f"LoRA {path}: {key} is no layer of this transformer; names look like "
-                f"{next(iter(shapes))}"
-            )
-    found |= split(original, shapes)
-    if not any(b.any() for _, b in found.values()):
-        raise UserError(f"LoRA {path}: it changes nothing: all its up matrices are zero")
-    for name, (a, b) in found.items():
-        if (b.shape[0], a.shape[1]) != tuple(shapes[name]):
-            raise UserError(
-                f"LoRA {path}: {name} changes a weight of {b.shape[0]} x {a.shape[1]}, here it has "
-                f"{shapes[name][0]} x {shapes[name][1]}"
-            )
-    return found
-
-
-def check_header(about: object, path: Path) -> None:
-    """Raise `UserError` unless the settings in diffusers' header can be what they should be."""
-    where = f"LoRA {path}: its header's {HEADER}"
-    if not isinstance(about, dict):
-        raise UserError(f"{where} must be an object, not {str(about)[:60]!r}")
-    for key, value in about.items():
-        name = key.rpartition(".")[2]
-        if name in ("alpha_pattern", "rank_pattern"):
-            if not isinstance(value, dict | None):
-                raise UserError(f"{where}: {key} must be an object, not {value!r}")
-            for pattern, number in (value or {}).items():
-                _check_number(f"{where}: {key} of {pattern!r}", number)
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise UserError(
-                        f"{where}: {key} {pattern!r} is no regular expression: {error}"
-                    ) from None
-        elif name in ("lora_alpha", "r") and value is not None:
-            _check_number(f"{where}: {key}", value)
-
-
-def _check_number(where: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{where} must be a number above 0, not {value!r}")
-
-
-def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
-    """The scale of a layer that diffusers' header states beside the tensors, 1 without one."""
-    settings = {
-        key.removeprefix("transformer."): value
-        for key, value in about.items()
-        if not key.startswith("text_encoder")
+def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear layer, those under an adapter by their own name."""
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
     }
-    if settings.get("use_dora"):
-        raise UserError(f"LoRA {path}: DoRA cannot be read; give a plain LoRA")
-
-    def of_layer(pattern: str, common: str) -> Any:
-        for key, value in (settings.get(pattern) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({key})", name):  # as peft matches them
-                return value
-        return settings.get(common)
-
-    alpha = of_layer("alpha_pattern", "lora_alpha")
-    if alpha is None:
-        return 1.0
-    rank = of_layer("rank_pattern", "r") or rank
-    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-_ENDS = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_down.weight": ".lora_up.weight",
-    ".lora.down.weight": ".lora.up.weight",
-}
+def merge(
+    network: nn.Module,
+    changes: Mapping[str, Change],
+    *,
+    dtype: torch.dtype | None = None,
+    merged: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Add `changes` to the weights of a plain network for good, in float32 and rounded once.
 
-
-def pairs(tensors: Mapping[str, Tensor], path: Path) -> Iterator[tuple[str, Change]]:
-    """Layer names as in the file, without those of text encoders, and their scaled changes."""
-    left = {name for name in tensors if not name.startswith(("lora_te", "text_encoder"))}
-    if not left:
-        raise UserError(f"LoRA {path}: it changes text encoders only; those stay as they are here")
-    for down, up in _ENDS.items():
-        for key in sorted(name for name in left if name.endswith(down)):
-            layer = key.removesuffix(down)
-            if layer + up not in tensors:
-                raise UserError(f"LoRA {path}: {key} has no partner {layer + up}")
-            a, b = tensors[key].float(), tensors[layer + up].float()
-            if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
-                raise UserError(f"LoRA {path}: {key} and its partner are no matrices of one rank")
-            alpha = tensors.get(f"{layer}.alpha")
-            if alpha is not None and alpha.numel() != 1:
-                raise UserError(f"LoRA {path}: {layer}.alpha holds {alpha.numel()} values, not one")
-            scale = 1.0 if alpha is None else float(alpha) / len(a)
-            if scale == 0:
-                raise UserError(f"LoRA {path}: {layer}.alpha is 0, so it changes nothing")
-            left -= {key, layer + up, f"{layer}.alpha"}
-            yield layer, (a, scale * b)
-    if left:
-        raise UserError(
-            f"LoRA {path}: {sorted(left)[0]} is no part of a LoRA; LoHa, LoKr, DoRA and trained "
-            "biases or norms cannot be read"
-        )
+    dtype: what the changed weights become, by default what they were. merged: called on each layer
+    that was changed.
+    """
+    for name, (a, b) in changes.items():
+        layer = cast(nn.Linear, network.get_submodule(name))
+        weight = layer.weight
+        weight.data = (weight.data.float() + b @ a).to(dtype or weight.dtype)
+        if merged is not None:
+            merged(layer)

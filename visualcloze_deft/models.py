@@ -6,29 +6,32 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.loaders import FluxLoraLoaderMixin
-from huggingface_hub import snapshot_download
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from visualcloze_deft import flow
+from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.folders import BASE
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
 from visualcloze_deft.launch import rank
+from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     TINY,
@@ -36,16 +39,23 @@ from visualcloze_deft.modelfolder import (
     Precision,
     check_folder,
     check_quantise,
+    folder_of,
+    has_variant,
+    lora_file,
     resolution_of,
+    weight_files,
 )
-from visualcloze_deft.modelsize import MAX_TEXT_TOKENS
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
+Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +237,7 @@ def text_length(tokenizer: T5TokenizerFast) -> int:
 def transformer_config(name: str) -> dict[str, Any]:
     """The settings of a model's transformer, without its weights."""
     check_folder(name)
-    folder = BASE if name == TINY else name
-    try:
-        found: dict[str, Any] = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    return found
+    return settings_of(name, "transformer")
 
 
 def predict_velocity(
@@ -263,7 +268,7 @@ def predict_velocity(
 def load_models(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
     device: str = "cpu",
     lora: str | None = None,
     bits: Bits = "none",
@@ -271,53 +276,86 @@ def load_models(
     rest: str | None = None,
     encodings: Encodings | None = None,
     split: Split | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
 ) -> Models:
     """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
 
-    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own).
+    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own), see
+    `lorafile.read`.
     `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
-    `load_encoders`. `split`: see `load_transformer`.
+    `load_encoders`. `split`: see `load_transformer`. `variant`: of the weight files, see diffusers.
+    `given`: parts that are there already, by name; they are moved to `device` and otherwise left.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     check_quantise(bits)
-    transformer = load_transformer(name, dtype=dtype, lora=lora, split=split)
-    quantise(transformer, bits, device=device)
-    transformer.to(device)
+    check_weights(name, variant=variant, but=given)
+    transformer = given.get("transformer")
+    if transformer is None:
+        own = dtype_for("transformer", dtype)
+        transformer = load_transformer(name, dtype=own, lora=lora, split=split, variant=variant)
+        quantise(transformer, bits, device=device)
+    elif lora is not None or bits != "none":
+        raise UserError("a transformer that is given stays as it is: leave lora and quantise")
+    check_grids(transformer, name)
     encoders = load_encoders(
-        name, dtype=dtype, device=device, clip_text=clip_text, rest=rest, encodings=encodings
+        name,
+        dtype=dtype,
+        device=device,
+        clip_text=clip_text,
+        rest=rest,
+        encodings=encodings,
+        variant=variant,
+        given=given,
     )
     return Models(
         name=name,
         resolution=resolution_of(name),
-        transformer=transformer,
-        scheduler=load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
+        transformer=transformer.to(device),
+        scheduler=given.get("scheduler")
+        or load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
         **vars(encoders),
     )
+
+
+def dtype_for(part: str, dtype: Dtype) -> torch.dtype:
+    """That of one part; float32 where neither it nor "default" is named, as in diffusers."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return dtype.get(part, dtype.get("default", torch.float32))
 
 
 def load_encoders(
     name: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
     device: str = "cpu",
     clip_text: ClipText = "fit",
     rest: str | None = None,
     encodings: Encodings | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
 ) -> Encoders:
     """The models of `load_models` without the transformer.
 
     `clip_text`: what CLIP reads of a prompt. `rest`: where they lie while they do not encode or
-    decode, if not on `device`. `encodings`: where results are kept.
+    decode, if not on `device`. `encodings`: where results are kept. `variant`, `given`: see
+    `load_models`.
     """
     check_folder(name)
+    networks = {part: given[part] for part in _NETWORKS if part in given}
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
-        networks = {
-            part: load_part(name, part, kind, torch_dtype=kept).to(rest or device).eval()
-            for part, kind in _NETWORKS.items()
-            for kept in [vae_dtype(dtype) if part == "vae" else dtype]
-        }
+        for part, kind in _NETWORKS.items():
+            if part not in given:
+                own = dtype_for(part, dtype)
+                kept = vae_dtype(own) if part == "vae" else own
+                networks[part] = load_part(name, part, kind, torch_dtype=kept, variant=variant)
+    networks = {part: network.to(rest or device).eval() for part, network in networks.items()}
     networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
-    clip, t5 = load_tokenizers(name)
+    clip, t5 = (given.get(part) for part in ("tokenizer", "tokenizer_2"))
+    if clip is None or t5 is None:
+        own_clip, own_t5 = load_tokenizers(name)
+        clip, t5 = clip or own_clip, t5 or own_t5
     return Encoders(
         clip_text=clip_text,
         tokenizer=clip,
@@ -329,19 +367,106 @@ def load_encoders(
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """The tokenizers of `load_models` alone: CLIP's and T5's."""
+    """The tokenizers of `load_models` alone: CLIP's and T5's.
+
+    Raises `UserError` where one is not its encoder's own: of damaged files or none, transformers
+    makes one of a few tokens and says nothing.
+    """
     check_folder(name)
     clip = load_part(name, "tokenizer", CLIPTokenizer)
-    return clip, load_part(name, "tokenizer_2", T5TokenizerFast)
+    t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
+    encoders: tuple[tuple[Any, str, Network, int], ...] = (
+        (clip, "tokenizer", "text_encoder", 0),
+        (t5, "tokenizer_2", "text_encoder_2", SPARE),
+    )
+    for tokenizer, part, encoder, spare in encoders:
+        known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
+        if not known - spare <= len(tokenizer) <= known:
+            raise UserError(
+                f"model {name!r}: {part}/ has {len(tokenizer)} tokens, {encoder}/ knows {known}; "
+                "copy or download it again"
+            )
+    return clip, t5
 
 
 def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
     """A component of a model, by its name in diffusers' layout and its class."""
-    folder = BASE if name == TINY else name
+    if part in _NETWORKS or part == "transformer":
+        options["use_safetensors"] = True
+    if not has_variant(folder_of(name) / part, options.get("variant")):
+        options.pop("variant", None)
     try:
-        return kind.from_pretrained(folder, subfolder=part, **options)
+        return kind.from_pretrained(folder_of(name), subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # of JSON that is something else
+        raise UserError(
+            f"model {name!r}: {part}/ is damaged ({type(error).__name__}: {error}); copy or "
+            "download it again"
+        ) from None
+
+
+FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder
+
+
+def check_weights(name: str, *, variant: str | None = None, but: Collection[str] = ()) -> None:
+    """Raise `UserError` unless the tensors of every network are those that its settings ask for.
+
+    What is missing would be drawn at random, and blocks beyond the settings left out, without a
+    word. Names and shapes alone are read. variant: of the weight files, as in diffusers. but: parts
+    that are not looked at.
+    """
+    check_folder(name)
+    networks = {"transformer": FluxTransformer2DModel, **_NETWORKS}
+    if variant and not any(has_variant(folder_of(name) / part, variant) for part in networks):
+        raise UserError(f"model {name!r}: no weight files of the variant {variant!r}")
+    for part, kind in networks.items():
+        if part in but:
+            continue
+        if issubclass(kind, ModelMixin):
+            missing, odd = compared_tensors(name, part, kind, variant)
+        else:
+            with without_report():
+                _, found = load_part(
+                    *(name, part, kind),
+                    device_map="meta",
+                    variant=variant,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+            odd = [key for key in found["unexpected_keys"] if FURTHER.match(key)]
+        where = f"model {name!r}: the weight files of {part}/"
+        if missing:
+            raise UserError(
+                f"{where} lack {len(missing)} tensors that its config.json asks for, "
+                f"{sorted(missing)[0]} among them; copy or download it again"
+            )
+        if odd:
+            raise UserError(
+                f"{where} hold {len(odd)} tensors that its config.json has no place for, "
+                f"{sorted(odd)[0]} among them; its config.json is another model's"
+            )
+
+
+def compared_tensors(
+    name: str, part: str, kind: type[ModelMixin], variant: str | None
+) -> tuple[list[str], list[str]]:
+    """The names of tensors that weight files lack or have in another shape, and of those that
+    settings have no place for."""
+    folder = folder_of(name) / part
+    with torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder))
+    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder, variant):
+        try:
+            with safe_open(path, "pt") as file:
+                stored |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model {name!r}: {path}: damaged or truncated ({error})") from None
+    missing = [key for key, shape in expected.items() if stored.get(key) != shape]
+    return missing, [key for key in stored if key not in expected]
 
 
 @contextmanager
@@ -356,8 +481,25 @@ def without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Without transformers' bars, and its table of tensors that did not fit."""
+    shown = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(shown)
+
+
 def load_transformer(
-    name: str, *, dtype: torch.dtype, lora: str | None = None, split: Split | None = None
+    name: str,
+    *,
+    dtype: torch.dtype,
+    lora: str | None = None,
+    split: Split | None = None,
+    variant: str | None = None,
 ) -> FluxTransformer2DModel:
     """The transformer of `load_models` alone.
 
@@ -365,34 +507,31 @@ def load_transformer(
     are views of their mapped files until then, in the files' precision, which `lora` is merged in.
     """
     check_folder(name)
+    changes = {} if lora is None else lora_changes(name, lora)
     kept_as = stored_dtype(name) if split else dtype
-    transformer = load_part(name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as).eval()
+    transformer = load_part(
+        name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as, variant=variant
+    ).eval()
+    check_grids(transformer, name)
+    lowrank.merge(transformer, changes, merged=split)
+    if split is not None:
+        split(transformer)
+    return transformer
+
+
+def check_grids(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Raise `UserError` unless a transformer has FLUX.1-Fill's inputs and outputs."""
     channels = transformer.config.in_channels, transformer.config.out_channels
     if channels != CHANNELS:
         raise UserError(
             f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
         )
-    if lora is not None:
-        merge_lora(transformer, lora, split=split)
-    if split is not None:
-        split(transformer)
-    return transformer
 
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
-    folder = BASE if name == TINY else Path(name)
-    if not folder.is_dir():
-        patterns = ["transformer/*.json", "transformer/*.safetensors"]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    path = next(iter(sorted((folder / "transformer").glob("*.safetensors"))), None)
-    if path is None:
-        raise UserError(f"model {name!r}: no .safetensors file in {folder / 'transformer'}")
-    with safe_open(path, "pt") as file:
+    with safe_open(weight_files(folder_of(name) / "transformer")[0], "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
@@ -425,39 +564,12 @@ def say_once(line: str) -> None:
         logger.warning(line)
 
 
-def merge_lora(
-    transformer: FluxTransformer2DModel, lora: str, *, split: Split | None = None
-) -> None:
-    """Add a diffusers FLUX LoRA into the transformer's weights, for good; `split` each layer."""
-    try:
-        tensors, alphas, metadata = FluxLoraLoaderMixin.lora_state_dict(
-            lora, return_alphas=True, return_lora_metadata=True
-        )
-    except (OSError, ValueError, KeyError, NotImplementedError, SafetensorError) as error:
-        raise UserError(
-            f"LoRA {lora!r}: not one of FLUX that diffusers reads: {str(error).splitlines()[0]}"
-        ) from None
-    if not any(name.startswith("transformer.") for name in tensors):
-        raise UserError(
-            f"LoRA {lora!r}: none of its layers is FLUX's transformer's, e.g. {next(iter(tensors))}"
-        )
-    try:
-        FluxLoraLoaderMixin.load_lora_into_transformer(
-            tensors,
-            network_alphas=alphas,
-            metadata=metadata,
-            transformer=transformer,
-            adapter_name="merged",
-        )
-        for layer in transformer.modules():
-            if isinstance(layer, BaseTunerLayer):
-                base = layer.get_base_layer()
-                base.weight.data = base.weight.data.clone()  # not in the pages of a mapped file
-                layer.merge(adapter_names=["merged"])
-                if split is not None:
-                    split(base)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"LoRA {lora!r} does not fit this transformer: {str(error).splitlines()[0]}"
-        ) from None
-    transformer.unload_lora()
+def lora_changes(name: str, lora: str) -> dict[str, Change]:
+    """What a LoRA changes of the transformer of a model, see `lorafile.read`."""
+    return lorafile.read(lora_file(lora), shapes=shapes_of(name))
+
+
+def shapes_of(name: str) -> Shapes:
+    """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
+    linear = flux(transformer_config(name)).linear
+    return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}

@@ -13,12 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
-from visualcloze_deft.modelfolder import TINY
+from visualcloze_deft.modelfolder import TINY, file_of
 
 # Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
 FLUX_LAYERS = (
@@ -40,17 +37,9 @@ def settings_of(name: str, network: Network) -> dict[str, Any]:
 
     Raises `UserError` where there is none.
     """
-    folder = BASE if name == TINY else Path(name)
-    path = folder / network / "config.json"
+    path = file_of(name, f"{network}/config.json")
     try:
-        if not folder.is_dir():
-            path = Path(hf_hub_download(name, f"{network}/config.json"))
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"model {name!r}: {network}/config.json cannot be had from the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no settings of a network: {error}") from None
     return found

@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from visualcloze_deft import adapters, grid
+from visualcloze_deft import adapters, grid, tensorfile
 from visualcloze_deft.attention import AUTO, NATIVE, Choice, Shapes, check_known, decide, require
 from visualcloze_deft.attention import use as use_attention
 from visualcloze_deft.batch import encode_grids
@@ -37,11 +37,23 @@ from visualcloze_deft.modelfolder import (
     TINY,
     Bits,
     check_base,
+    check_folder,
     check_lora,
+    folder_of,
     index_of,
+    on_hub,
+    pinned,
     told_by,
 )
-from visualcloze_deft.models import Models, default_dtype, load_models, text_length, upcast
+from visualcloze_deft.models import (
+    Dtype,
+    Models,
+    default_dtype,
+    dtype_for,
+    load_models,
+    text_length,
+    upcast,
+)
 from visualcloze_deft.modelsize import flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt
 from visualcloze_deft.quantise import is_quantised
@@ -78,6 +90,18 @@ class Answer:
     seed: int
     images: tuple[Any, ...]
     row: tuple[Any, ...]
+
+
+class NotFinite(UserError):
+    """An image that came out as NaN or infinity. grid: its number in the call; why: in words."""
+
+    def __init__(self, grid: int, seed: int) -> None:
+        self.grid = grid
+        self.why = (
+            f"seed {seed}: the result is not finite, so there is no image; weights that are not, a "
+            "strength or a guidance too large, or a precision too narrow do that"
+        )
+        super().__init__(f"grid {grid + 1}, {self.why}")
 
 
 class Completed(list[Any]):
@@ -152,6 +176,9 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
         self._interrupt = False
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+        self._guidance_scale = GUIDANCE
 
     @classmethod
     def from_pretrained(
@@ -161,7 +188,13 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         adapter: Adapters | None = None,
         lora: str | None = None,
         device: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
+        device_map: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        use_safetensors: bool | None = None,
         quantise: Bits = "none",
         clip_text: ClipText | None = None,
         cells: Cells | None = None,
@@ -169,21 +202,35 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         task_folders: Sequence[str | Path] = (),
         merge: bool = True,
         attention: str = AUTO,
+        resolution: int | None = None,
+        **parts: Any,
     ) -> InContextPipeline:
         """The model "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
         adapter: a folder in peft's format, e.g. RUN/adapter, or several with their strengths. lora:
-        a diffusers FLUX LoRA merged into the base first, for good. device, torch_dtype: a GPU in
-        bfloat16 where there is one, else CPU in float32; "cpu" before offloading is enabled.
+        a FLUX LoRA merged into the base first, for good. device, dtype: a GPU in bfloat16 where
+        there is one, else CPU in float32; "cpu" before offloading is enabled.
+        As in diffusers: dtype (or torch_dtype) by part, {"transformer": ..., "default": ...};
+        variant, revision and token; device_map, the name of a device; parts (`transformer=...`),
+        which are moved to the device and not read; other arguments are ignored with a warning.
+        use_safetensors=False is refused: pickles are never read.
+        resolution: instead of the folder's.
         quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8". clip_text, cells:
         where None, as the (first) adapter was trained, else as the folder says, else "fit" and
         "row". attention: see `set_attention`. The others: see `__init__`.
         Raises `UserError` where something is missing or does not fit.
         """
-        name = str(pretrained_model_name_or_path)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch_dtype or default_dtype(device)
-        check_attention(attention, name, device=device, dtype=dtype)
+        named = pinned(str(pretrained_model_name_or_path), revision)
+        assert named is not None
+        name = here(named, token)
+        if use_safetensors is False:
+            raise UserError("use_safetensors=False: weights are read from safetensors files alone")
+        if unknown := sorted(set(parts) - set(PARTS)):
+            logger.warning("Arguments %s are not expected by %s: ignored", unknown, cls.__name__)
+        device = device_of(device, device_map)
+        dtype = dtype or torch_dtype or default_dtype(device)
+        of_transformer = dtype_for("transformer", dtype)
+        check_attention(attention, name, device=device, dtype=of_transformer)
         if lora is not None:
             check_lora(lora)
         wanted = strengths_of(adapter)
@@ -201,17 +248,19 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 device=device,
                 lora=lora,
                 bits=quantise,
+                variant=variant,
+                given={part: value for part, value in parts.items() if part in PARTS},
             )
         pipe = cls(
             **{part: getattr(models, part) for part in PARTS},
-            resolution=models.resolution,
+            resolution=resolution or models.resolution,
             cells=cells or one_of(told.get("cells"), get_args(Cells)),
             clip_text=clip_text or one_of(told.get("clip_text"), get_args(ClipText)),
             encodings=encodings,
             task_folders=task_folders,
             merge=merge,
         )
-        pipe.register_to_config(_name_or_path=name)
+        pipe.register_to_config(_name_or_path=named)
         pipe.set_attention(attention)
         with enough_memory("merging adapters"):
             for folder in wanted:
@@ -280,6 +329,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if any(self.blend.strengths.values()) and not self.blend.merge:
             raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
         super().save_pretrained(save_directory, **options)
+        tensorfile.open_to(Path(save_directory))
 
     # Adapters
 
@@ -328,6 +378,22 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Sampling steps of the call under way, or of the last one."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The time of the step under way, 1000 at noise, which diffusers' caches go by; None
+        between calls."""
+        return self._current_timestep
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call under way, or of the last one."""
+        return self._guidance_scale
 
     def __call__(
         self,
@@ -467,6 +533,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         noises = self._given_noise(jobs, shapes, latents)
         texts = self._given_text(asked, prompt_embeds, pooled_prompt_embeds)
         self._interrupt = False
+        self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
         answers: dict[int, Answer] = {}
         total = sum(
             (-(-len(members) // batch_size)) * num_inference_steps
@@ -481,7 +548,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
 
             def after(number: int, t: Tensor, x: Tensor) -> Tensor:
                 bar.update()
-                if callback_on_step_end is None:
+                if callback_on_step_end is None or self._interrupt:
                     return x
                 told = {"latents": x} if callback_on_step_end_tensor_inputs else {}
                 changed = callback_on_step_end(self, number, 1000 * t, told)
@@ -514,6 +581,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         after=after,
                     )
                 for job, final in zip(chunk, finals, strict=True):
+                    check_finite(job, final)
                     answers[job.order] = self._answer(
                         models,
                         job,
@@ -528,6 +596,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         guidance=guidance_scale,
                         after=after,
                     )
+        self._current_timestep = None
         self.maybe_free_model_hooks()
         return Completed([answers[order] for order in sorted(answers)])
 
@@ -571,6 +640,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         times = models.times(steps, noise.shape[1]).to(place)
 
         def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
+            self._current_timestep = 1000 * t
             return torch.zeros_like(x) if self._interrupt else velocity(x, t)
 
         return denoise(unless_interrupted, noise, times, after=after)
@@ -596,6 +666,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
         with enough_memory("decoding a strip"):
             (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
+        check_finite(job, pixels)
         made = list(grid.cells(pixels, built.widths[-1]))
         asis = grid.cells(built.strips[-1], built.widths[-1])
         row = [
@@ -627,6 +698,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                     guidance=guidance,
                     after=after,
                 )
+            check_finite(job, row[column])
         given = tuple(converted(cell, output_type) for cell in row)
         return Answer(
             grid=job.grid,
@@ -689,6 +761,11 @@ PARTS = (
 )
 
 
+def check_finite(job: _Job, made: Tensor) -> None:
+    if not made.isfinite().all():
+        raise NotFinite(job.grid, job.seed)
+
+
 def by_shape(jobs: Sequence[_Job], shapes: Sequence[Shape]) -> list[list[_Job]]:
     """Jobs whose grids have one shape together, which no padding does better: the time of attention
     over padded tokens is lost, and mixed lists have many grids of each shape."""
@@ -719,6 +796,29 @@ def enough_memory(doing: str) -> Iterator[None]:
             "offload (--offload model, enable_model_cpu_offload); keep the base in fewer bits "
             "(--quantise nf4); or decode in tiles (--vae-tiling, vae.enable_tiling)"
         ) from None
+
+
+def here(name: str, token: str | None) -> str:
+    """A model's name or, of a hub id, the folder of its snapshot, downloaded with `token`."""
+    if not on_hub(name):
+        return name
+    check_folder(name, token=token)
+    return str(folder_of(name, token=token))
+
+
+def device_of(device: str | None, device_map: str | None) -> str:
+    """Where the parts go: all to one device, a GPU where there is one."""
+    if device is not None and device_map is not None:
+        raise UserError("give device or device_map, not both")
+    wanted = device or device_map or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(wanted)
+    except RuntimeError:
+        raise UserError(
+            f"device_map {wanted!r}: name one device, e.g. 'cuda'; parts that do not fit there go "
+            "to the CPU and back with enable_model_cpu_offload()"
+        ) from None
+    return wanted
 
 
 def check_attention(attention: str, model: str, *, device: str, dtype: torch.dtype) -> None:

@@ -183,7 +183,9 @@ class Watch(_Section):
     """What trackers other than TensorBoard, which writes into the run folder, file the run under.
     """
     tracker_options: dict[Tracker, dict[str, Any]] = {}
-    """Tracker -> what else it is started with, e.g. watch.tracker_options.wandb.entity=us."""
+    """Tracker -> what else it is started with, e.g. watch.tracker_options.wandb.entity=us. Keys,
+    tokens and passwords are not written into the run folder: give them again with --resume, or in
+    the tracker's environment variable."""
     norms_every: Annotated[int, Field(ge=0)] = 50
     """Steps between measurements of the adapter's norms; 0: never."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
@@ -361,12 +363,37 @@ def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]
 
 
 def write_run(run: Run, path: Path) -> None:
-    """Write all settings of `run` in TOML; the file at `path` is replaced whole or not at all."""
+    """Write all settings of `run` but secrets in TOML; the file at `path` is replaced whole or not
+    at all."""
     staged = path.with_suffix(".part")
-    staged.write_text(
-        tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
-    )
+    fields = without_secrets(run.model_dump(mode="json", exclude_none=True))
+    staged.write_text(tomli_w.dumps(fields), encoding="utf-8")
     staged.replace(path)
+
+
+FOREIGN = ("tracker_options", "deepspeed")  # sections handed on to other packages
+SECRET = re.compile(
+    r"(.*_)?((api|access|auth|private|secret)_?key|token|secret|pass(word|wd|phrase)|credentials?"
+    r"|auth)",
+    re.IGNORECASE,
+)
+WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
+
+
+def without_secrets(fields: Mapping[str, Any], *, foreign: bool = False) -> dict[str, Any]:
+    """`fields` without the keys, tokens and passwords of the sections `FOREIGN`, at any depth.
+
+    >>> without_secrets({"deepspeed": {"comet": {"api_key": "x", "project": "p"}}, "seed": 1})
+    {'deepspeed': {'comet': {'project': 'p'}}, 'seed': 1}
+    """
+    found = {}
+    for name, value in fields.items():
+        inside = foreign or name in FOREIGN
+        if isinstance(value, Mapping):
+            found[name] = without_secrets(value, foreign=inside)
+        elif not (foreign and (SECRET.fullmatch(name) or WITH_PASSWORD.search(str(value)))):
+            found[name] = value
+    return found
 
 
 def config_for(model: str | None, sources: Sequence[str] = ()) -> str | None:

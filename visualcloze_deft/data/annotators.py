@@ -150,6 +150,7 @@ def loaded(pipeline: Pipeline, place: str, device: str) -> Any:
                 model=place,
                 device=device,
                 dtype=torch.float32,
+                trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

@@ -314,7 +314,8 @@ def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        return getattr(transformers, what).from_pretrained(place, **options)
+        kind = getattr(transformers, what)
+        return kind.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(

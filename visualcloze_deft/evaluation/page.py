@@ -42,12 +42,12 @@ class Results:
 
 def as_markdown(results: Results) -> str:
     """`table.md`."""
-    parts = [f"# {results.title}", tables.markdown(*tables.cells_of(results.table))]
+    parts = [f"# {tables.as_text(results.title)}", tables.markdown(*tables.cells_of(results.table))]
     for heading, (head, rows) in further(results):
         parts.append(f"## {heading}")
         parts.append(tables.markdown(head, rows))
-    parts += ["\n".join(f"- {note}" for note in results.notes)]
-    parts += ["\n".join(f"- {name}: {value}" for name, value in results.facts)]
+    parts += ["\n".join(f"- {tables.as_text(note)}" for note in results.notes)]
+    parts += ["\n".join(f"- {tables.as_text(f'{name}: {value}')}" for name, value in results.facts)]
     return "\n\n".join(parts) + "\n"
 
 

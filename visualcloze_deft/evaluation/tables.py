@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,24 @@ def set_cells(sets: Sequence[SetScore]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def as_text(text: str) -> str:
+    """`text` as Markdown shows it: HTML in it, of a name or a prompt, is no HTML.
+
+    >>> as_text("<b>a & b")
+    '&lt;b&gt;a &amp; b'
+    """
+    return escape(" ".join(text.split()), quote=False)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table.
 
-    >>> print(markdown(["a", "b"], [["1", "x|y"]]))
+    >>> print(markdown(["a", "b"], [["1", "x|<i>"]]))
     | a | b |
     |---|---|
-    | 1 | x\\|y |
+    | 1 | x\\|&lt;i&gt; |
     """
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    escaped = [[as_text(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     first, *others = (f"| {' | '.join(row)} |" for row in escaped)
     return "\n".join([first, "|" + "---|" * len(head), *others])
 
