@@ -65,7 +65,7 @@ from visualcloze_deft.room import Room, put_back, short_of_memory
 from visualcloze_deft.settings import Optimiser, Run
 from visualcloze_deft.signals import Asked, deaf, exit_status, handled
 from visualcloze_deft.step import Batch, Stepper, first_said, kernels_at_start, seen_in
-from visualcloze_deft.watch import Seen, Watch, mean_error
+from visualcloze_deft.watch import Seen, Watch, from_first, gathered, mean_error
 from visualcloze_deft.watchdog import Watchdog
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
@@ -149,17 +149,13 @@ def left_alone(asked: Asked) -> Iterator[None]:
 def prepare_once(run: Run, process: PartialState, *, resume: bool, allowed: Collection[str]) -> Run:
     """Make the run folder in the first process; what that one decides or refuses, all do, on every
     node, also where another node does not see its files yet."""
-    said: list[Run | str] = [run]
-    if process.is_main_process:
-        try:
-            rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
-            said = [rundir.as_decided(run)]
-        except UserError as mistake:
-            said = [str(mistake)]
-    torch.distributed.broadcast_object_list(said)
-    if isinstance(said[0], str):
-        raise UserError(said[0])
-    return said[0]
+    rank, world = process.process_index, process.num_processes
+
+    def prepared() -> Run:
+        rundir.prepare(run, processes=world, resume=resume, allowed=allowed)
+        return rundir.as_decided(run)
+
+    return from_first(prepared, rank=rank, world=world)
 
 
 def train_here(
@@ -168,6 +164,7 @@ def train_here(
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
+    check_same_data(mixture, process)
     kept = rundir.encodings_folder(run)
     dtype = dtype_of(run.precision, process.device.type)
     start = latest(output, process) if resume else None
@@ -231,6 +228,20 @@ def train_here(
             tqdm.write(f"encodings {models.encodings.folder}: {used}")
 
 
+def check_same_data(mixture: Mixture, process: PartialState) -> None:
+    """Raise `UserError` in all processes where one of them reads other data than the first: a file
+    that came or went while they started would give them other steps, and they would wait for each
+    other without end."""
+    everyone = gathered([len(source) for source in mixture.sources], process.num_processes)
+    for rank, sizes in enumerate(everyone):
+        for source, first, size in zip(mixture.sources, everyone[0], sizes, strict=True):
+            if first != size:
+                raise UserError(
+                    f"{source.name}: process 0 finds {first} items, process {rank} {size}; have "
+                    "all processes see the same files, and change none while a run starts"
+                )
+
+
 def quiet() -> None:
     """Keep the libraries' own bars and deprecation notices out of the training output."""
     transformers.utils.logging.disable_progress_bar()
@@ -239,12 +250,15 @@ def quiet() -> None:
 
 
 def latest(output: Path, process: PartialState) -> Checkpoint:
-    """The newest good checkpoint; the same answer in every process."""
-    found, damaged = checkpoint.newest(output / "checkpoints")
-    if process.is_main_process:
+    """The newest good checkpoint, as the first process finds it."""
+
+    def found() -> Checkpoint:
+        good, damaged = checkpoint.newest(output / "checkpoints")
         for line in damaged:
             tqdm.write(line)
-    return found
+        return good
+
+    return from_first(found, rank=process.process_index, world=process.num_processes)
 
 
 class Loop:
