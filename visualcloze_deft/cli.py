@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,42 +193,40 @@ def train(
         prepared,
         process_count,
         rank,
-        world,
     )
-    from visualcloze_deft.rehearsal import clear, rehearsal, report
-    from visualcloze_deft.rundir import SETTINGS, as_decided, divided, prepare
+    from visualcloze_deft.rehearsal import rehearsed, report
+    from visualcloze_deft.rundir import SETTINGS, as_decided, own, prepare
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
-    run = run_of(config, data, annotate, overrides, options)
+    wanted = run_of(config, data, annotate, overrides, options)
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
     if dry_run and resume:
         raise UserError("--dry-run starts a run of its own: leave --resume")
-    wanted = run
-    if dry_run:
-        run = rehearsal(wanted)
-        if rank() == 0 and not prepared():
-            clear(run)
-    processes = world() or process_count(run.processes)
     named = options["batch"] or any(o.startswith(("batch", "accumulate")) for o in overrides)
-    if resume and not named:
-        run = divided(run, processes=processes)
-    if already_launched():
-        from visualcloze_deft.train import train as train_here
+    divide = resume and not named
+    with ExitStack() as held:
+        run = held.enter_context(rehearsed(wanted)) if dry_run and rank() == 0 else wanted
+        if already_launched():
+            from visualcloze_deft.train import train as train_here
 
-        train_here(run, resume=resume, prepared=prepared(), allowed=allowed)
+            train_here(run, resume=resume, prepared=prepared(), allowed=allowed, divide=divide)
+        else:
+            processes = process_count(run.processes)
+            held.enter_context(own(Path(run.output)))
+            mixture = prepare(
+                run, processes=processes, resume=resume, allowed=allowed, divide=divide
+            )
+            run = as_decided(run)
+            describe_run(run, mixture, processes)
+            words = ["train", "--config", f"{run.output}/{SETTINGS}"] if dry_run else arguments
+            if status := launch(words, processes=processes):
+                raise SystemExit(status)
         if dry_run and rank() == 0:
             click.echo("\n".join(report(wanted, run)))
-        return
-    mixture = prepare(run, processes=processes, resume=resume, allowed=allowed)
-    run = as_decided(run)
-    describe_run(run, mixture, processes)
-    status = launch(arguments, processes=processes)
-    if status:
-        raise SystemExit(status)
-    if not dry_run:
+    if not dry_run and not already_launched():
         click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
 
 
@@ -1045,7 +1044,9 @@ def data() -> None:
 @data.command("check", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
 @FOLDERS
-@click.option("--workers", type=click.IntRange(0), help="Reading processes; default: one per core.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Reading processes; default: one per core."
+)
 def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
     """Read all pictures of a source: what it has, which tasks it serves, what is broken and why.
 

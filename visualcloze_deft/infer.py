@@ -34,7 +34,7 @@ from visualcloze_deft import adapters, speed
 from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
-from visualcloze_deft.claims import Claims
+from visualcloze_deft.claims import CLAIMS, Claims
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
 from visualcloze_deft.launch import PREPARED, prepared
@@ -52,7 +52,7 @@ from visualcloze_deft.modelfolder import (
     told_by,
 )
 from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
-from visualcloze_deft.output import output_folder, whole, whole_text
+from visualcloze_deft.output import check_foreign, output_folder, whole, whole_text
 from visualcloze_deft.pipeline import Answer, InContextPipeline, check_attention, one_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
@@ -155,6 +155,7 @@ def infer(
     shared = shared_of(settings)
     entries = read_entries(examples)
     plans = planned(entries, tasks, settings, shared)
+    check_output(output)
     output_folder(output)
     check_inputs_stay(examples, output, plans)
     waiting = [plan for plan in plans if not finished(output, plan, since=since)]
@@ -303,6 +304,13 @@ def image_names(name: str, asked: Request) -> tuple[str, ...]:
         for seed in asked.seeds
         for column in asked.targets
     )
+
+
+def check_output(output: Path) -> None:
+    """Raise `UserError` where the folder holds what no list of grids leaves, e.g. a project. Files
+    in the place of results are looked at one by one: see `finished`."""
+    if not (output / CLAIMS).is_file():
+        check_foreign(output, ("*.png", "*.json", "*.jsonl"), what="results of vcdeft")
 
 
 def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) -> None:

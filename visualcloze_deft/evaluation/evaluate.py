@@ -76,7 +76,7 @@ from visualcloze_deft.infer import (
     shared_of,
     told_by_image,
 )
-from visualcloze_deft.output import only_writer, whole_text
+from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
@@ -235,10 +235,7 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
     """Raise `UserError` where `output` holds anything but this very evaluation."""
     path = output / SETTINGS
     if not path.is_file():
-        if output.is_dir() and any(not p.name.startswith(".") for p in output.iterdir()):
-            raise UserError(
-                f"--output {output}: holds {listing(output)}, no evaluation; give a free folder"
-            )
+        check_foreign(output, (LOCK,), what="evaluation")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["made"]
