@@ -1045,7 +1045,7 @@ def data() -> None:
 @click.argument("source", metavar="NAME=PATH")
 @FOLDERS
 @click.option(
-    "--workers", type=click.IntRange(0), help="Reading processes; default: one per core."
+    "--workers", type=click.IntRange(0, 256), help="Reading processes; default: one per core."
 )
 def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
     """Read all pictures of a source: what it has, which tasks it serves, what is broken and why.
@@ -1153,12 +1153,15 @@ def encode_data(
     vcdeft train --config flux-8gpu --data graph200k=PATH --set data.encodings=encodings \\
         --set offload_encoders=true
     """
-    from visualcloze_deft.launch import already_launched, launch, process_count
+    from visualcloze_deft.launch import already_launched, forget_group, launch, process_count
     from visualcloze_deft.precompute import encode_run, prepare
 
     run = run_of(config, data, annotate, overrides, options)
     processes = process_count(run.processes)
-    if processes == 1 or already_launched():
+    launched = already_launched()
+    if processes == 1 or launched:
+        if not launched:
+            forget_group()
         encode_run(run, Path(output), examples=examples, text_only=text_only)
         return
     prepare(run, Path(output))
@@ -1223,7 +1226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "") not in ("", "0"):
             time.sleep(3)  # all processes find the same mistake: the first says it and ends them
         click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None

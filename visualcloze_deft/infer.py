@@ -37,7 +37,7 @@ from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import CLAIMS, Claims
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
-from visualcloze_deft.launch import PREPARED, prepared
+from visualcloze_deft.launch import PREPARED, check_processes, prepared
 from visualcloze_deft.modelfolder import (
     CONFIG,
     WEIGHTS,
@@ -150,6 +150,7 @@ def infer(
     line, with which further processes are started. overwrite: make anew what was there before.
     """
     check(settings)
+    check_processes(processes)
     since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
     tasks = load_tasks(map(Path, settings.task_folders))
     shared = shared_of(settings)
@@ -568,8 +569,6 @@ def share(
     have ended.
     """
     gpus = torch.cuda.device_count()
-    if gpus and count > gpus:
-        raise UserError(f"--processes {count}: this machine has {gpus} GPUs; one process uses one")
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
     started = []
     for rank in range(count):

@@ -76,6 +76,7 @@ from visualcloze_deft.infer import (
     shared_of,
     told_by_image,
 )
+from visualcloze_deft.launch import check_processes
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
@@ -125,6 +126,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     if asked.against_base and not asked.settings.adapters:
         raise UserError("--against-base compares an adapter with its base: ADAPTER is none")
     check(asked.settings)
+    check_processes(asked.processes)
     shared = shared_of(asked.settings)
     making = replace(asked.making, resolution=shared["resolution"], cells=shared["cells"])
     rows = rows_of(asked.suite, making)
