@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
     from visualcloze_deft.data.mixture import Mixture
@@ -1222,6 +1223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    end_with_launcher()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)

@@ -37,7 +37,7 @@ from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import CLAIMS, Claims
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
-from visualcloze_deft.launch import PREPARED, check_processes, prepared
+from visualcloze_deft.launch import check_processes, prepared
 from visualcloze_deft.modelfolder import (
     CONFIG,
     WEIGHTS,
@@ -57,7 +57,7 @@ from visualcloze_deft.pipeline import Answer, InContextPipeline, check_attention
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
-from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
@@ -565,14 +565,14 @@ def share(
 ) -> None:
     """Run this command in `count` processes, each on a GPU of its own where there are any.
 
-    Ctrl-C and SIGTERM end them, too. Raises `UserError` where one of them failed, after the others
-    have ended.
+    Ctrl-C and SIGTERM end them, too, and so does whatever ends this one. Raises `UserError` where
+    one of them failed, after the others have ended.
     """
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
     started = []
     for rank in range(count):
-        own = {PREPARED: "1", "TQDM_DISABLE": "1", SINCE: str(since)}
+        own = {LAUNCHER: str(os.getpid()), "TQDM_DISABLE": "1", SINCE: str(since)}
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)[rank]
         else:

@@ -16,7 +16,7 @@ import psutil
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import check_alike, gpus_here
-from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
 
 CPU_PROCESSES = 2
 ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
@@ -24,7 +24,6 @@ ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # What tells a process its place in a group; DeepSpeed looks for a missing one through MPI.
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
 LEAST_MOST, OF_A_CORE = 8, 4  # processes that a machine without GPU is trusted with
 
 
@@ -73,7 +72,7 @@ def _number(name: str, default: int) -> int:
 
 def prepared() -> bool:
     """Whether this process's launcher is ours, which has checked settings and made the folder."""
-    return PREPARED in os.environ
+    return LAUNCHER in os.environ
 
 
 def check_processes(wanted: int) -> None:
@@ -85,8 +84,7 @@ def check_processes(wanted: int) -> None:
             )
         return
     cores = os.cpu_count() or 1
-    most = max(PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
-LEAST_MOST, OF_A_CORE * cores)
+    most = max(LEAST_MOST, OF_A_CORE * cores)
     if wanted > most:
         raise UserError(
             f"--processes {wanted}: this machine has {cores} CPU cores and no GPU; give at most "
@@ -110,7 +108,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
 
     The first process that fails ends the others; its exit status is the answer, and where a signal
     ended it, a line says so. Ctrl-C and SIGTERM are passed on once, so that the processes save and
-    leave; the second time they are killed.
+    leave; the second time they are killed. Where this thread ends otherwise, they are killed, too.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -168,7 +166,7 @@ def environment(processes: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
         # ninja, with which DeepSpeed builds its operations, lies beside python
         "PATH": os.pathsep.join(filter(None, [str(python), os.environ.get("PATH")])),
-        PREPARED: "1",
+        LAUNCHER: str(os.getpid()),
     }
     return found | device_environment()
 
