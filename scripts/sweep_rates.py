@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +65,12 @@ def main(
             raise SystemExit(f"{config}: its examples repeat; choose --by error, of other data")
         if by == "error" and plan.comparison.new == asked.new:
             raise SystemExit(f"{config}: --by error needs --set new.sources=... of other data")
-        for training in prepared(plan):
-            try:
-                train_all(plan, [training])
-            except UserError as error:  # e.g. of a rate with which the loss goes astray
-                print(f"{rate}: {error}")
+        with ExitStack() as held:
+            for training in prepared(plan, held):
+                try:
+                    train_all(plan, [training])
+                except UserError as error:  # e.g. of a rate with which the loss goes astray
+                    print(f"{rate}: {error}")
         for name, figures in (losses if by == "loss" else errors)(plan):
             found.setdefault(name, {})[rate] = figures
     report(found)

@@ -486,7 +486,7 @@ def test_a_bad_role_or_model_is_one_line(
         ),
         (
             ["folder={photos}", "--annotate", "depth={depth}", "--output", "{photos}"],
-            "holds target; name a new or an empty folder",
+            "holds 'target' and no annotations of vcdeft",
         ),
         (
             ["folder={photos}", "--annotate", "depth={copy}", "--output", "{maps}"],

@@ -241,7 +241,7 @@ def test_another_evaluations_folder_is_refused(
     assert "with adapters_sha256" in line("none", *scenes(evaluated))
     assert (evaluated / "results.jsonl").read_bytes() == before
     (tmp_path / "letter.txt").write_text("dear")
-    assert "holds letter.txt, no evaluation" in line(adapter, *scenes(tmp_path))
+    assert "holds 'letter.txt' and no evaluation" in line(adapter, *scenes(tmp_path))
     (tmp_path / "settings.json").write_text("[]")
     assert "is no evaluation's" in line(adapter, *scenes(tmp_path))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from processes import Group, forked, run
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,11 @@ from transformers import T5TokenizerFast
 from visualcloze_deft import adapters, rundir, signals
 from visualcloze_deft.checkpoint import Progress, newest, save
 from visualcloze_deft.engine import ClippedAdamW
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import load_run
+from visualcloze_deft.train import check_same_data, latest
+from visualcloze_deft.watch import Watch
 from visualcloze_deft.watchdog import STUCK
 
 pytestmark = pytest.mark.processes
@@ -104,6 +110,52 @@ def test_a_run_killed_at_a_random_time_ends_as_one_that_was_not(
     group.wait()
     finish(micro_model, output)
     assert_as_whole(output, whole)
+
+
+@pytest.mark.parametrize("number", range(KILLS // 2))
+def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_starts_again(
+    micro_model: Path, tmp_path: Path, number: int
+) -> None:
+    output = tmp_path / "run"
+    often = ("--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=2")
+    asked = [*words(micro_model, output, *often), "--steps", 2, "--set", "save_every=100"]
+    group = Group(asked)
+    until(lambda: rundir.read_lines(output / rundir.EVALUATION))
+    group.send(signal.SIGKILL)
+    group.wait()
+    run(asked)
+    assert [line["step"] for line in rundir.read_lines(output / rundir.EVALUATION)] == [0, 1, 2]
+
+
+def decide_in_two(model: str, folder: str) -> None:
+    """In each of two processes, on files that only the second one has."""
+    process = PartialState(cpu=True)
+    rank, world = process.process_index, process.num_processes
+    own = Path(folder) / str(rank)
+    photos = own / "photos"
+    photos.mkdir(parents=True)
+    for number in range(2 + rank):
+        Image.new("RGB", (32, 32)).save(photos / f"{number}_target.png")
+    if rank == 1:
+        (own / "checkpoints").mkdir()
+        rundir.append_line(own / rundir.EVALUATION, {"step": 0})
+        progress = Progress(step=1, examples=1, seed=0, global_batch=1)
+        save(own / "checkpoints", progress, {"a": torch.zeros(1)}, lambda at: None, keep=2)
+    said = [f"model={model}", f"output={own}", "watch.trackers=[]", "data.tasks=deblurring"]
+    asked = load_run(None, [*said, f'data.sources=["folder={photos}"]'])
+    watched = Watch(asked, load_models(model), rank=rank, world=world, start=0)
+    print(f"evaluated {watched.has_evaluated(0)}")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        latest(own, process)
+    with pytest.raises(UserError, match=r"process 0 finds 2 items, process 1 3"):
+        check_same_data(rundir.mixture_of(asked), process)
+    process.wait_for_everyone()
+    process.destroy_process_group()
+
+
+def test_the_first_process_decides_by_files_for_all(micro_model: Path, tmp_path: Path) -> None:
+    said = run([micro_model, tmp_path], function=decide_in_two)
+    assert said.count("evaluated False") == 2
 
 
 def test_a_process_killed_within_saves_leaves_a_good_checkpoint(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
+
+from visualcloze_deft.output import opened_lock
 
 CLAIMS = ".claims"
 
@@ -15,7 +18,8 @@ class Claims:
     process ends, however it ends."""
 
     def __init__(self, output: Path) -> None:
-        self.file = (output / CLAIMS).open("ab")  # closing it anywhere would let all locks go
+        # closing it anywhere would let all locks go
+        self.file = os.fdopen(opened_lock(output / CLAIMS), "r+b", buffering=0)
 
     def take(self, name: str) -> bool:
         """Whether this process may work on the item."""

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
     from visualcloze_deft.data.mixture import Mixture
@@ -200,42 +202,40 @@ def train(
         prepared,
         process_count,
         rank,
-        world,
     )
-    from visualcloze_deft.rehearsal import clear, rehearsal, report
-    from visualcloze_deft.rundir import SETTINGS, as_decided, divided, prepare
+    from visualcloze_deft.rehearsal import rehearsed, report
+    from visualcloze_deft.rundir import SETTINGS, as_decided, own, prepare
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
-    run = run_of(config, data, annotate, overrides, options)
+    wanted = run_of(config, data, annotate, overrides, options)
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
     if dry_run and resume:
         raise UserError("--dry-run starts a run of its own: leave --resume")
-    wanted = run
-    if dry_run:
-        run = rehearsal(wanted)
-        if rank() == 0 and not prepared():
-            clear(run)
-    processes = world() or process_count(run.processes)
     named = options["batch"] or any(o.startswith(("batch", "accumulate")) for o in overrides)
-    if resume and not named:
-        run = divided(run, processes=processes)
-    if already_launched():
-        from visualcloze_deft.train import train as train_here
+    divide = resume and not named
+    with ExitStack() as held:
+        run = held.enter_context(rehearsed(wanted)) if dry_run and rank() == 0 else wanted
+        if already_launched():
+            from visualcloze_deft.train import train as train_here
 
-        train_here(run, resume=resume, prepared=prepared(), allowed=allowed)
+            train_here(run, resume=resume, prepared=prepared(), allowed=allowed, divide=divide)
+        else:
+            processes = process_count(run.processes)
+            held.enter_context(own(Path(run.output)))
+            mixture = prepare(
+                run, processes=processes, resume=resume, allowed=allowed, divide=divide
+            )
+            run = as_decided(run)
+            describe_run(run, mixture, processes)
+            words = ["train", "--config", f"{run.output}/{SETTINGS}"] if dry_run else arguments
+            if status := launch(words, processes=processes):
+                raise SystemExit(status)
         if dry_run and rank() == 0:
             click.echo("\n".join(report(wanted, run)))
-        return
-    mixture = prepare(run, processes=processes, resume=resume, allowed=allowed)
-    run = as_decided(run)
-    describe_run(run, mixture, processes)
-    status = launch(arguments, processes=processes)
-    if status:
-        raise SystemExit(status)
-    if not dry_run:
+    if not dry_run and not already_launched():
         click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
 
 
@@ -1059,7 +1059,9 @@ CHECKED_SCENES = 8  # are a few seconds of one processor
 @data.command("check", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
 @FOLDERS
-@click.option("--workers", type=click.IntRange(0), help="Reading processes; default: one per core.")
+@click.option(
+    "--workers", type=click.IntRange(0, 256), help="Reading processes; default: one per core."
+)
 def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
     """Read all pictures of a source: what it has, how masks and depth were read, which tasks it
     serves, what was left out and what is broken, and why.
@@ -1173,12 +1175,15 @@ def encode_data(
     vcdeft train --config flux-8gpu --data graph200k=PATH --set data.encodings=encodings \\
         --set offload_encoders=true
     """
-    from visualcloze_deft.launch import already_launched, launch, process_count
+    from visualcloze_deft.launch import already_launched, forget_group, launch, process_count
     from visualcloze_deft.precompute import encode_run, prepare
 
     run = run_of(config, data, annotate, overrides, options)
     processes = process_count(run.processes)
-    if processes == 1 or already_launched():
+    launched = already_launched()
+    if processes == 1 or launched:
+        if not launched:
+            forget_group()
         encode_run(run, Path(output), examples=examples, text_only=text_only)
         return
     prepare(run, Path(output))
@@ -1239,11 +1244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    end_with_launcher()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "") not in ("", "0"):
             time.sleep(3)  # all processes find the same mistake: the first says it and ends them
         click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None

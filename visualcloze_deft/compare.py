@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from visualcloze_deft import rundir
-from visualcloze_deft.compare_config import Comparison, Training, trainings, write_comparison
+from visualcloze_deft.compare_config import RUNS, Comparison, Training, trainings, write_comparison
 from visualcloze_deft.compare_evaluate import (
     BASE,
     Asked,
@@ -40,9 +41,10 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.launch import launch, process_count
 from visualcloze_deft.modelfolder import check_base
-from visualcloze_deft.output import only_writer
+from visualcloze_deft.output import LOCK, check_foreign, only_writer
 from visualcloze_deft.settings import load_run
 from visualcloze_deft.signals import ASKING, exit_status
+from visualcloze_deft.tomlfile import read_toml
 
 State = Literal["to do", "begun", "finished"]
 
@@ -85,9 +87,10 @@ def compare(comparison: Comparison) -> Path:
     """Do all that is not done yet, and write the reports; returns the path of the table."""
     output = Path(comparison.output)
     check_output(output)
-    with only_writer(output):
+    fresh = not output.exists()
+    with only_writer(output), rundir.unmade(output, fresh=fresh), ExitStack() as held:
         plan = planned(comparison, cache=output / INDEX)
-        waiting = prepared(plan)
+        waiting = prepared(plan, held)
         write_comparison(comparison, output / SETTINGS)
         train_all(plan, waiting)
         measure_all(plan)
@@ -113,15 +116,19 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
 
 
 def check_output(output: Path) -> None:
-    """Raise `UserError` where the folder holds something else."""
-    if output.is_file():
-        raise UserError(f"output {output}: is a file; choose a folder")
-    there = [path.name for path in output.iterdir()] if output.is_dir() else []
-    ours = {SETTINGS, INDEX, "runs", "evaluations", ".lock"}
-    if there and not ours & set(there):
-        raise UserError(
-            f"output {output}: holds {sorted(there)[0]} and no comparison; choose another folder"
-        )
+    """Raise `UserError` where the folder holds anything but a comparison."""
+    if not is_comparison(output):
+        check_foreign(output, (LOCK, INDEX, RUNS), what="comparison")
+        for folder in sorted((output / RUNS).glob("*")):  # of a call that was ended at once
+            rundir.check_output(folder)
+
+
+def is_comparison(output: Path) -> bool:
+    """Whether `write_comparison` has written into the folder `output`."""
+    try:
+        return set(read_toml(output / SETTINGS)) >= {"output", "methods", "seeds"}
+    except (OSError, UserError):
+        return False
 
 
 def check_before(training: Training, mixture: Mixture) -> None:
@@ -152,31 +159,20 @@ def state_of(training: Training) -> State:
     return "begun" if saved else "to do"
 
 
-def prepared(plan: Plan) -> list[Training]:
-    """The trainings that are not finished, all checked and with their folders made."""
+def prepared(plan: Plan, held: ExitStack) -> list[Training]:
+    """The trainings that are not finished, all checked and with their folders made, which are this
+    process's own until `held` ends."""
+    waiting = []
     for training in plan.trainings:
-        left_to_end(training)
-    waiting = [one for one in plan.trainings if state_of(one) != "finished"]
-    for training in waiting:
+        if state_of(training) == "finished":
+            continue
+        held.enter_context(rundir.own(training.folder))
+        if state_of(training) == "finished":  # by another, meanwhile
+            continue
         resume = state_of(training) == "begun"
         rundir.prepare(training.run, processes=plan.processes, resume=resume)
+        waiting.append(training)
     return waiting
-
-
-def left_to_end(training: Training) -> None:
-    """Wait for the processes of a call that was killed: they train on, and what they save counts.
-
-    Raises `UserError` where they take longer than a training may be without progress.
-    """
-    if not training.folder.is_dir():
-        return
-    try:
-        with only_writer(training.folder, patience=0):
-            return
-    except UserError:
-        tqdm.write(f"{training.folder}: an earlier call's training goes on there; waiting for it")
-    with only_writer(training.folder, patience=training.run.timeout):
-        return
 
 
 def train_all(plan: Plan, waiting: list[Training]) -> None:

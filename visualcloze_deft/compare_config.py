@@ -35,6 +35,7 @@ from visualcloze_deft.tomlfile import read_toml
 Method = Literal["deft", "deft-relaxed", "para", "lora"]
 Match = Literal["rank", "parameters"]
 
+RUNS = "runs"  # the folder of all trainings
 SEED = 0  # of all that is asked: the same grids and noise whatever was trained
 OWNED = {
     "output": "output",
@@ -204,7 +205,7 @@ def trainings(comparison: Comparison) -> list[Training]:
         run = method_run(comparison, shared, method, rank=rank)
         check_rank(model, run.adapter)
         for seed in comparison.seeds:
-            output = Path(comparison.output) / "runs" / f"{method}-r{rank}-s{seed}"
+            output = Path(comparison.output) / RUNS / f"{method}-r{rank}-s{seed}"
             found.append(
                 Training(
                     method=method,

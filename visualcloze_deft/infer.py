@@ -34,10 +34,10 @@ from visualcloze_deft import adapters, speed
 from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
-from visualcloze_deft.claims import Claims
+from visualcloze_deft.claims import CLAIMS, Claims
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
-from visualcloze_deft.launch import PREPARED, prepared
+from visualcloze_deft.launch import check_processes, prepared
 from visualcloze_deft.modelfolder import (
     CONFIG,
     WEIGHTS,
@@ -53,7 +53,7 @@ from visualcloze_deft.modelfolder import (
     told_by,
 )
 from visualcloze_deft.models import default_dtype, load_tokenizers, lora_changes, text_length
-from visualcloze_deft.output import output_folder, whole, whole_text
+from visualcloze_deft.output import check_foreign, output_folder, whole, whole_text
 from visualcloze_deft.pipeline import (
     Answer,
     InContextPipeline,
@@ -64,7 +64,7 @@ from visualcloze_deft.pipeline import (
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
-from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
@@ -158,6 +158,7 @@ def infer(
     line, with which further processes are started. overwrite: make anew what was there before.
     """
     check(settings)
+    check_processes(processes)
     if not dry_run:
         folder_of(settings.model)  # whose fingerprint the records hold
     since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
@@ -165,6 +166,7 @@ def infer(
     shared = shared_of(settings)
     entries = read_entries(examples)
     plans = planned(entries, tasks, settings, shared)
+    check_output(output)
     output_folder(output)
     check_inputs_stay(examples, output, plans)
     waiting = [plan for plan in plans if not finished(output, plan, since=since)]
@@ -335,6 +337,13 @@ def image_names(name: str, asked: Request) -> tuple[str, ...]:
         for seed in asked.seeds
         for column in asked.targets
     )
+
+
+def check_output(output: Path) -> None:
+    """Raise `UserError` where the folder holds what no list of grids leaves, e.g. a project. Files
+    in the place of results are looked at one by one: see `finished`."""
+    if not (output / CLAIMS).is_file():
+        check_foreign(output, ("*.png", "*.json", "*.jsonl"), what="results of vcdeft")
 
 
 def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) -> None:
@@ -593,16 +602,14 @@ def share(
 ) -> None:
     """Run this command in `count` processes, each on a GPU of its own where there are any.
 
-    Ctrl-C and SIGTERM end them, too. Raises `UserError` where one of them failed, after the others
-    have ended.
+    Ctrl-C and SIGTERM end them, too, and so does whatever ends this one. Raises `UserError` where
+    one of them failed, after the others have ended.
     """
     gpus = torch.cuda.device_count()
-    if gpus and count > gpus:
-        raise UserError(f"--processes {count}: this machine has {gpus} GPUs; one process uses one")
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
     started = []
     for rank in range(count):
-        own = {PREPARED: "1", "TQDM_DISABLE": "1", SINCE: str(since)}
+        own = {LAUNCHER: str(os.getpid()), "TQDM_DISABLE": "1", SINCE: str(since)}
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus)[rank]
         else:

@@ -16,45 +16,89 @@ import psutil
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import check_alike, gpus_here
-from visualcloze_deft.signals import Asked, exit_status, handled
+from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
 
 CPU_PROCESSES = 2
 ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
 # What sets torch's allocator: the last, for all kinds of device, where none of the others does.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-PREPARED = "VCDEFT_PREPARED"  # set for the processes that `launch` starts
+# What tells a process its place in a group; DeepSpeed looks for a missing one through MPI.
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LEAST_MOST, OF_A_CORE = 8, 4  # processes that a machine without GPU is trusted with
 
 
 def already_launched() -> bool:
-    """Whether torchrun, accelerate or deepspeed started this process as one of a group."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, accelerate or deepspeed started this process as one of a group.
+
+    A part of `GROUP` that tells of no other process, as containers and notebooks leave it, counts
+    for nothing. Raises `UserError` where one does, or a number is none.
+    """
+    here = rank()
+    world = _number("WORLD_SIZE", 1)
+    missing = [name for name in GROUP if not os.environ.get(name)]
+    if not missing:
+        _number("LOCAL_RANK", 0)
+        _number("MASTER_PORT", 0)
+        if here >= world:
+            raise UserError(f"RANK={here} with WORLD_SIZE={world}: ranks are less than that")
+        return True
+    if here > 0 or world > 1:
+        told = f"RANK={here}" if here > 0 else f"WORLD_SIZE={world}"
+        raise UserError(
+            f"{told} is set in the environment, but not {', '.join(missing)}: unset what is left "
+            "over, or start with torchrun, accelerate launch or deepspeed, which set all"
+        )
+    return False
 
 
-def world() -> int:
-    """How many processes the group has that this one was started in; 0 where there is none."""
-    return int(os.environ["WORLD_SIZE"]) if already_launched() else 0
+def forget_group() -> None:
+    """Take what is left over of a group out of the environment, where libraries would find it."""
+    for name in GROUP:
+        os.environ.pop(name, None)
 
 
 def rank() -> int:
     """This process's number in its group; 0 where there is none."""
-    return int(os.environ["RANK"]) if already_launched() else 0
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment; empty is as unset."""
+    told = os.environ.get(name) or str(default)
+    if not (told.isascii() and told.isdecimal() and len(told) < 10):
+        raise UserError(f"{name}={told[:40]!r} in the environment is no number; unset it")
+    return int(told)
 
 
 def prepared() -> bool:
     """Whether this process's launcher is ours, which has checked settings and made the folder."""
-    return PREPARED in os.environ
+    return LAUNCHER in os.environ
+
+
+def check_processes(wanted: int) -> None:
+    """Raise `UserError` where this machine cannot do with so many processes."""
+    if gpus := len(gpus_here()):
+        if wanted > gpus:
+            raise UserError(
+                f"--processes {wanted}: this machine has {gpus} GPUs; one process uses one"
+            )
+        return
+    cores = os.cpu_count() or 1
+    most = max(LEAST_MOST, OF_A_CORE * cores)
+    if wanted > most:
+        raise UserError(
+            f"--processes {wanted}: this machine has {cores} CPU cores and no GPU; give at most "
+            f"{most}"
+        )
 
 
 def process_count(wanted: int) -> int:
     """`wanted`, or one process per GPU, or two on a machine without GPU.
 
-    Raises `UserError` where there are fewer GPUs, or those used differ in memory.
+    Raises `UserError` where they are too many, or the GPUs used differ in memory.
     """
+    check_processes(wanted)
     gpus = gpus_here()
-    if gpus and wanted > len(gpus):
-        raise UserError(
-            f"--processes {wanted}: this machine has {len(gpus)} GPUs; one process uses one"
-        )
     check_alike(gpus[: wanted or None])
     return wanted or len(gpus) or CPU_PROCESSES
 
@@ -64,11 +108,12 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
 
     The first process that fails ends the others; its exit status is the answer, and where a signal
     ended it, a line says so. Ctrl-C and SIGTERM are passed on once, so that the processes save and
-    leave; the second time they are killed.
+    leave; the second time they are killed. Where this thread ends otherwise, they are killed, too.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    forget_group()
     os.environ.update(environment(processes))  # the started processes inherit it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -121,7 +166,7 @@ def environment(processes: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
         # ninja, with which DeepSpeed builds its operations, lies beside python
         "PATH": os.pathsep.join(filter(None, [str(python), os.environ.get("PATH")])),
-        PREPARED: "1",
+        LAUNCHER: str(os.getpid()),
     }
     return found | device_environment()
 

@@ -6,13 +6,16 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tqdm import tqdm
 
 from visualcloze_deft.errors import UserError
+
+LOCK = ".lock"  # of a folder, held by who started what writes there
 
 
 def output_folder(path: Path) -> None:
@@ -44,27 +47,73 @@ def whole_text(path: Path, text: str) -> None:
     whole(path, lambda s: s.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def check_foreign(output: Path, ours: Iterable[str], *, what: str) -> None:
+    """Raise `UserError` where the folder `output` holds anything but `ours`; nothing is written.
+
+    ours: patterns of the names that vcdeft gives its own files there. what: whose files they are.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output}: not writable (is a file); choose a folder")
+    for name in sorted(os.listdir(output)) if output.is_dir() else ():
+        if not any(fnmatchcase(name, pattern) for pattern in ours):
+            raise UserError(
+                f"output {output}: holds {name[:100]!r} and no {what}; choose a new or an empty "
+                "folder"
+            )
+
+
 @contextmanager
-def only_writer(path: Path, *, patience: float = 10.0) -> Iterator[None]:
-    """Hold the lock of the folder `path`: no process of a killed run writes beside this one.
+def only_writer(path: Path, *, name: str = LOCK, patience: float = 10.0) -> Iterator[None]:
+    """Hold the lock `name` of the folder `path`: no other process writes beside this one.
 
     The system lets go of it when this process and its reading processes have ended, however they
     end: `patience` is how many seconds to wait for that. Raises `UserError` where another holds it.
     """
-    output_folder(path)
-    with (path / ".lock").open("w") as file:
-        until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"output {path}: another process is writing there; end it first"
-                    ) from None
+    until = time.monotonic() + patience
+    while True:
+        output_folder(path)
+        descriptor = opened_lock(path / name)
+        try:
+            if locked(descriptor, path):
+                if is_at(path / name, descriptor):  # not of a folder that was removed meanwhile
+                    yield
+                    return
+            elif time.monotonic() > until:
+                raise UserError(f"output {path}: another process is writing there; end it first")
+            else:
                 time.sleep(0.2)
-            except OSError as error:  # some network file systems have no locks
-                tqdm.write(f"output {path}: cannot be locked ({error.strerror}); going on without")
-                break
-        yield
+        finally:
+            os.close(descriptor)
+
+
+def opened_lock(file: Path) -> int:
+    """The descriptor of a lock file, which is made where there is none. Its content, if it is not
+    ours, stays; a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be opened as a lock ({error.strerror}); remove it, or choose another "
+            "output"
+        ) from None
+    return descriptor
+
+
+def locked(descriptor: int, path: Path) -> bool:
+    """Whether this process has the lock now, or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        tqdm.write(f"output {path}: cannot be locked ({error.strerror}); going on without")
+    return True
+
+
+def is_at(file: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one that stands at its path."""
+    try:
+        return os.path.samestat(file.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

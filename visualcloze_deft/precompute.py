@@ -18,14 +18,17 @@ from visualcloze_deft.encodings import Encodings, entries
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import check_folder
 from visualcloze_deft.models import Encoders, dtype_of, load_encoders
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import check_foreign, output_folder
 from visualcloze_deft.settings import Run
+
+HEX = "[0-9a-f]" * 2  # the names of the folders that `Encodings` stores in
 
 
 def prepare(run: Run, folder: Path) -> Mixture:
     """What `run` draws from; raises `UserError` where it or the folder cannot be used."""
     check_folder(run.model)
-    with rundir.unmade(folder):
+    check_foreign(folder, (rundir.INDEX, HEX), what="encodings of vcdeft")
+    with rundir.unmade(folder, fresh=not folder.exists()):
         output_folder(folder)
         return rundir.mixture_of(run, cache=folder / rundir.INDEX)
 

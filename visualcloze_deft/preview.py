@@ -17,7 +17,7 @@ from visualcloze_deft.data.mixture import Example, Mixture, able, content
 from visualcloze_deft.data.questions import questions
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import check_foreign, output_folder
 from visualcloze_deft.registry import Task
 from visualcloze_deft.room import NoRoom, Room
 from visualcloze_deft.sample import GUIDANCE, conditions_of, pictures_of, tokens_of
@@ -168,10 +168,11 @@ def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
 def write_grids(examples: Iterable[Example], folder: Path) -> Path:
     """The pictures of `examples` and a grid file for `vcdeft infer`; a truth that is known stays
     beside it."""
-    output_folder(folder)
     path = folder / "grid.json"
     if path.exists():
         raise UserError(f"--output {folder}: holds grids already; choose another")
+    check_foreign(folder, (), what="grids of vcdeft")
+    output_folder(folder)
     entries = []
     for number, example in enumerate(examples, 1):
         rows: list[list[str | None]] = []

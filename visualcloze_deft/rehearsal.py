@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from visualcloze_deft import checkpoint, rundir
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.output import output_folder
 from visualcloze_deft.settings import Run
 
 
-def rehearsal(run: Run) -> Run:
-    """The run cut down to one step, in a folder of its own beside `run.output`."""
-    if rundir.saved_anything(Path(run.output)):
+@contextmanager
+def rehearsed(run: Run) -> Iterator[Run]:
+    """The run cut down to one step, in a folder of its own that is removed afterwards.
+
+    Raises `UserError` where `run.output`, in which nothing is written, is not fit for the run.
+    """
+    output = Path(run.output).resolve()
+    rundir.check_output(output)
+    if rundir.saved_anything(output):
         raise UserError(
-            f"output {run.output} holds another run; go on with --resume or choose another --output"
+            f"output {output} holds another run; go on with --resume or choose another --output"
         )
     rundir.check_settings(run)  # of which the first step needs only some
     optimiser = run.optimiser.model_copy(update={"warmup": 0})
     watch = run.watch.model_copy(update={"trackers": ()})
-    output = Path(run.output)
-    beside = str(output.with_name(f"{output.name}.dry-run"))
-    fields = {"output": beside, "steps": 1, "sheet_every": 0}
-    return run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
+    if output.exists() and not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"output {output}: not writable")
+    with temporary_in(nearest_folder(output.parent)) as folder:
+        fields = {"output": folder, "steps": 1, "sheet_every": 0}
+        yield run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
 
 
-def clear(rehearsed: Run) -> None:
-    """Remove what a rehearsal left that was ended."""
-    shutil.rmtree(rehearsed.output, ignore_errors=True)
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there: on the same disk."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+@contextmanager
+def temporary_in(place: Path) -> Iterator[str]:
+    """A new folder in `place`, removed in the end. Raises `UserError` where it cannot be made."""
+    try:
+        folder = tempfile.mkdtemp(prefix=".dry-run-", dir=place)
+    except OSError as error:
+        raise UserError(f"output {place}: not writable ({error.strerror})") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def report(run: Run, rehearsed: Run) -> list[str]:
-    """What the rehearsal found, as lines for the user; of its folder only the sheet stays."""
+    """What the rehearsal found, as lines for the user; its sheet is copied beside the output."""
     folder = Path(rehearsed.output)
     (line,) = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
     step = json.loads(line)
     (saved,) = (folder / "checkpoints").glob("step-*")
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free
-    sheet = folder.with_suffix(".dry-run.png")
+    output = Path(run.output).resolve()
+    sheet = output.with_name(f"{output.name}.dry-run.png")
+    output_folder(sheet.parent)
     shutil.copyfile(max((folder / "sheets").glob("*.png")), sheet)
-    shutil.rmtree(folder)
     hours = run.steps * step["seconds"] / 3600
     found = [
         f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",

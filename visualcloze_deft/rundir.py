@@ -32,7 +32,7 @@ from visualcloze_deft.modelfolder import (
     fingerprint,
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
-from visualcloze_deft.output import only_writer, whole_text
+from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
 from visualcloze_deft.settings import Run, load_run, setting_names, write_run
@@ -43,6 +43,9 @@ INDEX = "index"  # folder of the sources' indexes
 ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
 EVALUATION = "evaluation.jsonl"  # a line each time held-out grids are looked at
+WRITING = ".writing"  # the lock of the process that trains, within its launcher's
+BEFORE_A_RUN = (LOCK, WRITING, INDEX, ENCODINGS, f".{VERSIONS}.*.part")
+"""What a run folder may hold that has no `VERSIONS` yet, which is written before all the rest."""
 OTHER_SCENES = 1_000_003  # added to the seed: scenes that training does not draw
 FREE_ON_RESUME = {
     "output",
@@ -71,6 +74,7 @@ Another `steps` stretches a cosine schedule and the "auto" warm-up of a run of l
 so the learning rate goes on from where the new one is.
 """
 DECIDED = ("zero", "checkpoint_blocks")  # settings that `prepare` chooses where they are "auto"
+DIVIDED = ("batch", "batch_tokens")  # settings that it may divide anew among processes
 FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
 MISSING = "not installed"
 PACKAGES = [
@@ -203,10 +207,52 @@ def encodings_folder(run: Run) -> Path | None:
     return folder
 
 
-def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] = ()) -> Mixture:
-    """Check what can be told without weights, then create or verify the run folder.
+@contextmanager
+def own(output: Path) -> Iterator[None]:
+    """Within, the run folder `output` is this process's alone: from the first look at what it holds
+    to the end of the run, so that no other can prepare it, or train in it, between.
 
-    allowed: settings that may differ from those of the run that is resumed.
+    Raises `UserError` where it holds anything but a run, before anything is written, or is
+    another's. A run that is refused within leaves no folder where there was none.
+    """
+    check_output(output)
+    fresh = not output.exists()
+    with only_writer(output), unmade(output, fresh=fresh):
+        with only_writer(output, name=WRITING):  # processes of a launcher that was killed are gone
+            check_output(output)
+        yield
+
+
+def check_output(output: Path) -> None:
+    """Raise `UserError` where the folder `output` holds anything but a run of vcdeft."""
+    if not is_run(output):
+        check_foreign(output, BEFORE_A_RUN, what="run of vcdeft")
+
+
+def is_run(output: Path) -> bool:
+    """Whether `describe` has written into the folder `output`, or a run has saved something there
+    and lost its versions since."""
+    try:
+        if saved_anything(output):
+            return {"output", "model", "adapter"} <= {*read_toml(output / SETTINGS)}
+        return "visualcloze-deft" in recorded(output)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def prepare(
+    run: Run,
+    *,
+    processes: int,
+    resume: bool,
+    allowed: Collection[str] = (),
+    divide: bool = False,
+) -> Mixture:
+    """Check what can be told without weights, then create or verify the run folder, which must be
+    this process's `own`.
+
+    allowed: settings that may differ from those of the run that is resumed. divide: whether its
+    batch is divided anew among the processes.
     """
     check_settings(run)
     check_alike(gpus_here()[:processes])
@@ -227,17 +273,18 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
         raise UserError(
             f"output {output} holds another run; go on with --resume or choose another --output"
         )
-    with unmade(output):
-        mixture = mixture_of(run, cache=output / INDEX)
-        plan = plan_of(run, mixture, processes=processes)
-        if run.watch.evaluate_every:
-            held_out_of(run, cache=output / INDEX)
-        items = sum(len(source) for source in mixture.sources)
-        if items < processes:
-            raise UserError(
-                f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
-                "name more data or fewer --processes"
-            )
+    if divide:
+        run = divided(run, processes=processes)
+    mixture = mixture_of(run, cache=output / INDEX)
+    plan = plan_of(run, mixture, processes=processes)
+    if run.watch.evaluate_every:
+        held_out_of(run, cache=output / INDEX)
+    items = sum(len(source) for source in mixture.sources)
+    if items < processes:
+        raise UserError(
+            f"{processes} processes for {items} items in {', '.join(run.data.sources)}; "
+            "name more data or fewer --processes"
+        )
     chosen = decided(to_plan(run), load_in(run, mixture), processes=processes)
     run = run.model_copy(update={name: getattr(chosen, name) for name in DECIDED})
     check_offload(run)  # whose stage may have been chosen just now
@@ -247,8 +294,7 @@ def prepare(run: Run, *, processes: int, resume: bool, allowed: Collection[str] 
         check_base(start.folder, run.model)
         if not any(name.startswith("data.") for name in allowed):
             check_tasks(mixture, output / TASKS)
-    with only_writer(output):
-        describe(run, mixture, output)
+    describe(run, mixture, output)
     return mixture
 
 
@@ -313,9 +359,9 @@ def to_plan(run: Run) -> Run:
 
 
 def as_decided(run: Run) -> Run:
-    """`run` with what its folder says was chosen where settings left it open."""
+    """`run` with what its folder says was chosen where settings left it open, or divided."""
     kept = load_run(str(Path(run.output) / SETTINGS))
-    return run.model_copy(update={name: getattr(kept, name) for name in DECIDED})
+    return run.model_copy(update={name: getattr(kept, name) for name in (*DECIDED, *DIVIDED)})
 
 
 def check_offload(run: Run) -> None:
@@ -326,13 +372,15 @@ def check_offload(run: Run) -> None:
 
 
 @contextmanager
-def unmade(output: Path) -> Iterator[None]:
-    """A run that is refused leaves no folder behind where there was none."""
-    fresh = not output.exists()
+def unmade(output: Path, *, fresh: bool) -> Iterator[None]:
+    """What is refused before it has written anything leaves no folder behind where there was none.
+
+    fresh: whether there was none. What another process wrote there meanwhile stays.
+    """
     try:
         yield
     except UserError:
-        if fresh:
+        if fresh and output.is_dir() and {*os.listdir(output)} <= {LOCK, WRITING, INDEX}:
             shutil.rmtree(output, ignore_errors=True)
         raise
 
@@ -433,21 +481,23 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe(run: Run, mixture: Mixture, output: Path) -> None:
     """Write settings, tasks, the mixture's proportions and versions into the run folder.
 
-    Each task becomes a file of its own, whatever family declares it.
+    Each task becomes a file of its own, whatever family declares it. The versions come first: they
+    tell that the folder is a run's, in which the rest may be replaced.
     """
-    tasks = output / TASKS
-    shutil.rmtree(tasks, ignore_errors=True)
-    tasks.mkdir()
-    for name, task in mixture.tasks.items():
-        text = tomli_w.dumps(task.as_file())
-        (tasks / f"{name}.toml").write_text(text, encoding="utf-8")
     proportions = dict(zip(mixture.tasks, mixture.proportions.tolist(), strict=True))
     facts = {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "task_proportions": proportions,
     }
-    (output / VERSIONS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    whole_text(output / VERSIONS, json.dumps(facts, indent=1))
+    tasks = output / TASKS
+    shutil.rmtree(tasks, ignore_errors=True)
+    tasks.mkdir()
+    for name, task in mixture.tasks.items():
+        text = tomli_w.dumps(task.as_file())
+        (tasks / f"{name}.toml").write_text(text, encoding="utf-8")
     write_run(run, output / SETTINGS)
 
 

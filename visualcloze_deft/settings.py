@@ -130,7 +130,7 @@ class Data(_Section):
     skip_at_most: Probability = 0.02
     """Items that cannot be read are replaced by others and listed in `skipped.jsonl`; where they
     are a larger share than this of at least 100 drawn, the run stops."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Reading processes per training process."""
     encodings: Annotated[str, AfterValidator(_folder_or_word)] = ""
     """Folder in which encodings of strips and texts are kept and looked up, of this run and others;

@@ -1,9 +1,12 @@
-"""Ctrl-C and SIGTERM: the first asks a run to save and leave, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks a run to save and leave, the second ends it at once. Processes
+that serve another end with it, however it ends."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,9 @@ from types import FrameType
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_REQUEST = 2.0  # seconds: launchers and queues pass one request on as several signals
+
+LAUNCHER = "VCDEFT_LAUNCHER"  # number of the process of ours that started this one
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -39,8 +45,27 @@ class Asked:
 
 def deaf(worker: int) -> None:
     """For processes that only serve another: that one decides when they end."""
+    end_with(os.getppid())
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_launcher() -> None:
+    """Where a process of ours started this one to work for it: end when that one does."""
+    if LAUNCHER in os.environ:
+        end_with(int(os.environ[LAUNCHER]))
+
+
+def end_with(parent: int) -> None:
+    """Have the system kill this process when its parent ends, also by a signal that the parent
+    cannot hear: without it nobody would stop what goes on. On Linux alone.
+
+    parent: number of the process that must still be there.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_status(number: int) -> int:

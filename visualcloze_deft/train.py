@@ -10,10 +10,11 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,7 @@ from visualcloze_deft.room import Room, put_back, short_of_memory
 from visualcloze_deft.settings import Optimiser, Run
 from visualcloze_deft.signals import Asked, deaf, exit_status, handled
 from visualcloze_deft.step import Batch, Stepper, first_said, kernels_at_start, seen_in
-from visualcloze_deft.watch import Seen, Watch, mean_error
+from visualcloze_deft.watch import Seen, Watch, from_first, gathered, mean_error
 from visualcloze_deft.watchdog import Watchdog
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
@@ -97,11 +98,19 @@ def averaging_factor(step: int, ema: float) -> float:
     return min(ema, (1 + step) / (10 + step))
 
 
-def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = ()) -> None:
-    """Train as `run` says, in every process of the launched group. Files land in `run.output`.
+def train(
+    run: Run,
+    *,
+    resume: bool,
+    prepared: bool,
+    allowed: Collection[str] = (),
+    divide: bool = False,
+) -> None:
+    """Train as the first process's `run` says, in every process of the launched group. Files land
+    in `run.output`.
 
-    prepared: whether the launcher has checked everything and made the run folder. allowed: settings
-    that may differ from those of the run that is resumed.
+    prepared: whether the launcher has checked everything, made the run folder and holds its lock.
+    allowed, divide: see `rundir.prepare`.
     """
     quiet()
     os.environ.update(device_environment())  # also under another launcher than ours
@@ -112,21 +121,42 @@ def train(run: Run, *, resume: bool, prepared: bool, allowed: Collection[str] = 
     # behind when killed, on which every later start would wait for ever (DeepSpeed 0.19).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
-    output = Path(run.output)
-    first = process.process_index == 0
-    if prepared:
-        run = rundir.as_decided(run)
-    else:
-        run = prepare_once(run, process, resume=resume, allowed=allowed)
-    asked = Asked()
-    with handled(asked.hear), left_alone(asked), only_writer(output) if first else nullcontext():
+    asked, rank, world = Asked(), process.process_index, process.num_processes
+    with ExitStack() as held:
+        prepare = partial(
+            rundir.prepare,
+            run,
+            processes=world,
+            resume=resume,
+            allowed=allowed,
+            divide=divide,
+        )
+        begin = partial(joined, run, held) if prepared else partial(begun, run, held, prepare)
+        run = from_first(begin, rank=rank, world=world)
+        held.enter_context(handled(asked.hear))
+        held.enter_context(left_alone(asked))
         process.wait_for_everyone()
-        with Watchdog(
-            output, rank=process.process_index, world=process.num_processes, patience=run.timeout
-        ) as watchdog:
+        watchdog = Watchdog(Path(run.output), rank=rank, world=world, patience=run.timeout)
+        with watchdog:
             train_here(run, process, resume=resume, asked=asked, watchdog=watchdog)
     process.wait_for_everyone()
     process.destroy_process_group()
+
+
+def begun(run: Run, held: ExitStack, prepare: Callable[[], Mixture]) -> Run:
+    """The run in its folder, which is this process's own from before `prepare` until `held` ends:
+    no launcher of ours has made it."""
+    output = Path(run.output)
+    held.enter_context(rundir.own(output))
+    held.enter_context(only_writer(output, name=rundir.WRITING))
+    prepare()
+    return rundir.as_decided(run)
+
+
+def joined(run: Run, held: ExitStack) -> Run:
+    """The run that our launcher has made the folder of, whose own it stays."""
+    held.enter_context(only_writer(Path(run.output), name=rundir.WRITING))
+    return rundir.as_decided(run)
 
 
 @contextmanager
@@ -146,28 +176,13 @@ def left_alone(asked: Asked) -> Iterator[None]:
         raise
 
 
-def prepare_once(run: Run, process: PartialState, *, resume: bool, allowed: Collection[str]) -> Run:
-    """Make the run folder in the first process; what that one decides or refuses, all do, on every
-    node, also where another node does not see its files yet."""
-    said: list[Run | str] = [run]
-    if process.is_main_process:
-        try:
-            rundir.prepare(run, processes=process.num_processes, resume=resume, allowed=allowed)
-            said = [rundir.as_decided(run)]
-        except UserError as mistake:
-            said = [str(mistake)]
-    torch.distributed.broadcast_object_list(said)
-    if isinstance(said[0], str):
-        raise UserError(said[0])
-    return said[0]
-
-
 def train_here(
     run: Run, process: PartialState, *, resume: bool, asked: Asked, watchdog: Watchdog
 ) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
     mixture = rundir.mixture_of(run, cache=output / rundir.INDEX)
+    check_same_data(mixture, process)
     kept = rundir.encodings_folder(run)
     dtype = dtype_of(run.precision, process.device.type)
     start = latest(output, process) if resume else None
@@ -231,6 +246,20 @@ def train_here(
             tqdm.write(f"encodings {models.encodings.folder}: {used}")
 
 
+def check_same_data(mixture: Mixture, process: PartialState) -> None:
+    """Raise `UserError` in all processes where one of them reads other data than the first: a file
+    that came or went while they started would give them other steps, and they would wait for each
+    other without end."""
+    everyone = gathered([len(source) for source in mixture.sources], process.num_processes)
+    for rank, sizes in enumerate(everyone):
+        for source, first, size in zip(mixture.sources, everyone[0], sizes, strict=True):
+            if first != size:
+                raise UserError(
+                    f"{source.name}: process 0 finds {first} items, process {rank} {size}; have "
+                    "all processes see the same files, and change none while a run starts"
+                )
+
+
 def quiet() -> None:
     """Keep the libraries' own bars and deprecation notices out of the training output."""
     transformers.utils.logging.disable_progress_bar()
@@ -239,12 +268,15 @@ def quiet() -> None:
 
 
 def latest(output: Path, process: PartialState) -> Checkpoint:
-    """The newest good checkpoint; the same answer in every process."""
-    found, damaged = checkpoint.newest(output / "checkpoints")
-    if process.is_main_process:
+    """The newest good checkpoint, as the first process finds it."""
+
+    def found() -> Checkpoint:
+        good, damaged = checkpoint.newest(output / "checkpoints")
         for line in damaged:
             tqdm.write(line)
-    return found
+        return good
+
+    return from_first(found, rank=process.process_index, world=process.num_processes)
 
 
 class Loop:

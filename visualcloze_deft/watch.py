@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from visualcloze_deft import rundir
 from visualcloze_deft.compiled import Compiling
 from visualcloze_deft.data.mixture import Skipped
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.flops import peak, training_flops
 from visualcloze_deft.heldout import Measured
 from visualcloze_deft.models import Models
@@ -61,6 +62,7 @@ class Watch:
         """start: the last step whose lines and curves stay, -1 for none."""
         self.run = run
         self.models = models
+        self.rank = rank
         self.first = rank == 0
         self.world = world
         self.output = Path(run.output)
@@ -81,9 +83,15 @@ class Watch:
             began = time.monotonic()
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether the loss on held-out grids of `step` is written already."""
-        return any(
-            line["step"] == step for line in rundir.read_lines(self.output / rundir.EVALUATION)
+        """Whether the loss on held-out grids of `step` is written already; every process must ask.
+
+        The first process, which may just have shortened the file, looks for all.
+        """
+        path = self.output / rundir.EVALUATION
+        return from_first(
+            lambda: any(line["step"] == step for line in rundir.read_lines(path)),
+            rank=self.rank,
+            world=self.world,
         )
 
     def norms_due(self, step: int) -> bool:
@@ -181,6 +189,26 @@ def gathered(own: T, world: int) -> list[T]:
         return everyone
     torch.distributed.all_gather_object(everyone, own)
     return everyone
+
+
+def from_first(decide: Callable[[], T], *, rank: int, world: int) -> T:
+    """What the first process decides, in all; every process must call it.
+
+    For decisions by files or the clock, on which processes may differ. Where `decide` raises
+    `UserError`, all processes do.
+    """
+    if world == 1:
+        return decide()
+    said: list[T | UserError | None] = [None]
+    if rank == 0:
+        try:
+            said = [decide()]
+        except UserError as mistake:
+            said = [mistake]
+    torch.distributed.broadcast_object_list(said)
+    if isinstance(said[0], UserError):
+        raise said[0]
+    return cast(T, said[0])
 
 
 def task_means(seen: Collection[OfTask]) -> dict[str, Any]:

@@ -34,10 +34,10 @@ from visualcloze_deft.data.annotators import (
     fastest,
     loaded,
 )
-from visualcloze_deft.data.images import listing, read_image
+from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.item import Item, Source, units_of
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.output import only_writer
+from visualcloze_deft.output import LOCK, check_foreign, only_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +175,8 @@ def annotate(source: Source, models: Mapping[str, str], output: Path, *, spec: s
     for role in models:
         if not lacking(source, [role]):
             raise UserError(f"{spec}: no item has a target and lacks {role}; nothing to do")
-    if output.is_dir() and listing(output) != "nothing" and not is_stored(str(output)):
-        raise UserError(f"output {output}: holds {listing(output)}; name a new or an empty folder")
+    if not is_stored(str(output)):
+        check_foreign(output, (LOCK,), what="annotations of vcdeft")
     device = fastest()
     with only_writer(output):
         record = begun(source, models, output, spec)

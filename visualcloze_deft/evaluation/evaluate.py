@@ -79,7 +79,8 @@ from visualcloze_deft.infer import (
     shared_of,
     told_by_image,
 )
-from visualcloze_deft.output import only_writer, whole_text
+from visualcloze_deft.launch import check_processes
+from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 from visualcloze_deft.textfile import read_json, sound
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
@@ -129,6 +130,7 @@ def evaluate_suite(asked: Asked, output: Path, *, dry_run: bool = False) -> Path
     if asked.against_base and not asked.settings.adapters:
         raise UserError("--against-base compares an adapter with its base: ADAPTER is none")
     check(asked.settings)
+    check_processes(asked.processes)
     shared = shared_of(asked.settings)
     making = replace(asked.making, resolution=shared["resolution"], cells=shared["cells"])
     rows = rows_of(asked.suite, making)
@@ -242,10 +244,7 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
     """Raise `UserError` where `output` holds anything but this very evaluation."""
     path = output / SETTINGS
     if not path.is_file():
-        if output.is_dir() and any(not p.name.startswith(".") for p in output.iterdir()):
-            raise UserError(
-                f"--output {output}: holds {listing(output)}, no evaluation; give a free folder"
-            )
+        check_foreign(output, (LOCK,), what="evaluation")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["made"]
