@@ -7,6 +7,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the library is imported
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is computed on CPUs
+
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +17,6 @@ from safetensors.torch import save_file
 
 from visualcloze_deft.modelfolder import CHANNELS, NETWORKS, PARTS, TOKENIZERS
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is computed on CPUs
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
