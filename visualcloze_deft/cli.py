@@ -9,15 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.errors import REFUSED, UserError, nearest, refusal, why
 from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from visualcloze_deft.registry import Task
     from visualcloze_deft.settings import Run
 
+MOST_IMAGES = 10_000  # of a grid, and of a task
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 DATA = click.option(
@@ -70,7 +71,8 @@ def cli() -> None:
 
 
 def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
+    number = text is not None and text.isdecimal() and len(text) < 10
+    return int(text) if number and text is not None else text
 
 
 REVISION = click.option(
@@ -409,12 +411,12 @@ def plan(
 @click.option("--seed", type=int, help="Replaces the seeds of the file.")
 @click.option(
     "--images",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_IMAGES),
     default=1,
     show_default=True,
     help="Of each grid, with seeds that follow one another.",
 )
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), help="Default: the model's.")
 @click.option("--upsample", type=float, metavar="SCALE", help="Enlarge the images by the model.")
@@ -556,7 +558,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
 @click.option(
-    "--samples", type=click.IntRange(1), metavar="N", help="Images of each grid; dreambooth: 4."
+    "--samples", type=click.IntRange(1, MOST_IMAGES), metavar="N", help="Images of each grid; dreambooth: 4."
 )
 @click.option(
     "--hold-out",
@@ -605,7 +607,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     default="none",
     show_default=True,
 )
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--processes", type=click.IntRange(1), help="That generate; default: one per GPU.")
@@ -1006,7 +1008,7 @@ def preview(
 @FOLDERS
 @DATA
 @ANNOTATE
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Per task.")
+@click.option("--count", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, help="Per task.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=1, show_default=True)
@@ -1241,28 +1243,43 @@ def preview_run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
+    """Run the command line. A user's mistake, and what the system or a parser of files refuses, is
+    one line and exit code 2; a mistake of ours stays a traceback."""
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     end_with_launcher()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "") not in ("", "0"):
-            time.sleep(3)  # all processes find the same mistake: the first says it and ends them
-        click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
-        raise SystemExit(2) from None
-    except OSError as error:  # no permission, a name too long, a full disk
-        if error.filename is None:
-            raise
-        click.echo(f"vcdeft: {error.filename}: {error.strerror}", err=True)
-        raise SystemExit(2) from None
+        refuse(str(error))
+    except REFUSED as error:
+        refuse(unwritten() or refusal(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         raise SystemExit(2) from None
-    except click.UsageError as error:
-        click.echo(f"vcdeft: {error.format_message()}", err=True)
-        raise SystemExit(2) from None
+    except click.ClickException as error:
+        refuse(error.format_message())
     except click.Abort:
         raise SystemExit(130) from None
+
+
+def refuse(message: str) -> NoReturn:
+    """Say in one line what was wrong, and end with exit code 2."""
+    if os.environ.get("RANK", "") not in ("", "0"):
+        time.sleep(3)  # all processes find the same mistake: the first says it and ends them
+    with suppress(OSError):  # nobody reads it, or the device is full
+        click.echo(f"vcdeft: {UserError(message)}", err=True)
+    raise SystemExit(2) from None
+
+
+def unwritten() -> str | None:
+    """What standard output, closed or on a full device, did not take; None where it takes all."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # or Python says so again at its end; a test has no such
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"standard output: {why(error)}"
+    return None

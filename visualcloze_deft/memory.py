@@ -558,7 +558,7 @@ def parse_memory(text: str) -> int:
     >>> parse_memory("80GB"), parse_memory("23.5 GiB")
     (80000000000, 25232932864)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS or not float(found[1]):
         raise UserError(f"--memory {text!r}: expected a size such as 80GB, 24GiB or 500MB")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, writing
 
 LOCK = ".lock"  # of a folder, held by who started what writes there
 
@@ -33,10 +33,9 @@ def whole(path: Path, save: Callable[[Path], object]) -> None:
     process leaves is called .NAME.PROCESS.part. Raises `UserError` where it cannot be written."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save(staged)
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        with writing(path):
+            save(staged)
+            staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
 

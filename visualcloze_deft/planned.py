@@ -195,7 +195,7 @@ def planned(run: Run, *, memory: str | None, grid: str | None, before: Path | No
 
 def load_of_grid(run: Run, grid: str) -> Load:
     """The load of grids of one shape, "ROWSxCOLUMNS", in square cells."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid)
+    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", grid)
     if not found:
         raise UserError(f"--grid {grid!r}: expected ROWSxCOLUMNS, e.g. 3x3")
     strip = int(found[2]) * (resolution_of(run) // CELL_STEP) ** 2
