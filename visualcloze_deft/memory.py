@@ -42,6 +42,7 @@ from visualcloze_deft.outside import (
     picture_bytes,
     pixel_values,
 )
+from visualcloze_deft.patterns import matching
 from visualcloze_deft.settings import OFFLOADED, Adapter, Run
 
 RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
@@ -188,8 +189,9 @@ class Kept:
 def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
     """The linear layers that get an adapter."""
     if settings.start is None:
-        pattern = FLUX_LAYERS if settings.layers == "flux" else settings.layers
-        return [name for name in model.linear if re.fullmatch(pattern, name)]
+        if settings.layers == "flux":
+            return [name for name in model.linear if re.fullmatch(FLUX_LAYERS, name)]
+        return matching("adapter.layers", settings.layers, model.linear)
     path = Path(settings.start) / WEIGHTS
     try:
         with safe_open(path, "np") as file:

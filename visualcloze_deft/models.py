@@ -28,13 +28,14 @@ from transformers.utils import logging as transformers_logging
 
 from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, why
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
 from visualcloze_deft.launch import rank
 from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     TINY,
+    UNLOADABLE,
     Bits,
     Precision,
     check_folder,
@@ -42,6 +43,7 @@ from visualcloze_deft.modelfolder import (
     folder_of,
     has_variant,
     lora_file,
+    part_settings,
     resolution_of,
     weight_files,
 )
@@ -52,6 +54,8 @@ from visualcloze_deft.quantise import quantise
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+LATENTS = CHANNELS[1] // 4  # channels of the VAE's, of which a token holds 2 x 2
+CLIP_TOKENS = 77  # CLIP's default
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
 Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
@@ -118,8 +122,8 @@ class Encoders:
         ).input_ids
         text, pooled = self.text_encoder_2, self.text_encoder
         return (
-            self.encoded(text, t5, lambda ids: text(ids).last_hidden_state),
-            self.encoded(pooled, clip, lambda ids: pooled(ids).pooler_output),
+            self.encoded(text, t5, lambda ids: text(ids, return_dict=True).last_hidden_state),
+            self.encoded(pooled, clip, lambda ids: pooled(ids, return_dict=True).pooler_output),
         )
 
     @torch.no_grad()
@@ -346,6 +350,8 @@ def load_encoders(
     networks = {part: given[part] for part in _NETWORKS if part in given}
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
         for part, kind in _NETWORKS.items():
+            if part == "vae" and part not in given:
+                check_latents(name)
             if part not in given:
                 own = dtype_for(part, dtype)
                 kept = vae_dtype(own) if part == "vae" else own
@@ -366,6 +372,17 @@ def load_encoders(
     )
 
 
+def check_latents(name: str) -> None:
+    """Raise `UserError` unless the VAE of a model gives FLUX's latents, shifted and scaled."""
+    told = part_settings(name, "vae")
+    latents, shift = told.get("latent_channels"), told.get("shift_factor")
+    if latents != LATENTS or shift is None:
+        raise UserError(
+            f"model {name!r}: its VAE has latent_channels {latents} and shift_factor {shift}; "
+            f"FLUX's has {LATENTS} and a number"
+        )
+
+
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """The tokenizers of `load_models` alone: CLIP's and T5's.
 
@@ -380,12 +397,19 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
     )
     for tokenizer, part, encoder, spare in encoders:
-        known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
+        told = settings_of(name, encoder)
+        known = told.get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
             raise UserError(
                 f"model {name!r}: {part}/ has {len(tokenizer)} tokens, {encoder}/ knows {known}; "
                 "copy or download it again"
             )
+    most = settings_of(name, "text_encoder").get("max_position_embeddings", CLIP_TOKENS)
+    if clip.model_max_length > most:
+        raise UserError(
+            f"model {name!r}: tokenizer/ gives texts of {clip.model_max_length} tokens, "
+            f"text_encoder/ reads {most}; set model_max_length in its tokenizer_config.json"
+        )
     return clip, t5
 
 
@@ -395,14 +419,21 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
         options["use_safetensors"] = True
     if not has_variant(folder_of(name) / part, options.get("variant")):
         options.pop("variant", None)
-    try:
+    with built(name, part):
         return kind.from_pretrained(folder_of(name), subfolder=part, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    except (KeyError, TypeError, AttributeError) as error:  # of JSON that is something else
+
+
+@contextmanager
+def built(name: str, part: str) -> Iterator[None]:
+    """What libraries raise within, on files of a model that hold something else than they build, as
+    one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNLOADABLE as error:
         raise UserError(
-            f"model {name!r}: {part}/ is damaged ({type(error).__name__}: {error}); copy or "
-            "download it again"
+            f"model {name!r}: {part}/ cannot be loaded ({why(error)}); copy or download it again"
         ) from None
 
 
@@ -455,7 +486,7 @@ def compared_tensors(
     """The names of tensors that weight files lack or have in another shape, and of those that
     settings have no place for."""
     folder = folder_of(name) / part
-    with torch.device("meta"):
+    with built(name, part), torch.device("meta"):
         network = kind.from_config(kind.load_config(folder))
     expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     stored: dict[str, tuple[int, ...]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from visualcloze_deft import deepspeed_settings
 from visualcloze_deft.cells import CELL_STEP
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.launch import CPU_PROCESSES
@@ -183,6 +184,7 @@ def planned(run: Run, *, memory: str | None, grid: str | None, before: Path | No
     """
     import torch
 
+    deepspeed_settings.check(run)
     processes = run.processes or torch.cuda.device_count() or CPU_PROCESSES
     load = load_in(run, mixture_of(run)) if grid is None else load_of_grid(run, grid)
     if memory is None:

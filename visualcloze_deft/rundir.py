@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from visualcloze_deft import deepspeed_settings
 from visualcloze_deft.checkpoint import Progress, newest, told
 from visualcloze_deft.data.annotate import annotated, check_places
 from visualcloze_deft.data.item import Part, Source, units_of
@@ -311,6 +312,7 @@ def check_settings(run: Run) -> None:
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
             'run; give less, or "auto"'
         )
+    deepspeed_settings.check(run)
     for gpu in gpus_here():
         precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:

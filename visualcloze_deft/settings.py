@@ -25,6 +25,7 @@ from visualcloze_deft.data.places import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits, Precision
+from visualcloze_deft.patterns import sound_pattern
 from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.textfile import brief
 from visualcloze_deft.tomlfile import parse_toml, read_toml
@@ -63,9 +64,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_kind(cls, value: Any, place: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[str(place.field_name)].annotation)
+        kinds = kinds_in(cls.model_fields[str(place.field_name)].annotation)
         section = any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)
-        for one in () if section else _leaves(value):
+        for one in () if section else leaves(value):
             if isinstance(one, bool) and not kinds & {bool, Any}:
                 raise ValueError("true and false are no numbers and no texts")
             if isinstance(one, str) and "\0" in one:
@@ -73,12 +74,12 @@ class Section(BaseModel):
         return value
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds_in(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
-    return {annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))}
+    return {annotation, *(kind for part in get_args(annotation) for kind in kinds_in(part))}
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """The values in lists and tables within one another, or the value itself."""
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -86,21 +87,13 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
         return
     for one in value:
-        yield from _leaves(one)
+        yield from leaves(one)
 
 
 def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
     if not any(weights):
         raise ValueError("at least one must be above 0")
     return weights
-
-
-def _expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
-    return pattern
 
 
 def _folder_or_word(place: str) -> str:
@@ -190,7 +183,7 @@ class Adapter(Section):
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: Annotated[str, AfterValidator(_expression)] = "flux"
+    layers: Annotated[str, AfterValidator(sound_pattern)] = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
     start: str | None = None
     """An adapter folder of the same method and rank that training starts from. Its layers and its
@@ -260,9 +253,11 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 def _not_owned(settings: dict[str, Any]) -> dict[str, Any]:
     for name, ours in OWNED.items():
         *sections, last = name.split(".")
-        found = settings
+        found: Any = settings
         for section in sections:
             found = found.get(section, {})
+            if not isinstance(found, Mapping):
+                raise ValueError(f"{section} is a table of settings, not {brief(found)}")
         if last in found:
             raise ValueError(f"{name} is decided by the setting {ours}; set that one")
     return settings

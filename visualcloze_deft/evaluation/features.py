@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from visualcloze_deft.data.annotators import config_of
 from visualcloze_deft.encodings import Encodings, fingerprint
-from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.errors import UserError, nearest, why
 from visualcloze_deft.evaluation.efficientnet import load_lite0, prepared
+from visualcloze_deft.modelfolder import UNLOADABLE
 
 STANDARD = {  # name -> id on the hub
     "clip": "openai/clip-vit-base-patch32",
@@ -310,16 +311,15 @@ def _loaded(name: str, place: str, kind: str) -> Any:
 def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
     """`from_pretrained` of one of transformers' Auto classes, its errors in one line."""
     import transformers
-    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     try:
         kind = getattr(transformers, what)
         return kind.from_pretrained(place, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0]
+    except UNLOADABLE as error:
         raise UserError(
-            f"encoder {name}: {what} of {place} cannot be loaded: {why}; {remedy(name, place)}"
+            f"encoder {name}: {what} of {place} cannot be loaded: {why(error)}; "
+            f"{remedy(name, place)}"
         ) from None
 
 
