@@ -435,7 +435,7 @@ def test_a_folder_serves_its_own_source_alone(
         ("depth={bare}", "no preprocessor_config.json in this folder"),
         ("depth={damaged}", "not valid JSON"),
         ("depth={listed}", "no settings of a model: expected an object"),
-        ("depth={cut}", "cannot be loaded for depth-estimation: "),
+        ("depth={cut}", "cannot be loaded: "),
     ],
 )
 def test_a_bad_role_or_model_is_one_line(

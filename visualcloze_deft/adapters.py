@@ -6,7 +6,6 @@ Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path

@@ -558,7 +558,10 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
 @click.option(
-    "--samples", type=click.IntRange(1, MOST_IMAGES), metavar="N", help="Images of each grid; dreambooth: 4."
+    "--samples",
+    type=click.IntRange(1, MOST_IMAGES),
+    metavar="N",
+    help="Images of each grid; dreambooth: 4.",
 )
 @click.option(
     "--hold-out",
@@ -1008,7 +1011,9 @@ def preview(
 @FOLDERS
 @DATA
 @ANNOTATE
-@click.option("--count", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, help="Per task.")
+@click.option(
+    "--count", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, help="Per task."
+)
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
 @click.option("--seed", type=int, default=1, show_default=True)
@@ -1279,7 +1284,9 @@ def unwritten() -> str | None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        with suppress(OSError, ValueError):  # or Python says so again at its end; a test has no such
+        with suppress(
+            OSError, ValueError
+        ):  # or Python says so again at its end; a test has no such
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return f"standard output: {why(error)}"
     return None

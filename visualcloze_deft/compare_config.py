@@ -96,13 +96,13 @@ class Comparison(Section):
     output: str
     base: str = ""
     """A run file of `vcdeft train`, or the name of a shipped one, that all trainings share."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field(default_factory=dict)
     """Settings of `vcdeft train` over that file, for all methods."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1), AfterValidator(_all_different)] = (
         get_args(Method)
     )
     """The first one sets the number of parameters that the others are matched to."""
-    method: dict[Method, dict[str, Any]] = {}
+    method: dict[Method, dict[str, Any]] = Field(default_factory=dict)
     """Method -> settings of its own: those of `optimiser` and `adapter`, e.g. its learning rate;
     without, it takes those that all share."""
     match: Annotated[tuple[Match, ...], Field(min_length=1), AfterValidator(_all_different)] = (

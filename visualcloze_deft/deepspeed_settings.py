@@ -14,7 +14,12 @@ from visualcloze_deft.settings import OWNED, Run, kinds_in, leaves, over
 from visualcloze_deft.textfile import brief
 
 LARGEST = 2**63 - 1
-NUMBERS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+NUMBERS: dict[type, tuple[type, ...]] = {
+    int: (int,),
+    float: (int, float),
+    bool: (bool,),
+    str: (str,),
+}
 """Type of a default -> what a value in its place may be."""
 
 
@@ -76,7 +81,9 @@ def check(run: Run) -> None:
     except ValidationError as error:
         raise UserError(of_model(run.deepspeed, error)) from None
     except (*PARSED, AssertionError, DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed: DeepSpeed does not take these settings: {why(error)}") from None
+        raise UserError(
+            f"deepspeed: DeepSpeed does not take these settings: {why(error)}"
+        ) from None
     asked.known |= {n: value for n, value in ours.items() if asked.known.get(n) is None}
     check_names(asked, run.deepspeed, "deepspeed")
     for name, model in (
@@ -115,7 +122,11 @@ def check_numbers(kind: type[BaseModel], given: Mapping[str, Any], where: str) -
         if isinstance(value, bool) and not kinds & {bool, Any}:
             raise UserError(f"{where}.{name} = {value}: true and false are no numbers")
         for inner in kinds:
-            if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            if (
+                isinstance(value, Mapping)
+                and isinstance(inner, type)
+                and issubclass(inner, BaseModel)
+            ):
                 check_numbers(inner, value, f"{where}.{name}")
 
 

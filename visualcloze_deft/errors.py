@@ -1,4 +1,4 @@
-"""What a user did that cannot work, and what the system and parsers of files refuse: in one line."""
+"""What a user did that cannot work, and what systems and parsers of files refuse, in one line."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ REFUSED: tuple[type[Exception], ...] = (
     tomllib.TOMLDecodeError,
     SafetensorError,
 )  # wherever it is raised, it is no mistake in a program
+QUOTED = "Traceback (most recent call last):"  # in what transformers says
 _UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, surrogates, line separators
 
 
@@ -85,7 +86,8 @@ def why(error: BaseException) -> str:
         return "larger than the memory here"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = lines[-1 if QUOTED in lines else 0]
     if isinstance(error, KeyError):
         return f"{said} is missing"
     return said or type(error).__name__

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any, get_args
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 from tqdm import tqdm
 
 from visualcloze_deft import adapters, speed
@@ -35,6 +35,7 @@ from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
 from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import CLAIMS, Claims
+from visualcloze_deft.data.images import opened
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
 from visualcloze_deft.launch import check_processes, prepared
@@ -65,6 +66,7 @@ from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid
 from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
+from visualcloze_deft.textfile import parse_json, read_object
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
@@ -416,13 +418,13 @@ def compared(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a finished grid; None where there is none. Raises `UserError` where the file is
     something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "rows_sha256" not in found:
+    try:
+        found = read_object(path, "no record")
+    except UserError:
+        found = {}
+    if "rows_sha256" not in found:
         raise UserError(f"{path}: already there and no record of vcdeft; {WAY_OUT}")
     return found
 
@@ -430,9 +432,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def told_by_image(path: Path) -> dict[str, Any]:
     """The record of its grid that an image holds; {} where it holds none."""
     try:
-        with Image.open(path) as image:
-            found = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
-    except (OSError, ValueError):
+        with opened(path) as image:
+            text = image.info.get(METADATA)
+        found = parse_json(str(path), text) if isinstance(text, str) else None
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

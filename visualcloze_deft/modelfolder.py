@@ -23,7 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from safetensors import SafetensorError, safe_open
 
-from visualcloze_deft.errors import PARSED, UserError
+from visualcloze_deft.errors import PARSED, UserError, why
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.modelsettings import (
     KINDS,
@@ -35,7 +35,8 @@ from visualcloze_deft.modelsettings import (
 )
 
 UNLOADABLE = (*PARSED, RuntimeError, AssertionError, ImportError, StrictDataclassError)
-"""What transformers and diffusers raise of files that hold something else than they build."""
+"""What transformers and diffusers raise of files that hold something else than they build. What the
+library `tokenizers` raises is an Exception and nothing more."""
 
 Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
@@ -102,6 +103,19 @@ def hub_errors(what: str) -> Iterator[None]:
             f"{what}: not in the hub's cache on this machine, and the hub cannot be reached "
             f"({str(error).splitlines()[0][:120]})"
         ) from None
+
+
+@contextmanager
+def loading(where: str, way_out: str) -> Iterator[None]:
+    """What libraries raise within, on the files of a model, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of which only those that files are the reason of
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:
+            raise
+        raise UserError(f"{where} cannot be loaded: {why(error)}; {way_out}") from None
 
 
 def folder_of(name: str, *, token: str | None = None) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -28,20 +28,20 @@ from transformers.utils import logging as transformers_logging
 
 from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
-from visualcloze_deft.errors import UserError, why
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
 from visualcloze_deft.launch import rank
 from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     TINY,
-    UNLOADABLE,
     Bits,
     Precision,
     check_folder,
     check_quantise,
     folder_of,
     has_variant,
+    loading,
     lora_file,
     part_settings,
     resolution_of,
@@ -423,18 +423,9 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(folder_of(name), subfolder=part, **options)
 
 
-@contextmanager
-def built(name: str, part: str) -> Iterator[None]:
-    """What libraries raise within, on files of a model that hold something else than they build, as
-    one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except UNLOADABLE as error:
-        raise UserError(
-            f"model {name!r}: {part}/ cannot be loaded ({why(error)}); copy or download it again"
-        ) from None
+def built(name: str, part: str) -> AbstractContextManager[None]:
+    """See `loading`."""
+    return loading(f"model {name!r}: {part}/", "copy or download it again")
 
 
 FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder

@@ -1,5 +1,5 @@
-"""The settings files of models and adapters, checked: what stands there must be of its kind and of a
-size that networks have, before a library builds one from it."""
+"""The settings files of models and adapters, checked: a value must be of its kind, and of a size
+that networks have, before a library builds one from it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class SchedulerFile(SettingsFile):
 class TokenizerFile(SettingsFile):
     """transformers' tokenizers, which write a huge number for a length that is not known."""
 
-    model_max_length: Annotated[float, Field(ge=1)] = 512
+    model_max_length: Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=1e9)] = 512
 
 
 class IndexFile(SettingsFile):
@@ -192,6 +192,8 @@ def check_fields(where: str, kind: type[SettingsFile], fields: dict[str, Any]) -
         kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {first['loc'][-1]!r} is missing") from None
         said = first["msg"].removeprefix("Value error, ").lower()
         place = ".".join(str(part) for part in first["loc"] if str(part) in known_in(fields))
         value = f" {place} = {brief(first['input'])}:" if first["loc"] else ""

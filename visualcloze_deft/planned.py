@@ -32,9 +32,9 @@ from visualcloze_deft.rundir import (
     flat,
     load_in,
     mixture_of,
-    read_lines,
     resolution_of,
 )
+from visualcloze_deft.runlines import StepLine, read_lines
 from visualcloze_deft.settings import Run, load_run
 
 TIMED = 100  # last steps of an earlier run whose median counts
@@ -207,11 +207,10 @@ def load_of_grid(run: Run, grid: str) -> Load:
 
 def rate_of(folder: Path, run: Run) -> Rate:
     """How fast the run in `folder` was: the median of its last steps."""
-    try:
-        lines = read_lines(folder / METRICS)[-TIMED:]
-        seconds = median(float(line["seconds"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # also where there is no step
-        raise UserError(f"--run {folder}: no steps in {METRICS}: {error}") from None
+    lines = read_lines(folder / METRICS, StepLine)[-TIMED:]
+    if not lines:
+        raise UserError(f"--run {folder}: no steps in {METRICS}; name a folder of 'vcdeft train'")
+    seconds = median(line["seconds"] for line in lines)
     settings = [flat(r.model_dump(mode="json")) for r in (load_run(str(folder / SETTINGS)), run)]
     other = sorted(
         name

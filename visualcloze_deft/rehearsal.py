@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -59,8 +58,7 @@ def temporary_in(place: Path) -> Iterator[str]:
 def report(run: Run, rehearsed: Run) -> list[str]:
     """What the rehearsal found, as lines for the user; its sheet is copied beside the output."""
     folder = Path(rehearsed.output)
-    (line,) = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
-    step = json.loads(line)
+    (step,) = rundir.read_lines(folder / rundir.METRICS)
     (saved,) = (folder / "checkpoints").glob("step-*")
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free

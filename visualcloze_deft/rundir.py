@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import Field
 
 from visualcloze_deft import deepspeed_settings
 from visualcloze_deft.checkpoint import Progress, newest, told
@@ -33,10 +34,14 @@ from visualcloze_deft.modelfolder import (
     fingerprint,
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
+from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
+from visualcloze_deft.runlines import read_lines as read_lines
+from visualcloze_deft.runlines import step_of
 from visualcloze_deft.settings import Run, load_run, setting_names, write_run
+from visualcloze_deft.textfile import read_text
 from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, VERSIONS, TASKS = "settings.toml", "versions.json", "tasks"
@@ -503,6 +508,15 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
     write_run(run, output / SETTINGS)
 
 
+class VersionsFile(SettingsFile):
+    """What is read again of `VERSIONS`."""
+
+    attention: str = ""
+    attention_check: str = ""
+    not_finite: Mapping[str, str] = Field(default_factory=dict)
+    norms: str = ""
+
+
 def record(output: Path, facts: Mapping[str, object]) -> None:
     """Put `facts`, known only once the run has started, beside the versions in its folder."""
     path = output / VERSIONS
@@ -513,7 +527,7 @@ def record(output: Path, facts: Mapping[str, object]) -> None:
 def recorded(output: Path) -> dict[str, Any]:
     """Versions of packages, and what `record` put beside them; {} where there is no such file."""
     path = output / VERSIONS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return checked(path, VersionsFile, "no versions of a run") if path.is_file() else {}
 
 
 def adapter_metadata(run: Run, step: int, *, attention: str) -> dict[str, str]:
@@ -562,29 +576,15 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `append_line` wrote; of a file that is not there, nothing. A last line that is being
-    written, or was cut short by a kill, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if math.isfinite(_step(line))]
-
-
 def keep_lines_until(output: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
     for path in (output / METRICS, output / SKIPPED, output / EVALUATION):
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path).split("\n")
             staged = path.with_suffix(".part")
-            kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
+            kept = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
             staged.write_text(kept, encoding="utf-8")
             os.replace(staged, path)
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a kill
 
 
 def _version(package: str) -> str:

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from visualcloze_deft import rundir
 from visualcloze_deft.compiled import Compiling
 from visualcloze_deft.data.mixture import Skipped
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.flops import peak, training_flops
 from visualcloze_deft.heldout import Measured
 from visualcloze_deft.models import Models
 from visualcloze_deft.plan import Step
 from visualcloze_deft.settings import Run, Tracker
+from visualcloze_deft.textfile import brief
 
 T = TypeVar("T")
 
@@ -250,6 +251,8 @@ def started(name: Tracker, run: Run, start: int) -> GeneralTracker:
         options |= {"name": output.name, "dir": str(output)}
         options |= {"resume": "auto"} if start >= 0 else {}
     called = "tensorboard" if name == "tensorboard" else run.watch.project
-    tracker = kind(called, *place, **(options | run.watch.tracker_options.get(name, {})))
-    tracker.start()
+    own = run.watch.tracker_options.get(name, {})
+    with reading(f"watch.tracker_options.{name}", f"{name} does not start with {brief(own)}"):
+        tracker = kind(called, *place, **(options | own))
+        tracker.start()
     return tracker

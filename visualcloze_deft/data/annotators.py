@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 
 from visualcloze_deft.data.images import listing
 from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.modelfolder import UNLOADABLE
+from visualcloze_deft.modelfolder import loading
 from visualcloze_deft.modelsettings import AnnotatorFile, checked
 
 Pipeline = Literal["depth-estimation", "image-segmentation"]  # transformers' names
@@ -140,20 +140,18 @@ def loaded(pipeline: Pipeline, place: str, device: str) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):  # what training draws does not hang on when it is
-            return transformers.pipeline(
-                pipeline,
-                model=place,
-                device=device,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
-    except UNLOADABLE as error:
-        said = [*str(error).strip().splitlines(), type(error).__name__]
-        last = said[max(len(said) - 2, 0)]  # transformers quotes a traceback
-        raise UserError(f"{place}: cannot be loaded for {pipeline}: {last}") from None
+    with (
+        loading(place, f"name another model for {pipeline}"),
+        torch.random.fork_rng(devices=[]),  # what training draws does not hang on when it is
+    ):
+        return transformers.pipeline(
+            pipeline,
+            model=place,
+            device=device,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
 
 
 def fastest() -> str:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from visualcloze_deft.data.annotators import config_of
 from visualcloze_deft.encodings import Encodings, fingerprint
-from visualcloze_deft.errors import UserError, nearest, why
+from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.evaluation.efficientnet import load_lite0, prepared
-from visualcloze_deft.modelfolder import UNLOADABLE
+from visualcloze_deft.modelfolder import loading
 
 STANDARD = {  # name -> id on the hub
     "clip": "openai/clip-vit-base-patch32",
@@ -313,14 +313,9 @@ def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(f"encoder {name}: {what} of {place}", remedy(name, place)):
         kind = getattr(transformers, what)
         return kind.from_pretrained(place, trust_remote_code=False, **options)
-    except UNLOADABLE as error:
-        raise UserError(
-            f"encoder {name}: {what} of {place} cannot be loaded: {why(error)}; "
-            f"{remedy(name, place)}"
-        ) from None
 
 
 def _tokenizer(name: str, place: str) -> Callable[[list[str]], Tensor]:
