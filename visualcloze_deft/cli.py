@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from visualcloze_deft.errors import REFUSED, UserError, nearest, refusal, why
+from visualcloze_deft.errors import REFUSED, UserError, nearest, refusal
 from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from visualcloze_deft.registry import Task
     from visualcloze_deft.settings import Run
 
+SAYING = ("click.utils", "tqdm.std", "tqdm.utils")  # modules that write to standard output
 MOST_IMAGES = 10_000  # of a grid, and of a task
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -995,6 +996,7 @@ def preview(
     vcdeft tasks preview deraining --data folder=photos
     vcdeft tasks preview all --each group --data graph200k=PATH --data scenes
     """
+    from visualcloze_deft.output import whole_png
     from visualcloze_deft.preview import example_sheet, one_of_each
     from visualcloze_deft.rundir import mixture_of
 
@@ -1002,7 +1004,7 @@ def preview(
     mixture = mixture_of(run, held_out=True)
     path = png_path(output)
     drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
-    example_sheet(drawn).save(path)
+    whole_png(path, example_sheet(drawn))
     click.echo(path)
 
 
@@ -1113,10 +1115,12 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
 def preview_data(source: str, count: int, seed: int, output: str) -> None:
     """Draw some items of a source, all their roles side by side, into a PNG."""
     from visualcloze_deft.data.sources import open_source
+    from visualcloze_deft.output import whole_png
     from visualcloze_deft.preview import item_sheet
 
     path = png_path(output)
-    item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed).save(path)
+    opened = open_source(source, size=256, seed=seed)
+    whole_png(path, item_sheet(opened, count=count, seed=seed))
     click.echo(path)
 
 
@@ -1256,11 +1260,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
-        sys.stdout.flush()
     except UserError as error:
         refuse(str(error))
     except REFUSED as error:
-        refuse(unwritten() or refusal(error))
+        where = "standard output: " if on_output(error) else ""
+        refuse(where + refusal(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         raise SystemExit(2) from None
@@ -1279,14 +1283,10 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def unwritten() -> str | None:
-    """What standard output, closed or on a full device, did not take; None where it takes all."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        with suppress(
-            OSError, ValueError
-        ):  # or Python says so again at its end; a test has no such
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"standard output: {why(error)}"
-    return None
+def on_output(error: BaseException) -> bool:
+    """Whether standard output did not take what was said: its device is full. A closed pipe ends a
+    command without a word, with exit code 1: that is click's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"] in SAYING

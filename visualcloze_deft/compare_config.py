@@ -18,6 +18,7 @@ from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.memory import adapted_layers, adapter_tensors
 from visualcloze_deft.modelfolder import check_folder, check_lora, check_quantise
 from visualcloze_deft.modelsize import Flux, flux, settings_of
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.rundir import OTHER_SCENES, flat
 from visualcloze_deft.settings import (
     LARGEST,
@@ -176,7 +177,7 @@ def load_comparison(file: str, overrides: Sequence[str] = ()) -> Comparison:
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write all settings of a comparison but secrets in TOML."""
     fields = without_secrets(comparison.model_dump(mode="json"))
-    path.write_text(tomli_w.dumps(fields), encoding="utf-8")
+    whole_text(path, tomli_w.dumps(fields))
 
 
 def trainings(comparison: Comparison) -> list[Training]:

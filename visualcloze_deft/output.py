@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from visualcloze_deft.errors import UserError, writing
@@ -44,6 +45,11 @@ def whole_text(path: Path, text: str) -> None:
     """`whole` of a text file. Of the names of files that are not UTF-8 it holds the escapes, which
     are those of JSON."""
     whole(path, lambda s: s.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def whole_png(path: Path, image: Image.Image) -> None:
+    """`whole` of a picture."""
+    whole(path, lambda staged: image.save(staged, format="PNG"))
 
 
 def check_foreign(output: Path, ours: Iterable[str], *, what: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from visualcloze_deft import checkpoint, rundir
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.output import output_folder
+from visualcloze_deft.output import output_folder, whole
 from visualcloze_deft.settings import Run
 
 
@@ -65,7 +65,8 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     output = Path(run.output).resolve()
     sheet = output.with_name(f"{output.name}.dry-run.png")
     output_folder(sheet.parent)
-    shutil.copyfile(max((folder / "sheets").glob("*.png")), sheet)
+    drawn = max((folder / "sheets").glob("*.png"))
+    whole(sheet, lambda staged: shutil.copyfile(drawn, staged))
     hours = run.steps * step["seconds"] / 3600
     found = [
         f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",

@@ -503,8 +503,7 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
     shutil.rmtree(tasks, ignore_errors=True)
     tasks.mkdir()
     for name, task in mixture.tasks.items():
-        text = tomli_w.dumps(task.as_file())
-        (tasks / f"{name}.toml").write_text(text, encoding="utf-8")
+        whole_text(tasks / f"{name}.toml", tomli_w.dumps(task.as_file()))
     write_run(run, output / SETTINGS)
 
 
@@ -581,10 +580,8 @@ def keep_lines_until(output: Path, step: int) -> None:
     for path in (output / METRICS, output / SKIPPED, output / EVALUATION):
         if path.exists():
             lines = read_text(path).split("\n")
-            staged = path.with_suffix(".part")
             kept = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
-            staged.write_text(kept, encoding="utf-8")
-            os.replace(staged, path)
+            whole_text(path, kept)
 
 
 def _version(package: str) -> str:

@@ -25,6 +25,7 @@ from visualcloze_deft.data.places import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits, Precision
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.patterns import sound_pattern
 from visualcloze_deft.prompt import ClipText
 from visualcloze_deft.textfile import brief
@@ -404,10 +405,8 @@ def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]
 def write_run(run: Run, path: Path) -> None:
     """Write all settings of `run` but secrets in TOML; the file at `path` is replaced whole or not
     at all."""
-    staged = path.with_suffix(".part")
     fields = without_secrets(run.model_dump(mode="json", exclude_none=True))
-    staged.write_text(tomli_w.dumps(fields), encoding="utf-8")
-    staged.replace(path)
+    whole_text(path, tomli_w.dumps(fields))
 
 
 FOREIGN = ("tracker_options", "deepspeed")  # sections handed on to other packages

@@ -14,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from visualcloze_deft import rundir
+from visualcloze_deft.checkpoint import told
 from visualcloze_deft.compiled import Compiling
 from visualcloze_deft.data.mixture import Skipped
 from visualcloze_deft.errors import UserError, reading
@@ -158,14 +159,16 @@ class Watch:
     def write(self, file: str, line: Mapping[str, Any], *, prefix: str = "") -> None:
         """A line of `file`, and its numbers as curves."""
         rundir.append_line(self.output / file, line)
-        for tracker in self.trackers:
-            tracker.log(curves(line, prefix), step=line["step"])
+        with told(self.output):
+            for tracker in self.trackers:
+                tracker.log(curves(line, prefix), step=line["step"])
 
     def close(self) -> None:
         if self.first and self.compiling:
             tqdm.write(str(self.compiling))
-        for tracker in self.trackers:
-            tracker.finish()
+        with told(self.output):
+            for tracker in self.trackers:
+                tracker.finish()
 
 
 def curves(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

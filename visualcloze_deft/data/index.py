@@ -23,7 +23,7 @@ from visualcloze_deft.data.images import files_below
 from visualcloze_deft.data.inside import path_inside
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.data.maps import read_role
-from visualcloze_deft.errors import printable
+from visualcloze_deft.errors import printable, writing
 
 FORMAT = "2"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
@@ -131,7 +131,11 @@ def _write(rows: Iterable[Row], path: Path) -> None:
         f".part{uuid.uuid4().hex}"
     )  # a process of another node may do so, too
     try:
-        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with (
+            writing(path),
+            pa.OSFile(str(staged), "wb") as file,
+            pa.ipc.new_file(file, _SCHEMA) as writer,
+        ):
             for batch in _batches(rows):
                 writer.write_batch(batch)
         os.replace(staged, path)

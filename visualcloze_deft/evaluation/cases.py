@@ -21,12 +21,12 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from visualcloze_deft.data.mixture import Example
-from visualcloze_deft.errors import UserError, reading
+from visualcloze_deft.errors import UserError, reading, writing
 from visualcloze_deft.evaluation.metrics import Colour
 from visualcloze_deft.evaluation.suites import Question, Row
 from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.preview import write_grids
-from visualcloze_deft.textfile import read_text
+from visualcloze_deft.textfile import read_json, read_text
 
 PICTURE = re.compile(r"\d{3,}-(\d\d(-truth)?|box)\.png")  # of a grid, as `write_grids` calls it
 GRIDS, CASES, GRID_FILE = "grids", "cases.json", "grid.json"
@@ -100,16 +100,21 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
             cases.append(case)
             yield question.example
 
-    path = write_grids(examples(), part)
-    if not cases:
-        raise UserError("no grid could be made: every item is broken, see above")
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    for entry, case in zip(entries, cases, strict=True):
-        entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
-    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
-    (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
-    part.rename(folder)
+    try:
+        with writing(folder):
+            path = write_grids(examples(), part)
+            if not cases:
+                raise UserError("no grid could be made: every item is broken, see above")
+            entries = read_json(path)
+            for entry, case in zip(entries, cases, strict=True):
+                entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
+            path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+            told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
+            (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
+            part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+        raise
     return cases
 
 

@@ -252,7 +252,7 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
     """Raise `UserError` where `output` holds anything but this very evaluation."""
     path = output / SETTINGS
     if not path.is_file():
-        check_foreign(output, (LOCK,), what="evaluation")
+        check_foreign(output, (LOCK, f".{SETTINGS}.*.part"), what="evaluation")
         return
     try:
         before = checked(path, MadeFile, "no evaluation's settings")["made"]
