@@ -190,7 +190,7 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
 def written_grid(
     example: Example, folder: Path, number: int, written: list[Path]
 ) -> dict[str, Any]:
-    """The entry of a grid in its file; its pictures are written, and their paths put to `written`."""
+    """The entry of a grid in its file; its pictures are written, their paths put to `written`."""
     rows: list[list[str | None]] = []
     for r, row in enumerate(example.rows):
         names: list[str | None] = []
