@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from visualcloze_deft import deft, tensorfile
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.lowrank import Change
-from visualcloze_deft.modelfolder import CONFIG, WEIGHTS, adapter_settings
+from visualcloze_deft.modelfolder import CONFIG, WEIGHTS, adapter_settings, loading
 from visualcloze_deft.modelsize import FLUX_LAYERS
 from visualcloze_deft.patterns import matches, matching
 from visualcloze_deft.settings import Adapter
@@ -219,7 +219,7 @@ def load(
     check_ranks(folder, config, tensors)
     transformer.requires_grad_(False)
     try:
-        with reading(f"adapter {folder}", "does not fit this model"):
+        with loading(f"adapter {folder}", "its settings do not fit this model"):
             add(transformer, config)
         check_fit(transformer, folder, config, tensors)
     except UserError:
