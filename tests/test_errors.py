@@ -47,6 +47,7 @@ from visualcloze_deft.report import svg_of
 from visualcloze_deft.runlines import EvaluationLine, StepLine, read_lines
 from visualcloze_deft.settings import Adapter, Run, load_run, write_run
 from visualcloze_deft.textfile import DEEPEST, parse_json
+from visualcloze_deft.upsample import Upsampling
 
 Refused = Callable[..., str]
 NoRoom = Callable[[], AbstractContextManager[None]]
@@ -294,6 +295,12 @@ def test_a_setting_may_still_be_switched_written_in_lines_or_large() -> None:
         ["infer", "--examples", "g.json", "--steps", "1000000000000"],
         ["infer", "--examples", "g.json", "--cache", "taylorseer=inf"],
         ["tasks", "example", "depth-to-image", "--count", "1000000000000"],
+        ["tasks", "preview", "depth-to-image", "--seed", "-1"],
+        ["data", "preview", "scenes", "--seed", "-1"],
+        ["data", "check", f"scenes={DIGITS}"],
+        ["data", "check", "scenes=99999999999999999999"],
+        ["data", "check", f"subject={DIGITS}"],
+        ["eval", "none", "--suite", "scenes", "--limit", "1000000000000", "--output", "o"],
     ],
     ids=lambda words: " ".join(words)[:40],
 )
@@ -527,6 +534,18 @@ def test_what_is_nested_deeply_is_refused_however_deep(tmp_path: Path, depth: in
     (tmp_path / "run.toml").write_text(f"a = {text}")
     message(lambda: read_requests(tmp_path / "grid.json", load_tasks()))
     message(lambda: load_run(str(tmp_path / "run.toml")))
+
+
+def test_a_hexadecimal_number_of_thousands_of_digits_is_refused_in_a_task_file(
+    refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "a.toml").write_text(f"summary = 0x{'f' * 5000}")
+    assert "not valid TOML" in refused("tasks", "check", tmp_path / "a.toml")
+
+
+def test_an_upsampled_side_that_no_picture_has_is_refused() -> None:
+    for side in (10**400, 10**9, -1):
+        message(lambda side=side: Upsampling(width=side))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, DEEP, "5", "{", f'{{"a": {DIGITS}}}'])

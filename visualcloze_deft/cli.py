@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SAYING = ("click.utils", "tqdm.std", "tqdm.utils")  # modules that write to standard output
 MOST_IMAGES = 10_000  # of a grid, and of a task
+SEED = click.IntRange(0, 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 DATA = click.option(
@@ -551,7 +552,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**6),
     metavar="N",
     help="Grids of each row of the table. Default: 64 of a task of scenes, 100 of graph200k's, all "
     "of the others.",
@@ -572,7 +573,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=1,
     show_default=True,
     help="Of grids; not training's.",
@@ -594,7 +595,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 )
 @click.option(
     "--edge-tolerance",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1000),
     metavar="PIXELS",
     help="How far apart edges may lie that count as the same. Default: 0; with --images, edges are "
     "compared only where it is given.",
@@ -975,7 +976,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
     help="One grid of each, as 'vcdeft infer' would be asked, instead of --count drawn ones.",
 )
 @HOLD_OUT
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @RESOLUTION
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
 def preview(
@@ -1018,7 +1019,7 @@ def preview(
 )
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seed", type=SEED, default=1, show_default=True)
 @RESOLUTION
 @click.option("--output", default="grids", show_default=True, metavar="DIR")
 def example(
@@ -1110,7 +1111,7 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
 @data.command("preview", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--output", default="data.png", show_default=True, metavar="FILE")
 def preview_data(source: str, count: int, seed: int, output: str) -> None:
     """Draw some items of a source, all their roles side by side, into a PNG."""
@@ -1161,7 +1162,10 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
 @data.command("encode", context_settings=CONTEXT, params=of_a_run())
 @click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
 @click.option(
-    "--examples", type=click.IntRange(1), metavar="N", help="Default: as many as the run will draw."
+    "--examples",
+    type=click.IntRange(1, 10**9),
+    metavar="N",
+    help="Default: as many as the run will draw.",
 )
 @click.option("--text-only", is_flag=True, help="Texts, which are few and large to encode.")
 @click.pass_obj

@@ -85,10 +85,7 @@ def brief(value: object) -> str:
     >>> brief("a"), brief([1] * 100)
     ("'a'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 ...')
     """
-    try:
-        text = repr(value)
-    except ValueError:  # which TOML can write as a hexadecimal number
-        return "a number of thousands of digits"
+    text = repr(value)
     return text if len(text) <= BRIEF else f"{text[: BRIEF - 4]} ..."
 
 

@@ -19,5 +19,6 @@ def parse_toml(where: str, text: str) -> dict[str, Any]:
     """What a TOML text says. Raises `UserError`, which begins with `where`, where it is none."""
     with reading(where, "not valid TOML"):  # also of numbers of thousands of digits
         found = tomllib.loads(text)
-    check_depth(where, found)
+        check_depth(where, found)
+        repr(found)  # no message could name a hexadecimal number of as many
     return found
