@@ -323,7 +323,10 @@ def pinned(model: str | None, revision: str | None) -> str | None:
 def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
     """Raise `UserError` unless the adapter in a folder is of this method and rank, and was trained
     on a base with the same LoRA merged into it ("": none)."""
-    fields = adapter_settings(folder)
+    try:
+        fields = adapter_settings(folder)
+    except UserError as error:
+        raise UserError(f"adapter.start: {error}") from None
     kind, found = str(fields.get("peft_type")), fields.get("r")
     if kind == "DEFT":
         relaxed = "deft-relaxed" if fields.get("decomposition_method") == "relu" else "deft"
