@@ -23,7 +23,6 @@ from visualcloze_deft.heldout import Measured
 from visualcloze_deft.models import Models
 from visualcloze_deft.plan import Step
 from visualcloze_deft.settings import Run, Tracker
-from visualcloze_deft.textfile import brief
 
 T = TypeVar("T")
 
@@ -255,7 +254,10 @@ def started(name: Tracker, run: Run, start: int) -> GeneralTracker:
         options |= {"resume": "auto"} if start >= 0 else {}
     called = "tensorboard" if name == "tensorboard" else run.watch.project
     own = run.watch.tracker_options.get(name, {})
-    with reading(f"watch.tracker_options.{name}", f"{name} does not start with {brief(own)}"):
+    with reading(
+        f"watch.tracker_options.{name}",
+        f"{name} does not start with {', '.join(own) or 'its defaults'}",
+    ):
         tracker = kind(called, *place, **(options | own))
         tracker.start()
     return tracker
