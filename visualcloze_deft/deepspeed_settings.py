@@ -3,6 +3,7 @@ is silent about all others."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from visualcloze_deft.errors import PARSED, UserError, nearest, why
+from visualcloze_deft.launch import device_environment
 from visualcloze_deft.settings import OWNED, Run, kinds_in, leaves, over
 from visualcloze_deft.textfile import brief
 
@@ -67,6 +69,7 @@ def check(run: Run) -> None:
     for value in leaves(run.deepspeed):
         if isinstance(value, int | float) and not abs(value) <= LARGEST:
             raise UserError(f"deepspeed: {brief(value)}: no number of 64 bits")
+    os.environ.update(device_environment())  # which DeepSpeed reads when it is imported
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.utils import logger
 
