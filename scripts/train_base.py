@@ -1,8 +1,8 @@
-"""Make the embedded base, from nothing or from another base:
+"""Make the embedded base: all stages from nothing, or one stage on another base.
 
-    python scripts/train_base.py --output work/base                 # all stages, 15 minutes of an H100
-    python scripts/train_base.py --output work/base --minutes 60 --stage transformer    # a CPU: again and again
-    python scripts/train_base.py --output work/base --start visualcloze_deft/base       # train on
+    python scripts/train_base.py --output work/base
+    python scripts/train_base.py --output work/base --stage transformer --minutes 60
+    python scripts/train_base.py --output work/base --start visualcloze_deft/base --cell 64
 
 Stages: text (tokenizers and text encoders), vae, transformer (bundles of scenes are rendered beside
 it), decoder (adapts the VAE to what the transformer makes), pack (a diffusers folder in

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +48,12 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def trainer(started: Plan) -> Iterator[transformer.Trainer]:
+def trainer(started: Plan) -> transformer.Trainer:
     opened = transformer.open_bank(started)
     (started.bank / ".000001-2.npz").write_bytes(b"half of it")  # a kill left it
     opened.refresh()
     torch.manual_seed(0)
-    yield transformer.Trainer(started, transformer.first_net(started, opened), opened)
+    return transformer.Trainer(started, transformer.first_net(started, opened), opened)
 
 
 def test_only_whole_parts_are_read_and_each_once(trainer: transformer.Trainer) -> None:
