@@ -474,6 +474,7 @@ def test_an_adapters_settings_that_are_no_object_are_refused(
         ("text_encoder/config.json", {"layer_norm_eps": {"a": 1}}),
         ("text_encoder/config.json", {"hidden_act": []}),
         ("text_encoder_2/config.json", {"d_model": 64.0}),
+        ("text_encoder_2/config.json", {"model_type": "llama"}),
         ("text_encoder_2/config.json", {"feed_forward_proj": 5}),
         ("text_encoder_2/config.json", {"vocab_size": "360"}),
         ("vae/config.json", {"block_out_channels": 16}),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from visualcloze_deft import tensorfile
 from visualcloze_deft.errors import PARSED, UserError, why
-from visualcloze_deft.textfile import read_object
+from visualcloze_deft.textfile import check_file, read_object
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
 AVERAGE = "ema.safetensors"  # only where a run keeps one
@@ -63,7 +63,7 @@ class Checkpoint:
     def average(self) -> dict[str, Tensor]:
         """The running average of what is trained; empty where the run keeps none."""
         path = self.folder / AVERAGE
-        return load_file(path) if path.exists() else {}
+        return load_file(path) if os.path.lexists(path) else {}
 
 
 def save(
@@ -208,6 +208,7 @@ def checksum(fields: Mapping[str, Any]) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal. Raises `UserError` where it is none."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

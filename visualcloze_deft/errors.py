@@ -50,7 +50,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(printable(" ".join(message.split()))))
+        super().__init__(one_line(" ".join(message.split())))
 
 
 @contextmanager
@@ -101,6 +101,11 @@ def refusal(error: BaseException) -> str:
         names = (error.filename, error.filename2)
         return f"{' -> '.join(os.fsdecode(n) for n in names if n is not None)}: {why(error)}"
     return why(error)
+
+
+def one_line(text: str) -> str:
+    """`text` in one line of `MOST` characters at most that any terminal shows as it is."""
+    return shortened(printable(text))
 
 
 def printable(text: str) -> str:

@@ -397,6 +397,8 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
     )
     for tokenizer, part, encoder, spare in encoders:
+        with built(name, part):  # also of settings that count only when a text is read
+            tokenizer([""], padding="max_length", max_length=8, truncation=True)
         told = settings_of(name, encoder)
         known = told.get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
