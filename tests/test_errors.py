@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -682,3 +683,15 @@ def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
     few = report.picture("by task", "", lambda axes: report.draw_tasks(axes, plain))
     assert drawn.count("legend_1") == few.count("legend_1") == 1
     assert drawn.count('id="text_') == few.count('id="text_') + 1  # the name stands in the legend
+
+
+def test_what_a_library_logs_is_short_and_plain(caplog: pytest.LogCaptureFixture) -> None:
+    main(["--help"])
+    try:
+        logging.getLogger("diffusers").warning("ignored: %s", "\x1b[31m\n" + "x" * 10_000)
+    finally:
+        logging.setLogRecordFactory(logging.LogRecord)
+    (line,) = caplog.messages
+    assert line.startswith("ignored: ")
+    assert len(line) < MOST
+    assert line.isprintable()
