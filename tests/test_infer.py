@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import processes
@@ -251,40 +252,61 @@ def test_a_killed_command_goes_on_where_it_was(
     assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
 
 
-def test_a_grid_that_another_process_makes_is_left_to_it(
+@contextmanager
+def held(output: Path, then: str) -> Iterator[None]:
+    """Another process holds grid 001; `then` it does when grid 002 is made, and some time more."""
+    output.mkdir()
+    command = [sys.executable, "-c", HOLD, str(output), then]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        yield
+    finally:
+        other.kill()
+        other.communicate()
+
+
+HOLD = """
+import os, signal, sys, time
+from pathlib import Path
+from visualcloze_deft.claims import Claims
+output = Path(sys.argv[1])
+claims = Claims(output)
+print(claims.take("001"), flush=True)
+while not (output / "002.json").exists():
+    time.sleep(0.05)
+time.sleep(1)
+exec(sys.argv[2])
+time.sleep(600)
+"""
+
+
+def test_a_grid_that_a_killed_process_leaves_is_made_by_the_one_that_waits_for_it(
     micro_model: Path,
     grid_file: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"True\n"
-        words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    with held(output, "os.kill(os.getpid(), signal.SIGKILL)"):
         run(*words)
-        assert "1 grids are being made by other processes" in capsys.readouterr().out
-        assert (output / "002.json").is_file()
-        assert not (output / "001.json").exists()
-    finally:
-        other.kill()
-        other.communicate()
-    run(*words)  # what held it has died
-    assert (output / "001.json").is_file()
+    assert "waiting for what other processes make, 1 grids" in capsys.readouterr().out
+    records = [(output / f"{name}.json").stat().st_mtime for name in ("002", "001")]
+    assert records == sorted(records)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from visualcloze_deft.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-print(claims.take("001"), flush=True)
-sys.stdin.read()
-"""
+def test_a_grid_that_another_process_makes_is_left_to_it_also_by_one_that_is_ended(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    with held(output, "os.kill(os.getppid(), signal.SIGINT)"), pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 130
+    assert (output / "002.json").is_file()
+    assert not (output / "001.json").exists()
 
 
 def test_several_adapters_and_strengths(

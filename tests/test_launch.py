@@ -224,16 +224,45 @@ def test_encoding_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> N
     killed(launcher, least=2)
 
 
+def grids_in(folder: Path, count: int) -> Path:
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(folder / f"{name}.png")
+    rows = [["a.png", "b.png"], ["a.png", None]]
+    grids = [{"task": "depth-to-image", "rows": rows, "seed": seed} for seed in range(count)]
+    path = folder / "grids.json"
+    path.write_text(json.dumps(grids))
+    return path
+
+
 @pytest.mark.processes
 def test_generating_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
-    rows = [["a.png", "b.png"], ["a.png", None]]
-    grids = [{"task": "depth-to-image", "rows": rows, "seed": seed} for seed in range(4)]
-    (tmp_path / "grids.json").write_text(json.dumps(grids))
     output = tmp_path / "out"
-    words = ["infer", "--examples", tmp_path / "grids.json", "--model", micro_model]
+    words = ["infer", "--examples", grids_in(tmp_path, 4), "--model", micro_model]
     launcher = started([*words, "--steps", 100_000, "--processes", 2, "--output", output])
     until(lambda: (output / CLAIMS).is_file())
     killed(launcher, least=2)
     assert not list(output.glob("*.png"))
+
+
+@pytest.mark.processes
+def test_what_a_killed_process_of_a_shared_list_leaves_is_made_by_the_other(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["infer", "--examples", grids_in(tmp_path, 2), "--model", micro_model]
+    words += ["--steps", 150, "--output", output]
+    first = started(words)
+    until(lambda: (output / CLAIMS).is_file())
+    time.sleep(0.2)
+    first.send_signal(signal.SIGSTOP)  # within its first grid
+    assert not (output / "001.json").exists()
+    other = started(words)
+    until(lambda: (output / "002.json").is_file())
+    time.sleep(1)
+    assert other.poll() is None
+    first.kill()
+    said, _ = other.communicate(timeout=120)
+    assert other.returncode == 0, said[-2000:]
+    assert "waiting for what other processes make, 1 grids" in said
+    assert (output / "001.json").is_file()
+    first.communicate()

@@ -87,6 +87,7 @@ NOT_COMPARED = (
 )
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
+WAIT = 0.5  # seconds between two looks at what other processes make
 MANY = 20  # grids from which on reading their pictures gets a bar
 
 
@@ -504,10 +505,11 @@ def work(
     *,
     since: float,
 ) -> None:
-    """Make what nobody else makes, grids of one shape together."""
+    """Make what nobody else makes, grids of one shape together; then wait for what others make, and
+    make what they leave undone when they end."""
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
-    pipe, claims, others = load(settings), Claims(output), 0
+    pipe, claims = load(settings), Claims(output)
     check_unchanged(settings, waiting[0].record)
     if pipe.attention.line:
         tqdm.write(pipe.attention.line)
@@ -515,14 +517,21 @@ def work(
         "attention_used": pipe.attention.backend,
         "attention_check": pipe.attention.line,
     }
-    left = list(waiting)
+    left, theirs = list(waiting), list[Planned]()
+    said = False
     with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
 
         def step(_: Any, __: int, ___: Any, told: dict[str, Any]) -> dict[str, Any]:
             bar.update(len(told["latents"]))
             return told
 
-        while left:
+        while left or theirs:
+            if not left:
+                if not said:
+                    tqdm.write(f"waiting for what other processes make, {len(theirs)} grids")
+                said = True
+                time.sleep(WAIT)
+                left, theirs = theirs, []
             chunk: list[Planned] = []
             images = 0
             for plan in [plan for plan in left if plan.shape == left[0].shape]:
@@ -530,7 +539,7 @@ def work(
                     break
                 left.remove(plan)
                 if not claims.take(plan.entry.name):
-                    others += 1
+                    theirs.append(plan)
                 elif finished(output, plan, since=since):  # by another, meanwhile
                     bar.update(plan.steps)
                     claims.release(plan.entry.name)
@@ -559,8 +568,6 @@ def work(
                 record = plan.record | record_of_grid(one) | used
                 write(output, replace(plan, record=record), one, answers)
                 claims.release(plan.entry.name)
-    if others:
-        tqdm.write(f"{others} grids are being made by other processes")
 
 
 def load(settings: Settings) -> InContextPipeline:
@@ -603,7 +610,7 @@ def share(
     """Run this command in `count` processes, each on a GPU of its own where there are any.
 
     Ctrl-C and SIGTERM end them, too, and so does whatever ends this one. Raises `UserError` where
-    one of them failed, after the others have ended.
+    grids are not made, because so many of them failed.
     """
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
@@ -632,14 +639,14 @@ def share(
         bar.update(sum(done(output, plan, since) for plan in waiting) - bar.n)
     if asked:
         raise SystemExit(exit_status(asked.signal))
-    unmade = sum(not done(output, plan, since) for plan in waiting)
-    if failed := [process.returncode for process in started if process.returncode]:
+    failed = sum(process.returncode != 0 for process in started)
+    if unmade := sum(not done(output, plan, since) for plan in waiting):
         raise UserError(
-            f"{len(failed)} of {count} processes failed, {unmade} grids are not made; the same "
+            f"{failed} of {count} processes failed, {unmade} grids are not made; the same "
             f"command {'without --overwrite ' if since else ''}goes on with them"
         )
-    if unmade:
-        tqdm.write(f"{unmade} grids are being made by other processes")
+    if failed:
+        tqdm.write(f"{failed} of {count} processes failed; the others have made their grids")
 
 
 def visible_gpus(count: int) -> list[str]:
