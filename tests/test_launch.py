@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +21,12 @@ from PIL import Image
 from visualcloze_deft import rundir
 from visualcloze_deft.claims import CLAIMS
 from visualcloze_deft.encodings import entries
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.handles import ENOUGH, check_handles, raise_limit, received
 from visualcloze_deft.launch import GROUP, already_launched, check_processes, forget_group
+from visualcloze_deft.settings import parse_run
+from visualcloze_deft.signals import exit_status
+from visualcloze_deft.watchdog import SIGNS
 
 Refused = Callable[..., str]
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -174,6 +181,89 @@ def test_some_more_processes_than_cores_are_allowed() -> None:
     check_processes(8)
 
 
+# ---- how many files
+
+
+def limited(files: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """`vcdeft WORDS` where a process may open so many files."""
+    command = shlex.join([sys.executable, "-m", "visualcloze_deft", *map(str, words)])
+    return subprocess.run(
+        ["sh", "-c", f"ulimit -n {files} && exec {command}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "check", "scenes=2", "--workers", 3], "and 268 may be needed"),
+        (["data", "check", "scenes=2", "--workers", 0], "and 256 may be needed"),
+        (["infer", "--examples", "grid.json"], "a shell that allows 'ulimit -n 256'"),
+        (["eval", "none", "--suite", "scenes", "--output", "out"], "may open 64 files here"),
+        pytest.param(
+            ["train", "--batch", 2, "--set", "data.workers=4", "--output", "out"],
+            "and 416 may be needed; start in a shell that allows 'ulimit -n 416', or lower data.wo",
+            marks=pytest.mark.processes,
+        ),
+        pytest.param(
+            ["data", "encode", "--output", "out"], "may be needed", marks=pytest.mark.processes
+        ),
+        pytest.param(
+            ["compare", "compare-scenes", "--output", "out", "--dry-run"],
+            "may be needed",
+            marks=pytest.mark.processes,
+        ),
+    ],
+)
+def test_too_few_files_are_one_line_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], said: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(rundir.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    done = limited(64, *words)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.startswith("vcdeft: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert len(done.stderr) <= 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_takes_the_files_that_the_system_lets_it_have() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        with pytest.raises(UserError, match="may open 200 files"):
+            check_handles()
+        raise_limit()
+        check_handles()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (
+            hard if 0 <= hard < ENOUGH else ENOUGH,
+            hard,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "batch", [{"batch": 5}, {"batch_tokens": 5 * 8 * 16, "data": {"workers": 3, "resolution": 64}}]
+)
+def test_files_grow_with_what_reading_processes_hold(batch: dict[str, object]) -> None:
+    fields = {"data": {"workers": 3}, "accumulate": 2} | batch
+    assert received(parse_run(fields, where="here")) == 8 * 5 * (2 * 3 + 2)
+    assert received(parse_run(fields | {"data": {"workers": 0}}, where="here")) == 0
+
+
+@pytest.mark.processes
+def test_a_run_needs_no_more_files_than_is_said(micro_model: Path, tmp_path: Path) -> None:
+    words = ["train", *words_of(micro_model), "--zero", 0, "--steps", 4, "--output", tmp_path / "a"]
+    done = limited(848, *words, "--batch", 8, "--set", "data.workers=4")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- ends
 
 
@@ -214,6 +304,22 @@ def test_training_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> N
     launcher = started([*words, "--processes", 2, "--set", "data.workers=1"])
     until(lambda: rundir.read_lines(output / rundir.METRICS))
     killed(launcher, least=4)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("moment", [rundir.SETTINGS, f"{SIGNS}/0"])
+def test_a_run_that_has_not_begun_ends_as_soon_as_it_is_asked(
+    micro_model: Path, tmp_path: Path, moment: str
+) -> None:
+    """Its evaluation before the first step would take hours."""
+    output = tmp_path / "run"
+    slow = ["--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=1000000"]
+    launcher = started(["train", *words_of(micro_model), *slow, "--output", output])
+    until(lambda: (output / moment).exists())
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(20) in (exit_status(signal.SIGTERM), -signal.SIGTERM)
+    until(lambda: not [*alive(children)], 5)
 
 
 @pytest.mark.processes

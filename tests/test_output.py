@@ -219,7 +219,7 @@ def started(words: Sequence[object]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", range(int(os.environ.get("VCDEFT_KILLS", "20")) // 2))
+@pytest.mark.parametrize("number", range(int(os.environ.get("VCDEFT_KILLS", "20"))))
 def test_of_two_starts_into_one_folder_one_wins_and_its_settings_are_its_own(
     micro_model: Path, tmp_path: Path, number: int
 ) -> None:

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.handles import check_handles, check_run, raise_limit
 from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def train(
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
     wanted = run_of(config, data, annotate, overrides, options)
+    check_run(wanted)
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
     if dry_run and resume:
@@ -484,6 +486,7 @@ def infer(
     vcdeft infer --examples grid.json --adapter runs/demo/adapter --images 4
     vcdeft infer --examples grids/ --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.5
     """
+    check_handles()
     from visualcloze_deft.infer import Settings
     from visualcloze_deft.infer import infer as run_infer
     from visualcloze_deft.modelfolder import pinned
@@ -649,6 +652,7 @@ def evaluate(
         --data dreambooth=PATH --encoder clip --encoder dino=models/dino --output subjects
     vcdeft eval --images made/ --against truth/ --output compared
     """
+    check_handles()
     from visualcloze_deft.evaluation.evaluate import (
         Asked,
         Scoring,
@@ -1071,6 +1075,8 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     \b
     vcdeft data check graph200k=/data/graph200k
     """
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    check_handles(readers=workers, lower="--workers")
     from tqdm import tqdm
 
     from visualcloze_deft.data.check import look_at_all, report
@@ -1083,7 +1089,6 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
         source = f"scenes={CHECKED_SCENES}"
         click.echo(f"scenes are made without end; {CHECKED_SCENES} of them:")
     opened = open_source(source, size=512, seed=0)
-    workers = (os.cpu_count() or 1) if workers is None else workers
     items = look_at_all(opened, workers=workers)
     seen = tqdm(items, desc="reading", total=len(opened), unit="item")
     lines, broken = report(seen, tasks)
@@ -1179,6 +1184,7 @@ def encode_data(
     from visualcloze_deft.precompute import encode_run, prepare
 
     run = run_of(config, data, annotate, overrides, options)
+    check_run(run)
     processes = process_count(run.processes)
     launched = already_launched()
     if processes == 1 or launched:
@@ -1245,6 +1251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     end_with_launcher()
+    raise_limit()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)

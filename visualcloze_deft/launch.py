@@ -130,7 +130,10 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         again = asked.twice(number)
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children:  # none is started yet, so none would hear it
+            raise SystemExit(exit_status(number))
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
