@@ -57,10 +57,9 @@ CANDIDATES: dict[Passes, tuple[str, ...]] = {
     "forward": ("cudnn", "flash", "efficient", "math"),
     "both": ("flash", "efficient", "math"),
 }
-"""What "auto" tries, fastest first (measured on an H100). Training does not take cuDNN by itself
-until it was seen right on a card: its backward pass is reported to return NaN, or to read memory
-that is not its own, for some lengths and strides, while the forward pass is right (pytorch#196678,
-pytorch#139298)."""
+"""What "auto" tries, fastest first (measured on an H100). Training does not take cuDNN by itself:
+for the second of two layouts its backward pass returned NaN there, or read memory that was not its
+own, see `dense_gradients`."""
 
 MAY_BE_CUDNN = frozenset({"cudnn", NATIVE})  # on GPUs torch's own choice may be cuDNN, too
 
@@ -133,7 +132,7 @@ def choose(
     """
     refused: dict[str, str] = {}
     for name in candidates:
-        fault = shared(fault_of(attend_with(name), shapes, passes=passes))
+        fault = shared(fault_of(attend_as_used(name), shapes, passes=passes))
         if fault is None:
             said = "".join(f"; refused: {other}: {why}" for other, why in refused.items())
             return Choice(backend=name, line=f"attention: {name} (checked in {shapes}{said})")
@@ -185,6 +184,12 @@ def attend_with(name: str) -> Attend:
         return attended
 
     return attend
+
+
+def attend_as_used(name: str) -> Attend:
+    """`attend_with(name)` as `use` has a transformer attend: cuDNN gets dense gradients."""
+    attend = attend_with(name)
+    return (lambda q, k, v: _densely_of(attend(q, k, v))) if name in MAY_BE_CUDNN else attend
 
 
 # The test
@@ -357,8 +362,9 @@ def dense_gradients(transformer: FluxTransformer2DModel) -> None:
 
     In single blocks it is part of a wider row, see `LAYOUTS`. torch up to 2.11 at least compiles
     cuDNN's backward pass for the strides of the first gradient that it meets, and reads all others
-    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). Read in the
-    source, not seen on a card. The numbers stay the same; a single block pays a copy.
+    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). On an H100 the
+    second layout then lost four fifths of its rows. The numbers stay the same; a single block pays
+    a copy.
     """
     for block in transformer.single_transformer_blocks:
         if _densely not in block.attn._forward_hooks.values():
@@ -366,6 +372,10 @@ def dense_gradients(transformer: FluxTransformer2DModel) -> None:
 
 
 def _densely(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return _densely_of(output)
+
+
+def _densely_of(output: Tensor) -> Tensor:
     dense: Tensor = _Dense.apply(output)
     return dense
 

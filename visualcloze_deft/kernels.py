@@ -76,7 +76,7 @@ def remedies(
         for name in attention.CANDIDATES["both"]:
             if name == kernels.attention:
                 continue
-            attend = attention.attend_with(name)
+            attend = attention.attend_as_used(name)
             if shared(attention.fault_of(attend, shapes, passes="both")) is None:
                 yield replace(kernels, attention=name)
 
