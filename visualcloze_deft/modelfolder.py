@@ -145,32 +145,39 @@ def file_of(name: str, file: str) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision))
 
 
-def check_folder(name: str, *, token: str | None = None) -> None:
+def check_folder(
+    name: str, *, token: str | None = None, parts: Collection[str] = tuple(PARTS)
+) -> None:
     """Raise `UserError` if `name` is no whole model: before any weight is read or downloaded.
 
-    Which tensors are in the weight files, `models.check_weights` compares.
+    parts: those that are needed. Which tensors are in the weight files, `models.check_weights`
+    compares.
     """
     where = f"model {name!r}" if on_hub(name) else f"model folder {folder_of(name)}"
     files = hub_files(name, token) if on_hub(name) else frozenset(files_in(folder_of(name)))
-    lacking = [part for part in PARTS if not any(file.startswith(f"{part}/") for file in files)]
+    lacking = [part for part in parts if not any(file.startswith(f"{part}/") for file in files)]
     if lacking:
         raise UserError(
             f"{where}: no {', '.join(lacking)}; expected a diffusers folder of "
             f"FLUX.1-Fill with {', '.join(PARTS)}"
         )
     for part, kinds in TOKENIZERS.items():
-        if not any({f"{part}/{file}" for file in kind} <= files for kind in kinds):
+        if part in parts and not any(
+            {f"{part}/{file}" for file in kind} <= files for kind in kinds
+        ):
             wanted = " or ".join(" and ".join(sorted(kind)) for kind in kinds)
             raise UserError(f"{where}: {part}/ has no {wanted}; copy or download it again")
     settings = dict.fromkeys(NETWORKS, "config.json")
     settings |= dict.fromkeys(TOKENIZERS, "tokenizer_config.json")
     settings |= {"scheduler": "scheduler_config.json"}
     for part, file in settings.items():
-        if f"{part}/{file}" not in files:
+        if part in parts and f"{part}/{file}" not in files:
             raise UserError(f"{where}: {part}/ has no {file}; copy or download it again")
     for part in NETWORKS:
-        check_files(name, where, part, files)
-    check_channels(name)
+        if part in parts:
+            check_files(name, where, part, files)
+    if "transformer" in parts:
+        check_channels(name)
 
 
 def check_files(name: str, where: str, part: str, files: Collection[str]) -> None:
