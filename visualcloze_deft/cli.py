@@ -601,6 +601,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     "--against-base", is_flag=True, help="The same grids without the adapter: what was lost."
 )
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@REVISION
 @click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base.")
 @click.option(
     "--quantise",
@@ -661,7 +662,9 @@ def evaluate(
     )
     from visualcloze_deft.evaluation.suites import Making
     from visualcloze_deft.infer import Settings
+    from visualcloze_deft.modelfolder import pinned
 
+    revision = options.pop("revision")
     scoring = Scoring(
         encoders=encoders or None,
         annotate=places(annotate),
@@ -690,6 +693,7 @@ def evaluate(
             )
         if unpaired or prompts:
             raise UserError("--unpaired and --prompts go with --images")
+        options["model"] = pinned(options["model"], revision)
         written = evaluate_suite(
             Asked(
                 suite=suite,
@@ -769,6 +773,7 @@ def sources_named(data: Sequence[str]) -> dict[str, str]:
     help="Of a LoRA file, default float32; of a merged transformer, default its base's.",
 )
 @click.option("--model", help="The base; default: the one the adapter was trained on.")
+@REVISION
 @click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
 @click.option(
     "--verify/--no-verify",
@@ -783,6 +788,7 @@ def export_adapter(
     strength: float,
     dtype: str | None,
     model: str | None,
+    revision: str | None,
     lora: str | None,
     verify: bool,
 ) -> None:
@@ -797,6 +803,7 @@ def export_adapter(
     import torch
 
     from visualcloze_deft.export import export
+    from visualcloze_deft.modelfolder import pinned
 
     report = export(
         Path(run),
@@ -804,7 +811,7 @@ def export_adapter(
         kind,
         strength=strength,
         dtype=getattr(torch, dtype) if dtype else None,
-        model=model,
+        model=pinned(model, revision),
         lora=lora,
         verify=verify,
     )
@@ -823,7 +830,8 @@ def export_adapter(
 @click.argument("file", metavar="FILE")
 @click.option("--output", required=True, metavar="DIR", help="The adapter folder to write.")
 @click.option("--model", default="tiny", show_default=True, help="The base that the LoRA changes.")
-def import_adapter(file: str, output: str, model: str) -> None:
+@REVISION
+def import_adapter(file: str, output: str, model: str, revision: str | None) -> None:
     """Turn a FLUX LoRA file (named as by diffusers, kohya or FLUX itself) into an adapter folder.
 
     \b
@@ -831,8 +839,11 @@ def import_adapter(file: str, output: str, model: str) -> None:
     vcdeft train --method lora --rank 16 --set adapter.start=my-lora ...
     """
     from visualcloze_deft.export import import_lora
+    from visualcloze_deft.modelfolder import pinned
 
-    click.echo(import_lora(Path(file), Path(output), model=model))
+    base = pinned(model, revision)
+    assert base is not None
+    click.echo(import_lora(Path(file), Path(output), model=base))
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -893,8 +904,11 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--model", help="Also what this model's text encoders read and lose of a grid's text."
 )
+@REVISION
 @click.option("--content", default="", metavar="TEXT", help="A content sentence, with --model.")
-def show_task(name: str, folders: tuple[str, ...], model: str | None, content: str) -> None:
+def show_task(
+    name: str, folders: tuple[str, ...], model: str | None, revision: str | None, content: str
+) -> None:
     """What task NAME shows, generates and says, and which data it can be made from.
 
     \b
@@ -902,8 +916,10 @@ def show_task(name: str, folders: tuple[str, ...], model: str | None, content: s
     """
     from visualcloze_deft.data.derive import missing
     from visualcloze_deft.data.sources import ROLES_OF
+    from visualcloze_deft.modelfolder import pinned
     from visualcloze_deft.registry import load_tasks
 
+    model = pinned(model, revision)
     known = load_tasks(map(Path, folders))
     if name not in known:
         raise UserError(f"unknown task {name!r}; {nearest(name, known)}")

@@ -69,6 +69,17 @@ def hub_id(name: str) -> tuple[str, str | None]:
     return found["repo"], found["revision"]
 
 
+def at_revision(place: str) -> dict[str, Any]:
+    """A folder, or a hub id of any kind of model, as `from_pretrained` takes it.
+
+    >>> at_revision("facebook/dinov2-small@main")
+    {'pretrained_model_name_or_path': 'facebook/dinov2-small', 'revision': 'main'}
+    """
+    repo, revision = (place, None) if Path(place).is_dir() else hub_id(place)
+    told = {"pretrained_model_name_or_path": repo, "revision": revision}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def on_hub(name: str) -> bool:
     return name != TINY and not Path(name).exists()
 
