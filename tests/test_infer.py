@@ -19,10 +19,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from visualcloze_deft import InContextPipeline, adapters, pipeline, rundir
 from visualcloze_deft import infer as infer_module
-from visualcloze_deft import pipeline
 from visualcloze_deft.cli import main
-from visualcloze_deft.models import shapes_of
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.lorafile import shapes_of
+from visualcloze_deft.modelfolder import check_start, fingerprint, told_by
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import Adapter, load_run
 
 
 def names(folder: Path) -> set[str]:
@@ -316,9 +320,6 @@ def test_several_adapters_and_strengths(
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
 
     for name in ("one", "two"):
         models = load_models(str(micro_model))
@@ -389,12 +390,6 @@ def test_offloading_without_a_gpu_is_refused(
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     micro_model: Path, tmp_path: Path
 ) -> None:
-    from visualcloze_deft import InContextPipeline, adapters
-    from visualcloze_deft.errors import UserError
-    from visualcloze_deft.modelfolder import fingerprint
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
-
     models = load_models(str(micro_model))
     adapters.attach(models.transformer, Adapter(rank=2), seed=0)
     mark = {"base_fingerprint": fingerprint("tiny"), "base_model": "tiny"}
@@ -409,9 +404,6 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
 
     models = load_models(str(micro_model))
     adapters.attach(models.transformer, Adapter(rank=2), seed=0)
@@ -419,6 +411,68 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     words = ("--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "out")
     run(*words, "--resolution", 32, "--adapter", tmp_path)
     assert "LoRA some/lora merged" in capsys.readouterr().out
+
+
+def test_the_lora_in_the_base_of_an_adapter_is_known_by_its_hash(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    refused: Callable[..., str],
+) -> None:
+    """Under another name it is the same, another file under its name is not: when an adapter is
+    used, exported, trained from or resumed."""
+    lora = write_lora(micro_model, tmp_path / "lora.safetensors", seed=0)
+    elsewhere = Path(shutil.copy(lora, tmp_path / "copy.safetensors"))
+    said = [f"model={micro_model}", f"model_lora={lora}"]
+    mark = rundir.base_of(load_run(None, said))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    models = load_models(str(micro_model), lora=str(lora))
+    adapters.attach(models.transformer, Adapter(rank=2, method="lora"), seed=0)
+    adapters.save(models.transformer, folder, base="micro", metadata=mark)
+    given = ("--model", micro_model, "--adapter", folder)
+    words = ("--examples", grid_file(), *given, "--resolution", 32)
+    run(*words, "--lora", elsewhere, "--output", tmp_path / "out")
+    assert "was trained on" not in capsys.readouterr().out
+    run(*words, "--output", tmp_path / "without")
+    assert f"the LoRA {lora} merged, here it is none" in capsys.readouterr().out
+    InContextPipeline.from_pretrained(micro_model, adapter=folder)
+    assert f"the LoRA {lora} merged, here it is none" in caplog.text
+    check_start(folder, "lora", 2, str(elsewhere))
+    write_lora(micro_model, lora, seed=1)
+    capsys.readouterr()
+    line = "made for a base with another LoRA merged than"
+    assert line in refused("infer", *words, "--lora", lora, "--output", tmp_path / "other")
+    export = ("export", folder, "--format", "comfyui", "--output", tmp_path / "exported")
+    assert line in refused(*export, "--model", micro_model)
+    with pytest.raises(UserError, match=line):
+        InContextPipeline.from_pretrained(micro_model, adapter=folder, lora=str(lora))
+    with pytest.raises(UserError, match="set model_lora"):
+        check_start(folder, "lora", 2, str(lora))
+    pipe = InContextPipeline.from_pretrained(micro_model, lora=str(lora))
+    with pytest.raises(UserError, match=line):
+        pipe.load_adapter(folder)
+
+
+@pytest.mark.processes
+def test_an_adapter_names_the_lora_that_was_merged_when_its_run_began(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    lora = write_lora(micro_model, tmp_path / "lora.safetensors", seed=0)
+    before, output = hashlib.sha256(lora.read_bytes()).hexdigest(), tmp_path / "run"
+    words = ["train", "--model", micro_model, "--tasks", "depth-to-image", "--rank", 2]
+    words += ["--set", f"model_lora={lora}", "--steps", 300, "--output", output]
+    group = processes.Group([*words, "--set", "save_every=1"], processes=1)
+    while not list(output.glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    write_lora(micro_model, lora, seed=1)
+    assert group.wait() == 0, group.said[-2000:]
+    assert told_by(output / "adapter")["base_lora_sha256"] == before
+    more = ("--processes", 1, "--steps", 301)
+    line = refused("train", "--resume", "--output", output, *more)
+    assert "made for a base with another LoRA merged" in line
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:

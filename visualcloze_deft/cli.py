@@ -831,7 +831,14 @@ def export_adapter(
 @click.option("--output", required=True, metavar="DIR", help="The adapter folder to write.")
 @click.option("--model", default="tiny", show_default=True, help="The base that the LoRA changes.")
 @REVISION
-def import_adapter(file: str, output: str, model: str, revision: str | None) -> None:
+@click.option(
+    "--without-text-encoders",
+    is_flag=True,
+    help="Leave out tensors for text encoders, which stay as they are here.",
+)
+def import_adapter(
+    file: str, output: str, model: str, revision: str | None, without_text_encoders: bool
+) -> None:
     """Turn a FLUX LoRA file (named as by diffusers, kohya or FLUX itself) into an adapter folder.
 
     \b
@@ -843,7 +850,13 @@ def import_adapter(file: str, output: str, model: str, revision: str | None) -> 
 
     base = pinned(model, revision)
     assert base is not None
-    click.echo(import_lora(Path(file), Path(output), model=base))
+    written = import_lora(
+        Path(file),
+        Path(output),
+        model=base,
+        text_encoders="left out" if without_text_encoders else "refused",
+    )
+    click.echo(written)
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -977,6 +990,11 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
         click.echo(f"  {task.name}: {task.sentence()}")
 
 
+OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Also a file at --output that is no preview of vcdeft."
+)
+
+
 @tasks.command("preview", context_settings=CONTEXT)
 @click.argument("name")
 @FOLDERS
@@ -992,6 +1010,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @RESOLUTION
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
+@OVERWRITE
 def preview(
     name: str,
     folders: tuple[str, ...],
@@ -1003,6 +1022,7 @@ def preview(
     seed: int,
     resolution: int | None,
     output: str,
+    overwrite: bool,
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG.
 
@@ -1012,12 +1032,13 @@ def preview(
     """
     from visualcloze_deft.preview import example_sheet, one_of_each
     from visualcloze_deft.rundir import mixture_of
+    from visualcloze_deft.sheet import write_preview
 
     run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
     mixture = mixture_of(run, held_out=True)
-    path = png_path(output)
+    path = png_path(output, overwrite=overwrite)
     drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
-    example_sheet(drawn).save(path)
+    write_preview(example_sheet(drawn), path, of=f"tasks {name}")
     click.echo(path)
 
 
@@ -1124,13 +1145,16 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", default="data.png", show_default=True, metavar="FILE")
-def preview_data(source: str, count: int, seed: int, output: str) -> None:
+@OVERWRITE
+def preview_data(source: str, count: int, seed: int, output: str, overwrite: bool) -> None:
     """Draw some items of a source, all their roles side by side, into a PNG."""
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.preview import item_sheet
+    from visualcloze_deft.sheet import write_preview
 
-    path = png_path(output)
-    item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed).save(path)
+    path = png_path(output, overwrite=overwrite)
+    sheet = item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed)
+    write_preview(sheet, path, of=f"data {source}")
     click.echo(path)
 
 
@@ -1229,15 +1253,18 @@ def places(annotate: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def png_path(output: str) -> Path:
-    """`output`, if a picture can be written there."""
+def png_path(output: str, *, overwrite: bool) -> Path:
+    """`output`, if a picture can be written there. overwrite: also over one of somebody else."""
     from visualcloze_deft.output import output_folder
+    from visualcloze_deft.sheet import check_replaceable
 
     path = Path(output)
     if path.suffix != ".png" or path.is_dir():
         raise UserError(f"--output {path}: give a file that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no folder {path.parent}")
+    if not overwrite:
+        check_replaceable(path, way_out="give --overwrite, or another --output")
     output_folder(path.parent)
     return path
 

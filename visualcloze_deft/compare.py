@@ -206,7 +206,7 @@ def measure_all(plan: Plan) -> None:
         return
     run = plan.trainings[0].run
     for training in plan.trainings:
-        check_base(training.folder / "adapter", run.model)
+        check_base(training.folder / "adapter", run.model, lora=run.model_lora)
     pipe = load(run)
     with tqdm(total=total, desc="measuring", unit="task") as bar:
         for adapter, tasks in todo:

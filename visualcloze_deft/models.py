@@ -5,12 +5,10 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -30,8 +28,7 @@ from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
-from visualcloze_deft.launch import rank
-from visualcloze_deft.lowrank import Change, Shapes
+from visualcloze_deft.launch import say_once
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     PARTS,
@@ -43,15 +40,12 @@ from visualcloze_deft.modelfolder import (
     check_quantise,
     folder_of,
     has_variant,
-    lora_file,
     resolution_of,
     weight_files,
 )
-from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, flux, settings_of
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.quantise import quantise
-
-logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
@@ -234,12 +228,6 @@ def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
 def text_length(tokenizer: T5TokenizerFast) -> int:
     """How many of T5's tokens the transformer reads; a small model may have fewer than FLUX."""
     return min(int(tokenizer.model_max_length), MAX_TEXT_TOKENS)
-
-
-def transformer_config(name: str) -> dict[str, Any]:
-    """The settings of a model's transformer, without its weights."""
-    check_folder(name, parts=("transformer",))
-    return settings_of(name, "transformer")
 
 
 def predict_velocity(
@@ -530,7 +518,7 @@ def load_transformer(
     are views of their mapped files until then, in the files' precision, which `lora` is merged in.
     """
     check_folder(name, parts=("transformer",))
-    changes = {} if lora is None else lora_changes(name, lora)
+    changes = {} if lora is None else lorafile.changes_of(name, lora)
     kept_as = stored_dtype(name) if split else dtype
     transformer = load_part(
         name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as, variant=variant
@@ -607,21 +595,3 @@ def dtype_of(precision: Precision, device: str) -> torch.dtype:
 def default_dtype(device: str) -> torch.dtype:
     """bfloat16 on GPUs that compute in it, float32 elsewhere, see `dtype_of`."""
     return dtype_of("auto", device)
-
-
-@cache
-def say_once(line: str) -> None:
-    """A warning, in the first process of a group."""
-    if rank() == 0:
-        logger.warning(line)
-
-
-def lora_changes(name: str, lora: str) -> dict[str, Change]:
-    """What a LoRA changes of the transformer of a model, see `lorafile.read`."""
-    return lorafile.read(lora_file(lora), shapes=shapes_of(name))
-
-
-def shapes_of(name: str) -> Shapes:
-    """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
-    linear = flux(transformer_config(name)).linear
-    return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}

@@ -43,6 +43,7 @@ from visualcloze_deft.modelfolder import (
     folder_of,
     index_of,
     on_hub,
+    other_lora,
     pinned,
     told_by,
 )
@@ -185,6 +186,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.blend = Blend(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
+        self.lora: str | None = None  # that the base was loaded with
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
@@ -253,7 +255,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         for folder in wanted:
             adapters.read_config(folder)
             adapters.read_weights(folder)
-            check_base(folder, name)
+            check_base(folder, name, lora=lora)
         short = [name_of(folder) for folder in wanted]
         names = {f: str(f) if short.count(name_of(f)) > 1 else name_of(f) for f in wanted}
         told = index_of(name) | (told_by(next(iter(wanted))) if wanted else {})
@@ -277,10 +279,12 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)
+        pipe.lora = lora
         if whole:
             pipe.set_attention(attention)
         with enough_memory("merging adapters"):
             for folder in wanted:
+                pipe._say_other_lora(folder)
                 pipe.blend.add(names[folder], folder, used=False)  # merged once, all together
             pipe.set_adapters(list(names.values()), list(wanted.values()))
         return pipe
@@ -382,9 +386,14 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.blend.check_reachable()
         adapters.read_config(Path(folder))
         if base := self.config.get("_name_or_path"):
-            check_base(Path(folder), base)
+            check_base(Path(folder), base, lora=self.lora)
+            self._say_other_lora(Path(folder))
         self.blend.add(name, Path(folder))
         return name
+
+    def _say_other_lora(self, folder: Path) -> None:
+        if line := other_lora(folder, self.lora):
+            logger.warning("%s", line)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None

@@ -330,6 +330,7 @@ class Loop:
         )
         self.items = self.skipped = 0
         self.output = Path(run.output)
+        self.base = rundir.base_of(run)
         kept = self.step if start else -1
         self.watch = Watch(run, models, rank=rank, world=world, start=kept)
 
@@ -574,7 +575,7 @@ class Loop:
             folder,
             base=self.run.model,
             tensors=tensors,
-            metadata=rundir.adapter_metadata(self.run, step, attention=used),
+            metadata=rundir.adapter_metadata(self.run, step, attention=used, base=self.base),
         )
 
     def sheet(self) -> None:
