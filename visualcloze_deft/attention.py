@@ -53,13 +53,8 @@ BACKENDS: dict[str, AttentionBackendName] = {
 torch's kernels, each by itself. All others are named as in diffusers, but for the package
 flash-attn, whose name there is "flash": it is flash_attn here."""
 
-CANDIDATES: dict[Passes, tuple[str, ...]] = {
-    "forward": ("cudnn", "flash", "efficient", "math"),
-    "both": ("flash", "efficient", "math"),
-}
-"""What "auto" tries, fastest first (measured on an H100). Training does not take cuDNN by itself:
-for the second of two layouts its backward pass returned NaN there, or read memory that was not its
-own, see `dense_gradients`."""
+CANDIDATES = ("cudnn", "flash", "efficient", "math")
+"""What "auto" tries, fastest first (measured on an H100)."""
 
 MAY_BE_CUDNN = frozenset({"cudnn", NATIVE})  # on GPUs torch's own choice may be cuDNN, too
 
@@ -75,13 +70,15 @@ FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The work ahead. lengths: tokens of the grids, text and image, in ascending order."""
+    """The work ahead. lengths: tokens of the grids, text and image, in ascending order. compiled:
+    whether torch.compile makes the blocks."""
 
     lengths: tuple[int, ...]
     heads: int
     width: int
     dtype: torch.dtype
     device: torch.device
+    compiled: bool = False
 
     def __str__(self) -> str:
         lengths = " and ".join(f"{length:,}" for length in self.lengths)
@@ -119,19 +116,29 @@ def decide(
         usable = bool(before) and shared(lack(before, shapes, passes=passes)) is None
         return Choice(backend=before if usable else NATIVE)
     first = [before] if before not in ("", NATIVE) else []
-    others = [name for name in CANDIDATES[passes] if name not in first]
+    others = [name for name in candidates(shapes, passes=passes) if name not in first]
     return choose([*first, *others], shapes, passes=passes, shared=shared)
 
 
+def candidates(shapes: Shapes, *, passes: Passes) -> tuple[str, ...]:
+    """What "auto" tries for this work, fastest first.
+
+    The layout of a gradient in a compiled block is the compiler's, so cuDNN's backward pass cannot
+    be relied on there, see `dense_gradients`.
+    """
+    unsure = MAY_BE_CUDNN if shapes.compiled and passes == "both" else ()
+    return tuple(name for name in CANDIDATES if name not in unsure)
+
+
 def choose(
-    candidates: Sequence[str], shapes: Shapes, *, passes: Passes, shared: Shared = alone
+    names: Sequence[str], shapes: Shapes, *, passes: Passes, shared: Shared = alone
 ) -> Choice:
-    """The first of `candidates` whose results agree with plain attention in float32.
+    """The first of `names` whose results agree with plain attention in float32.
 
     Raises `UserError` where none does.
     """
     refused: dict[str, str] = {}
-    for name in candidates:
+    for name in names:
         fault = shared(fault_of(attend_as_used(name), shapes, passes=passes))
         if fault is None:
             said = "".join(f"; refused: {other}: {why}" for other, why in refused.items())
