@@ -331,6 +331,16 @@ def test_variants_are_saved_and_said_where_nothing_else_is_there(
 # ---- calls
 
 
+def test_a_call_names_the_arguments_that_diffusers_pipelines_have() -> None:
+    """Programs look for them in its signature."""
+    names = "num_inference_steps num_images_per_prompt guidance_scale generator latents output_type"
+    names += " return_dict prompt_embeds callback_on_step_end callback_on_step_end_tensor_inputs"
+    parameters = inspect.signature(InContextPipeline.__call__).parameters
+    assert set(names.split()) <= set(parameters)
+    for name in names.split():
+        assert parameters[name].default is not inspect.Parameter.empty
+
+
 def test_a_tuple_holds_the_same_images(micro_model: Path) -> None:
     pipe, options = load(micro_model), {"rows": ROWS, "num_inference_steps": 1}
     (images,) = pipe(**options, return_dict=False)

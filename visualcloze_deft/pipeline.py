@@ -458,7 +458,14 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        output_type: OutputType = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> Completed | tuple[Completed]:
         """The generated images: by grid, then by seed, then left to right.
@@ -471,7 +478,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         `upsample.Upsampling`; one for all targets or one each. num_inference_steps: 1 and more.
         guidance_scale: any finite number. resolution: the side of a square cell in pixels, a
         multiple of 16; the model's own by default. return_dict: False gives a tuple that holds
-        them, as in diffusers. options: those of `complete`.
+        them, as in diffusers. The others, and options: those of `complete`.
         """
         own = {"task": task, "task_prompt": task_prompt, "content_prompt": content_prompt}
         if (grids is None) == (rows is None):
@@ -510,7 +517,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: "
                         f"{error}"
                     ) from None
-        if options.get("prompt_embeds") is None:
+        if prompt_embeds is None:
             self.need(*TEXT_PARTS)
             models = self.models
             for one in asked:
@@ -521,6 +528,13 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             resolution=resolution,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             **options,
         )
         return made if return_dict else (made,)
