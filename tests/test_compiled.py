@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from torch._dynamo.utils import counters
 from processes import Group, run
 from test_train import losses
+from torch._dynamo.utils import counters
 
 from visualcloze_deft import adapters, deft, rundir
 from visualcloze_deft.compiled import VARIANTS, Compiling, compile_blocks, explained
