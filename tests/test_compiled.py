@@ -18,8 +18,7 @@ from visualcloze_deft import adapters, deft, rundir
 from visualcloze_deft.compiled import VARIANTS, Compiling, compile_blocks, explained
 from visualcloze_deft.engine import recompute
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import load_models, predict_velocity
-from visualcloze_deft.quantise import quantise
+from visualcloze_deft.models import load_models, load_transformer, predict_velocity
 from visualcloze_deft.settings import Adapter
 
 
@@ -100,9 +99,8 @@ def test_more_shapes_make_no_more_variants(one_thread: None) -> None:
     assert variants(model, [(2, 8), (2, 12)]) == variants(model, [(2, 8), (2, 12), (2, 16)])
 
 
-def test_a_quantised_block_is_one_graph(one_thread: None) -> None:
-    model = transformer(1, 1)
-    quantise(model, "fp8", device="cpu")
+def test_a_quantised_block_is_one_graph(one_thread: None, micro_model: Path) -> None:
+    model = load_transformer(str(micro_model), dtype=torch.float32, bits="fp8")
     trained(model)
     assert variants(model, [(2, 8)]) == 4  # two kinds of blocks, with and without gradients
 
