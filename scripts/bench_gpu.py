@@ -86,6 +86,7 @@ def peft_step(model: str, method: str, blocks: int | str, **more: Any) -> Case:
 def main_steps(model: str) -> Iterator[Case]:
     for method, blocks in product(("deft", "lora"), ("all", "none")):
         yield step(model, method, blocks)
+    yield step(model, "deft", "all", backend="native" if model == "small" else "cudnn")
     yield peft_step(model, "lora", "all")
     yield peft_step(model, "deft", "all")
     for method in ("deft", "lora"):
@@ -137,7 +138,7 @@ def with_paper(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         given = steps.get(row["name"], {"rows": 1})
-        if "ms" in row and not {"rows", "bits", "compiled"} & set(given):
+        if "ms" in row and not {"rows", "bits", "compiled", "backend"} & set(given):
             adapter = Adapter(method=given["method"], rank=given["rank"])
             row = row | {"paper ms": 1e3 * step_cost(adapter, blocks=given["blocks"]).seconds()}
         found.append(row)

@@ -208,7 +208,7 @@ def self_test(backend: str, *, tokens: int, heads: int, width: int) -> Row:
     if lack := missing(backend, heads=heads, width=width):
         return {"left out": lack}
     work = shapes(tokens, heads=heads, width=width)
-    fault = attention.fault_of(attention.attend_with(backend), work, passes="both")
+    fault = attention.fault_of(attention.attend_as_used(backend), work, passes="both")
     return {"fault": fault or ""}
 
 

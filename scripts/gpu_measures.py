@@ -148,6 +148,7 @@ def step(
     columns: int = 3,
     bits: str = "none",
     compiled: bool = False,
+    backend: str = "auto",
 ) -> Row:
     """A training step of ours, beside its planned memory."""
     cell, text = SIZES[model]
@@ -164,7 +165,7 @@ def step(
         except UserError as error:
             return {"left out": str(error)}
     quantise(net, run.quantise, device=DEVICE)
-    figures = measured(net, run, group) | {"planned GB": planned}
+    figures = measured(net, run, group, backend) | {"planned GB": planned}
     return figures | rates(net, tokens, text, figures)
 
 
@@ -177,8 +178,8 @@ def planned_gb(run: Run, *, tokens: int, strip: int, text: int) -> float:
     return (plan.parts(0, blocks).peak - plan.encoders) / 1e9
 
 
-def measured(net: FluxTransformer2DModel, run: Run, group: Group) -> Row:
-    """A step through DeepSpeed's engine, as `vcdeft train` does it."""
+def measured(net: FluxTransformer2DModel, run: Run, group: Group, backend: str) -> Row:
+    """A step through DeepSpeed's engine, as `vcdeft train` does it. backend: of attention."""
     start_distributed()
     tokens = len(group.latents.ids) + group.text.shape[1]
     adapters.attach(net, run.adapter, seed=0)
@@ -189,7 +190,7 @@ def measured(net: FluxTransformer2DModel, run: Run, group: Group) -> Row:
         dtype=BFLOAT16,
         device=torch.device(DEVICE),
     )
-    backend = attention.decide("auto", work, passes="both").backend
+    backend = attention.decide(backend, work, passes="both").backend
     kernels.use(net, kernels.Kernels(attention=backend))
     engine = start_engine(net, run)
     net.train()

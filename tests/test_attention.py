@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standins
@@ -98,11 +100,12 @@ def test_a_kernel_that_takes_gradients_to_be_contiguous_is_refused() -> None:
 
 
 def test_auto_takes_the_first_that_is_right_and_says_what_it_refused() -> None:
-    with standing_in(flash=standins.wrong, efficient=standins.raises):
-        choice = attention.choose(attention.CANDIDATES["both"], shapes(), passes="both")
+    with standing_in(cudnn=standins.nan_backward, flash=standins.wrong, efficient=standins.raises):
+        choice = attention.choose(attention.CANDIDATES, shapes(), passes="both")
     assert choice.backend == "math"
     assert choice.line.startswith(
         "attention: math (checked in float32 at 9 and 130 tokens, 2 heads of 16; "
+        "refused: cudnn: the gradient of keys is not finite at 9 tokens; "
         "refused: flash: the gradient of keys is off by 10"
     )
     assert choice.line.endswith("; refused: efficient: no kernel image for this device)")
@@ -113,7 +116,7 @@ def test_auto_with_no_kernel_that_is_right_says_what_failed() -> None:
         standing_in(flash=standins.wrong, efficient=standins.raises, math=standins.nan_forward),
         pytest.raises(UserError, match=r"flash: the gradient of keys is off .*math: the output"),
     ):
-        attention.choose(attention.CANDIDATES["both"], shapes(), passes="both")
+        attention.choose(("flash", "efficient", "math"), shapes(), passes="both")
 
 
 def test_a_kernel_that_fails_in_another_process_is_refused_here_too() -> None:
@@ -127,8 +130,35 @@ def test_a_kernel_that_fails_in_another_process_is_refused_here_too() -> None:
     assert "flash: wrong there" in choice.line
 
 
-def test_training_takes_cudnn_only_where_it_is_named() -> None:
-    assert "cudnn" not in attention.CANDIDATES["both"]
+def test_compiled_training_takes_cudnn_only_where_it_is_named() -> None:
+    compiled = replace(shapes(), compiled=True)
+    assert "cudnn" not in attention.candidates(compiled, passes="both")
+    assert attention.candidates(compiled, passes="forward")[0] == "cudnn"
+    assert attention.candidates(shapes(), passes="both")[0] == "cudnn"
+
+
+def test_cudnn_is_tested_with_the_dense_gradients_that_a_transformer_gives_it() -> None:
+    met: list[bool] = []
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            met.append(grad.is_contiguous())
+            return grad, grad, grad
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended: Tensor = Attend.apply(query, key, value)
+        return attended
+
+    case = attention.inputs(shapes(), 9, layout="part")
+    with standing_in(cudnn=attend, flash=attend):
+        for name in ("cudnn", "flash"):
+            attention.results(attention.attend_as_used(name), case, passes="both")
+    assert met == [True, False]
 
 
 def test_auto_on_a_cpu_is_torchs_own_choice_and_tests_nothing() -> None:

@@ -53,14 +53,8 @@ BACKENDS: dict[str, AttentionBackendName] = {
 torch's kernels, each by itself. All others are named as in diffusers, but for the package
 flash-attn, whose name there is "flash": it is flash_attn here."""
 
-CANDIDATES: dict[Passes, tuple[str, ...]] = {
-    "forward": ("cudnn", "flash", "efficient", "math"),
-    "both": ("flash", "efficient", "math"),
-}
-"""What "auto" tries, fastest first (measured on an H100). Training does not take cuDNN by itself
-until it was seen right on a card: its backward pass is reported to return NaN, or to read memory
-that is not its own, for some lengths and strides, while the forward pass is right (pytorch#196678,
-pytorch#139298)."""
+CANDIDATES = ("cudnn", "flash", "efficient", "math")
+"""What "auto" tries, fastest first (measured on an H100)."""
 
 MAY_BE_CUDNN = frozenset({"cudnn", NATIVE})  # on GPUs torch's own choice may be cuDNN, too
 
@@ -76,13 +70,15 @@ FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The work ahead. lengths: tokens of the grids, text and image, in ascending order."""
+    """The work ahead. lengths: tokens of the grids, text and image, in ascending order. compiled:
+    whether torch.compile makes the blocks."""
 
     lengths: tuple[int, ...]
     heads: int
     width: int
     dtype: torch.dtype
     device: torch.device
+    compiled: bool = False
 
     def __str__(self) -> str:
         lengths = " and ".join(f"{length:,}" for length in self.lengths)
@@ -120,20 +116,30 @@ def decide(
         usable = bool(before) and shared(lack(before, shapes, passes=passes)) is None
         return Choice(backend=before if usable else NATIVE)
     first = [before] if before not in ("", NATIVE) else []
-    others = [name for name in CANDIDATES[passes] if name not in first]
+    others = [name for name in candidates(shapes, passes=passes) if name not in first]
     return choose([*first, *others], shapes, passes=passes, shared=shared)
 
 
+def candidates(shapes: Shapes, *, passes: Passes) -> tuple[str, ...]:
+    """What "auto" tries for this work, fastest first.
+
+    The layout of a gradient in a compiled block is the compiler's, so cuDNN's backward pass cannot
+    be relied on there, see `dense_gradients`.
+    """
+    unsure = MAY_BE_CUDNN if shapes.compiled and passes == "both" else ()
+    return tuple(name for name in CANDIDATES if name not in unsure)
+
+
 def choose(
-    candidates: Sequence[str], shapes: Shapes, *, passes: Passes, shared: Shared = alone
+    names: Sequence[str], shapes: Shapes, *, passes: Passes, shared: Shared = alone
 ) -> Choice:
-    """The first of `candidates` whose results agree with plain attention in float32.
+    """The first of `names` whose results agree with plain attention in float32.
 
     Raises `UserError` where none does.
     """
     refused: dict[str, str] = {}
-    for name in candidates:
-        fault = shared(fault_of(attend_with(name), shapes, passes=passes))
+    for name in names:
+        fault = shared(fault_of(attend_as_used(name), shapes, passes=passes))
         if fault is None:
             said = "".join(f"; refused: {other}: {why}" for other, why in refused.items())
             return Choice(backend=name, line=f"attention: {name} (checked in {shapes}{said})")
@@ -185,6 +191,12 @@ def attend_with(name: str) -> Attend:
         return attended
 
     return attend
+
+
+def attend_as_used(name: str) -> Attend:
+    """`attend_with(name)` as `use` has a transformer attend: cuDNN gets dense gradients."""
+    attend = attend_with(name)
+    return (lambda q, k, v: _densely_of(attend(q, k, v))) if name in MAY_BE_CUDNN else attend
 
 
 # The test
@@ -357,8 +369,9 @@ def dense_gradients(transformer: FluxTransformer2DModel) -> None:
 
     In single blocks it is part of a wider row, see `LAYOUTS`. torch up to 2.11 at least compiles
     cuDNN's backward pass for the strides of the first gradient that it meets, and reads all others
-    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). Read in the
-    source, not seen on a card. The numbers stay the same; a single block pays a copy.
+    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). On an H100 the
+    second layout then lost four fifths of its rows. The numbers stay the same; a single block pays
+    a copy.
     """
     for block in transformer.single_transformer_blocks:
         if _densely not in block.attn._forward_hooks.values():
@@ -366,6 +379,10 @@ def dense_gradients(transformer: FluxTransformer2DModel) -> None:
 
 
 def _densely(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return _densely_of(output)
+
+
+def _densely_of(output: Tensor) -> Tensor:
     dense: Tensor = _Dense.apply(output)
     return dense
 

@@ -44,6 +44,7 @@ def shapes_in(run: Run, *, image_tokens: Collection[int], device: torch.device) 
         width=model.head,
         dtype=dtype_of(run.precision, device.type),
         device=device,
+        compiled=run.compile,
     )
 
 
@@ -73,10 +74,10 @@ def remedies(
     if suspected == "norm" and kernels.norms == "fused":
         yield replace(kernels, norms="composed")
     if suspected == "attention":
-        for name in attention.CANDIDATES["both"]:
+        for name in attention.candidates(shapes, passes="both"):
             if name == kernels.attention:
                 continue
-            attend = attention.attend_with(name)
+            attend = attention.attend_as_used(name)
             if shared(attention.fault_of(attend, shapes, passes="both")) is None:
                 yield replace(kernels, attention=name)
 

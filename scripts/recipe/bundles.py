@@ -1,34 +1,42 @@
-"""Encode training grids once: python scripts/train_base_bank.py --out work/base --shards 0:40
+"""Render training grids: bundles of four rows, in parts that several processes write.
 
-A bundle is four rows of one task, with one order of columns and one colour code, each row encoded
-complete and with a hidden cell: any of its rows can be the query and the others its examples.
-Every third shard holds rows of three columns, whose roles are those of the two-column tasks; every
-seventh holds dead leaves instead of scenes, so that copying and filling are not tied to scenes.
-Bundle i is a function of i alone; shards can be made by several processes side by side.
+A bundle is four rows of one task, with one order of columns and one colour code: any of its rows
+can be the query and the others its examples. Every third block of bundles holds rows of three
+columns, whose roles are those of the two-column tasks; every seventh holds dead leaves instead of
+scenes, so that copying and filling are not tied to scenes. Bundle i is a function of i alone. A
+part is a file that is whole from the moment it has its name.
+Axes: b bundle, r row, q column, n token of a strip, v variant of the text.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from einops import rearrange
 from families import families
+from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageOps
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from transformers import CLIPTokenizer, T5Tokenizer
 
+from recipe.stage import Plan
 from visualcloze_deft import grid
 from visualcloze_deft.data.mixture import content
 from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.prompt import Prompt, clip_text, fits
 from visualcloze_deft.registry import Task
 
-BUNDLES = 250  # a shard
+BUNDLES = 250  # of a block
+PART = 20  # bundles of a file: small ones arrive early
+STRIDE = 41  # from bundle to bundle of a part: blocks of every kind
 ROWS = 4
 TASKS = {
     "depth-to-image": 3,
@@ -57,9 +65,18 @@ TRIPLES = (
 )
 RECODED = 0.5  # how often maps come in another colour code, to be read from the examples
 HIDE_TARGET = 0.65
+KEEP_TASK, KEEP_CONTENT, DROP_TEXT = 0.7, 0.85, 0.1
+OPEN = ("subject-driven", "hole")  # nothing shown settles their answers
+ADAPTERS = "image-to-depth"  # depth in its own code is left to adapters, other codes are not
 SEED = 0
 UNSAID = 255  # a class that is not known
 STEP = 4  # pixels a class stands for
+MOST_ROWS = 3  # of a grid
+VARIANTS = [(rows, last) for rows in range(1, MOST_ROWS + 1) for last in range(ROWS)]
+PHOTOS = frozenset({"target", "before"})
+TELLING = frozenset({"target", "before", "copy", "changed"})  # show how a thing's pattern is turned
+
+Part = dict[str, NDArray[Any]]
 
 
 def recode(image: Image.Image, code: np.ndarray) -> Image.Image:
@@ -202,51 +219,132 @@ def bundle(
         words.append("" if leaves else content(task, item))
         classes.append(strip_classes(order, index * ROWS + row, source, leaves=leaves))
     sentence = "" if coded else task.sentence(order)
-    notes = {"task": task.name, "sentence": sentence, "content": words}
+    notes = {"task": task.name, "order": order, "sentence": sentence, "content": words}
     return grids, torch.stack(classes), notes
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", required=True, help="FIRST:END")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    vae = AutoencoderKL.from_pretrained(options.out / "vae").eval()
-    folder = options.out / "bank"
-    folder.mkdir(exist_ok=True)
-    tasks, source = families(), Scenes(size=64, seed=SEED)
-    first, end = map(int, options.shards.split(":"))
-    for shard in range(first, end):
-        path = folder / f"{shard:05d}.safetensors"
-        if path.exists():
-            continue
-        clean, seen, masks, classes, notes = [], [], [], [], []
-        for index in tqdm(
-            range(shard * BUNDLES, (shard + 1) * BUNDLES), desc=path.name, miniters=50
-        ):
-            grids, shown, note = bundle(index, tasks, source)
-            strips = [g.strips[0] for g in grids] + [g.seen[0] for g in grids]
-            latents = vae.encode(torch.stack(strips)).latent_dist.mode()
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            tokens = grid.pack(latents).half()
-            clean.append(tokens[:ROWS])
-            seen.append(tokens[ROWS:])
-            masks.append(
-                torch.stack([g.hidden[0] for g in grids])[:, :, ::16, ::16].flatten(1).bool()
-            )
-            classes.append(shown)
-            notes.append(note)
-        tensors = {"clean": clean, "seen": seen, "mask": masks, "classes": classes}
-        staged = path.with_suffix(f".{first}.part")
-        save_file(
-            {name: torch.stack(parts) for name, parts in tensors.items()},
-            staged,
-            {"notes": json.dumps(notes)},
+def variants(note: dict, columns: int, index: int) -> list[tuple[Prompt, bool]]:
+    """A prompt for each of `VARIANTS`, and whether it says all that the bundle has to say."""
+    rng = np.random.default_rng([SEED, index, 1])
+    found = []
+    for rows, last in VARIANTS:
+        silent, without_task, without_content = rng.random(3) > (
+            1 - DROP_TEXT,
+            KEEP_TASK,
+            KEEP_CONTENT,
         )
-        staged.rename(path)
+        task = "" if silent or without_task else note["sentence"]
+        said = "" if silent or without_content else note["content"][last]
+        prompt = Prompt(rows=rows, columns=columns, task=task, content=said)
+        found.append((prompt, said == note["content"][last]))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+class Writer:
+    """What turns bundles into the arrays of a part.
+
+    strips: (b r 3 h w) bytes. hidden: (b r q). classes: (b r n 16 3). t5, clip: (b v tokens) ids.
+    said: (b v), whether the prompt says all. open: (b), whether nothing settles the answer. fresh:
+    (b r), whether a photo is asked and none of the same scene is shown. coded: (b), whether a
+    secret is told by examples alone.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.t5 = T5Tokenizer.from_pretrained(plan.output / "tokenizer_2")
+        self.clip = CLIPTokenizer.from_pretrained(plan.output / "tokenizer")
+        self.fits = fits(self.clip)
+        self.tasks = families()
+        self.source = Scenes(size=plan.cell, seed=SEED)
+        self.cell = plan.cell
+
+    def rows(self, index: int) -> tuple[int, Part] | None:
+        """The columns and arrays of bundle `index`; None where it is left to adapters."""
+        grids, classes, note = bundle(index, self.tasks, self.source)
+        if note["task"] == ADAPTERS and note["sentence"]:
+            return None
+        prompts = variants(note, len(note["order"]), index)
+        words = [str(prompt) for prompt, _ in prompts]
+        short = [clip_text(prompt, self.fits) for prompt, _ in prompts]
+        padded = {"padding": "max_length", "truncation": True}
+        strips = torch.stack([g.strips[0] for g in grids])
+        middle = slice(self.cell // 2, None, self.cell)
+        hidden = torch.stack([g.hidden[0] for g in grids])[:, 0, self.cell // 2, middle].bool()
+        return len(note["order"]), {
+            "strips": ((strips + 1) * 127.5).round().clamp(0, 255).byte().numpy(),
+            "hidden": hidden.numpy(),
+            "classes": classes.numpy(),
+            "t5": np.array(self.t5(words, **padded).input_ids, np.int16),
+            "clip": np.array(self.clip(short, **padded).input_ids, np.int16),
+            "said": np.array([said for _, said in prompts]),
+            "open": np.array(any(name in note["task"] for name in OPEN)),
+            "fresh": np.array([is_fresh(note["order"], row) for row in hidden.tolist()]),
+            "coded": np.array(not note["sentence"]),
+        }
+
+    def part(self, number: int, first: int) -> dict[int, Part]:
+        """Part `number` by columns; `first` is the index of the first bundle of part 0."""
+        rows: dict[int, list[Part]] = {}
+        for k in range(PART):
+            found = self.rows(first + (number * PART + k) * STRIDE)
+            if found is not None:
+                rows.setdefault(found[0], []).append(found[1])
+        return {
+            columns: {name: np.stack([one[name] for one in some]) for name in some[0]}
+            for columns, some in rows.items()
+        }
+
+
+def is_fresh(order: tuple[str, ...], hidden: list[bool]) -> bool:
+    asked = {role for role, is_hidden in zip(order, hidden, strict=True) if is_hidden}
+    return asked <= PHOTOS and not (set(order) - asked) & TELLING
+
+
+def render_parts(plan: Plan, worker: int, first: int, parent: int) -> None:
+    """A process: every `plan.processes`th part that is not there, until its parent ends."""
+    os.nice(10)
+    torch.set_num_threads(1)
+    writer = Writer(plan)
+    for number in range(worker, -(-plan.bundles // PART), plan.processes):
+        if os.getppid() != parent:
+            return
+        done = plan.bank / f"{number:06d}.done"
+        if done.exists():
+            continue
+        for columns, arrays in writer.part(number, first).items():
+            staged = plan.bank / f".{number:06d}-{columns}.npz"
+            np.savez(staged, **arrays)
+            staged.rename(plan.bank / f"{number:06d}-{columns}.npz")
+        done.touch()
+
+
+@contextmanager
+def rendering(plan: Plan, first: int = 0) -> Iterator[None]:
+    """Render bundles beside the work inside; they end with it."""
+    plan.bank.mkdir(parents=True, exist_ok=True)
+    context = get_context("spawn")
+    started = [
+        context.Process(target=render_parts, args=(plan, worker, first, os.getpid()), daemon=True)
+        for worker in range(plan.processes)
+    ]
+    for process in started:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    with np.load(path) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def wait_for(plan: Plan, parts: int) -> None:
+    """Return once so many files of the bank are there, or all that there will be."""
+    while len(list(plan.bank.glob("[0-9]*.npz"))) < parts:
+        if len(list(plan.bank.glob("*.done"))) >= -(-plan.bundles // PART):
+            return
+        time.sleep(0.2)

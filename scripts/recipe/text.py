@@ -1,4 +1,4 @@
-"""Make the embedded base's text side: python scripts/train_base_text.py --out work/base
+"""Make the text side: tokenizers, and encoders that know what words of prompts mean.
 
 Tokenizers: T5's is a sentencepiece unigram model, CLIP's a byte-level BPE, both on the words of
 scenes and tasks. Sentences that stand in every grid are single tokens of T5's, which keeps the text
@@ -11,12 +11,11 @@ Axes: b prompt, n token, d width.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -35,16 +34,19 @@ from transformers import (
     T5Tokenizer,
 )
 
+from recipe.stage import NOTED_EVERY, Plan, Sitting
 from visualcloze_deft.data.render import COLOURS, SHAPES
 from visualcloze_deft.data.scenes import Scenes, caption, draw_scene
 from visualcloze_deft.prompt import CONTENT_PREFIX, Prompt, layout_sentence
 from visualcloze_deft.registry import Task
 
+STAGE = "text"
 T5_VOCABULARY = 512
 CLIP_VOCABULARY = 1200  # 512 bytes and word-final bytes, then merges
 MAX_TOKENS = 40
 WIDTH = 64
 BATCH = 64
+PROMPTS, PROMPTS_A_MINUTE = 30_000, 15_000  # at most, and of a minute that is trained
 LEARNING_RATE = 2e-3
 LAYOUTS = [(rows, columns) for columns in (1, 2, 3, 4) for rows in (1, 2, 3, 4)]
 # Everyday words of prompts, so that a user's own task is not spelled out letter by letter.
@@ -265,29 +267,35 @@ def draw_prompt(
     return whole, answers, k
 
 
-def train_encoders(t5: T5Tokenizer, clip: CLIPTokenizer, out: Path, minutes: float) -> None:
-    torch.manual_seed(0)
+def make(plan: Plan) -> None:
+    """Train tokenizers and encoders; a second sitting does nothing where they are there."""
+    if (plan.output / "text_encoder_2").is_dir():
+        return
+    lines = corpus()
+    train_encoders(plan, train_t5(lines, plan.output), train_clip(lines, plan.output))
+
+
+def train_encoders(plan: Plan, t5: T5Tokenizer, clip: CLIPTokenizer) -> None:
+    torch.manual_seed(plan.seed)
     small, large = new_encoders(t5, clip)
     tasks = list(families().values())
     questions = Questions(len(tasks))
     modules = nn.ModuleList([small, large, questions])
     optimiser = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    rng = np.random.default_rng(0)
-    drawn = [draw_prompt(rng, t5, tasks) for _ in tqdm(range(30_000), desc="prompts")]
-    ids = t5(
-        [text for text, _, _ in drawn],
-        padding="max_length",
-        truncation=True,
-        max_length=MAX_TOKENS,
-        return_tensors="pt",
-    ).input_ids
-    words = clip(
-        [text for text, _, _ in drawn], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    rng = np.random.default_rng(plan.seed)
+    count = min(PROMPTS, max(round(PROMPTS_A_MINUTE * plan.minutes[STAGE]), BATCH))
+    drawn = [draw_prompt(rng, t5, tasks) for _ in tqdm(range(count), desc="prompts")]
+    padded: dict[str, Any] = {
+        "padding": "max_length",
+        "truncation": True,
+        "return_tensors": "pt",
+    }
+    texts = [text for text, _, _ in drawn]
+    ids = t5(texts, max_length=MAX_TOKENS, **padded).input_ids
+    words = clip(texts, **padded).input_ids
     answers, kinds = torch.stack([a for _, a, _ in drawn]), torch.tensor([k for _, _, k in drawn])
-    start = time.monotonic()
-    bar = tqdm(desc="prompts read", mininterval=5)
-    while (spent := (time.monotonic() - start) / 60 / minutes) < 1:
+    sitting = Sitting(plan, STAGE)
+    for spent in sitting:
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (1 - spent) * 3 + 0.01)
         chosen = torch.from_numpy(rng.integers(len(drawn), size=BATCH))
@@ -298,38 +306,7 @@ def train_encoders(t5: T5Tokenizer, clip: CLIPTokenizer, out: Path, minutes: flo
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimiser.step()
-        bar.update(BATCH)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    print("states' deviation", states.std().item(), "pooled", pooled.std().item())
-    small.save_pretrained(out / "text_encoder")
-    large.save_pretrained(out / "text_encoder_2")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4, help="for the encoders")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    lines = corpus()
-    t5, clip = train_t5(lines, options.out), train_clip(lines, options.out)
-    lengths = []
-    for task in families().values():
-        for i in range(50):
-            text = Scenes(size=64, seed=3).item(i).texts.get(task.content, "")
-            words = f"{layout_sentence(2, 2)} {task.sentence()} {CONTENT_PREFIX} {text}"
-            lengths.append((len(t5(words).input_ids), len(clip(words).input_ids)))
-    print(
-        "vocabulary",
-        len(t5),
-        len(clip),
-        "tokens, longest and mean:",
-        np.max(lengths, 0),
-        np.mean(lengths, 0),
-    )
-    print(t5.tokenize(words))
-    train_encoders(t5, clip, options.out, options.minutes)
-
-
-if __name__ == "__main__":
-    main()
+        if sitting.due("noted", NOTED_EVERY):
+            sitting.note({"loss": round(loss.item(), 4)})
+    small.save_pretrained(plan.output / "text_encoder")
+    large.save_pretrained(plan.output / "text_encoder_2")

@@ -1,30 +1,32 @@
-"""Train the embedded base's VAE: python scripts/train_base_vae.py --out work/base --minutes 8
+"""Make the VAE: a computed encoder, and a decoder that is trained.
 
 A diffusers `AutoencoderKL` with FLUX's geometry (x8, 16 channels) and small widths. The encoder is
 not trained but computed: the 16 principal components of 8 x 8 pixel patches, each to the power
 `SPREAD` of its deviation, so that an error in latents is nearly an error in pixels, which a small
 transformer learns in much less time (docs/lab-log.md). The decoder is trained on strips of two
 cells: scenes in all their roles, recoloured at random, and smooth noise pictures.
-Resumable: a second call goes on from --out/vae_state.safetensors. Progress is counted in strips.
 Axes: b strip, c channel, h w pixels, d pixel values of a patch, k latent channel.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from visualcloze_deft.data.derive import blurred, gray
+from recipe.optimiser import Optimiser, clip, of_kernels
+from recipe.stage import KEPT_EVERY, NOTED_EVERY, Plan, Sitting, keep, kept
+from visualcloze_deft.data.degrade import blurred, gray
 from visualcloze_deft.data.scenes import Scenes
+
+STAGE = "vae"
 
 WIDTHS = (16, 48, 48, 48)
 SIDE, CHANNELS = 8, 16  # of the patch that one latent stands for
@@ -33,39 +35,14 @@ ROLES = (
     "target target target reference before depth normal segmentation canny view hole mask".split()
 )
 LATENT_NOISE = 0.05  # added in training, so that the decoder forgives a generator's small errors
-LEARNING_RATE = 4e-3  # AdamW on norms and biases; kernels take Muon at ten times this
-BATCH = 4  # many small steps: in equal time 4 beat 8, and Muon beat AdamW (docs/lab-log.md)
+LEARNING_RATE = 4e-3  # in equal time Muon on kernels beat AdamW (docs/lab-log.md)
+LARGEST = 1.0  # norm of a gradient
+BATCH, BATCH_ON_GPU = 4, 64  # on a CPU many small steps: in equal time 4 beat 8
+CELLS, CELLS_A_MINUTE = 8_000, 3_000  # pictures: at most, and of a minute that is trained
+FIRST = 10_000_000  # index of the first scene
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024) for convolution kernels.
-
-    torch.optim.Muon takes matrices only; a kernel is one with rows = output channels.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for kernel in group["params"]:
-                state = self.state.setdefault(kernel, {})
-                momentum = state.setdefault("momentum", torch.zeros_like(kernel))
-                momentum.mul_(0.95).add_(kernel.grad)
-                update = kernel.grad.add(momentum, alpha=0.95).flatten(1)
-                rows, columns = update.shape
-                x = update / (update.norm() + 1e-7)
-                x = x.T if rows > columns else x
-                for _ in range(5):
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                x = x.T if rows > columns else x
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
-                kernel.add_(x.reshape(kernel.shape), alpha=-rate)
-
-
-def new_vae() -> AutoencoderKL:
+def new_vae(cell: int) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=WIDTHS,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -73,7 +50,7 @@ def new_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=cell,
         scaling_factor=1.0,
         shift_factor=0.0,
         force_upcast=False,
@@ -161,17 +138,26 @@ def set_encoder(vae: AutoencoderKL, mean: Tensor, projection: Tensor) -> None:
     encoder.conv_out.bias[CHANNELS:] = -8.0  # log variance
 
 
-def pool(count: int, size: int) -> np.ndarray:
-    """`count` training cells, (count, size, size, 3) bytes."""
-    source = Scenes(size=size, seed=0)
-    rng = np.random.default_rng(7)
+def pool(plan: Plan, count: int) -> np.ndarray:
+    """About `count` training cells, (count, size, size, 3) bytes, rendered by all processes."""
+    each = -(-count // (4 * plan.processes))
+    firsts = [FIRST + k * each for k in range(plan.processes)]
+    with ProcessPoolExecutor(plan.processes, get_context("spawn")) as processes:
+        parts = processes.map(some_cells, [plan.cell] * len(firsts), firsts, [each] * len(firsts))
+        return np.concatenate(list(tqdm(parts, total=len(firsts), desc="rendering")))
+
+
+def some_cells(size: int, first: int, scenes: int) -> np.ndarray:
+    """Four pictures of each scene, in different roles."""
+    torch.set_num_threads(1)
+    source, rng = Scenes(size=size, seed=0), np.random.default_rng([7, first])
     cells = []
-    for i in tqdm(range(count // 4), desc="rendering"):
-        item = source.item(10_000_000 + i)
+    for index in range(first, first + scenes):
+        item = source.item(index)
         for role in rng.choice(ROLES, 4, replace=False):
             picture = item.image(str(role))
             if role == "target" and rng.random() < 0.3:
-                picture = (gray, blurred)[rng.integers(2)](picture)
+                picture = (gray, blurred)[rng.integers(2)](picture, rng)
             cells.append(np.array(picture))
     return np.stack(cells)
 
@@ -211,66 +197,71 @@ def strip(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(joined, axis=1)
 
 
-def keep(vae: AutoencoderKL, path: Path, seen: int) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
-    save_file({**tensors, "strips_seen": torch.tensor(seen)}, path)
+def strips(cells: np.ndarray, rng: np.random.Generator, size: int) -> Tensor:
+    """`size` strips, (b 3 h w) in -1..1."""
+    drawn = np.stack([strip(cells, rng) for _ in range(size)])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--cells", type=int, default=8_000)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    vae = new_vae().to(memory_format=torch.channels_last)
-    state = options.out / "vae_state.safetensors"
-    seen = 0
-    if state.exists():
-        saved = load_file(state)
-        seen = int(saved.pop("strips_seen"))
-        vae.load_state_dict(saved)
-    cells = pool(options.cells, 64)
-    if not state.exists():
+class Decoder:
+    """A VAE whose decoder learns from pairs of latents and pixels."""
+
+    def __init__(self, vae: AutoencoderKL, rate: float) -> None:
+        self.vae = vae.requires_grad_(False).to(memory_format=torch.channels_last)
+        vae.decoder.requires_grad_(True)
+        kernels = [p for p in vae.decoder.parameters() if p.ndim == 4]
+        others = [p for p in vae.decoder.parameters() if p.ndim != 4]
+        self.parts = kernels, others
+        self.optimiser = Optimiser(
+            [p.data for p in kernels], [p.data for p in others], scale=of_kernels
+        )
+        self.rate = rate
+
+    def step(self, latents: Tensor, pixels: Tensor, rate: float) -> Tensor:
+        """One step at a part `rate` of the learning rate; the mean absolute error."""
+        cuda = latents.device.type == "cuda"
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=cuda):
+            decoded = self.vae.decode(latents.to(memory_format=torch.channels_last)).sample
+        difference = decoded.float() - pixels
+        (difference.abs().mean() + difference.square().mean()).backward()
+        gradients: list[Sequence[Tensor]] = [[p.grad for p in part] for part in self.parts]
+        clip([*gradients[0], *gradients[1]], LARGEST)
+        self.optimiser.rate.fill_(self.rate * rate)
+        self.optimiser.step(*gradients)
+        self.vae.zero_grad()
+        return difference.detach().abs().mean()
+
+
+def finish(plan: Plan, vae: AutoencoderKL) -> None:
+    """Put the VAE into the output's folder."""
+    whole = vae.to(memory_format=torch.contiguous_format).cpu().float().eval()
+    whole.save_pretrained(plan.output / "vae")
+
+
+def make(plan: Plan) -> None:
+    """Train the decoder for the plan's minutes, from where the last sitting ended."""
+    torch.manual_seed(plan.seed)
+    torch.backends.cudnn.allow_tf32 = False  # the encoder lives on differences of large constants
+    cells = pool(plan, min(CELLS, max(round(CELLS_A_MINUTE * plan.minutes[STAGE]), 64)))
+    vae, before, seen = new_vae(plan.cell), kept(plan, STAGE), 0
+    if before is None:
         set_encoder(vae, *components(cells))
-    vae.encoder.requires_grad_(False)
-    rng = np.random.default_rng([1, seen])
-    kernels = [p for p in vae.decoder.parameters() if p.ndim == 4]
-    others = [p for p in vae.decoder.parameters() if p.ndim != 4]
-    optimisers = {
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95)): LEARNING_RATE,
-        Muon(kernels, lr=10 * LEARNING_RATE): 10 * LEARNING_RATE,
-    }
-    start = saved = time.monotonic()
-    bar = tqdm(total=round(options.minutes * 60), unit="s", desc="vae")
-    while (spent := (time.monotonic() - start) / 60 / options.minutes) < 1:
-        for optimiser, rate in optimisers.items():
-            for group in optimiser.param_groups:
-                group["lr"] = rate * min(1, spent * 40 + 0.02, (1 - spent) * 2 + 0.01)
-        batch = np.stack([strip(cells, rng) for _ in range(BATCH)])
-        pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+    else:
+        vae.load_state_dict(before[0])
+        seen = before[1]["strips"]
+    decoder = Decoder(vae.to(plan.device), LEARNING_RATE)
+    size = BATCH_ON_GPU if plan.device.type == "cuda" else BATCH
+    rng, sitting = np.random.default_rng([1, seen]), Sitting(plan, STAGE)
+    for spent in sitting:
+        pixels = strips(cells, rng, size).to(plan.device)
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample
-        error = (decoded.float() - pixels).abs().mean()
-        square = (decoded.float() - pixels).square().mean()
-        (error + square).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        vae.zero_grad()
-        seen += BATCH
-        if time.monotonic() - saved > 60:
-            saved = time.monotonic()
-            keep(vae, state, seen)
-        bar.update(int(time.monotonic() - start) - bar.n)
-        bar.set_postfix(l1=f"{error.item():.3f}", mse=f"{square.item():.4f}", strips=seen)
-    keep(vae, state, seen)
-    vae = vae.to(memory_format=torch.contiguous_format).eval()
-    vae.save_pretrained(options.out / "vae")
-
-
-if __name__ == "__main__":
-    main()
+        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
+        error = decoder.step(noisy, pixels, min(1, spent * 40 + 0.02, (1 - spent) * 2 + 0.01))
+        seen += size
+        if sitting.due("noted", NOTED_EVERY):
+            sitting.note({"strips": seen, "error": round(error.item(), 4)})
+        if sitting.due("saved", KEPT_EVERY):
+            keep(plan, STAGE, vae.state_dict(), {"strips": seen})
+    keep(plan, STAGE, vae.state_dict(), {"strips": seen})
+    finish(plan, vae)

@@ -1,0 +1,1 @@
+"""The stages that make the embedded base: text, vae, transformer, decoder, pack."""
