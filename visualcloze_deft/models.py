@@ -29,6 +29,7 @@ from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
 from visualcloze_deft.launch import say_once
+from visualcloze_deft.layered import load_quantised
 from visualcloze_deft.modelfolder import (
     CHANNELS,
     PARTS,
@@ -45,7 +46,6 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
-from visualcloze_deft.quantise import quantise
 
 CPU = torch.device("cpu")
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
@@ -284,8 +284,9 @@ def load_models(
     transformer = given.get("transformer")
     if "transformer" not in given:
         own = dtype_for("transformer", dtype)
-        transformer = load_transformer(name, dtype=own, lora=lora, split=split, variant=variant)
-        quantise(transformer, bits, device=device)
+        transformer = load_transformer(
+            name, dtype=own, lora=lora, split=split, variant=variant, bits=bits, device=device
+        )
     elif lora is not None or bits != "none":
         raise UserError("a transformer that is given stays as it is: leave lora and quantise")
     if transformer is not None:
@@ -511,14 +512,21 @@ def load_transformer(
     lora: str | None = None,
     split: Split | None = None,
     variant: str | None = None,
+    bits: Bits = "none",
+    device: str = "cpu",
 ) -> FluxTransformer2DModel:
     """The transformer of `load_models` alone.
 
     split: called on all that has weights, one layer after the other where `lora` is merged. They
     are views of their mapped files until then, in the files' precision, which `lora` is merged in.
+    device: where one in `bits` is built, layer by layer; others are read into main memory.
     """
     check_folder(name, parts=("transformer",))
     changes = {} if lora is None else lorafile.changes_of(name, lora)
+    if bits != "none":
+        return load_quantised(
+            folder_of(name), bits, dtype=dtype, device=device, changes=changes, variant=variant
+        )
     kept_as = stored_dtype(name) if split else dtype
     transformer = load_part(
         name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as, variant=variant
