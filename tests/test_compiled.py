@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from processes import Group, run
 from test_train import losses
+from torch._dynamo.utils import counters
 
-from visualcloze_deft import rundir
+from visualcloze_deft import adapters, deft, rundir
 from visualcloze_deft.compiled import VARIANTS, Compiling, compile_blocks, explained
+from visualcloze_deft.engine import recompute
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import load_models
+from visualcloze_deft.models import load_models, load_transformer, predict_velocity
+from visualcloze_deft.settings import Adapter
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,91 @@ def own_settings() -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         yield
     torch._dynamo.reset()
+    counters.clear()
+
+
+def transformer(double: int, single: int) -> FluxTransformer2DModel:
+    """A random transformer with an adapter, ready to train."""
+    torch.manual_seed(0)
+    found = FluxTransformer2DModel(
+        in_channels=384,
+        out_channels=64,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return found.requires_grad_(False)
+
+
+def trained(model: FluxTransformer2DModel, *, recomputed: int = 0) -> None:
+    adapters.attach(model, Adapter(rank=2), seed=0)
+    recompute(model, recomputed)
+    deft.share_factors(model)
+    compile_blocks(model)
+
+
+def step(model: FluxTransformer2DModel, *, grids: int, length: int, grad: bool = True) -> None:
+    """Both passes over grids of `length` image tokens and 3 text tokens; without `grad` the first
+    alone, as for a rollout."""
+    with nullcontext() if grad else torch.no_grad():
+        velocity = predict_velocity(
+            model,
+            torch.randn(grids, length, 384),
+            torch.rand(grids),
+            ids=torch.zeros(length, 3),
+            text=torch.randn(grids, 3, 16),
+            pooled=torch.randn(grids, 16),
+            guidance=1.0,
+        )
+    if grad:
+        velocity.square().mean().backward()
+
+
+def variants(model: FluxTransformer2DModel, shapes: list[tuple[int, int]]) -> int:
+    """Graphs that torch makes of the blocks for (grids, length), with and without gradients."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        for grids, length in shapes:
+            step(model, grids=grids, length=length, grad=False)
+            step(model, grids=grids, length=length)
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_more_blocks_make_no_more_variants(one_thread: None) -> None:
+    few, many = transformer(2, 2), transformer(3, 5)
+    trained(few, recomputed=3)
+    trained(many, recomputed=3)
+    assert variants(few, [(2, 8)]) == variants(many, [(2, 8)]) < VARIANTS
+
+
+def test_more_shapes_make_no_more_variants(one_thread: None) -> None:
+    model = transformer(1, 1)
+    trained(model)
+    assert variants(model, [(2, 8), (2, 12)]) == variants(model, [(2, 8), (2, 12), (2, 16)])
+
+
+def test_a_quantised_block_is_one_graph(one_thread: None, micro_model: Path) -> None:
+    model = load_transformer(str(micro_model), dtype=torch.float32, bits="fp8")
+    trained(model)
+    assert variants(model, [(2, 8)]) == 4  # two kinds of blocks, with and without gradients
+
+
+def test_a_block_is_one_graph_where_the_compiler_cannot_look_up_autocast(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """As torch before 2.12, where each layer became a graph and each place a variant of it."""
+    unknown = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", unknown)
+    model = transformer(1, 1)
+    trained(model)
+    assert variants(model, [(2, 8)]) == 4
 
 
 def double(x: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,6 @@ from visualcloze_deft.errors import MOST, UserError, reading
 from visualcloze_deft.evaluation.page import draw_bars
 from visualcloze_deft.evaluation.statistics import Figure
 from visualcloze_deft.gridfile import read_requests
-from visualcloze_deft.infer import told_by_image
 from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
 from visualcloze_deft.models import load_models
 from visualcloze_deft.patterns import matching
@@ -47,6 +46,7 @@ from visualcloze_deft.registry import load_tasks
 from visualcloze_deft.report import svg_of
 from visualcloze_deft.runlines import EvaluationLine, StepLine, read_lines
 from visualcloze_deft.settings import Adapter, Run, load_run, write_run
+from visualcloze_deft.sheet import told_by_image
 from visualcloze_deft.textfile import DEEPEST, parse_json
 from visualcloze_deft.upsample import Upsampling
 

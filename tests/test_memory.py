@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -12,19 +14,23 @@ import torch
 import zero_memory
 from diffusers import FluxTransformer2DModel
 from living import Living
+from micro_model import copy_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from visualcloze_deft import adapters, rundir
+from visualcloze_deft import adapters, quantise, rundir
 from visualcloze_deft.cli import main
 from visualcloze_deft.engine import recompute
 from visualcloze_deft.memory import (
+    FP8_ROWS,
     RESERVE,
     STAGES,
     Load,
     MemoryPlan,
     activations_of,
+    main_memory,
     memory_plan,
+    quantising_bytes,
     stored,
     usable,
 )
@@ -38,7 +44,6 @@ from visualcloze_deft.modelsize import (
     t5_parameters,
     vae_parameters,
 )
-from visualcloze_deft.quantise import quantise
 from visualcloze_deft.settings import Adapter, load_run, write_run
 
 
@@ -222,13 +227,57 @@ def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", ["none", "fp8", "int8", "nf4"])
 def test_a_base_takes_the_bytes_that_are_planned(bits: Bits) -> None:
-    model = load_transformer("tiny", dtype=torch.bfloat16)
-    quantise(model, bits, device="cpu")
+    model = load_transformer("tiny", dtype=torch.bfloat16, bits=bits)
     tensors = [*model.parameters(), *model.buffers()]
     scales = 0.03 if bits in ("int8", "nf4") else 0  # bitsandbytes has those beside parameters
     found = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     planned = stored(flux(settings_of("tiny", "transformer")), bits, 2)
     assert found == pytest.approx(planned, rel=0.002 + scales)
+
+
+def test_fp8_is_made_of_as_many_rows_as_planned() -> None:
+    assert FP8_ROWS == quantise.ROWS
+
+
+def test_a_quantised_base_that_cannot_fit_is_refused_before_anything_is_loaded(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container of 1 GB. Its weights are no weights: reading them would fail otherwise."""
+    (tmp_path / "memory.max").write_text("1000000000\n")
+    monkeypatch.setattr("visualcloze_deft.memory.CONTAINER", tmp_path / "memory.max")
+    model = copy_model(micro_model, tmp_path / "model")
+    (model / "transformer/config.json").write_text(json.dumps(FLUX))
+    words = ["--model", model, "--output", tmp_path / "run", "--processes", 1, "--zero", 2]
+    for bits, base in (("fp8", 12), ("nf4", 6)):
+        line = refused("train", *words, "--set", f"quantise={bits}")
+        found = re.search(
+            r"quantise = '(\w+)': about ([\d.]+) GB a process.* there are 1.0 GB", line
+        )
+        assert found
+        assert found[1] == bits
+        assert base < float(found[2]) < base + 40
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_container_without_a_limit_has_the_memory_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = main_memory()
+    monkeypatch.setattr("visualcloze_deft.memory.CONTAINER", tmp_path / "memory.max")
+    assert main_memory() >= whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert main_memory() >= whole
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert main_memory() == 4096
+
+
+def test_quantising_counts_in_a_plan(flux_settings: Path) -> None:
+    plan = plan_of(flux_settings, "quantise=nf4", "zero=2", processes=1)
+    load = replace(plan.load, grids=1, image=16, text=8, strip=16)
+    few = replace(plan, load=load, encoders=0)
+    beside = quantising_bytes(few.model, "nf4", 2)
+    assert beside == 15 * 6 * 3072 * 3072  # of the first norm
+    assert few.peak(2, few.blocks) >= few.base + beside
 
 
 @pytest.mark.parametrize("method", ["deft", "lora"])
@@ -238,7 +287,7 @@ def test_a_base_in_fp8_answers_nearly_as_before_and_can_be_trained_on(method: st
     given = asked(model, load)
     with torch.no_grad():
         before = predict_velocity(model, **given, guidance=1.0)
-        quantise(model, "fp8", device="cpu")
+        model = load_transformer("tiny", dtype=torch.float32, bits="fp8")
         after = predict_velocity(model, **given, guidance=1.0)
     assert 0 < (after - before).norm() < 0.1 * before.norm()
     adapters.attach(model, Adapter(method=method, rank=4), seed=0)

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visualcloze_deft import tensorfile
+from visualcloze_deft.digests import digest
 from visualcloze_deft.errors import PARSED, UserError, why
-from visualcloze_deft.textfile import check_file, read_object
+from visualcloze_deft.textfile import read_object
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
 AVERAGE = "ema.safetensors"  # only where a run keeps one
@@ -205,10 +206,3 @@ def _check(path: Path) -> Progress:
 def checksum(fields: Mapping[str, Any]) -> str:
     """SHA-256 of what a file of progress says, whatever its spaces and order."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises `UserError` where it is none."""
-    check_file(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

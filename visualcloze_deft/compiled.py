@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._inductor.config
 from diffusers import FluxTransformer2DModel
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import calculate_time_spent
@@ -17,47 +19,55 @@ from tqdm import tqdm
 from visualcloze_deft.errors import UserError
 
 VARIANTS = 64
-"""Compiled variants of one kind of block: torch's 8 are used up by one and several grids, known and
-varying lengths, with and without gradients. Beyond its limit torch runs a new shape uncompiled."""
-VARYING = (2, 12)  # the first torch whose compiler takes blocks of varying length on a GPU
+"""Compiled variants of one kind of block: torch's 8 are used up by the first block and later ones,
+one and several grids, known and varying lengths, with and without gradients. Beyond its limit torch
+runs a new shape uncompiled."""
+LIMIT = re.compile(
+    r"torch\._dynamo hit config\..*\n"
+    r" *function: '(?P<function>\S+)' .*\n"
+    r" *last reason: (?P<reason>.*)"
+)
+SYMBOLIC = (2, 12)  # the first torch whose tiling analysis compares lengths that it does not know
 
 
 def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     """Compile every block, in place: blocks of one kind share what was compiled.
 
-    The first change of a length compiles a variant for all lengths, where `lengths` allows that.
+    The first change of a length or of a number of grids compiles a variant for all of them: ten
+    lengths take as many variants as two do.
     """
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = 4 * VARIANTS
+    if not analyses_tiling(torch.__version__):
+        torch._inductor.config.triton.coalesce_tiling_analysis = False
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if limit_in_one_line not in logger.filters:
         logger.addFilter(limit_in_one_line)
-    dynamic = lengths(gpu=torch.cuda.is_available(), version=torch.__version__)
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.compile(dynamic=dynamic)
+        block.compile()
 
 
-def lengths(*, gpu: bool, version: str) -> bool | None:
-    """torch.compile's `dynamic`: None, a variant for all lengths once one changes; False, a variant
-    for each. With the former, Inductor 2.11 fails on a GPU: AssertionError in get_pw_red_splits.
+def analyses_tiling(version: str) -> bool:
+    """Whether torch's compiler for GPUs can choose tiles by reads and writes of varying length.
 
-    On two cores, blocks of a few thousand parameters over ten lengths: 4 variants and 124 s of
-    compiling with None; with False one for each length, of 12 to 40 s.
+    Before 2.12 `get_pw_red_splits` fails on it with an AssertionError: it takes equal products of
+    symbols for different ones. Tiles are then chosen by its older rule.
 
-    >>> lengths(gpu=True, version="2.11.0+cu130"), lengths(gpu=True, version="2.13.0")
-    (False, None)
+    >>> analyses_tiling("2.11.0+cu130"), analyses_tiling("2.13.0")
+    (False, True)
     """
     major, minor = version.split(".")[:2]
-    return False if gpu and (int(major), int(minor)) < VARYING else None
+    return (int(major), int(minor)) >= SYMBOLIC
 
 
 def limit_in_one_line(record: logging.LogRecord) -> bool:
     """A logging filter: torch's five lines on a limit that was reached become one."""
-    if not record.getMessage().startswith("torch._dynamo hit config."):
+    said = LIMIT.match(record.getMessage())
+    if said is None:
         return True
     tqdm.write(
-        f"compile: more than {VARIANTS} variants of a block; grids of other shapes run uncompiled, "
-        "slower. Fewer shapes: data.cells=square"
+        f"compile: more than {VARIANTS} variants of {said['function']}; grids of other shapes run "
+        f"uncompiled, slower. Fewer shapes: data.cells=square. The last: {said['reason'][:200]}"
     )
     return False
 

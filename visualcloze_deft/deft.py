@@ -111,9 +111,12 @@ def added_parts(products: list[Tensor], rank: int) -> list[Tensor]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """No autocast for tensors of this kind of device; "meta" knows none."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else nullcontext()
+    """No autocast for tensors of this kind of device; "meta" knows none.
+
+    `torch.amp.is_autocast_available` would say it of any kind, but torch's compiler before 2.12
+    breaks a graph there: every layer became a graph of its own, with a variant for each place.
+    """
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @dataclass(frozen=True, kw_only=True)

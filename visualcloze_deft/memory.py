@@ -49,6 +49,8 @@ RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000 + 50_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size
 PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold
+FP8_ROWS = 512  # quantise.ROWS
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
 STAGES = (0, 1, 2, 3)
 
 Stage = Literal[0, 1, 2, 3]
@@ -265,6 +267,26 @@ def stored(model: Flux, bits: Bits, size: int) -> int:
     return total
 
 
+def quantising_bytes(model: Flux, bits: Bits, size: int) -> int:
+    """The most that is held while one layer of a block is quantised, beside the layers that are
+    done: its weight as it was, and what its values become on the way.
+
+    fp8 is made of `FP8_ROWS` rows at once, which are there twice in float32. bitsandbytes has whole
+    weights in float16 and twice in float32 (int8), thrice in float32 and once in bytes (nf4): read
+    in its code for CPUs, version 0.50; GPUs take less.
+    """
+    if bits == "none":
+        return 0
+
+    def beside(inputs: int, outputs: int) -> int:
+        if bits == "fp8":
+            return 2 * SINGLE * min(FP8_ROWS, outputs) * inputs
+        return (2 + 2 * SINGLE if bits == "int8" else 1 + 3 * SINGLE) * outputs * inputs
+
+    layers = [sides for name, sides in model.linear.items() if BLOCK.fullmatch(name)]
+    return max((size * i * o + beside(i, o) for i, o in layers), default=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a process holds at the peak of a step.
@@ -347,10 +369,12 @@ class MemoryPlan:
         )
 
     def peak(self, stage: Stage, recomputed: int) -> int:
-        """The most a process holds: at the peak of a step, or while it encodes or makes a sample.
-        Loading takes less under every stage, as ZeRO-3 divides the base while it is read."""
+        """The most a process holds: at the peak of a step, while it encodes or makes a sample, or
+        while a layer is quantised when the others are done. Loading a base as it is takes less
+        under every stage, as ZeRO-3 divides it while it is read."""
         between = self.between(stage) + self.outside.peak
-        return max(self.parts(stage, recomputed).peak, between)
+        loading = self.base + quantising_bytes(self.model, self.run.quantise, self.size)
+        return max(self.parts(stage, recomputed).peak, between, loading)
 
     def between(self, stage: Stage) -> int:
         """What stays when a step is over: gradients are gone. With the weights that ZeRO-3 gathers
@@ -522,7 +546,16 @@ def memory_here(processes: int) -> int:
     """Bytes a process can use: of the smallest GPU, or its share of the machine's memory."""
     if gpus := gpus_here()[:processes]:
         return min(gpu.memory for gpu in gpus)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return main_memory() // processes
+
+
+def main_memory() -> int:
+    """Bytes of the machine's memory, or of what a container is given of it (cgroup v2)."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(whole, int(CONTAINER.read_text()))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return whole
 
 
 def decided(run: Run, load: Load, *, processes: int) -> Run:
@@ -535,7 +568,10 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
         check_blocks(run, flux(settings_of(run.model, "transformer")))
     if run.zero != "auto" and (run.checkpoint_blocks != "auto" or not gpu):
         blocks = 0 if run.checkpoint_blocks == "auto" else run.checkpoint_blocks
-        return run.model_copy(update={"checkpoint_blocks": blocks})
+        chosen = run.model_copy(update={"checkpoint_blocks": blocks})
+        if run.quantise != "none" and not gpu:
+            check_quantised(plan_here(chosen, load, processes=processes), memory_here(processes))
+        return chosen
     plan = plan_here(run, load, processes=processes)
     memory = memory_here(processes)
     way = plan.choose(memory, recompute=gpu)
@@ -550,6 +586,24 @@ def gigabytes(size: int) -> str:
     '23.8 GB'
     """
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"
+
+
+def check_quantised(plan: MemoryPlan, memory: int) -> None:
+    """Raise `UserError` where a quantised base on a CPU is sure not to fit into `memory`.
+
+    Its stage and number of recomputed blocks are decided. Encoders do not count, whose files may
+    stay mapped; a base that is not quantised may, too, and is not looked at.
+    """
+    stage, blocks = plan.run.zero, plan.recomputed
+    assert stage != "auto"
+    assert blocks is not None
+    needed = plan.peak(stage, blocks) - plan.encoders
+    if needed > memory:
+        raise UserError(
+            f"quantise = {plan.run.quantise!r}: about {gigabytes(needed)} a process, encoders left "
+            f"out, and there are {gigabytes(memory)}; lower --batch or --resolution, or raise "
+            "--checkpoint-blocks; vcdeft plan shows the parts"
+        )
 
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}

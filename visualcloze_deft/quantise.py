@@ -12,23 +12,22 @@ import re
 from typing import Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from visualcloze_deft.modelfolder import Bits
 
 LAYERS = re.compile(r"(single_)?transformer_blocks\..*")
+ROWS = 512  # of a weight that are divided in float32 together
 
 
-def quantise(transformer: FluxTransformer2DModel, kind: Bits, *, device: str) -> None:
-    """Replace the linear layers of all blocks by quantised ones on `device`, one by one."""
-    if kind == "none":
-        return
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, nn.Linear) and LAYERS.fullmatch(name):
-            parent, _, last = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), last, quantised(layer, kind).to(device))
+def is_in_block(name: str) -> bool:
+    """Whether a layer of a transformer is in one of its blocks, whose linear layers are quantised.
+
+    >>> is_in_block("transformer_blocks.0.ff.net.2"), is_in_block("x_embedder")
+    (True, False)
+    """
+    return LAYERS.fullmatch(name) is not None
 
 
 def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
@@ -40,10 +39,12 @@ def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:
     size, bias = (layer.in_features, layer.out_features), layer.bias is not None
     weight = layer.weight.data
     if kind == "int8":
-        small = Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+        small = Linear8bitLt(*size, bias=bias, has_fp16_weights=False, device="meta")
         small.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        small = Linear4bit(*size, bias=bias, compute_dtype=weight.dtype, quant_type="nf4")
+        small = Linear4bit(
+            *size, bias=bias, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+        )
         # On CPUs with AVX512 it would pack its weight anew at the first generation, for widths of
         # whole blocks only (bitsandbytes 0.50), and DEFT could not read it any more.
         small.support_avx512bf16_for_cpu = False
@@ -66,9 +67,12 @@ class Float8Linear(nn.Linear):
     def __init__(self, layer: nn.Linear) -> None:
         bias = layer.bias is not None
         super().__init__(layer.in_features, layer.out_features, bias=bias, device="meta")
-        weight = layer.weight.data.float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-        small = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+        weight = layer.weight.data
+        largest = torch.linalg.vector_norm(weight, torch.inf, dim=1).float()
+        scale = largest.clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        small = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+        for into, rows, own in zip(*(x.split(ROWS) for x in (small, weight, scale)), strict=True):
+            into.copy_(rows.float() / own[:, None])
         # as bytes: a change of the module's precision, or what sends parameters to other processes,
         # then leaves them alone
         self.weight = nn.Parameter(small.view(torch.uint8), requires_grad=False)

@@ -11,6 +11,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from visualcloze_deft import attention as kernels
+from visualcloze_deft import compiled
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.modelfolder import Bits
 from visualcloze_deft.pipeline import InContextPipeline
@@ -99,7 +100,7 @@ def enable(
     if vae_tiling:
         pipe.vae.enable_tiling()
     if compile_blocks:
-        pipe.transformer.compile_repeated_blocks()
+        compiled.compile_blocks(pipe.transformer)
     if offload != "none" and pipe.encodings.on_disk:
         for network in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             pipe.encodings.name_of(network)  # their weights cannot be read any more then
