@@ -341,6 +341,14 @@ def test_a_bad_option_of_infer_is_named(
     assert message in infer(*arguments)
 
 
+def test_an_output_that_is_a_link_to_itself_is_named(
+    infer: Callable[..., str], refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert f"{tmp_path / 'loop'}" in infer("--output", tmp_path / "loop")
+    assert f"{tmp_path / 'loop'}" in refused("train", "--dry-run", "--output", tmp_path / "loop")
+
+
 def test_weights_that_are_a_pipe_are_not_waited_for(
     infer: Callable[..., str], refused: Refused, tmp_path: Path
 ) -> None:

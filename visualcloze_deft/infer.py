@@ -350,17 +350,18 @@ def check_output(output: Path) -> None:
 def check_inputs_stay(examples: Path, output: Path, plans: Sequence[Planned]) -> None:
     """Raise `UserError` where a result would be written over what it is made from."""
     read = {
-        Path(path).resolve()
+        os.path.realpath(path)  # which takes links to themselves, as Path.resolve does not
         for plan in plans
         for row in plan.record["rows"]
         for path in row
         if path
     }
-    read.add(examples.resolve())
-    read |= {path.resolve() for path in examples.glob("*.json")} if examples.is_dir() else set()
+    read.add(os.path.realpath(examples))
+    if examples.is_dir():
+        read |= {os.path.realpath(path) for path in examples.glob("*.json")}
     for plan in plans:
         for name in files_of(plan):
-            if (output / name).resolve() in read and not is_record(output / name):
+            if os.path.realpath(output / name) in read and not is_record(output / name):
                 raise UserError(
                     f"{output / name}: is read here, and would be written over; give another "
                     "--output"

@@ -57,7 +57,7 @@ def check_foreign(output: Path, ours: Iterable[str], *, what: str) -> None:
 
     ours: patterns of the names that vcdeft gives its own files there. what: whose files they are.
     """
-    if output.exists() and not output.is_dir():
+    if os.path.lexists(output) and not output.is_dir():  # also a link that leads nowhere
         raise UserError(f"output {output}: not writable (is a file); choose a folder")
     for name in sorted(os.listdir(output)) if output.is_dir() else ():
         if not any(fnmatchcase(name, pattern) for pattern in ours):

@@ -23,7 +23,7 @@ def rehearsed(run: Run) -> Iterator[Run]:
 
     Raises `UserError` where `run.output`, in which nothing is written, is not fit for the run.
     """
-    output = Path(run.output).resolve()
+    output = Path(os.path.realpath(run.output))
     rundir.check_output(output)
     if rundir.saved_anything(output):
         raise UserError(
@@ -70,7 +70,7 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     (saved,) = (folder / "checkpoints").glob("step-*")
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free
-    output = Path(run.output).resolve()
+    output = Path(os.path.realpath(run.output))
     sheet = sheet_of(output)
     output_folder(sheet.parent)
     drawn = read_image(max((folder / "sheets").glob("*.png")))

@@ -210,7 +210,7 @@ def encodings_folder(run: Run) -> Path | None:
         return None
     own = run.data.encodings == "run"
     folder = Path(run.output) / ENCODINGS if own else Path(run.data.encodings)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"data.encodings {folder}: no folder; give one, or a path yet free")
     return folder
 
