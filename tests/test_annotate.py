@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_cache import COMMIT, in_hub_cache
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,7 +34,14 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from visualcloze_deft.cli import main
 from visualcloze_deft.data.annotate import Annotated, annotate
-from visualcloze_deft.data.annotators import ANNOTATORS, colour, computed, nearness, normals
+from visualcloze_deft.data.annotators import (
+    ANNOTATORS,
+    check_model,
+    colour,
+    computed,
+    nearness,
+    normals,
+)
 from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.scenes import Scenes
 from visualcloze_deft.errors import UserError
@@ -155,6 +163,19 @@ def test_depth_is_the_models_own_from_black_to_white(photos: Path, depth_model: 
 def test_near_is_bright_whatever_the_model_measures(config: object, first: float) -> None:
     found = {"predicted_depth": torch.tensor([[3.0, 5.0, 7.0]])}
     assert nearness(found, config).tolist() == [[first, 0.5, 1 - first]]
+
+
+def test_a_revision_of_a_hub_id_stands_behind_it(
+    photos: Path, depth_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_hub_cache(depth_model, "someone/depths", tmp_path / "cache", monkeypatch)
+    photo = Image.open(photos / "target" / "0.png").convert("RGB")
+    place = f"someone/depths@{COMMIT}"
+    check_model("depth", place)
+    there = computed("depth", place, "cpu", photo)
+    assert same(there, computed("depth", str(depth_model), "cpu", photo))
+    with pytest.raises(UserError, match="not from the hub"):
+        check_model("depth", "someone/depths@gone")
 
 
 def test_depth_of_one_distance_is_black_not_an_error() -> None:

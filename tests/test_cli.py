@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from visualcloze_deft.adapters import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.settings import Run, write_run
+from visualcloze_deft.sheet import text_of
 
 GridFile = Callable[..., Path]
 Refused = Callable[..., str]
@@ -382,6 +383,31 @@ def test_a_preview_that_cannot_be_written_is_named(
     output = tmp_path / name
     line = refused("tasks", "preview", "novel-view", "--count", 1, "--output", output)
     assert str(output) in line
+
+
+@pytest.mark.parametrize(
+    "command", [["tasks", "preview", "novel-view", "--count", "1"], ["data", "preview", "scenes=2"]]
+)
+def test_a_preview_takes_the_place_of_previews_alone(
+    refused: Refused, tmp_path: Path, command: list[str]
+) -> None:
+    """A photo stays, a broken link, a folder, and an image that `vcdeft infer` has made."""
+    output, words = tmp_path / "x.png", [*command, "--output", str(tmp_path / "x.png")]
+    main(words)
+    main([*words, "--seed", "3"])
+    drawn = output.read_bytes()
+    photo, made = tmp_path / "photo.png", tmp_path / "made.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    Image.new("RGB", (8, 8)).save(made, pnginfo=text_of({"rows_sha256": []}))
+    (tmp_path / "link.png").symlink_to("gone.png")
+    for path in (photo, made, tmp_path / "link.png"):
+        before = path.lstat()
+        line = refused(*command, "--output", path)
+        assert "already there, and no preview of vcdeft; give --overwrite" in line
+        assert path.lstat() == before
+    main([*command, "--seed", "3", "--output", str(photo), "--overwrite"])
+    assert photo.read_bytes() == drawn
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_example_that_cannot_be_written_is_named(refused: Refused, tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> Non
     whole = "lora_unet_double_blocks_0_img_mlp_2"
     tensors = {f"{whole}.lora_down.weight": a, f"{whole}.lora_up.weight": b}
     tensors |= {f"{whole}.alpha": torch.tensor(1.0), "lora_te1_x.lora_down.weight": a.clone()}
-    save_file(tensors, tmp_path / "k.safetensors")
-    down, up = lorafile.read(tmp_path / "k.safetensors", shapes=shapes)[name]
+    file = tmp_path / "k.safetensors"
+    save_file(tensors, file)
+    down, up = lorafile.read(file, shapes=shapes, text_encoders="left out")[name]
     torch.testing.assert_close(up @ down, b @ a / 4)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_cache import COMMIT, in_hub_cache
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -147,6 +148,16 @@ def test_settings_as_the_hubs_older_files_have_them_are_read(
     )
     expected = load_encoder(other(kind, folders)).images(pictures(2)).values
     assert np.array_equal(load_encoder(f"older={folder}").images(pictures(2)).values, expected)
+
+
+def test_a_revision_of_a_hub_id_stands_behind_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_hub_cache(folders["clip"], "someone/encoder", tmp_path / "cache", monkeypatch)
+    there = load_encoder(f"other=someone/encoder@{COMMIT}")
+    assert there.fingerprint == load_encoder(other("clip", folders)).fingerprint
+    with pytest.raises(UserError, match="not from the hub"):
+        load_encoder("other=someone/encoder@gone")
 
 
 def test_texts_are_what_the_model_itself_gives(folders: dict[str, Path]) -> None:

@@ -12,9 +12,9 @@ import torch
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import Gpu, check_alike, gpus_here, precision_on, why_float32
-from visualcloze_deft.launch import device_environment
+from visualcloze_deft.launch import device_environment, say_once
 from visualcloze_deft.memory import Load, memory_here, plan_here
-from visualcloze_deft.models import dtype_of, say_once
+from visualcloze_deft.models import dtype_of
 from visualcloze_deft.settings import OFFLOADED, load_run
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", memory=85_029_158_912, bfloat16=True, rocm=False)

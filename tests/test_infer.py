@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import processes
@@ -18,10 +19,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from visualcloze_deft import InContextPipeline, adapters, pipeline, rundir
 from visualcloze_deft import infer as infer_module
-from visualcloze_deft import pipeline
 from visualcloze_deft.cli import main
-from visualcloze_deft.models import shapes_of
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.lorafile import shapes_of
+from visualcloze_deft.modelfolder import check_start, fingerprint, told_by
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import Adapter, load_run
 
 
 def names(folder: Path) -> set[str]:
@@ -251,40 +256,61 @@ def test_a_killed_command_goes_on_where_it_was(
     assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
 
 
-def test_a_grid_that_another_process_makes_is_left_to_it(
+@contextmanager
+def held(output: Path, then: str) -> Iterator[None]:
+    """Another process holds grid 001; `then` it does when grid 002 is made, and some time more."""
+    output.mkdir()
+    command = [sys.executable, "-c", HOLD, str(output), then]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        yield
+    finally:
+        other.kill()
+        other.communicate()
+
+
+HOLD = """
+import os, signal, sys, time
+from pathlib import Path
+from visualcloze_deft.claims import Claims
+output = Path(sys.argv[1])
+claims = Claims(output)
+print(claims.take("001"), flush=True)
+while not (output / "002.json").exists():
+    time.sleep(0.05)
+time.sleep(1)
+exec(sys.argv[2])
+time.sleep(600)
+"""
+
+
+def test_a_grid_that_a_killed_process_leaves_is_made_by_the_one_that_waits_for_it(
     micro_model: Path,
     grid_file: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"True\n"
-        words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    with held(output, "os.kill(os.getpid(), signal.SIGKILL)"):
         run(*words)
-        assert "1 grids are being made by other processes" in capsys.readouterr().out
-        assert (output / "002.json").is_file()
-        assert not (output / "001.json").exists()
-    finally:
-        other.kill()
-        other.communicate()
-    run(*words)  # what held it has died
-    assert (output / "001.json").is_file()
+    assert "waiting for what other processes make, 1 grids" in capsys.readouterr().out
+    records = [(output / f"{name}.json").stat().st_mtime for name in ("002", "001")]
+    assert records == sorted(records)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from visualcloze_deft.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-print(claims.take("001"), flush=True)
-sys.stdin.read()
-"""
+def test_a_grid_that_another_process_makes_is_left_to_it_also_by_one_that_is_ended(
+    micro_model: Path, grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ("--examples", two_grids(grid_file), "--model", micro_model, "--output", output)
+    with held(output, "os.kill(os.getppid(), signal.SIGINT)"), pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 130
+    assert (output / "002.json").is_file()
+    assert not (output / "001.json").exists()
 
 
 def test_several_adapters_and_strengths(
@@ -294,9 +320,6 @@ def test_several_adapters_and_strengths(
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
 
     for name in ("one", "two"):
         models = load_models(str(micro_model))
@@ -367,12 +390,6 @@ def test_offloading_without_a_gpu_is_refused(
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     micro_model: Path, tmp_path: Path
 ) -> None:
-    from visualcloze_deft import InContextPipeline, adapters
-    from visualcloze_deft.errors import UserError
-    from visualcloze_deft.modelfolder import fingerprint
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
-
     models = load_models(str(micro_model))
     adapters.attach(models.transformer, Adapter(rank=2), seed=0)
     mark = {"base_fingerprint": fingerprint("tiny"), "base_model": "tiny"}
@@ -387,9 +404,6 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
 
     models = load_models(str(micro_model))
     adapters.attach(models.transformer, Adapter(rank=2), seed=0)
@@ -397,6 +411,68 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
     words = ("--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "out")
     run(*words, "--resolution", 32, "--adapter", tmp_path)
     assert "LoRA some/lora merged" in capsys.readouterr().out
+
+
+def test_the_lora_in_the_base_of_an_adapter_is_known_by_its_hash(
+    micro_model: Path,
+    grid_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    refused: Callable[..., str],
+) -> None:
+    """Under another name it is the same, another file under its name is not: when an adapter is
+    used, exported, trained from or resumed."""
+    lora = write_lora(micro_model, tmp_path / "lora.safetensors", seed=0)
+    elsewhere = Path(shutil.copy(lora, tmp_path / "copy.safetensors"))
+    said = [f"model={micro_model}", f"model_lora={lora}"]
+    mark = rundir.base_of(load_run(None, said))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    models = load_models(str(micro_model), lora=str(lora))
+    adapters.attach(models.transformer, Adapter(rank=2, method="lora"), seed=0)
+    adapters.save(models.transformer, folder, base="micro", metadata=mark)
+    given = ("--model", micro_model, "--adapter", folder)
+    words = ("--examples", grid_file(), *given, "--resolution", 32)
+    run(*words, "--lora", elsewhere, "--output", tmp_path / "out")
+    assert "was trained on" not in capsys.readouterr().out
+    run(*words, "--output", tmp_path / "without")
+    assert f"the LoRA {lora} merged, here it is none" in capsys.readouterr().out
+    InContextPipeline.from_pretrained(micro_model, adapter=folder)
+    assert f"the LoRA {lora} merged, here it is none" in caplog.text
+    check_start(folder, "lora", 2, str(elsewhere))
+    write_lora(micro_model, lora, seed=1)
+    capsys.readouterr()
+    line = "made for a base with another LoRA merged than"
+    assert line in refused("infer", *words, "--lora", lora, "--output", tmp_path / "other")
+    export = ("export", folder, "--format", "comfyui", "--output", tmp_path / "exported")
+    assert line in refused(*export, "--model", micro_model)
+    with pytest.raises(UserError, match=line):
+        InContextPipeline.from_pretrained(micro_model, adapter=folder, lora=str(lora))
+    with pytest.raises(UserError, match="set model_lora"):
+        check_start(folder, "lora", 2, str(lora))
+    pipe = InContextPipeline.from_pretrained(micro_model, lora=str(lora))
+    with pytest.raises(UserError, match=line):
+        pipe.load_adapter(folder)
+
+
+@pytest.mark.processes
+def test_an_adapter_names_the_lora_that_was_merged_when_its_run_began(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    lora = write_lora(micro_model, tmp_path / "lora.safetensors", seed=0)
+    before, output = hashlib.sha256(lora.read_bytes()).hexdigest(), tmp_path / "run"
+    words = ["train", "--model", micro_model, "--tasks", "depth-to-image", "--rank", 2]
+    words += ["--set", f"model_lora={lora}", "--steps", 300, "--output", output]
+    group = processes.Group([*words, "--set", "save_every=1"], processes=1)
+    while not list(output.glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    write_lora(micro_model, lora, seed=1)
+    assert group.wait() == 0, group.said[-2000:]
+    assert told_by(output / "adapter")["base_lora_sha256"] == before
+    more = ("--processes", 1, "--steps", 301)
+    line = refused("train", "--resume", "--output", output, *more)
+    assert "made for a base with another LoRA merged" in line
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:

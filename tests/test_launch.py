@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +21,12 @@ from PIL import Image
 from visualcloze_deft import rundir
 from visualcloze_deft.claims import CLAIMS
 from visualcloze_deft.encodings import entries
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.handles import ENOUGH, check_handles, raise_limit, received
 from visualcloze_deft.launch import GROUP, already_launched, check_processes, forget_group
+from visualcloze_deft.settings import parse_run
+from visualcloze_deft.signals import exit_status
+from visualcloze_deft.watchdog import SIGNS
 
 Refused = Callable[..., str]
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -174,6 +181,89 @@ def test_some_more_processes_than_cores_are_allowed() -> None:
     check_processes(8)
 
 
+# ---- how many files
+
+
+def limited(files: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """`vcdeft WORDS` where a process may open so many files."""
+    command = shlex.join([sys.executable, "-m", "visualcloze_deft", *map(str, words)])
+    return subprocess.run(
+        ["sh", "-c", f"ulimit -n {files} && exec {command}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "check", "scenes=2", "--workers", 3], "and 268 may be needed"),
+        (["data", "check", "scenes=2", "--workers", 0], "and 256 may be needed"),
+        (["infer", "--examples", "grid.json"], "a shell that allows 'ulimit -n 256'"),
+        (["eval", "none", "--suite", "scenes", "--output", "out"], "may open 64 files here"),
+        pytest.param(
+            ["train", "--batch", 2, "--set", "data.workers=4", "--output", "out"],
+            "and 416 may be needed; start in a shell that allows 'ulimit -n 416', or lower data.wo",
+            marks=pytest.mark.processes,
+        ),
+        pytest.param(
+            ["data", "encode", "--output", "out"], "may be needed", marks=pytest.mark.processes
+        ),
+        pytest.param(
+            ["compare", "compare-scenes", "--output", "out", "--dry-run"],
+            "may be needed",
+            marks=pytest.mark.processes,
+        ),
+    ],
+)
+def test_too_few_files_are_one_line_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], said: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(rundir.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    done = limited(64, *words)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.startswith("vcdeft: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert len(done.stderr) <= 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_takes_the_files_that_the_system_lets_it_have() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        with pytest.raises(UserError, match="may open 200 files"):
+            check_handles()
+        raise_limit()
+        check_handles()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (
+            hard if 0 <= hard < ENOUGH else ENOUGH,
+            hard,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "batch", [{"batch": 5}, {"batch_tokens": 5 * 8 * 16, "data": {"workers": 3, "resolution": 64}}]
+)
+def test_files_grow_with_what_reading_processes_hold(batch: dict[str, object]) -> None:
+    fields = {"data": {"workers": 3}, "accumulate": 2} | batch
+    assert received(parse_run(fields, where="here")) == 8 * 5 * (2 * 3 + 2)
+    assert received(parse_run(fields | {"data": {"workers": 0}}, where="here")) == 0
+
+
+@pytest.mark.processes
+def test_a_run_needs_no_more_files_than_is_said(micro_model: Path, tmp_path: Path) -> None:
+    words = ["train", *words_of(micro_model), "--zero", 0, "--steps", 4, "--output", tmp_path / "a"]
+    done = limited(848, *words, "--batch", 8, "--set", "data.workers=4")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- ends
 
 
@@ -217,6 +307,22 @@ def test_training_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("moment", [rundir.SETTINGS, f"{SIGNS}/0"])
+def test_a_run_that_has_not_begun_ends_as_soon_as_it_is_asked(
+    micro_model: Path, tmp_path: Path, moment: str
+) -> None:
+    """Its evaluation before the first step would take hours."""
+    output = tmp_path / "run"
+    slow = ["--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=1000000"]
+    launcher = started(["train", *words_of(micro_model), *slow, "--output", output])
+    until(lambda: (output / moment).exists())
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(20) in (exit_status(signal.SIGTERM), -signal.SIGTERM)
+    until(lambda: not [*alive(children)], 5)
+
+
+@pytest.mark.processes
 def test_encoding_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> None:
     words = ["data", "encode", *words_of(micro_model), "--examples", 100_000]
     launcher = started([*words, "--processes", 2, "--output", tmp_path / "kept"])
@@ -224,16 +330,45 @@ def test_encoding_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> N
     killed(launcher, least=2)
 
 
+def grids_in(folder: Path, count: int) -> Path:
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32)).save(folder / f"{name}.png")
+    rows = [["a.png", "b.png"], ["a.png", None]]
+    grids = [{"task": "depth-to-image", "rows": rows, "seed": seed} for seed in range(count)]
+    path = folder / "grids.json"
+    path.write_text(json.dumps(grids))
+    return path
+
+
 @pytest.mark.processes
 def test_generating_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
-    rows = [["a.png", "b.png"], ["a.png", None]]
-    grids = [{"task": "depth-to-image", "rows": rows, "seed": seed} for seed in range(4)]
-    (tmp_path / "grids.json").write_text(json.dumps(grids))
     output = tmp_path / "out"
-    words = ["infer", "--examples", tmp_path / "grids.json", "--model", micro_model]
+    words = ["infer", "--examples", grids_in(tmp_path, 4), "--model", micro_model]
     launcher = started([*words, "--steps", 100_000, "--processes", 2, "--output", output])
     until(lambda: (output / CLAIMS).is_file())
     killed(launcher, least=2)
     assert not list(output.glob("*.png"))
+
+
+@pytest.mark.processes
+def test_what_a_killed_process_of_a_shared_list_leaves_is_made_by_the_other(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["infer", "--examples", grids_in(tmp_path, 2), "--model", micro_model]
+    words += ["--steps", 150, "--output", output]
+    first = started(words)
+    until(lambda: (output / CLAIMS).is_file())
+    time.sleep(0.2)
+    first.send_signal(signal.SIGSTOP)  # within its first grid
+    assert not (output / "001.json").exists()
+    other = started(words)
+    until(lambda: (output / "002.json").is_file())
+    time.sleep(1)
+    assert other.poll() is None
+    first.kill()
+    said, _ = other.communicate(timeout=120)
+    assert other.returncode == 0, said[-2000:]
+    assert "waiting for what other processes make, 1 grids" in said
+    assert (output / "001.json").is_file()
+    first.communicate()

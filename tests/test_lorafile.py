@@ -17,9 +17,10 @@ from torch import Tensor
 from visualcloze_deft import export, lorafile, lowrank
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.lorafile import shapes_of
 from visualcloze_deft.lowrank import Change
 from visualcloze_deft.modelfolder import CONFIG, WEIGHTS, lora_file
-from visualcloze_deft.models import load_transformer, shapes_of
+from visualcloze_deft.models import load_transformer
 
 RANK, ALPHA = 2, 4.0  # a reader that drops alpha makes half the change
 SINGLE, DOUBLE = "single_transformer_blocks.0", "transformer_blocks.0"
@@ -226,16 +227,29 @@ def test_what_adds_zero_is_no_reason_to_refuse(
     check_equal(lorafile.read(file, shapes=shapes), changes, ALPHA / RANK)
 
 
-def test_text_encoders_are_left_out_and_that_is_said(
+def test_tensors_for_text_encoders_are_refused_unless_they_are_to_be_left_out(
     shapes: lowrank.Shapes,
     changes: dict[str, Change],
+    micro_model: Path,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    refused: Callable[..., str],
+    grid_file: Callable[..., Path],
 ) -> None:
+    """By every command that reads a LoRA; what is imported without them is a LoRA, too."""
     file, tensors = tmp_path / "lora.safetensors", named(changes, str)
     save_file(tensors | {"lora_te1_x.lora_down.weight": torch.ones(2, 2)}, file)
-    check_equal(lorafile.read(file, shapes=shapes), changes, ALPHA / RANK)
-    assert "lora_te1_x.lora_down.weight, are left out" in caplog.text
+    folder = tmp_path / "without"
+    infer = ("infer", "--examples", grid_file(), "--lora", file)
+    train = ("train", "--tasks", "depth-to-image", "--set", f"model_lora={file}")
+    evaluate = ("eval", "none", "--suite", "scenes", "--lora", file)
+    for words in (infer, train, evaluate, ("import", file)):
+        line = refused(*words, "--model", micro_model, "--output", folder)
+        assert "lora_te1_x.lora_down.weight is one of 1 tensors for text encoders" in line
+        assert "--without-text-encoders" in line
+        assert not folder.exists()
+    words = ("import", file, "--model", micro_model, "--output", folder)
+    main([str(word) for word in (*words, "--without-text-encoders")])
+    check_equal(lorafile.read(lora_file(str(folder)), shapes=shapes), changes, ALPHA / RANK)
 
 
 def test_inputs_that_flux_dev_lacks_are_filled_with_zeros_and_that_is_said(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.modelfolder import (
+    CONFIG,
     WEIGHTS,
     check_base,
     check_folder,
@@ -148,10 +149,10 @@ def test_a_hub_id_is_what_its_snapshot_holds(
     adapter.mkdir()
     about = {"base_fingerprint": fingerprint(str(micro_model)), "base_model": "someone/a-model"}
     save_file({"x": torch.ones(1)}, adapter / WEIGHTS, about)
-    check_base(adapter, "someone/a-model")
+    check_base(adapter, "someone/a-model", lora=None)
     save_file({"x": torch.ones(1)}, adapter / WEIGHTS, about | {"base_fingerprint": "0"})
     with pytest.raises(UserError, match="made for another base than 'someone/a-model'"):
-        check_base(adapter, "someone/a-model")
+        check_base(adapter, "someone/a-model", lora=None)
 
 
 def test_an_incomplete_snapshot_is_refused(
@@ -194,3 +195,41 @@ def test_a_revision_is_part_of_the_name(
     capsys.readouterr()
     assert "'someone/revised@gone': not in the hub's cache" in refused(*words, "--revision", "gone")
     assert "goes with --model" in refused("train", "--revision", "main")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--tasks", "depth-to-image"),
+        ("plan",),
+        ("infer", "--examples", "grid.json"),
+        ("eval", "none", "--suite", "scenes"),
+        ("export", "adapter", "--format", "comfyui"),
+        ("import", "lora.safetensors"),
+        ("data", "encode", "--processes", 1),
+        ("tasks", "show", "depth-to-image"),
+    ],
+)
+def test_every_command_with_a_model_takes_a_revision(
+    micro_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+    grid_file: Callable[..., Path],
+    command: tuple[object, ...],
+) -> None:
+    in_hub_cache(micro_model, "someone/revisions", tmp_path / "cache", monkeypatch)
+    grid_file()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / CONFIG).write_text('{"peft_type": "LORA", "r": 2}')
+    for path in ("adapter/adapter_model.safetensors", "lora.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / path, {"base_fingerprint": "0"})
+    monkeypatch.chdir(tmp_path)
+    output = () if command[0] in ("plan", "tasks") else ("--output", "out")
+    words = (*command, *output, "--model", "someone/revisions")
+    line = refused(*words, "--revision", "gone")
+    assert "'someone/revisions@gone'" in line
+    assert "not in the hub's cache" in line
+    assert not (tmp_path / "out").exists()
+    wrong = refused(*command, *output, "--revision", "main")
+    assert "--revision main: goes with --model and an id on the hub" in wrong

@@ -160,6 +160,16 @@ def test_a_dry_run_leaves_a_folder_of_its_old_name_alone(micro_model: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.dry-run", "run.dry-run.png"]
 
 
+def test_a_dry_run_draws_its_sheet_over_no_other_picture(
+    micro_model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    sheet = tmp_path / "run.dry-run.png"
+    sheet.write_bytes(b"mine")
+    line = refused(*words(micro_model, tmp_path / "run", "--dry-run"))
+    assert "run.dry-run.png: already there, and no preview of vcdeft; move it" in line
+    assert sheet.read_bytes() == b"mine"
+
+
 def test_a_dry_run_into_a_folder_that_cannot_be_made_is_refused(
     micro_model: Path, refused: Refused, tmp_path: Path
 ) -> None:
@@ -219,7 +229,7 @@ def started(words: Sequence[object]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", range(int(os.environ.get("VCDEFT_KILLS", "20")) // 2))
+@pytest.mark.parametrize("number", range(int(os.environ.get("VCDEFT_KILLS", "20"))))
 def test_of_two_starts_into_one_folder_one_wins_and_its_settings_are_its_own(
     micro_model: Path, tmp_path: Path, number: int
 ) -> None:

@@ -91,6 +91,7 @@ def error_of(trainer: transformer.Trainer) -> float:
     return trainer.take_errors()["target_error"]
 
 
+@pytest.mark.scripts
 def test_a_step_learns_and_what_captures_it_leaves_no_trace(trainer: transformer.Trainer) -> None:
     before = {name: tensor.clone() for name, tensor in trainer.state().items()}
     trainer.optimiser.rate.fill_(1e-3)
@@ -153,7 +154,7 @@ def test_the_optimiser_finds_a_minimum() -> None:
     found = [torch.zeros_like(one) for one in right]
     optimiser = Optimiser(found[:1], found[1:], scale=like_adamw)
     for step in range(300):
-        optimiser.rate.fill_(0.05 * (1 - step / 300))
+        optimiser.rate.fill_(0.1 * (1 - step / 300))
         off = [a - b for a, b in zip(found, right, strict=True)]
         optimiser.step(off[:1], off[1:])
     for a, b in zip(found, right, strict=True):

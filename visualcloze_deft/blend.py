@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -147,6 +148,21 @@ class Blend:
                 "adapters cannot be changed while layers are offloaded: call remove_all_hooks() "
                 "(of groups: load the model again), change them, then enable offloading"
             )
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, AttentionModuleMixin) and module.fused_projections:
+                raise UserError(
+                    f"adapters cannot be changed while {name} has fused projections, which stand "
+                    "beside the weights they change: call transformer.unfuse_qkv_projections()"
+                )
+            if (
+                isinstance(module, nn.Linear)
+                and module.weight.dtype.itemsize == 1
+                and (hasattr(module, "_diffusers_hook"))
+            ):
+                raise UserError(
+                    f"adapters cannot be changed in {name}, which layerwise casting keeps in 8 "
+                    "bits: load the model again, change them, then enable it"
+                )
 
 
 def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visualcloze_deft import tensorfile
+from visualcloze_deft.digests import digest
 from visualcloze_deft.errors import UserError
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
@@ -204,9 +205,3 @@ def _check(path: Path) -> Progress:
 def checksum(fields: Mapping[str, Any]) -> str:
     """SHA-256 of what a file of progress says, whatever its spaces and order."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.handles import check_handles, check_run, raise_limit
 from visualcloze_deft.signals import end_with_launcher
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def train(
         saved = Path(options["output"] or "runs/demo") / SETTINGS
         config = str(saved) if saved.is_file() else None
     wanted = run_of(config, data, annotate, overrides, options)
+    check_run(wanted)
     if allowed and not resume:
         raise UserError("--allow-change goes with --resume")
     if dry_run and resume:
@@ -484,6 +486,7 @@ def infer(
     vcdeft infer --examples grid.json --adapter runs/demo/adapter --images 4
     vcdeft infer --examples grids/ --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.5
     """
+    check_handles()
     from visualcloze_deft.infer import Settings
     from visualcloze_deft.infer import infer as run_infer
     from visualcloze_deft.modelfolder import pinned
@@ -598,6 +601,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     "--against-base", is_flag=True, help="The same grids without the adapter: what was lost."
 )
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@REVISION
 @click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base.")
 @click.option(
     "--quantise",
@@ -649,6 +653,7 @@ def evaluate(
         --data dreambooth=PATH --encoder clip --encoder dino=models/dino --output subjects
     vcdeft eval --images made/ --against truth/ --output compared
     """
+    check_handles()
     from visualcloze_deft.evaluation.evaluate import (
         Asked,
         Scoring,
@@ -657,7 +662,9 @@ def evaluate(
     )
     from visualcloze_deft.evaluation.suites import Making
     from visualcloze_deft.infer import Settings
+    from visualcloze_deft.modelfolder import pinned
 
+    revision = options.pop("revision")
     scoring = Scoring(
         encoders=encoders or None,
         annotate=places(annotate),
@@ -686,6 +693,7 @@ def evaluate(
             )
         if unpaired or prompts:
             raise UserError("--unpaired and --prompts go with --images")
+        options["model"] = pinned(options["model"], revision)
         written = evaluate_suite(
             Asked(
                 suite=suite,
@@ -765,6 +773,7 @@ def sources_named(data: Sequence[str]) -> dict[str, str]:
     help="Of a LoRA file, default float32; of a merged transformer, default its base's.",
 )
 @click.option("--model", help="The base; default: the one the adapter was trained on.")
+@REVISION
 @click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
 @click.option(
     "--verify/--no-verify",
@@ -779,6 +788,7 @@ def export_adapter(
     strength: float,
     dtype: str | None,
     model: str | None,
+    revision: str | None,
     lora: str | None,
     verify: bool,
 ) -> None:
@@ -793,6 +803,7 @@ def export_adapter(
     import torch
 
     from visualcloze_deft.export import export
+    from visualcloze_deft.modelfolder import pinned
 
     report = export(
         Path(run),
@@ -800,7 +811,7 @@ def export_adapter(
         kind,
         strength=strength,
         dtype=getattr(torch, dtype) if dtype else None,
-        model=model,
+        model=pinned(model, revision),
         lora=lora,
         verify=verify,
     )
@@ -819,7 +830,15 @@ def export_adapter(
 @click.argument("file", metavar="FILE")
 @click.option("--output", required=True, metavar="DIR", help="The adapter folder to write.")
 @click.option("--model", default="tiny", show_default=True, help="The base that the LoRA changes.")
-def import_adapter(file: str, output: str, model: str) -> None:
+@REVISION
+@click.option(
+    "--without-text-encoders",
+    is_flag=True,
+    help="Leave out tensors for text encoders, which stay as they are here.",
+)
+def import_adapter(
+    file: str, output: str, model: str, revision: str | None, without_text_encoders: bool
+) -> None:
     """Turn a FLUX LoRA file (named as by diffusers, kohya or FLUX itself) into an adapter folder.
 
     \b
@@ -827,8 +846,17 @@ def import_adapter(file: str, output: str, model: str) -> None:
     vcdeft train --method lora --rank 16 --set adapter.start=my-lora ...
     """
     from visualcloze_deft.export import import_lora
+    from visualcloze_deft.modelfolder import pinned
 
-    click.echo(import_lora(Path(file), Path(output), model=model))
+    base = pinned(model, revision)
+    assert base is not None
+    written = import_lora(
+        Path(file),
+        Path(output),
+        model=base,
+        text_encoders="left out" if without_text_encoders else "refused",
+    )
+    click.echo(written)
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -889,8 +917,11 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--model", help="Also what this model's text encoders read and lose of a grid's text."
 )
+@REVISION
 @click.option("--content", default="", metavar="TEXT", help="A content sentence, with --model.")
-def show_task(name: str, folders: tuple[str, ...], model: str | None, content: str) -> None:
+def show_task(
+    name: str, folders: tuple[str, ...], model: str | None, revision: str | None, content: str
+) -> None:
     """What task NAME shows, generates and says, and which data it can be made from.
 
     \b
@@ -898,8 +929,10 @@ def show_task(name: str, folders: tuple[str, ...], model: str | None, content: s
     """
     from visualcloze_deft.data.derive import missing
     from visualcloze_deft.data.sources import ROLES_OF
+    from visualcloze_deft.modelfolder import pinned
     from visualcloze_deft.registry import load_tasks
 
+    model = pinned(model, revision)
     known = load_tasks(map(Path, folders))
     if name not in known:
         raise UserError(f"unknown task {name!r}; {nearest(name, known)}")
@@ -957,6 +990,11 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
         click.echo(f"  {task.name}: {task.sentence()}")
 
 
+OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Also a file at --output that is no preview of vcdeft."
+)
+
+
 @tasks.command("preview", context_settings=CONTEXT)
 @click.argument("name")
 @FOLDERS
@@ -972,6 +1010,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @RESOLUTION
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
+@OVERWRITE
 def preview(
     name: str,
     folders: tuple[str, ...],
@@ -983,6 +1022,7 @@ def preview(
     seed: int,
     resolution: int | None,
     output: str,
+    overwrite: bool,
 ) -> None:
     """Draw sample grids of task NAME (or 'all') as training sees them, into a PNG.
 
@@ -992,12 +1032,13 @@ def preview(
     """
     from visualcloze_deft.preview import example_sheet, one_of_each
     from visualcloze_deft.rundir import mixture_of
+    from visualcloze_deft.sheet import write_preview
 
     run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
     mixture = mixture_of(run, held_out=True)
-    path = png_path(output)
+    path = png_path(output, overwrite=overwrite)
     drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
-    example_sheet(drawn).save(path)
+    write_preview(example_sheet(drawn), path, of=f"tasks {name}")
     click.echo(path)
 
 
@@ -1071,6 +1112,8 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     \b
     vcdeft data check graph200k=/data/graph200k
     """
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    check_handles(readers=workers, lower="--workers")
     from tqdm import tqdm
 
     from visualcloze_deft.data.check import look_at_all, report
@@ -1083,7 +1126,6 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
         source = f"scenes={CHECKED_SCENES}"
         click.echo(f"scenes are made without end; {CHECKED_SCENES} of them:")
     opened = open_source(source, size=512, seed=0)
-    workers = (os.cpu_count() or 1) if workers is None else workers
     items = look_at_all(opened, workers=workers)
     seen = tqdm(items, desc="reading", total=len(opened), unit="item")
     lines, broken = report(seen, tasks)
@@ -1103,13 +1145,16 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", default="data.png", show_default=True, metavar="FILE")
-def preview_data(source: str, count: int, seed: int, output: str) -> None:
+@OVERWRITE
+def preview_data(source: str, count: int, seed: int, output: str, overwrite: bool) -> None:
     """Draw some items of a source, all their roles side by side, into a PNG."""
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.preview import item_sheet
+    from visualcloze_deft.sheet import write_preview
 
-    path = png_path(output)
-    item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed).save(path)
+    path = png_path(output, overwrite=overwrite)
+    sheet = item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed)
+    write_preview(sheet, path, of=f"data {source}")
     click.echo(path)
 
 
@@ -1179,6 +1224,7 @@ def encode_data(
     from visualcloze_deft.precompute import encode_run, prepare
 
     run = run_of(config, data, annotate, overrides, options)
+    check_run(run)
     processes = process_count(run.processes)
     launched = already_launched()
     if processes == 1 or launched:
@@ -1207,15 +1253,18 @@ def places(annotate: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def png_path(output: str) -> Path:
-    """`output`, if a picture can be written there."""
+def png_path(output: str, *, overwrite: bool) -> Path:
+    """`output`, if a picture can be written there. overwrite: also over one of somebody else."""
     from visualcloze_deft.output import output_folder
+    from visualcloze_deft.sheet import check_replaceable
 
     path = Path(output)
     if path.suffix != ".png" or path.is_dir():
         raise UserError(f"--output {path}: give a file that ends in .png")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no folder {path.parent}")
+    if not overwrite:
+        check_replaceable(path, way_out="give --overwrite, or another --output")
     output_folder(path.parent)
     return path
 
@@ -1245,6 +1294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     end_with_launcher()
+    raise_limit()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)

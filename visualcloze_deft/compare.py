@@ -39,6 +39,7 @@ from visualcloze_deft.compare_evaluate import (
 from visualcloze_deft.compare_report import Compared, write_reports
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.handles import check_run
 from visualcloze_deft.launch import launch, process_count
 from visualcloze_deft.modelfolder import check_base
 from visualcloze_deft.output import LOCK, check_foreign, only_writer
@@ -105,6 +106,7 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
     found = trainings(comparison)
     mixture = rundir.mixture_of(found[0].run, cache=cache)
     for training in found:
+        check_run(training.run)
         rundir.check_settings(training.run)
         check_before(training, mixture)
     return Plan(
@@ -204,7 +206,7 @@ def measure_all(plan: Plan) -> None:
         return
     run = plan.trainings[0].run
     for training in plan.trainings:
-        check_base(training.folder / "adapter", run.model)
+        check_base(training.folder / "adapter", run.model, lora=run.model_lora)
     pipe = load(run)
     with tqdm(total=total, desc="measuring", unit="task") as bar:
         for adapter, tasks in todo:

@@ -22,12 +22,12 @@ from PIL import Image
 
 from visualcloze_deft import grid, heldout, rundir
 from visualcloze_deft.batch import Drawn, in_pixels
-from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.compare_config import SEED, Comparison, Evaluate, Group, Training
 from visualcloze_deft.data.annotators import fastest
 from visualcloze_deft.data.item import units_of
 from visualcloze_deft.data.mixture import Able, Example, Mixture
 from visualcloze_deft.data.places import PROCEDURAL, place_and_split
+from visualcloze_deft.digests import digest_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
@@ -185,16 +185,6 @@ def asked_with(
 @cache
 def versions() -> tuple[str, ...]:
     return tuple(f"{name} {version(name)}" for name in ("visualcloze-deft", "torch"))
-
-
-def digest_of(path: Path) -> str:
-    """The digest of a file, which is read again where it has changed."""
-    return _digest(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, changed: int) -> str:
-    return digest(path)
 
 
 def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:

@@ -39,7 +39,7 @@ from visualcloze_deft.modelfolder import (
     on_hub,
     told_by,
 )
-from visualcloze_deft.models import load_transformer, shapes_of
+from visualcloze_deft.models import load_transformer
 from visualcloze_deft.output import output_folder
 
 Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
@@ -92,7 +92,7 @@ def export(
     config, told = adapters.read_config(folder), told_by(folder)
     model = model or named(folder, "--model", told.get("base_model"), config) or TINY
     lora = lora or named(folder, "--lora", told.get("base_lora")) or None
-    check_base(folder, model)
+    check_base(folder, model, lora=lora)
     if kind == "peft" and (strength, dtype) != (1.0, None):
         raise UserError("--format peft keeps P and R as they are: leave --strength and --dtype")
     path = target(output, kind)
@@ -360,16 +360,23 @@ def reader_of(
     }[kind]
 
 
-def import_lora(path: Path, output: Path, *, model: str = "tiny") -> Path:
+def import_lora(
+    path: Path,
+    output: Path,
+    *,
+    model: str = "tiny",
+    text_encoders: lorafile.TextEncoders = "refused",
+) -> Path:
     """Turn a FLUX LoRA file (diffusers', kohya's or original names) into an adapter folder.
 
-    Training starts from it with `adapter.start`, `vcdeft infer --adapter` uses it.
+    Training starts from it with `adapter.start`, `vcdeft infer --adapter` uses it, and `--lora`,
+    too. text_encoders: see `lorafile.read`.
     """
     if not path.is_file():
         raise UserError(f"LoRA {path}: no such file; name the .safetensors file itself")
     if output.exists():
         raise UserError(f"--output {output}: already there; name another, or remove it")
-    changes = lorafile.read(path, shapes=shapes_of(model))
+    changes = lorafile.read(path, shapes=lorafile.shapes_of(model), text_encoders=text_encoders)
     output_folder(output.parent)
     ranks = {name: len(a) for name, (a, _) in changes.items()}
     common = max(ranks.values(), key=list(ranks.values()).count)

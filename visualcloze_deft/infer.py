@@ -27,14 +27,13 @@ from types import FrameType
 from typing import Any, get_args
 
 import torch
-from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, speed
+from visualcloze_deft import adapters, lorafile, speed
 from visualcloze_deft.attention import AUTO, NATIVE
 from visualcloze_deft.cells import CELL_STEP, Cells, grid_cells, strip_shapes
-from visualcloze_deft.checkpoint import digest
 from visualcloze_deft.claims import CLAIMS, Claims
+from visualcloze_deft.digests import digest
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gridfile import Entry, Request, read_entries
 from visualcloze_deft.launch import check_processes, prepared
@@ -49,10 +48,11 @@ from visualcloze_deft.modelfolder import (
     folder_of,
     index_of,
     lora_file,
+    other_lora,
     resolution_of,
     told_by,
 )
-from visualcloze_deft.models import default_dtype, load_tokenizers, lora_changes, text_length
+from visualcloze_deft.models import default_dtype, load_tokenizers, text_length
 from visualcloze_deft.output import check_foreign, output_folder, whole, whole_text
 from visualcloze_deft.pipeline import (
     Answer,
@@ -63,13 +63,12 @@ from visualcloze_deft.pipeline import (
 )
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
-from visualcloze_deft.sheet import draw_grid
+from visualcloze_deft.sheet import draw_grid, text_of, told_by_image
 from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 SHEET = "-sheet.png"  # how the names of contact sheets end
-METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 NOT_COMPARED = (
     "images",
     "device",
@@ -87,6 +86,7 @@ NOT_COMPARED = (
 )
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAY_OUT = "give --overwrite, or another --output"
+WAIT = 0.5  # seconds between two looks at what other processes make
 MANY = 20  # grids from which on reading their pictures gets a bar
 
 
@@ -208,11 +208,11 @@ def check(settings: Settings) -> None:
         dtype = default_dtype("cpu")
         check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
-        lora_changes(settings.model, settings.lora)  # read whole, or refused
+        lorafile.changes_of(settings.model, settings.lora)  # read whole, or refused
     for folder in settings.adapters:
         adapters.read_config(folder)
         adapters.read_weights(folder)
-        check_base(folder, settings.model)
+        check_base(folder, settings.model, lora=settings.lora)
 
 
 def shared_of(settings: Settings) -> dict[str, Any]:
@@ -427,16 +427,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def told_by_image(path: Path) -> dict[str, Any]:
-    """The record of its grid that an image holds; {} where it holds none."""
-    try:
-        with Image.open(path) as image:
-            found = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def shortly(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -485,15 +475,8 @@ def unread_words(plans: Sequence[Planned], model: str, order: ClipText) -> list[
 
 def other_bases(settings: Settings) -> list[str]:
     """A line for every adapter that was trained on a base with another LoRA merged."""
-    lines = []
-    for folder in settings.adapters:
-        trained_on = told_by(folder).get("base_lora", "")
-        if trained_on != (settings.lora or ""):
-            lines.append(
-                f"the adapter {folder} was trained on a base with the LoRA {trained_on or 'none'} "
-                f"merged, here it is {settings.lora or 'none'}; see --lora"
-            )
-    return lines
+    found = [other_lora(folder, settings.lora) for folder in settings.adapters]
+    return [f"{line}; see --lora" for line in found if line]
 
 
 def work(
@@ -504,10 +487,11 @@ def work(
     *,
     since: float,
 ) -> None:
-    """Make what nobody else makes, grids of one shape together."""
+    """Make what nobody else makes, grids of one shape together; then wait for what others make, and
+    make what they leave undone when they end."""
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
-    pipe, claims, others = load(settings), Claims(output), 0
+    pipe, claims = load(settings), Claims(output)
     check_unchanged(settings, waiting[0].record)
     if pipe.attention.line:
         tqdm.write(pipe.attention.line)
@@ -515,14 +499,21 @@ def work(
         "attention_used": pipe.attention.backend,
         "attention_check": pipe.attention.line,
     }
-    left = list(waiting)
+    left, theirs = list(waiting), list[Planned]()
+    said = False
     with tqdm(total=sum(plan.steps for plan in left), desc="generating", unit="step") as bar:
 
         def step(_: Any, __: int, ___: Any, told: dict[str, Any]) -> dict[str, Any]:
             bar.update(len(told["latents"]))
             return told
 
-        while left:
+        while left or theirs:
+            if not left:
+                if not said:
+                    tqdm.write(f"waiting for what other processes make, {len(theirs)} grids")
+                said = True
+                time.sleep(WAIT)
+                left, theirs = theirs, []
             chunk: list[Planned] = []
             images = 0
             for plan in [plan for plan in left if plan.shape == left[0].shape]:
@@ -530,7 +521,7 @@ def work(
                     break
                 left.remove(plan)
                 if not claims.take(plan.entry.name):
-                    others += 1
+                    theirs.append(plan)
                 elif finished(output, plan, since=since):  # by another, meanwhile
                     bar.update(plan.steps)
                     claims.release(plan.entry.name)
@@ -559,8 +550,6 @@ def work(
                 record = plan.record | record_of_grid(one) | used
                 write(output, replace(plan, record=record), one, answers)
                 claims.release(plan.entry.name)
-    if others:
-        tqdm.write(f"{others} grids are being made by other processes")
 
 
 def load(settings: Settings) -> InContextPipeline:
@@ -603,7 +592,7 @@ def share(
     """Run this command in `count` processes, each on a GPU of its own where there are any.
 
     Ctrl-C and SIGTERM end them, too, and so does whatever ends this one. Raises `UserError` where
-    one of them failed, after the others have ended.
+    grids are not made, because so many of them failed.
     """
     gpus = torch.cuda.device_count()
     command = [sys.executable, "-m", "visualcloze_deft", *arguments]
@@ -632,14 +621,14 @@ def share(
         bar.update(sum(done(output, plan, since) for plan in waiting) - bar.n)
     if asked:
         raise SystemExit(exit_status(asked.signal))
-    unmade = sum(not done(output, plan, since) for plan in waiting)
-    if failed := [process.returncode for process in started if process.returncode]:
+    failed = sum(process.returncode != 0 for process in started)
+    if unmade := sum(not done(output, plan, since) for plan in waiting):
         raise UserError(
-            f"{len(failed)} of {count} processes failed, {unmade} grids are not made; the same "
+            f"{failed} of {count} processes failed, {unmade} grids are not made; the same "
             f"command {'without --overwrite ' if since else ''}goes on with them"
         )
-    if unmade:
-        tqdm.write(f"{unmade} grids are being made by other processes")
+    if failed:
+        tqdm.write(f"{failed} of {count} processes failed; the others have made their grids")
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -677,9 +666,3 @@ def write(output: Path, plan: Planned, asked: Request, answers: Sequence[Answer]
     whole(output / sheet_name, partial(sheet.save, format="PNG", pnginfo=text_of(plan.record)))
     text = json.dumps({"images": list(plan.names), **plan.record}, indent=1)
     whole_text(output / record_name, text)
-
-
-def text_of(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
-    told = PngImagePlugin.PngInfo()
-    told.add_itxt(METADATA, json.dumps(record))
-    return told

@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +18,8 @@ import psutil
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import check_alike, gpus_here
 from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
+
+logger = logging.getLogger(__name__)
 
 CPU_PROCESSES = 2
 ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
@@ -60,6 +63,14 @@ def forget_group() -> None:
 def rank() -> int:
     """This process's number in its group; 0 where there is none."""
     return _number("RANK", 0)
+
+
+@cache
+def say_once(line: str) -> None:
+    """A warning, in the first process of a group: the others, and those that share a list with the
+    one that started them, find the same."""
+    if rank() == 0 and (not prepared() or "RANK" in os.environ):
+        logger.warning("%s", line)
 
 
 def _number(name: str, default: int) -> int:
@@ -130,7 +141,10 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         again = asked.twice(number)
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children:  # none is started yet, so none would hear it
+            raise SystemExit(exit_status(number))
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.launch import say_once
 from visualcloze_deft.lowrank import SWAPPED, Change, Shapes, originals, split, swap_halves
-from visualcloze_deft.modelfolder import CHANNELS, CONFIG, WEIGHTS
+from visualcloze_deft.modelfolder import CHANNELS, CONFIG, WEIGHTS, check_folder, lora_file
+from visualcloze_deft.modelsize import flux, settings_of
 
-logger = logging.getLogger(__name__)
+TextEncoders = Literal["refused", "left out"]
 
 HEADER = "lora_adapter_metadata"  # where diffusers' own files state settings, scales among them
 TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.")
@@ -56,19 +57,22 @@ _ADDED = re.compile(r"\.(?:diff|diff_b)$|\.lora_(?:B|up)\b.*\.bias$")  # zeros t
 _MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the base
 
 
-def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
+def read(
+    path: Path, *, shapes: Shapes, text_encoders: TextEncoders = "refused"
+) -> dict[str, Change]:
     """The changes (by diffusers' layer names, float32) of a FLUX LoRA file of any known naming.
 
     Names: diffusers', peft's, those of the original FLUX code (ComfyUI), kohya's, OneTrainer's,
     LyCORIS' and XLabs', bare or behind prefixes and wrappers. Scales: tensors named alpha, the
     header that diffusers writes, or peft's settings beside its own file.
 
-    A warning says what is left out, tensors for text encoders, and what is filled up: the 64 inputs
-    that `x_embedder` has in FLUX.1-dev, with zeros to the 384 of FLUX.1-Fill.
-    Raises `UserError` where the file is damaged, holds anything else that would not be used, or
-    does not fit `shapes`.
+    A warning says what is filled up: the 64 inputs that `x_embedder` has in FLUX.1-dev, with zeros
+    to the 384 of FLUX.1-Fill. text_encoders: what happens to a file with tensors for them, which
+    have no place here.
+    Raises `UserError` where the file is damaged, holds anything that would not be used, or does not
+    fit `shapes`.
     """
-    tensors, about = contents(path)
+    tensors, about = contents(path, text_encoders=text_encoders)
     rows = known_rows(shapes)
     found: dict[str, Change] = {}
     changed_by: dict[str, str] = {}
@@ -93,7 +97,21 @@ def read(path: Path, *, shapes: Shapes) -> dict[str, Change]:
     return found
 
 
-def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def changes_of(name: str, lora: str) -> dict[str, Change]:
+    """What a LoRA, a file, folder or hub id, changes of the transformer of a model: see `read`."""
+    return read(lora_file(lora), shapes=shapes_of(name))
+
+
+def shapes_of(name: str) -> Shapes:
+    """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
+    check_folder(name, parts=("transformer",))
+    linear = flux(settings_of(name, "transformer")).linear
+    return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}
+
+
+def contents(
+    path: Path, *, text_encoders: TextEncoders
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file that are no text encoder's, and the settings that belong to them.
 
     Raises `UserError` for one that is neither a matrix nor the scale of a plain LoRA.
@@ -112,11 +130,11 @@ def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     left_out = sorted(name for name in tensors if name.startswith(TEXT_ENCODERS))
     if left_out and len(left_out) == len(tensors):
         raise UserError(f"LoRA {path}: it changes text encoders only; those stay as they are here")
-    if left_out:
-        logger.warning(
-            "LoRA %s: its %d tensors for text encoders, e.g. %s, are left out: those stay as they "
-            "are here",
-            *(path, len(left_out), left_out[0]),
+    if left_out and text_encoders == "refused":
+        raise UserError(
+            f"LoRA {path}: {left_out[0]} is one of {len(left_out)} tensors for text encoders, "
+            "which stay as they are here; 'vcdeft import FILE --without-text-encoders --output "
+            "DIR' makes a LoRA of the others, to give as DIR"
         )
     found = {name: tensor for name, tensor in tensors.items() if name not in set(left_out)}
     for name in sorted(found):
@@ -261,10 +279,9 @@ def fitting(name: str, change: Change, shape: tuple[int, int], path: Path) -> Ch
     a, b = change
     channels, here = CHANNELS[1], shape[1]
     if name == "x_embedder" and a.shape[1] == channels < here:
-        logger.warning(
-            "LoRA %s: x_embedder has %d inputs there, as in FLUX.1-dev, and %d here: the others "
-            "are filled with zeros",
-            *(path, channels, here),
+        say_once(
+            f"LoRA {path}: x_embedder has {channels} inputs there, as in FLUX.1-dev, and {here} "
+            "here: the others are filled with zeros"
         )
         a = nn.functional.pad(a, (0, here - channels))
     if (b.shape[0], a.shape[1]) != tuple(shape):

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from safetensors import SafetensorError, safe_open
 
+from visualcloze_deft.digests import digest_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
 
@@ -34,6 +35,7 @@ FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
 CONFIG = "adapter_config.json"  # peft's names for an adapter's settings and tensors
 WEIGHTS = "adapter_model.safetensors"
 CHANNELS = (384, 64)  # in and out of FLUX.1-Fill's transformer
+LORA_DIGEST = "base_lora_sha256"  # what an adapter calls the hash of the LoRA in its base
 SAMPLE = 1 << 20  # bytes of a weight file that its fingerprint reads at either end
 PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 
@@ -67,6 +69,17 @@ def hub_id(name: str) -> tuple[str, str | None]:
             "black-forest-labs/FLUX.1-Fill-dev, with @REVISION if not the newest"
         )
     return found["repo"], found["revision"]
+
+
+def at_revision(place: str) -> dict[str, Any]:
+    """A folder, or a hub id of any kind of model, as `from_pretrained` takes it.
+
+    >>> at_revision("facebook/dinov2-small@main")
+    {'pretrained_model_name_or_path': 'facebook/dinov2-small', 'revision': 'main'}
+    """
+    repo, revision = (place, None) if Path(place).is_dir() else hub_id(place)
+    told = {"pretrained_model_name_or_path": repo, "revision": revision}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def on_hub(name: str) -> bool:
@@ -145,32 +158,39 @@ def file_of(name: str, file: str) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision))
 
 
-def check_folder(name: str, *, token: str | None = None) -> None:
+def check_folder(
+    name: str, *, token: str | None = None, parts: Collection[str] = tuple(PARTS)
+) -> None:
     """Raise `UserError` if `name` is no whole model: before any weight is read or downloaded.
 
-    Which tensors are in the weight files, `models.check_weights` compares.
+    parts: those that are needed. Which tensors are in the weight files, `models.check_weights`
+    compares.
     """
     where = f"model {name!r}" if on_hub(name) else f"model folder {folder_of(name)}"
     files = hub_files(name, token) if on_hub(name) else frozenset(files_in(folder_of(name)))
-    lacking = [part for part in PARTS if not any(file.startswith(f"{part}/") for file in files)]
+    lacking = [part for part in parts if not any(file.startswith(f"{part}/") for file in files)]
     if lacking:
         raise UserError(
             f"{where}: no {', '.join(lacking)}; expected a diffusers folder of "
             f"FLUX.1-Fill with {', '.join(PARTS)}"
         )
     for part, kinds in TOKENIZERS.items():
-        if not any({f"{part}/{file}" for file in kind} <= files for kind in kinds):
+        if part in parts and not any(
+            {f"{part}/{file}" for file in kind} <= files for kind in kinds
+        ):
             wanted = " or ".join(" and ".join(sorted(kind)) for kind in kinds)
             raise UserError(f"{where}: {part}/ has no {wanted}; copy or download it again")
     settings = dict.fromkeys(NETWORKS, "config.json")
     settings |= dict.fromkeys(TOKENIZERS, "tokenizer_config.json")
     settings |= {"scheduler": "scheduler_config.json"}
     for part, file in settings.items():
-        if f"{part}/{file}" not in files:
+        if part in parts and f"{part}/{file}" not in files:
             raise UserError(f"{where}: {part}/ has no {file}; copy or download it again")
     for part in NETWORKS:
-        check_files(name, where, part, files)
-    check_channels(name)
+        if part in parts:
+            check_files(name, where, part, files)
+    if "transformer" in parts:
+        check_channels(name)
 
 
 def check_files(name: str, where: str, part: str, files: Collection[str]) -> None:
@@ -251,8 +271,9 @@ def told_by(adapter: Path) -> dict[str, str]:
         raise UserError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from None
 
 
-def check_base(adapter: Path, name: str) -> None:
-    """Raise `UserError` if the adapter in a folder says that it was trained on another base.
+def check_base(adapter: Path, name: str, *, lora: str | None) -> None:
+    """Raise `UserError` if the adapter in a folder says that it was trained on another base, or on
+    one with another file merged than `lora` is. None there is said, see `other_lora`.
 
     A base on the hub is downloaded for it where the cache lacks it.
     """
@@ -266,6 +287,31 @@ def check_base(adapter: Path, name: str) -> None:
             f"{told.get('base_model', 'none')!r}, whose weight files were others); name that base "
             "with --model, or train the adapter again"
         )
+    if lora and told.get(LORA_DIGEST) and not has_lora(told, lora):
+        raise UserError(
+            f"adapter {adapter}: made for a base with another LoRA merged than {lora} is here (it "
+            f"names {told.get('base_lora')!r}, a file with another hash); give that file, or train "
+            "the adapter again"
+        )
+
+
+def has_lora(told: Mapping[str, str], lora: str | None) -> bool:
+    """Whether the base of an adapter, by what it says, had `lora` merged: the same file or, where
+    it does not say its hash, one of the same name."""
+    if lora and told.get(LORA_DIGEST):
+        return digest_of(lora_file(lora)) == told[LORA_DIGEST]
+    return told.get("base_lora", "") == (lora or "")
+
+
+def other_lora(adapter: Path, lora: str | None) -> str | None:
+    """What to say where an adapter was trained on a base with another LoRA merged than `lora`."""
+    told = told_by(adapter)
+    if has_lora(told, lora):
+        return None
+    return (
+        f"the adapter {adapter} was trained on a base with the LoRA "
+        f"{told.get('base_lora') or 'none'} merged, here it is {lora or 'none'}"
+    )
 
 
 def pinned(model: str | None, revision: str | None) -> str | None:
@@ -282,9 +328,9 @@ def pinned(model: str | None, revision: str | None) -> str | None:
     return f"{model}@{revision}"
 
 
-def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
+def check_start(folder: Path, method: str, rank: int, lora: str | None) -> None:
     """Raise `UserError` unless the adapter in a folder is of this method and rank, and was trained
-    on a base with the same LoRA merged into it ("": none)."""
+    on a base with the same LoRA merged into it."""
     path = folder / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -299,11 +345,12 @@ def check_start(folder: Path, method: str, rank: int, base_lora: str) -> None:
             f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
             f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
         )
-    before = told_by(folder).get("base_lora", "")
-    if before != base_lora:
+    told = told_by(folder)
+    if not has_lora(told, lora):
         raise UserError(
-            f"adapter.start {folder}: made for a base with the LoRA {before or 'none'} merged, "
-            f"this run's has {base_lora or 'none'}; set model_lora"
+            f"adapter.start {folder}: made for a base with the LoRA "
+            f"{told.get('base_lora') or 'none'} merged, this run's has {lora or 'none'} (their "
+            "hashes count where names are the same); set model_lora"
         )
 
 

@@ -5,12 +5,10 @@ Axes: b batch, l text tokens, d text width, c h w latents.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -30,26 +28,24 @@ from visualcloze_deft import flow, lorafile, lowrank
 from visualcloze_deft.encodings import Encodings
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.gpus import gpus_here, precision_on, why_float32
-from visualcloze_deft.launch import rank
+from visualcloze_deft.launch import say_once
 from visualcloze_deft.layered import load_quantised
-from visualcloze_deft.lowrank import Change, Shapes
 from visualcloze_deft.modelfolder import (
     CHANNELS,
+    PARTS,
     TINY,
+    TOKENIZERS,
     Bits,
     Precision,
     check_folder,
     check_quantise,
     folder_of,
     has_variant,
-    lora_file,
     resolution_of,
     weight_files,
 )
-from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, flux, settings_of
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
-
-logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
@@ -206,9 +202,9 @@ def vae_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def upcast(vae: AutoencoderKL) -> None:
+def upcast(vae: AutoencoderKL | None) -> None:
     """Turn float16 weights to `vae_dtype`; others stay."""
-    if precision(vae) == torch.float16:
+    if vae is not None and precision(vae) == torch.float16:
         vae.to(vae_dtype(torch.float16))
 
 
@@ -232,12 +228,6 @@ def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
 def text_length(tokenizer: T5TokenizerFast) -> int:
     """How many of T5's tokens the transformer reads; a small model may have fewer than FLUX."""
     return min(int(tokenizer.model_max_length), MAX_TEXT_TOKENS)
-
-
-def transformer_config(name: str) -> dict[str, Any]:
-    """The settings of a model's transformer, without its weights."""
-    check_folder(name)
-    return settings_of(name, "transformer")
 
 
 def predict_velocity(
@@ -286,19 +276,26 @@ def load_models(
     `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
     `load_encoders`. `split`: see `load_transformer`. `variant`: of the weight files, see diffusers.
     `given`: parts that are there already, by name; they are moved to `device` and otherwise left.
+    None: the model is loaded without that part.
     Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
     """
     check_quantise(bits)
     check_weights(name, variant=variant, but=given)
     transformer = given.get("transformer")
-    if transformer is None:
+    if "transformer" not in given:
         own = dtype_for("transformer", dtype)
         transformer = load_transformer(
             name, dtype=own, lora=lora, split=split, variant=variant, bits=bits, device=device
         )
     elif lora is not None or bits != "none":
         raise UserError("a transformer that is given stays as it is: leave lora and quantise")
-    check_grids(transformer, name)
+    if transformer is not None:
+        check_grids(transformer, name)
+    scheduler = given.get("scheduler")
+    if "scheduler" not in given:
+        scheduler = load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler)
+    if scheduler is not None:
+        check_scheduler(scheduler)
     encoders = load_encoders(
         name,
         dtype=dtype,
@@ -312,11 +309,15 @@ def load_models(
     return Models(
         name=name,
         resolution=resolution_of(name),
-        transformer=transformer.to(device),
-        scheduler=given.get("scheduler")
-        or load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler),
+        transformer=at(transformer, device),
+        scheduler=scheduler,
         **vars(encoders),
     )
+
+
+def at(network: Any, device: str | torch.device) -> Any:
+    """A part on a device; None, of a model without it, stays None."""
+    return network if network is None else network.to(device)
 
 
 def dtype_for(part: str, dtype: Dtype) -> torch.dtype:
@@ -343,7 +344,7 @@ def load_encoders(
     decode, if not on `device`. `encodings`: where results are kept. `variant`, `given`: see
     `load_models`.
     """
-    check_folder(name)
+    check_folder(name, parts={*_NETWORKS, *TOKENIZERS} - {*given})
     networks = {part: given[part] for part in _NETWORKS if part in given}
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
         for part, kind in _NETWORKS.items():
@@ -351,18 +352,20 @@ def load_encoders(
                 own = dtype_for(part, dtype)
                 kept = vae_dtype(own) if part == "vae" else own
                 networks[part] = load_part(name, part, kind, torch_dtype=kept, variant=variant)
-    networks = {part: network.to(rest or device).eval() for part, network in networks.items()}
-    networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
-    clip, t5 = (given.get(part) for part in ("tokenizer", "tokenizer_2"))
-    if clip is None or t5 is None:
-        own_clip, own_t5 = load_tokenizers(name)
-        clip, t5 = clip or own_clip, t5 or own_t5
+    networks = {part: at(network, rest or device) for part, network in networks.items()}
+    for network in filter(None, networks.values()):
+        network.eval()
+    if networks["vae"] is not None:
+        networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    tokenizers = {part: given[part] for part in TOKENIZERS if part in given}
+    if len(tokenizers) < len(TOKENIZERS):
+        own_tokenizers = dict(zip(TOKENIZERS, load_tokenizers(name), strict=True))
+        tokenizers = own_tokenizers | tokenizers
     return Encoders(
         clip_text=clip_text,
-        tokenizer=clip,
-        tokenizer_2=t5,
         device=torch.device(device),
         encodings=encodings,
+        **tokenizers,
         **networks,
     )
 
@@ -373,7 +376,7 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     Raises `UserError` where one is not its encoder's own: of damaged files or none, transformers
     makes one of a few tokens and says nothing.
     """
-    check_folder(name)
+    check_folder(name, parts=TOKENIZERS)
     clip = load_part(name, "tokenizer", CLIPTokenizer)
     t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
     encoders: tuple[tuple[Any, str, Network, int], ...] = (
@@ -381,6 +384,8 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
     )
     for tokenizer, part, encoder, spare in encoders:
+        if not (folder_of(name) / encoder).is_dir():  # of a model that was saved without it
+            continue
         known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
             raise UserError(
@@ -417,13 +422,19 @@ def check_weights(name: str, *, variant: str | None = None, but: Collection[str]
     word. Names and shapes alone are read. variant: of the weight files, as in diffusers. but: parts
     that are not looked at.
     """
-    check_folder(name)
+    check_folder(name, parts={*PARTS} - {*but})
     networks = {"transformer": FluxTransformer2DModel, **_NETWORKS}
     if variant and not any(has_variant(folder_of(name) / part, variant) for part in networks):
         raise UserError(f"model {name!r}: no weight files of the variant {variant!r}")
     for part, kind in networks.items():
         if part in but:
             continue
+        if not weight_files(folder_of(name) / part, variant):
+            one = min((folder_of(name) / part).glob("*.safetensors")).name
+            raise UserError(
+                f"model {name!r}: {part}/ has weight files of a variant alone, e.g. {one}; say "
+                "which with variant= (Python), or rename them"
+            )
         if issubclass(kind, ModelMixin):
             missing, odd = compared_tensors(name, part, kind, variant)
         else:
@@ -510,8 +521,8 @@ def load_transformer(
     are views of their mapped files until then, in the files' precision, which `lora` is merged in.
     device: where one in `bits` is built, layer by layer; others are read into main memory.
     """
-    check_folder(name)
-    changes = {} if lora is None else lora_changes(name, lora)
+    check_folder(name, parts=("transformer",))
+    changes = {} if lora is None else lorafile.changes_of(name, lora)
     if bits != "none":
         return load_quantised(
             folder_of(name), bits, dtype=dtype, device=device, changes=changes, variant=variant
@@ -537,12 +548,41 @@ def check_grids(transformer: FluxTransformer2DModel, name: str) -> None:
         )
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `UserError` unless `Models.times` are the times that a scheduler would give: Euler
+    steps, shifted by the length of the sequence as FLUX's."""
+    config = dict(scheduler.config)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UserError(
+            f"scheduler {type(scheduler).__name__}: grids are made with "
+            "FlowMatchEulerDiscreteScheduler alone; give that one"
+        )
+    for name, value in TIMES.items():
+        if config[name] != value:
+            raise UserError(
+                f"scheduler: {name} = {config[name]!r} is not computed here; {value!r} is, as in "
+                "FLUX.1-Fill"
+            )
+
+
 def stored_dtype(name: str) -> torch.dtype:
     """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
     with safe_open(weight_files(folder_of(name) / "transformer")[0], "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
+TIMES: Mapping[str, Any] = MappingProxyType(  # settings of schedulers that times are made for
+    {
+        "use_dynamic_shifting": True,
+        "time_shift_type": "exponential",
+        "shift_terminal": None,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+    }
+)
 _NETWORKS = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -563,21 +603,3 @@ def dtype_of(precision: Precision, device: str) -> torch.dtype:
 def default_dtype(device: str) -> torch.dtype:
     """bfloat16 on GPUs that compute in it, float32 elsewhere, see `dtype_of`."""
     return dtype_of("auto", device)
-
-
-@cache
-def say_once(line: str) -> None:
-    """A warning, in the first process of a group."""
-    if rank() == 0:
-        logger.warning(line)
-
-
-def lora_changes(name: str, lora: str) -> dict[str, Change]:
-    """What a LoRA changes of the transformer of a model, see `lorafile.read`."""
-    return lorafile.read(lora_file(lora), shapes=shapes_of(name))
-
-
-def shapes_of(name: str) -> Shapes:
-    """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
-    linear = flux(transformer_config(name)).linear
-    return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}

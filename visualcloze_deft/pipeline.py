@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -42,19 +43,22 @@ from visualcloze_deft.modelfolder import (
     folder_of,
     index_of,
     on_hub,
+    other_lora,
     pinned,
     told_by,
 )
 from visualcloze_deft.models import (
     Dtype,
     Models,
+    check_grids,
+    check_scheduler,
     default_dtype,
     dtype_for,
     load_models,
     text_length,
     upcast,
 )
-from visualcloze_deft.modelsize import flux, settings_of
+from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, flux, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt
 from visualcloze_deft.quantise import is_quantised
 from visualcloze_deft.registry import load_tasks
@@ -76,6 +80,10 @@ KnownLatents = Literal["mode", "sample"]
 KnownCells = Literal["paste", "decode"]
 Adapters = str | Path | Mapping[Path, float]
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+PARTS = ("scheduler", "vae", *TEXT_PARTS, "transformer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +146,18 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components = list(TEXT_PARTS)  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
         self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        text_encoder_2: T5EncoderModel,
-        tokenizer_2: T5TokenizerFast,
-        transformer: FluxTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler | None,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        text_encoder_2: T5EncoderModel | None,
+        tokenizer_2: T5TokenizerFast | None,
+        transformer: FluxTransformer2DModel | None,
         resolution: int = FLUX_RESOLUTION,
         cells: Cells = "row",
         clip_text: ClipText = "fit",
@@ -156,7 +165,9 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         task_folders: Sequence[str | Path] = (),
         merge: bool = True,
     ) -> None:
-        """resolution: side of a square cell in pixels. cells: their shape, see `cells.Cells`.
+        """Parts may be None, of a pipeline that only encodes texts, or is given encoded ones.
+
+        resolution: side of a square cell in pixels. cells: their shape, see `cells.Cells`.
         clip_text: what CLIP reads, see `prompt.ClipText`. encodings: folder in which what encoders
         made is kept and looked up, beside the latest in memory. merge: adapters into the weights,
         see `blend.Blend`."""
@@ -175,6 +186,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.blend = Blend(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
+        self.lora: str | None = None  # that the base was loaded with
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
@@ -212,7 +224,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         there is one, else CPU in float32; "cpu" before offloading is enabled.
         As in diffusers: dtype (or torch_dtype) by part, {"transformer": ..., "default": ...};
         variant, revision and token; device_map, the name of a device; parts (`transformer=...`),
-        which are moved to the device and not read; other arguments are ignored with a warning.
+        which are moved to the device and not read; None for a part leaves it out, and so does a
+        folder that was saved without it; other arguments are ignored with a warning.
         use_safetensors=False is refused: pickles are never read.
         resolution: instead of the folder's.
         quantise: keep the frozen blocks in "int8", "nf4" (bitsandbytes) or "fp8". clip_text, cells:
@@ -229,15 +242,20 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             logger.warning("Arguments %s are not expected by %s: ignored", unknown, cls.__name__)
         device = device_of(device, device_map)
         dtype = dtype or torch_dtype or default_dtype(device)
-        of_transformer = dtype_for("transformer", dtype)
-        check_attention(attention, name, device=device, dtype=of_transformer)
+        given = left_out(name) | {part: value for part, value in parts.items() if part in PARTS}
+        whole = given.get("transformer", True) is not None
+        if whole:
+            of_transformer = dtype_for("transformer", dtype)
+            check_attention(attention, name, device=device, dtype=of_transformer)
+        elif lora is not None or adapter is not None:
+            raise UserError("lora and adapter change the transformer, and transformer is None")
         if lora is not None:
             check_lora(lora)
         wanted = strengths_of(adapter)
         for folder in wanted:
             adapters.read_config(folder)
             adapters.read_weights(folder)
-            check_base(folder, name)
+            check_base(folder, name, lora=lora)
         short = [name_of(folder) for folder in wanted]
         names = {f: str(f) if short.count(name_of(f)) > 1 else name_of(f) for f in wanted}
         told = index_of(name) | (told_by(next(iter(wanted))) if wanted else {})
@@ -249,7 +267,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 lora=lora,
                 bits=quantise,
                 variant=variant,
-                given={part: value for part, value in parts.items() if part in PARTS},
+                given=given,
             )
         pipe = cls(
             **{part: getattr(models, part) for part in PARTS},
@@ -261,12 +279,32 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)
-        pipe.set_attention(attention)
+        pipe.lora = lora
+        if whole:
+            pipe.set_attention(attention)
         with enough_memory("merging adapters"):
             for folder in wanted:
+                pipe._say_other_lora(folder)
                 pipe.blend.add(names[folder], folder, used=False)  # merged once, all together
             pipe.set_adapters(list(names.values()), list(wanted.values()))
         return pipe
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As diffusers. Another transformer has no adapters, and torch's choice of attention."""
+        super().__setattr__(name, value)
+        if name == "transformer" and "blend" in vars(self):
+            own = value._orig_mod if is_compiled_module(value) else value
+            if own is not self.blend.transformer:
+                self.blend = Blend(own, merge=self.blend.merge)
+                self.attention = Choice(backend=NATIVE)
+
+    def need(self, *parts: str) -> None:
+        """Raise `UserError` where this pipeline is without one of `parts`."""
+        for part in parts:
+            if getattr(self, part) is None:
+                embeds = ", or give prompt_embeds and pooled_prompt_embeds"
+                way = embeds if part in TEXT_PARTS else ""
+                raise UserError(f"this pipeline has no {part}: load it with one{way}")
 
     @property
     def models(self) -> Models:
@@ -284,6 +322,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def place(self) -> torch.device:
         """Where the parts work. diffusers' search for hooks takes ten milliseconds: only where
         weights may rest elsewhere."""
+        if self.transformer is None:
+            return self._execution_device
         device = next(self.transformer.parameters()).device
         moved = device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available())
         return self._execution_device if moved else device
@@ -304,7 +344,9 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         weights rest elsewhere; "auto" is decided for it and stays on another one.
         Raises `UserError` where this machine lacks the kernel.
         """
-        config, text = self.transformer.config, text_length(self.tokenizer_2)
+        self.need("transformer")
+        config = self.transformer.config
+        text = text_length(self.tokenizer_2) if self.tokenizer_2 else MAX_TEXT_TOKENS
         cell = (self.config.resolution // CELL_STEP) ** 2
         shapes = Shapes(
             lengths=(text + 2 * cell, text + 9 * cell),
@@ -323,7 +365,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
         """
-        layers = self.transformer.modules()
+        layers = self.transformer.modules() if self.transformer is not None else ()
         if any(is_quantised(m) for m in layers if isinstance(m, torch.nn.Linear)):
             raise UserError("save_pretrained: a quantised base is not saved; load it unquantised")
         if any(self.blend.strengths.values()) and not self.blend.merge:
@@ -340,12 +382,18 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
         name = adapter_name or name_of(Path(folder))
+        self.need("transformer")
         self.blend.check_reachable()
         adapters.read_config(Path(folder))
         if base := self.config.get("_name_or_path"):
-            check_base(Path(folder), base)
+            check_base(Path(folder), base, lora=self.lora)
+            self._say_other_lora(Path(folder))
         self.blend.add(name, Path(folder))
         return name
+
+    def _say_other_lora(self, folder: Path) -> None:
+        if line := other_lora(folder, self.lora):
+            logger.warning("%s", line)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None
@@ -372,6 +420,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """T5's tokens (b, l, d) and CLIP's pooled vector (b, d) of whole prompts, as `__call__`
         takes them as `prompt_embeds` and `pooled_prompt_embeds`."""
+        self.need(*TEXT_PARTS)
         several = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
         return self.models.encode_text(several)
 
@@ -409,8 +458,16 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
-    ) -> Completed:
+    ) -> Completed | tuple[Completed]:
         """The generated images: by grid, then by seed, then left to right.
 
         Give a grid file (or a folder of them), or a list of objects with the keys of `request`
@@ -420,7 +477,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: see
         `upsample.Upsampling`; one for all targets or one each. num_inference_steps: 1 and more.
         guidance_scale: any finite number. resolution: the side of a square cell in pixels, a
-        multiple of 16; the model's own by default. options: those of `complete`.
+        multiple of 16; the model's own by default. return_dict: False gives a tuple that holds
+        them, as in diffusers. The others, and options: those of `complete`.
         """
         own = {"task": task, "task_prompt": task_prompt, "content_prompt": content_prompt}
         if (grids is None) == (rows is None):
@@ -459,17 +517,27 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                         f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: "
                         f"{error}"
                     ) from None
-        models = self.models
-        for one in asked:
-            for encoder, words in models.unread(one.prompt).items():
-                logger.warning("%s does not read the end of its text: %s", encoder, words)
-        return self.complete(
+        if prompt_embeds is None:
+            self.need(*TEXT_PARTS)
+            models = self.models
+            for one in asked:
+                for encoder, unread in models.unread(one.prompt).items():
+                    logger.warning("%s does not read the end of its text: %s", encoder, unread)
+        made = self.complete(
             asked,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             resolution=resolution,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             **options,
         )
+        return made if return_dict else (made,)
 
     @torch.no_grad()
     def complete(
@@ -524,6 +592,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: "
                 "give some of latents"
             )
+        self._check_parts(asked, with_text=prompt_embeds is None)
         models = self.models
         side, kind = resolution or models.resolution, self.config.cells
         shapes = [strip_shapes(one.sizes, side, kind) for one in asked]
@@ -599,6 +668,15 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._current_timestep = None
         self.maybe_free_model_hooks()
         return Completed([answers[order] for order in sorted(answers)])
+
+    def _check_parts(self, asked: Sequence[Request], *, with_text: bool) -> None:
+        """Raise `UserError` where the parts, as they are now, cannot make these grids."""
+        self.need("transformer", "vae", "scheduler")
+        check_grids(self.transformer, self.config.get("_name_or_path") or "here")
+        check_scheduler(self.scheduler)
+        own_words = any(how and how.prompt for one in asked for how in one.upsampling)
+        if with_text or own_words:
+            self.need(*TEXT_PARTS)
 
     def _denoised(
         self,
@@ -755,12 +833,6 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
 
 
-PARTS = (
-    *("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-    "transformer",
-)
-
-
 def check_finite(job: _Job, made: Tensor) -> None:
     if not made.isfinite().all():
         raise NotFinite(job.grid, job.seed)
@@ -796,6 +868,12 @@ def enough_memory(doing: str) -> Iterator[None]:
             "offload (--offload model, enable_model_cpu_offload); keep the base in fewer bits "
             "(--quantise nf4); or decode in tiles (--vae-tiling, vae.enable_tiling)"
         ) from None
+
+
+def left_out(name: str) -> dict[str, None]:
+    """The parts that a model was saved without, each as None."""
+    told = index_of(name)
+    return {part: None for part in PARTS if told.get(part) == [None, None]}
 
 
 def here(name: str, token: str | None) -> str:

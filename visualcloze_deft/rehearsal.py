@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from visualcloze_deft import checkpoint, rundir
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.settings import Run
+from visualcloze_deft.sheet import check_replaceable, write_preview
 
 
 @contextmanager
@@ -31,11 +34,17 @@ def rehearsed(run: Run) -> Iterator[Run]:
     rundir.check_settings(run)  # of which the first step needs only some
     optimiser = run.optimiser.model_copy(update={"warmup": 0})
     watch = run.watch.model_copy(update={"trackers": ()})
+    check_replaceable(sheet_of(output), way_out="move it, or choose another --output")
     if output.exists() and not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"output {output}: not writable")
     with temporary_in(nearest_folder(output.parent)) as folder:
         fields = {"output": folder, "steps": 1, "sheet_every": 0}
         yield run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
+
+
+def sheet_of(output: Path) -> Path:
+    """Where the sheet of a rehearsal of the run in `output` stays."""
+    return output.with_name(f"{output.name}.dry-run.png")
 
 
 def nearest_folder(path: Path) -> Path:
@@ -65,9 +74,10 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free
     output = Path(run.output).resolve()
-    sheet = output.with_name(f"{output.name}.dry-run.png")
+    sheet = sheet_of(output)
     output_folder(sheet.parent)
-    shutil.copyfile(max((folder / "sheets").glob("*.png")), sheet)
+    with Image.open(max((folder / "sheets").glob("*.png"))) as drawn:
+        write_preview(drawn, sheet, of=f"a dry run of {run.output}")
     hours = run.steps * step["seconds"] / 3600
     found = [
         f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",

@@ -15,21 +15,24 @@ from typing import Any
 
 import tomli_w
 
+from visualcloze_deft import lorafile
 from visualcloze_deft.checkpoint import Progress, newest, told
 from visualcloze_deft.data.annotate import annotated, check_places
 from visualcloze_deft.data.item import Part, Source, units_of
 from visualcloze_deft.data.mixture import Able, Mixture
 from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.digests import digest_of
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.gpus import check_alike, gpus_here, precision_on
 from visualcloze_deft.memory import LEAST, Load, decided, load_of
 from visualcloze_deft.modelfolder import (
+    LORA_DIGEST,
     check_base,
     check_folder,
-    check_lora,
     check_quantise,
     check_start,
     fingerprint,
+    lora_file,
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
@@ -261,13 +264,13 @@ def prepare(
     check_quantise(run.quantise, zero3=run.zero == 3)
     encodings_folder(run)
     if run.model_lora is not None:
-        check_lora(run.model_lora)
+        lorafile.changes_of(run.model, run.model_lora)  # read whole, or refused
     if run.adapter.start is not None and not resume:
         folder, wanted = Path(run.adapter.start), run.adapter
         if (wanted.alpha, wanted.layers) != (None, "flux"):
             raise UserError("adapter.start keeps its own scale and layers: leave alpha and layers")
-        check_start(folder, wanted.method, wanted.rank, run.model_lora or "")
-        check_base(folder, run.model)
+        check_start(folder, wanted.method, wanted.rank, run.model_lora)
+        check_base(folder, run.model, lora=run.model_lora)
     output = Path(run.output)
     if not resume and saved_anything(output):
         raise UserError(
@@ -291,7 +294,7 @@ def prepare(
     if resume:
         start = newest(output / "checkpoints")[0]
         check_resumed(run, start.progress, plan, allowed)
-        check_base(start.folder, run.model)
+        check_base(start.folder, run.model, lora=run.model_lora)
         if not any(name.startswith("data.") for name in allowed):
             check_tasks(mixture, output / TASKS)
     describe(run, mixture, output)
@@ -514,10 +517,23 @@ def recorded(output: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def adapter_metadata(run: Run, step: int, *, attention: str) -> dict[str, str]:
+def base_of(run: Run) -> dict[str, str]:
+    """What an adapter says of the base that it was trained on: to be asked when that is loaded, as
+    its files may be replaced later."""
+    return {
+        "base_model": run.model,
+        "base_fingerprint": fingerprint(run.model),
+        "base_lora": run.model_lora or "",
+        LORA_DIGEST: digest_of(lora_file(run.model_lora)) if run.model_lora else "",
+    }
+
+
+def adapter_metadata(
+    run: Run, step: int, *, attention: str, base: Mapping[str, str]
+) -> dict[str, str]:
     """What the adapter file says of itself (safetensors metadata: text values only). An adapter
     that training started from keeps its own scale and layers, which its settings file tells.
-    attention: the backend that it was trained with last."""
+    attention: the backend that it was trained with last. base: see `base_of`."""
     alpha, layers = run.adapter.alpha, run.adapter.layers
     if run.adapter.start is not None:
         alpha, layers = None, f"those of {run.adapter.start}"
@@ -532,9 +548,7 @@ def adapter_metadata(run: Run, step: int, *, attention: str) -> dict[str, str]:
         "attention": attention,
         "clip_text": run.clip_text,
         "cells": run.data.cells,
-        "base_model": run.model,
-        "base_fingerprint": fingerprint(run.model),
-        "base_lora": run.model_lora or "",
+        **base,
         "step": str(step),
         "tasks": run.data.tasks,
     }

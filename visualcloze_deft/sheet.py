@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.output import whole
+
+METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
+PREVIEW = "preview"  # what a record says of a picture that may be drawn anew
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
 TITLE_LINES = 5
 
@@ -72,3 +79,32 @@ def draw_sheet(pictures: Sequence[Image.Image], *, columns: int) -> Image.Image:
         for c, picture in enumerate(row):
             page.paste(picture, (sum(widths[:c]), sum(heights[:r])))
     return page
+
+
+def write_preview(picture: Image.Image, path: Path, *, of: str) -> None:
+    """Write a PNG file, whole or not at all, that `check_replaceable` knows again. of: in words."""
+    whole(path, partial(picture.save, format="PNG", pnginfo=text_of({PREVIEW: of})))
+
+
+def check_replaceable(path: Path, *, way_out: str) -> None:
+    """Raise `UserError` where anything but a preview that this project wrote stands at `path`."""
+    there = path.exists() or path.is_symlink()
+    if there and not (path.is_file() and PREVIEW in told_by_image(path)):
+        raise UserError(f"{path}: already there, and no preview of vcdeft; {way_out}")
+
+
+def text_of(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    """The text of a PNG file that holds the record of its image."""
+    told = PngImagePlugin.PngInfo()
+    told.add_itxt(METADATA, json.dumps(record))
+    return told
+
+
+def told_by_image(path: Path) -> dict[str, Any]:
+    """The record that an image holds; {} where it holds none."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

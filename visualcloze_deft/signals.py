@@ -22,11 +22,15 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Asked:
-    """Whether this process has been asked to end; `signal` is the number it was asked with."""
+    """Whether this process has been asked to end; `signal` is the number it was asked with.
 
-    def __init__(self) -> None:
+    at_once: there is nothing to save yet, so the first request ends it.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
         self.signal = 0
         self.since = 0.0
+        self.at_once = at_once
 
     def __bool__(self) -> bool:
         return self.signal > 0
@@ -39,7 +43,7 @@ class Asked:
         return False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        if self.twice(number):
+        if self.twice(number) or self.at_once:
             os._exit(exit_status(self.signal))
 
 

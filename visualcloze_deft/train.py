@@ -121,7 +121,7 @@ def train(
     # behind when killed, on which every later start would wait for ever (DeepSpeed 0.19).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=process.backend, verbose=False)
-    asked, rank, world = Asked(), process.process_index, process.num_processes
+    asked, rank, world = Asked(at_once=True), process.process_index, process.num_processes
     with ExitStack() as held:
         prepare = partial(
             rundir.prepare,
@@ -330,6 +330,7 @@ class Loop:
         )
         self.items = self.skipped = 0
         self.output = Path(run.output)
+        self.base = rundir.base_of(run)
         kept = self.step if start else -1
         self.watch = Watch(run, models, rank=rank, world=world, start=kept)
 
@@ -379,7 +380,9 @@ class Loop:
         for group in torch_optimiser(self.engine).param_groups:
             group["lr"] = group["full_lr"] * factor
         began = time.monotonic()
-        step = self.encoded([next(batches) for _ in range(run.accumulate)])
+        drawn = [next(batches) for _ in range(run.accumulate)]
+        self.asked.at_once = False  # from here on a step is taken, and what it learns is saved
+        step = self.encoded(drawn)
         share = len(planned.parts) / planned.examples  # parts are averaged, examples count
         errors = self.stepper.take(step, share, number=self.step + 1)
         self.step += 1
@@ -572,7 +575,7 @@ class Loop:
             folder,
             base=self.run.model,
             tensors=tensors,
-            metadata=rundir.adapter_metadata(self.run, step, attention=used),
+            metadata=rundir.adapter_metadata(self.run, step, attention=used, base=self.base),
         )
 
     def sheet(self) -> None:

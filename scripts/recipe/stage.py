@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,7 +81,8 @@ def keep(
         save_file(held, staged, {"recipe": json.dumps(told)})
         staged.replace(path)
     except (OSError, SafetensorError) as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
         refuse(f"{path} cannot be written ({error}); the state before it is whole")
 
 

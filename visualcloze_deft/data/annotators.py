@@ -19,6 +19,7 @@ from PIL import Image, ImageChops
 
 from visualcloze_deft.data.images import listing
 from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.modelfolder import HUB_ID, hub_id
 
 Pipeline = Literal["depth-estimation", "image-segmentation"]  # transformers' names
 Size = tuple[int, int]  # width, height
@@ -104,13 +105,14 @@ def config_of(where: str, place: str) -> dict[str, Any]:
         for name in ("config.json", "preprocessor_config.json", "*.safetensors"):
             if not any(Path(place).glob(name)):
                 raise UserError(f"{where}: no {name} in this folder; found {listing(Path(place))}")
-    elif place.count("/") != 1 or place.startswith((".", "/", "~")):
+    elif not HUB_ID.fullmatch(place):
         raise UserError(f"{where}: no such folder")
     else:
         from transformers.utils import cached_file
 
+        repo, revision = hub_id(place)
         try:
-            path = cached_file(place, "config.json") or path
+            path = cached_file(repo, "config.json", revision=revision) or path
         except OSError as error:
             raise UserError(
                 f"{where}: no such folder, and not from the hub: {str(error).splitlines()[0]}"
@@ -143,11 +145,13 @@ def loaded(pipeline: Pipeline, place: str, device: str) -> Any:
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
+    repo, revision = (place, None) if Path(place).is_dir() else hub_id(place)
     try:
         with torch.random.fork_rng(devices=[]):  # what training draws does not hang on when it is
             return transformers.pipeline(
                 pipeline,
-                model=place,
+                model=repo,
+                revision=revision,
                 device=device,
                 dtype=torch.float32,
                 trust_remote_code=False,

@@ -77,10 +77,10 @@ from visualcloze_deft.infer import (
     infer,
     is_record,
     shared_of,
-    told_by_image,
 )
 from visualcloze_deft.launch import check_processes
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
+from visualcloze_deft.sheet import told_by_image
 from visualcloze_deft.textfile import read_json, sound
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"

@@ -26,6 +26,7 @@ from visualcloze_deft.data.annotators import config_of
 from visualcloze_deft.encodings import Encodings, fingerprint
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.evaluation.efficientnet import load_lite0, prepared
+from visualcloze_deft.modelfolder import HUB_ID, at_revision, hub_id
 
 STANDARD = {  # name -> id on the hub
     "clip": "openai/clip-vit-base-patch32",
@@ -169,7 +170,7 @@ def load_encoder(
             name=name, place=place, network=network, prepare=prepared, look=network,
             split=None, read=None, device=device, batch=batch, encodings=encodings,
         )  # fmt: skip
-    if name in STANDARD and place != STANDARD[name] and is_hub_id(place):
+    if name in STANDARD and is_hub_id(place) and hub_id(place)[0] != STANDARD[name]:
         raise UserError(
             f"{where}: no folder {place}, and of the hub this name stands for {STANDARD[name]} "
             f"alone; give another a name of its own, OTHER={place}"
@@ -230,8 +231,7 @@ def named(told: str) -> tuple[str, str]:
 
 def is_hub_id(place: str) -> bool:
     """Whether `place` can only be on the hub: of its form, and no folder here."""
-    formed = place.count("/") == 1 and not place.startswith((".", "/", "~"))
-    return formed and not Path(place).is_dir()
+    return HUB_ID.fullmatch(place) is not None and not Path(place).is_dir()
 
 
 def _is_place(told: str) -> bool:
@@ -315,7 +315,7 @@ def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         kind = getattr(transformers, what)
-        return kind.from_pretrained(place, trust_remote_code=False, **options)
+        return kind.from_pretrained(**at_revision(place), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(
