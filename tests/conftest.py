@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when the library is imported
@@ -81,6 +83,22 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return run
+
+
+@pytest.fixture
+def no_room() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which files cannot grow beyond 100 bytes, as on a disk that is nearly full."""
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return within
 
 
 @pytest.fixture(scope="session")

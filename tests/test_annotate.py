@@ -454,9 +454,9 @@ def test_a_folder_serves_its_own_source_alone(
         ("mask={ade}", "no label is 'background' (its labels: wall, cat, dog)"),
         ("depth={pickled}", "no *.safetensors in this folder"),
         ("depth={bare}", "no preprocessor_config.json in this folder"),
-        ("depth={damaged}", "its config.json cannot be read"),
-        ("depth={listed}", "its config.json holds no settings"),
-        ("depth={cut}", "cannot be loaded for depth-estimation: "),
+        ("depth={damaged}", "not valid JSON"),
+        ("depth={listed}", "no settings of a model: expected an object"),
+        ("depth={cut}", "cannot be loaded: "),
     ],
 )
 def test_a_bad_role_or_model_is_one_line(

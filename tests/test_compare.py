@@ -387,7 +387,7 @@ def test_the_report_holds_what_the_results_say(
     for training in found:
         training.folder.mkdir(parents=True)
         for step in (1, 2, 3):
-            line = {"step": step, "loss": 1 / step, "seconds": 60.0}
+            line = {"step": step, "loss": 1 / step, "seconds": 60.0, "examples": 1, "tasks": {}}
             rundir.append_line(training.folder / rundir.METRICS, line)
     (output / compare.SETTINGS).write_text("rank = 4 # <settings>")
     write_reports([one for training in found for one in made(training, 3)], output)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -174,19 +173,11 @@ def test_processes_that_write_the_same_entries_at_once_leave_them_whole(tmp_path
     assert len(list(tmp_path.glob("*/*"))) == len(keys)  # nothing else is left
 
 
-@contextmanager
-def no_room() -> Iterator[None]:
-    """Files may not grow beyond 100 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_told_once_and_what_was_stored_is_still_found(
-    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Models,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_room: Callable[[], AbstractContextManager[None]],
 ) -> None:
     expected = keeping(models, tmp_path)[0].encode_pixels(strips(1))
     keeper, encodings = keeping(models, tmp_path)

@@ -243,7 +243,7 @@ def test_another_evaluations_folder_is_refused(
     (tmp_path / "letter.txt").write_text("dear")
     assert "holds 'letter.txt' and no evaluation" in line(adapter, *scenes(tmp_path))
     (tmp_path / "settings.json").write_text("[]")
-    assert "is no evaluation's" in line(adapter, *scenes(tmp_path))
+    assert "no evaluation's settings" in line(adapter, *scenes(tmp_path))
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(

@@ -274,10 +274,10 @@ def test_a_lora_that_cannot_be_read_is_refused_by_name(
     ("header", "words"),
     [
         ([], "must be an object"),
-        ({"transformer.alpha_pattern": [1]}, "alpha_pattern must be an object"),
+        ({"transformer.alpha_pattern": [1]}, r"alpha_pattern = \[1\]: input should be"),
         ({"transformer.alpha_pattern": {"(": 1}}, "no regular expression"),
-        ({"transformer.alpha_pattern": {"x": 0}}, "must be a number above 0, not 0"),
-        ({"transformer.lora_alpha": "x"}, "must be a number above 0, not 'x'"),
+        ({"transformer.alpha_pattern": {"x": 0}}, "alpha_pattern.x = 0: input should be"),
+        ({"transformer.lora_alpha": "x"}, "lora_alpha = 'x': input should be a valid number"),
         ({"transformer.use_dora": True}, "DoRA cannot be read"),
     ],
 )
@@ -364,7 +364,7 @@ def test_mistakes_on_the_command_line_are_one_line(
     folder = saved_adapter(micro_model, tmp_path / "again", "deft")
     start = f"adapter.start={folder}"
     assert "it is deft of rank 3" in refused("train", "--rank", "4", "--set", start)
-    assert "no adapter folder" in refused("train", "--set", f"adapter.start={tmp_path}")
+    assert "adapter.start" in refused("train", "--set", f"adapter.start={tmp_path}")
 
 
 def test_scales_in_the_header_of_diffusers_files_count(micro_model: Path, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_the_settings_beside_pefts_file_count(
         ("DoRA cannot be read", {"use_dora": True}),
         ("changed the base before training", {"init_lora_weights": "pissa_niter_4"}),
         ("give its folder with --adapter", {"peft_type": "DEFT"}),
-        ("must be a number above 0", {"lora_alpha": "x"}),
+        ("lora_alpha = 'x': input should be a valid number", {"lora_alpha": "x"}),
     ):
         folder = peft_folder(changes, tmp_path / words[:4], **settings)
         with pytest.raises(UserError, match=words):

@@ -361,7 +361,9 @@ def test_plan_needs_settings_alone(flux_settings: Path, capsys: pytest.CaptureFi
 def test_steps_an_hour_are_those_of_an_earlier_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [json.dumps({"step": k, "seconds": s}) for k, s in enumerate((9.0, 2.0, 2.0), 1)]
+    line = {"examples": 1, "loss": 0.5, "tasks": {}}
+    steps = enumerate((9.0, 2.0, 2.0), 1)
+    lines = [json.dumps({"step": k, "seconds": seconds, **line}) for k, seconds in steps]
     (tmp_path / rundir.METRICS).write_text("\n".join(lines))
     write_run(load_run("tiny", ["batch=4"]), tmp_path / rundir.SETTINGS)
     main(["plan", "--grid", "2x2", "--run", str(tmp_path)])

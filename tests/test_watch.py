@@ -275,3 +275,12 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     few, _ = report.thinned(x, x)
     assert len(few) <= report.POINTS
     assert few[-1] == 10_000
+
+
+def test_options_that_a_tracker_does_not_know_are_one_line_without_their_values(
+    tmp_path: Path,
+) -> None:
+    run = load_run(None, ["watch.tracker_options.tensorboard.api_key=hush", f"output='{tmp_path}'"])
+    with pytest.raises(UserError, match=r"tracker_options\.tensorboard: .* api_key") as raised:
+        watch.started("tensorboard", run, 0)
+    assert "hush" not in str(raised.value)

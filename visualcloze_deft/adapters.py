@@ -6,8 +6,6 @@ Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,10 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visualcloze_deft import deft, tensorfile
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.lowrank import Change
-from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
+from visualcloze_deft.modelfolder import CONFIG, WEIGHTS, adapter_settings, loading
 from visualcloze_deft.modelsize import FLUX_LAYERS
+from visualcloze_deft.patterns import matches, matching
 from visualcloze_deft.settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
@@ -68,8 +67,8 @@ def attach(
 
     Raises `UserError` where `settings.layers` matches no layer, or one that is not linear.
     """
-    pattern = re.compile(layers(settings))
-    matched = {n: m for n, m in transformer.named_modules() if pattern.fullmatch(n)}
+    modules = dict(transformer.named_modules())
+    matched = {n: modules[n] for n in matching("adapter.layers", layers(settings), modules)}
     check_bare(transformer)
     other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
     if other or not matched:
@@ -216,13 +215,13 @@ def load(
         setattr(
             config, "deft_dropout" if isinstance(config, DeftConfig) else "lora_dropout", dropout
         )
+    check_patterns(transformer, folder, config)
+    check_ranks(folder, config, tensors)
     transformer.requires_grad_(False)
     try:
-        add(transformer, config)
+        with loading(f"adapter {folder}", "its settings do not fit this model"):
+            add(transformer, config)
         check_fit(transformer, folder, config, tensors)
-    except (ValueError, TypeError, re.error) as error:
-        detach(transformer)
-        raise UserError(f"adapter {folder}: does not fit this model: {error}") from None
     except UserError:
         detach(transformer)
         raise
@@ -234,6 +233,32 @@ def load(
     set_peft_model_state_dict(
         transformer, {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, NAME
     )
+
+
+def check_patterns(transformer: nn.Module, folder: Path, config: PeftConfig) -> None:
+    """Raise `UserError` for a regular expression in an adapter's settings that is none, or takes
+    too long: peft matches each with every layer's name."""
+    found: list[str] = []
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        told = getattr(config, name)
+        found += [told] if isinstance(told, str) else []
+    for name in ("rank_pattern", "alpha_pattern") if isinstance(config, LoraConfig) else ():
+        found += [rf"(.*\.)?({key})" for key in getattr(config, name) or ()]
+    names = [name for name, _ in transformer.named_modules()]
+    matches(f"{folder / CONFIG}", found, names)
+
+
+def check_ranks(folder: Path, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise `UserError` where settings name a rank that no tensor has: layers of it would be made
+    first, however large."""
+    ranks = {config.r}
+    if isinstance(config, LoraConfig):
+        ranks |= {*(config.rank_pattern or {}).values()}
+    sides = [side for tensor in tensors.values() for side in tensor.shape]
+    if max(ranks) > max(sides, default=0):
+        raise UserError(
+            f"{folder / CONFIG}: rank {max(ranks)}, and no tensor of {WEIGHTS} is that large"
+        )
 
 
 def check_fit(
@@ -285,24 +310,12 @@ def detach(transformer: FluxTransformer2DModel) -> None:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    fields, path = adapter_settings(folder), folder / CONFIG
+    kind = fields.get("peft_type")
     if kind not in ("DEFT", "LORA"):
         raise UserError(f"{path}: peft_type {kind!r}; DEFT (with PaRa) and LORA are known")
-    for key in ("alpha", "lora_alpha"):
-        alpha = fields.get(key)
-        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
-            raise UserError(f"{path}: {key} {alpha!r}: give the number above 0 it was trained with")
-    try:
+    with reading(path, "no settings of an adapter"):
         return PeftConfig.from_peft_type(**fields)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

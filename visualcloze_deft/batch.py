@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from visualcloze_deft import flow, grid
 from visualcloze_deft.data.mixture import Example, Mixture, Skipped
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import REFUSED, UserError, refusal
 from visualcloze_deft.models import Encoders
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.prompt import Prompt
@@ -80,6 +80,8 @@ class Draws(Dataset[Drawn | UserError]):
             return in_pixels(self.mixture[index])
         except UserError as error:
             return error
+        except REFUSED as error:
+            return UserError(refusal(error))
 
 
 def in_pixels(example: Example) -> Drawn:

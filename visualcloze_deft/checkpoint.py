@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from visualcloze_deft import tensorfile
 from visualcloze_deft.digests import digest
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import PARSED, UserError, why
+from visualcloze_deft.textfile import read_object
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
 AVERAGE = "ema.safetensors"  # only where a run keeps one
@@ -121,10 +123,9 @@ def told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"{folder}: could not be written ({why}); what was saved before is still there. Make "
-            "room or give the folder back, then go on with --resume"
+            f"{folder}: could not be written ({why(error)}); what was saved before is still there. "
+            "Make room or give the folder back, then go on with --resume"
         ) from error
 
 
@@ -177,8 +178,8 @@ def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     for path in reversed(_by_step(folder)):
         try:
             return Checkpoint(folder=path, progress=_check(path)), warnings
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.append(f"checkpoint {path} is damaged ({error}); using an older one")
+        except PARSED as error:
+            warnings.append(f"checkpoint {path} is damaged ({why(error)}); using an older one")
     if not warnings:
         raise UserError(f"--resume: no checkpoint in {folder} yet; start again without --resume")
     raise UserError(
@@ -192,14 +193,14 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _check(path: Path) -> Progress:
-    fields = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    fields = read_object(path / PROGRESS, "no progress")
     told = fields.pop(CHECKSUM, None)  # none in older checkpoints
     if told is not None and told != checksum(fields):
         raise ValueError(f"{PROGRESS} does not match its checksum")
     for name, expected in fields.pop("sha256").items():
         if digest(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
-    return Progress(**fields)
+    return TypeAdapter(Progress).validate_json(json.dumps(fields), strict=True, extra="forbid")
 
 
 def checksum(fields: Mapping[str, Any]) -> str:

@@ -9,15 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
-from visualcloze_deft.errors import UserError, nearest
+from visualcloze_deft.errors import REFUSED, UserError, nearest, refusal
 from visualcloze_deft.handles import check_handles, check_run, raise_limit
 from visualcloze_deft.signals import end_with_launcher
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from visualcloze_deft.registry import Task
     from visualcloze_deft.settings import Run
 
+SAYING = ("click.utils", "tqdm.std", "tqdm.utils")  # modules that write to standard output
+MOST_IMAGES = 10_000  # of a grid, and of a task
+SEED = click.IntRange(0, 2**63 - 1)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 DATA = click.option(
@@ -71,7 +74,8 @@ def cli() -> None:
 
 
 def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
+    number = text is not None and text.isdecimal() and len(text) < 10
+    return int(text) if number and text is not None else text
 
 
 REVISION = click.option(
@@ -411,12 +415,12 @@ def plan(
 @click.option("--seed", type=int, help="Replaces the seeds of the file.")
 @click.option(
     "--images",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_IMAGES),
     default=1,
     show_default=True,
     help="Of each grid, with seeds that follow one another.",
 )
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), help="Default: the model's.")
 @click.option("--upsample", type=float, metavar="SCALE", help="Enlarge the images by the model.")
@@ -551,7 +555,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**6),
     metavar="N",
     help="Grids of each row of the table. Default: 64 of a task of scenes, 100 of graph200k's, all "
     "of the others.",
@@ -559,7 +563,10 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 @click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
 @click.option(
-    "--samples", type=click.IntRange(1), metavar="N", help="Images of each grid; dreambooth: 4."
+    "--samples",
+    type=click.IntRange(1, MOST_IMAGES),
+    metavar="N",
+    help="Images of each grid; dreambooth: 4.",
 )
 @click.option(
     "--hold-out",
@@ -569,7 +576,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=1,
     show_default=True,
     help="Of grids; not training's.",
@@ -591,7 +598,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
 )
 @click.option(
     "--edge-tolerance",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1000),
     metavar="PIXELS",
     help="How far apart edges may lie that count as the same. Default: 0; with --images, edges are "
     "compared only where it is given.",
@@ -609,7 +616,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     default="none",
     show_default=True,
 )
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--processes", type=click.IntRange(1), help="That generate; default: one per GPU.")
@@ -1007,7 +1014,7 @@ OVERWRITE = click.option(
     help="One grid of each, as 'vcdeft infer' would be asked, instead of --count drawn ones.",
 )
 @HOLD_OUT
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @RESOLUTION
 @click.option("--output", default="preview.png", show_default=True, metavar="FILE")
 @OVERWRITE
@@ -1047,10 +1054,12 @@ def preview(
 @FOLDERS
 @DATA
 @ANNOTATE
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Per task.")
+@click.option(
+    "--count", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, help="Per task."
+)
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seed", type=SEED, default=1, show_default=True)
 @RESOLUTION
 @click.option("--output", default="grids", show_default=True, metavar="DIR")
 def example(
@@ -1143,7 +1152,7 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
 @data.command("preview", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--output", default="data.png", show_default=True, metavar="FILE")
 @OVERWRITE
 def preview_data(source: str, count: int, seed: int, output: str, overwrite: bool) -> None:
@@ -1195,7 +1204,10 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
 @data.command("encode", context_settings=CONTEXT, params=of_a_run())
 @click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
 @click.option(
-    "--examples", type=click.IntRange(1), metavar="N", help="Default: as many as the run will draw."
+    "--examples",
+    type=click.IntRange(1, 10**9),
+    metavar="N",
+    help="Default: as many as the run will draw.",
 )
 @click.option("--text-only", is_flag=True, help="Texts, which are few and large to encode.")
 @click.pass_obj
@@ -1290,7 +1302,8 @@ def preview_run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
+    """Run the command line. A user's mistake, and what the system or a parser of files refuses, is
+    one line and exit code 2; a mistake of ours stays a traceback."""
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     end_with_launcher()
@@ -1299,20 +1312,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = list(sys.argv[1:] if arguments is None else arguments)
         cli.main(args=words, obj=words, standalone_mode=False)
     except UserError as error:
-        if os.environ.get("RANK", "") not in ("", "0"):
-            time.sleep(3)  # all processes find the same mistake: the first says it and ends them
-        click.echo(f"vcdeft: {' '.join(str(error).split())}", err=True)
-        raise SystemExit(2) from None
-    except OSError as error:  # no permission, a name too long, a full disk
-        if error.filename is None:
-            raise
-        click.echo(f"vcdeft: {error.filename}: {error.strerror}", err=True)
-        raise SystemExit(2) from None
+        refuse(str(error))
+    except REFUSED as error:
+        where = "standard output: " if on_output(error) else ""
+        refuse(where + refusal(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         raise SystemExit(2) from None
-    except click.UsageError as error:
-        click.echo(f"vcdeft: {error.format_message()}", err=True)
-        raise SystemExit(2) from None
+    except click.ClickException as error:
+        refuse(error.format_message())
     except click.Abort:
         raise SystemExit(130) from None
+
+
+def refuse(message: str) -> NoReturn:
+    """Say in one line what was wrong, and end with exit code 2."""
+    if os.environ.get("RANK", "") not in ("", "0"):
+        time.sleep(3)  # all processes find the same mistake: the first says it and ends them
+    with suppress(OSError):  # nobody reads it, or the device is full
+        click.echo(f"vcdeft: {UserError(message)}", err=True)
+    raise SystemExit(2) from None
+
+
+def on_output(error: BaseException) -> bool:
+    """Whether standard output did not take what was said: its device is full. A closed pipe ends a
+    command without a word, with exit code 1: that is click's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"] in SAYING

@@ -120,7 +120,7 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
 def check_output(output: Path) -> None:
     """Raise `UserError` where the folder holds anything but a comparison."""
     if not is_comparison(output):
-        check_foreign(output, (LOCK, INDEX, RUNS), what="comparison")
+        check_foreign(output, (LOCK, INDEX, RUNS, f".{SETTINGS}.*.part"), what="comparison")
         for folder in sorted((output / RUNS).glob("*")):  # of a call that was ended at once
             rundir.check_output(folder)
 

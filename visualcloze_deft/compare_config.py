@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.memory import adapted_layers, adapter_tensors
 from visualcloze_deft.modelfolder import check_folder, check_lora, check_quantise
 from visualcloze_deft.modelsize import Flux, flux, settings_of
+from visualcloze_deft.output import whole_text
 from visualcloze_deft.rundir import OTHER_SCENES, flat
 from visualcloze_deft.settings import (
+    LARGEST,
     Adapter,
     Positive,
     Run,
+    Section,
     find_config,
     over,
     parse_run,
@@ -30,6 +33,7 @@ from visualcloze_deft.settings import (
     setting_names,
     without_secrets,
 )
+from visualcloze_deft.textfile import brief
 from visualcloze_deft.tomlfile import read_toml
 
 Method = Literal["deft", "deft-relaxed", "para", "lora"]
@@ -59,16 +63,12 @@ def _of_scenes_not_asked(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _none_or_several(grids: int) -> int:
-    if grids < 0 or grids == 1:
+    if not (grids == 0 or 2 <= grids <= LARGEST):
         raise ValueError("give two or more, or 0 for evaluate.grids")
     return grids
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Group(_Section):
+class Group(Section):
     """Tasks that are asked before and after training."""
 
     tasks: str
@@ -80,10 +80,10 @@ class Group(_Section):
     """Held-out grids of each task, two at least; 0: `evaluate.grids`."""
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """How each task is asked."""
 
-    grids: Annotated[int, Field(ge=2)] = 24
+    grids: Annotated[int, Field(ge=2, le=LARGEST)] = 24
     """Held-out grids of each task, the same for every adapter, with one in-context example."""
     steps: Positive = 8
     """Sampling steps of the pictures whose PSNR is measured."""
@@ -91,19 +91,19 @@ class Evaluate(_Section):
     """Grids that are generated together."""
 
 
-class Comparison(_Section):
+class Comparison(Section):
     """Everything `vcdeft compare` needs."""
 
     output: str
     base: str = ""
     """A run file of `vcdeft train`, or the name of a shipped one, that all trainings share."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field(default_factory=dict)
     """Settings of `vcdeft train` over that file, for all methods."""
     methods: Annotated[tuple[Method, ...], Field(min_length=1), AfterValidator(_all_different)] = (
         get_args(Method)
     )
     """The first one sets the number of parameters that the others are matched to."""
-    method: dict[Method, dict[str, Any]] = {}
+    method: dict[Method, dict[str, Any]] = Field(default_factory=dict)
     """Method -> settings of its own: those of `optimiser` and `adapter`, e.g. its learning rate;
     without, it takes those that all share."""
     match: Annotated[tuple[Match, ...], Field(min_length=1), AfterValidator(_all_different)] = (
@@ -171,13 +171,13 @@ def load_comparison(file: str, overrides: Sequence[str] = ()) -> Comparison:
         if first["type"] == "missing":
             raise UserError(f"{file}: {place} is missing") from None
         said = first["msg"].removeprefix("Value error, ").lower()
-        raise UserError(f"{file}: {place} = {first['input']!r}: {said}") from None
+        raise UserError(f"{file}: {place} = {brief(first['input'])}: {said}") from None
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write all settings of a comparison but secrets in TOML."""
     fields = without_secrets(comparison.model_dump(mode="json"))
-    path.write_text(tomli_w.dumps(fields), encoding="utf-8")
+    whole_text(path, tomli_w.dumps(fields))
 
 
 def trainings(comparison: Comparison) -> list[Training]:

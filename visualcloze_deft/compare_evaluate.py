@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from PIL import Image
+from pydantic import ConfigDict, Field
 
 from visualcloze_deft import grid, heldout, rundir
 from visualcloze_deft.batch import Drawn, in_pixels
@@ -33,6 +34,7 @@ from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.loss import GridLoss
 from visualcloze_deft.modelfolder import WEIGHTS, fingerprint, lora_file
 from visualcloze_deft.models import Models, dtype_of
+from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.pipeline import InContextPipeline
 from visualcloze_deft.preview import query_at
@@ -187,19 +189,33 @@ def versions() -> tuple[str, ...]:
     return tuple(f"{name} {version(name)}" for name in ("visualcloze-deft", "torch"))
 
 
+class MeasuredFile(SettingsFile):
+    """What `write_measured` wrote; figures of a training that went astray may be no numbers."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    asked: dict[str, Any]
+    errors: list[float]
+    psnr: list[float]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
     """What was measured with these settings before; None where nothing was."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["asked"] != json.loads(json.dumps(wanted)):
-            return None
-        return Measured(
-            errors=tuple(fields["errors"]), psnr=tuple(fields["psnr"]), seconds=fields["seconds"]
-        )
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no figures of a comparison; remove it") from None
+    try:
+        fields = checked(path, MeasuredFile, "no figures of a comparison")
+    except UserError as error:
+        raise UserError(f"{error}; remove it") from None
+    if fields["asked"] != json.loads(json.dumps(wanted)):
+        return None
+    errors, psnr = tuple(fields["errors"]), tuple(fields["psnr"])
+    if not len(errors) == len(psnr) == wanted["grids"]:
+        raise UserError(
+            f"{path}: figures of {len(errors)} grids, not of {wanted['grids']}; remove it"
+        )
+    return Measured(errors=errors, psnr=psnr, seconds=fields["seconds"])
 
 
 def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) -> None:

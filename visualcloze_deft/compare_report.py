@@ -36,6 +36,7 @@ from visualcloze_deft.evaluation.tables import markdown as tables_markdown
 from visualcloze_deft.evaluation.tables import told_p
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.report import PAGE, Lines, Numbers, smooth, svg_of, table, thinned, values
+from visualcloze_deft.runlines import StepLine, read_lines
 
 RESULTS, TABLE, CSV, REPORT = "results.jsonl", "table.md", "table.csv", "report.html"
 SCATTER, CURVES = "gain-retention.svg", "learning-curves.svg"
@@ -118,7 +119,7 @@ def write_reports(found: Sequence[Compared], output: Path) -> Path:
     texts = [json.dumps(rundir.finite(line), ensure_ascii=False) for line in lines]
     whole_text(output / RESULTS, "".join(f"{text}\n" for text in texts))
     told = read_results(output / RESULTS)
-    steps = {line["run"]: rundir.read_lines(Path(line["run"]) / rundir.METRICS) for line in told}
+    steps = {line["run"]: read_lines(Path(line["run"]) / rundir.METRICS, StepLine) for line in told}
     sections = list(tables(told, steps))
     whole_text(output / TABLE, "\n".join(markdown(*section) for section in sections))
     whole_text(output / CSV, as_csv(told))
@@ -414,7 +415,7 @@ def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
     panels = figure.subplots(len(every), 2, squeeze=False)
     for match, (left, right) in zip(every, panels, strict=True):
         own = entrants(lines, match).items()
-        known = {method: mean_loss(told, steps) for (method, _), told in own}
+        known = alike({method: mean_loss(told, steps) for (method, _), told in own})
         first = next(iter(known))
         for method, loss in known.items():
             x = np.arange(1.0, len(loss) + 1)
@@ -432,7 +433,14 @@ def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
 
 def mean_loss(lines: Lines, steps: Mapping[str, Lines]) -> Numbers:
     """The loss of each step, mean over the trainings of `lines`."""
-    return np.mean([values(steps[run], "loss") for run in named(lines, "run")], axis=0)
+    every = alike({run: values(steps[run], "loss") for run in named(lines, "run")})
+    return np.mean([*every.values()], axis=0)
+
+
+def alike(losses: Mapping[str, Numbers]) -> dict[str, Numbers]:
+    """Curves of one length: the last line of a run may have been cut short."""
+    shortest = min(map(len, losses.values()))
+    return {name: loss[:shortest] for name, loss in losses.items()}
 
 
 def page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:

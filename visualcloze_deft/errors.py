@@ -1,13 +1,45 @@
-"""What a user did that cannot work, said in one line."""
+"""What a user did that cannot work, and what systems and parsers of files refuse, in one line."""
 
 from __future__ import annotations
 
+import os
+import struct
+import tomllib
 import unicodedata
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from json import JSONDecodeError
+
+from safetensors import SafetensorError
 
 MOST = 390  # characters of a message, which the command line puts its name before
 _HEAD = 250  # characters that stay at the beginning of one that is longer
+PARSED: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,  # also of JSON, TOML, pydantic, Arrow and text that is no UTF-8
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+    SyntaxError,  # also of XML, and of Pillow
+    EOFError,
+    struct.error,
+    zlib.error,
+    SafetensorError,
+)  # of a file that is damaged, or holds something else than is looked for
+REFUSED: tuple[type[Exception], ...] = (
+    OSError,
+    MemoryError,
+    UnicodeError,
+    JSONDecodeError,
+    tomllib.TOMLDecodeError,
+    SafetensorError,
+)  # wherever it is raised, it is no mistake in a program
+QUOTED = "Traceback (most recent call last):"  # in what transformers says
 _UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, surrogates, line separators
 
 
@@ -19,6 +51,56 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(printable(" ".join(message.split()))))
+
+
+@contextmanager
+def reading(where: object, fault: str = "cannot be read") -> Iterator[None]:
+    """What a parser raises within, of a file that is something else than it should be, is a
+    `UserError`: `where`, which names the file, then the fault and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except PARSED as error:
+        raise UserError(f"{where}: {fault} ({why(error)})") from None
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """What the system says within on writing `path`, as one line that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({why(error)})") from None
+
+
+def why(error: BaseException) -> str:
+    """What an error says, in one line without the name of a file.
+
+    >>> why(OSError(28, "No space left on device", "a.png")), why(KeyError("r"))
+    ('No space left on device', "'r' is missing")
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "larger than the memory here"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = lines[-1 if QUOTED in lines else 0]
+    if isinstance(error, KeyError):
+        return f"{said} is missing"
+    return said or type(error).__name__
+
+
+def refusal(error: BaseException) -> str:
+    """What to say of one of `REFUSED` that nothing on its way has named a file for."""
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        names = (error.filename, error.filename2)
+        return f"{' -> '.join(os.fsdecode(n) for n in names if n is not None)}: {why(error)}"
+    return why(error)
 
 
 def printable(text: str) -> str:

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from visualcloze_deft import adapters, deft, lorafile, lowrank, tensorfile
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.folders import BASE
 from visualcloze_deft.lowrank import Change
 from visualcloze_deft.modelfolder import (
@@ -116,17 +116,19 @@ def export(
     clear(staged)
     report = Report(path=path, notes=notes_on(told, kind))
     try:
-        if kind == "peft":
-            staged.mkdir()
-            for name in (CONFIG, WEIGHTS):
-                shutil.copy(folder / name, staged)
-        elif kind == "merged":
-            merge(base(), changes, written).save_pretrained(staged)
-            tensorfile.open_to(staged)
-            (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        else:
-            cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
-            lowrank.write(staged, cast, kind, shapes=shapes, metadata=about)
+        with writing(path):
+            if kind == "peft":
+                staged.mkdir()
+                for name in (CONFIG, WEIGHTS):
+                    shutil.copy(folder / name, staged)
+            elif kind == "merged":
+                merge(base(), changes, written).save_pretrained(staged)
+                tensorfile.open_to(staged)
+                (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            else:
+                cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
+                check_finite(cast, path)
+                lowrank.write(staged, cast, kind, shapes=shapes, metadata=about)
         if live is not None and plain is not None:
             reader, read, in_weights = reader_of(kind, shapes, written)
             try:
@@ -141,7 +143,8 @@ def export(
             report = replace(report, reader=reader, weights=weights_off, output=output_off)
             held = (written,) if kind == "merged" else (written, precision)  # in what it is read
             check(report, beyond, max(TOLERANCE[one] for one in held))
-        staged.rename(path)
+        with writing(path):
+            staged.rename(path)
     finally:
         clear(staged)
     return report
@@ -196,6 +199,16 @@ def check_names(kind: Format, changes: dict[str, Change], shapes: lowrank.Shapes
             f"--format kohya: diffusers drops {outside[0]}, which lies outside the blocks, from "
             "such files; give --format diffusers or comfyui"
         )
+
+
+def check_finite(changes: dict[str, Change], path: Path) -> None:
+    """Raise `UserError` where a number is too large for the precision that it is written in."""
+    for name, (a, b) in changes.items():
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(
+                f"export {path}: {name} is too large for {a.dtype}; give a smaller --strength, or "
+                "--dtype float32"
+            )
 
 
 def probe(name: str, a: Tensor) -> Tensor:
@@ -399,12 +412,13 @@ def import_lora(
     about = {"method": "lora", "rank": str(common), "base_model": model}
     about |= {"base_fingerprint": fingerprint(model), "imported_from": path.name}
     try:
-        staged.mkdir()
         text = json.dumps(config, indent=2, default=str)
-        (staged / CONFIG).write_text(text, encoding="utf-8")
         whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        tensorfile.save(whole_tensors, staged / WEIGHTS, about)
-        staged.rename(output)
+        with writing(output):
+            staged.mkdir()
+            (staged / CONFIG).write_text(text, encoding="utf-8")
+            tensorfile.save(whole_tensors, staged / WEIGHTS, about)
+            staged.rename(output)
     finally:
         clear(staged)
     return output

@@ -65,6 +65,7 @@ from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 from visualcloze_deft.registry import Task, load_tasks
 from visualcloze_deft.sheet import draw_grid, text_of, told_by_image
 from visualcloze_deft.signals import LAUNCHER, Asked, exit_status, handled
+from visualcloze_deft.textfile import read_object
 from visualcloze_deft.upsample import Upsampling
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
@@ -416,13 +417,13 @@ def compared(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a finished grid; None where there is none. Raises `UserError` where the file is
     something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "rows_sha256" not in found:
+    try:
+        found = read_object(path, "no record")
+    except UserError:
+        found = {}
+    if "rows_sha256" not in found:
         raise UserError(f"{path}: already there and no record of vcdeft; {WAY_OUT}")
     return found
 

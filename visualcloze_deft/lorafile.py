@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.launch import say_once
 from visualcloze_deft.lowrank import SWAPPED, Change, Shapes, originals, split, swap_halves
-from visualcloze_deft.modelfolder import CHANNELS, CONFIG, WEIGHTS, check_folder, lora_file
+from visualcloze_deft.modelfolder import (
+    CHANNELS,
+    CONFIG,
+    WEIGHTS,
+    adapter_settings,
+    check_folder,
+    lora_file,
+)
+from visualcloze_deft.modelsettings import AdapterFile, check_fields
 from visualcloze_deft.modelsize import flux, settings_of
+from visualcloze_deft.patterns import matches
+from visualcloze_deft.textfile import brief, parse_json
 
 TextEncoders = Literal["refused", "left out"]
 
@@ -76,7 +85,9 @@ def read(
     rows = known_rows(shapes)
     found: dict[str, Change] = {}
     changed_by: dict[str, str] = {}
-    for name, keys in gathered(tensors, path).items():
+    layers = gathered(tensors, path)
+    check_patterns(about, layers, path)
+    for name, keys in layers.items():
         change = change_of(name, keys, tensors, about, path)
         key = keys["down"]
         if name not in rows:
@@ -116,14 +127,11 @@ def contents(
 
     Raises `UserError` for one that is neither a matrix nor the scale of a plain LoRA.
     """
-    try:
+    with reading(f"LoRA {path}", "damaged, or no safetensors file"):
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"LoRA {path}: damaged, or no safetensors file ({error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"LoRA {path}: its header's {HEADER} is no JSON ({error})") from None
+            header = (file.metadata() or {}).get(HEADER, "{}")
+    about = parse_json(f"LoRA {path}: its header's {HEADER}", header)
     check_settings(about, f"LoRA {path}: its header's {HEADER}")
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         about |= beside(path)
@@ -153,12 +161,7 @@ def contents(
 
 def beside(path: Path) -> dict[str, Any]:
     """The settings of an adapter that peft wrote, which lie beside its weights."""
-    where = path.parent / CONFIG
-    try:
-        found = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no settings of an adapter ({error})") from None
-    check_settings(found, str(where))
+    where, found = path.parent / CONFIG, adapter_settings(path.parent)
     if found.get("peft_type") != "LORA":
         raise UserError(
             f"{where}: an adapter of type {found.get('peft_type')!r}, not a LoRA; give its folder "
@@ -170,7 +173,7 @@ def beside(path: Path) -> dict[str, Any]:
             f"{where}: init_lora_weights {start!r} changed the base before training; have peft "
             "convert the adapter to a plain LoRA"
         )
-    return dict(found)
+    return found
 
 
 def gathered(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, str]]:
@@ -295,27 +298,22 @@ def fitting(name: str, change: Change, shape: tuple[int, int], path: Path) -> Ch
 def check_settings(about: object, where: str) -> None:
     """Raise `UserError` unless a LoRA's settings can be what they should be. where: in words."""
     if not isinstance(about, dict):
-        raise UserError(f"{where} must be an object, not {str(about)[:60]!r}")
-    for key, value in about.items():
-        name = key.rpartition(".")[2]
-        if name in ("alpha_pattern", "rank_pattern"):
-            if not isinstance(value, dict | None):
-                raise UserError(f"{where}: {key} must be an object, not {value!r}")
-            for pattern, number in (value or {}).items():
-                _check_number(f"{where}: {key} of {pattern!r}", number)
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise UserError(
-                        f"{where}: {key} {pattern!r} is no regular expression: {error}"
-                    ) from None
-        elif name in ("lora_alpha", "r") and value is not None:
-            _check_number(f"{where}: {key}", value)
+        raise UserError(f"{where} must be an object, not {brief(about)}")
+    for prefix in {key.rpartition(".")[0] for key in about}:
+        own = {k.rpartition(".")[2]: v for k, v in about.items() if k.rpartition(".")[0] == prefix}
+        check_fields(where, AdapterFile, own)
 
 
-def _check_number(where: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{where} must be a number above 0, not {value!r}")
+def check_patterns(about: Mapping[str, Any], names: Collection[str], path: Path) -> None:
+    """Raise `UserError` for a regular expression in a LoRA's settings that is none, or takes too
+    long for these names of layers."""
+    patterns = [
+        rf"(.*\.)?({key})"  # as peft matches them
+        for name, told in about.items()
+        if name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern")
+        for key in told or ()
+    ]
+    matches(f"LoRA {path}: its settings", patterns, names)
 
 
 def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> float | None:

@@ -42,6 +42,7 @@ from visualcloze_deft.outside import (
     picture_bytes,
     pixel_values,
 )
+from visualcloze_deft.patterns import matching
 from visualcloze_deft.settings import OFFLOADED, Adapter, Run
 
 RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
@@ -190,8 +191,9 @@ class Kept:
 def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
     """The linear layers that get an adapter."""
     if settings.start is None:
-        pattern = FLUX_LAYERS if settings.layers == "flux" else settings.layers
-        return [name for name in model.linear if re.fullmatch(pattern, name)]
+        if settings.layers == "flux":
+            return [name for name in model.linear if re.fullmatch(FLUX_LAYERS, name)]
+        return matching("adapter.layers", settings.layers, model.linear)
     path = Path(settings.start) / WEIGHTS
     try:
         with safe_open(path, "np") as file:
@@ -612,7 +614,7 @@ def parse_memory(text: str) -> int:
     >>> parse_memory("80GB"), parse_memory("23.5 GiB")
     (80000000000, 25232932864)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS or not float(found[1]):
         raise UserError(f"--memory {text!r}: expected a size such as 80GB, 24GiB or 500MB")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +19,25 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.digests import digest_of
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import PARSED, UserError, why
 from visualcloze_deft.folders import BASE
+from visualcloze_deft.modelsettings import (
+    KINDS,
+    AdapterFile,
+    IndexFile,
+    ShardsFile,
+    TransformerFile,
+    checked,
+)
+
+UNLOADABLE = (*PARSED, RuntimeError, AssertionError, ImportError, StrictDataclassError)
+"""What transformers and diffusers raise of files that hold something else than they build. What the
+library `tokenizers` raises is an Exception and nothing more."""
 
 Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
@@ -45,6 +57,11 @@ TOKENIZERS = {  # each is read from one of these sets of files
     "tokenizer_2": ({"tokenizer.json"}, {"spiece.model"}),
 }
 NETWORKS = "transformer vae text_encoder text_encoder_2".split()
+SETTINGS_OF = {
+    **dict.fromkeys(NETWORKS, "config.json"),
+    **dict.fromkeys(TOKENIZERS, "tokenizer_config.json"),
+    "scheduler": "scheduler_config.json",
+}
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 UNREACHED = (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError)  # HTTPError: the client's
 DOWNLOADED = [  # no pickles, and nothing that runs
@@ -99,6 +116,19 @@ def hub_errors(what: str) -> Iterator[None]:
             f"{what}: not in the hub's cache on this machine, and the hub cannot be reached "
             f"({str(error).splitlines()[0][:120]})"
         ) from None
+
+
+@contextmanager
+def loading(where: str, way_out: str) -> Iterator[None]:
+    """What libraries raise within, on the files of a model, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of which only those that files are the reason of
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:
+            raise
+        raise UserError(f"{where} cannot be loaded: {why(error)}; {way_out}") from None
 
 
 def folder_of(name: str, *, token: str | None = None) -> Path:
@@ -180,15 +210,15 @@ def check_folder(
         ):
             wanted = " or ".join(" and ".join(sorted(kind)) for kind in kinds)
             raise UserError(f"{where}: {part}/ has no {wanted}; copy or download it again")
-    settings = dict.fromkeys(NETWORKS, "config.json")
-    settings |= dict.fromkeys(TOKENIZERS, "tokenizer_config.json")
-    settings |= {"scheduler": "scheduler_config.json"}
-    for part, file in settings.items():
+    for part, file in SETTINGS_OF.items():
         if part in parts and f"{part}/{file}" not in files:
             raise UserError(f"{where}: {part}/ has no {file}; copy or download it again")
     for part in NETWORKS:
         if part in parts:
             check_files(name, where, part, files)
+    for part in SETTINGS_OF:
+        if part in parts:
+            part_settings(name, part)
     if "transformer" in parts:
         check_channels(name)
 
@@ -205,10 +235,8 @@ def check_files(name: str, where: str, part: str, files: Collection[str]) -> Non
 
 def shards_in(index: Path) -> list[str]:
     """The weight files that an index of them names."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of weight files: {error}") from None
+    fields = checked(index, ShardsFile, "no index of weight files")
+    return sorted(set(fields["weight_map"].values()))
 
 
 def weight_files(part: Path, variant: str | None = None) -> list[Path]:
@@ -228,19 +256,22 @@ def has_variant(part: Path, variant: str | None) -> bool:
 
 def check_channels(name: str) -> None:
     """Raise `UserError` unless the transformer of a model completes grids."""
-    config = file_of(name, "transformer/config.json")
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8-sig"))
-        # out_channels came with Fill; before it, a transformer had as many out as in
-        found = fields["in_channels"], fields.get("out_channels") or fields["in_channels"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: no settings of a transformer: {error}") from None
+    fields = part_settings(name, "transformer")
+    inputs = fields.get("in_channels", TransformerFile.model_fields["in_channels"].default)
+    # out_channels came with Fill; before it, a transformer had as many out as in
+    found = inputs, fields.get("out_channels") or inputs
     if found != CHANNELS:
         raise UserError(
             f"model {name}: its transformer has {found[0]} input and {found[1]} output "
             f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]} (FLUX.1-dev cannot "
             "complete grids)"
         )
+
+
+def part_settings(name: str, part: str) -> dict[str, Any]:
+    """What the settings file of a part of a model says, see `modelsettings.checked`."""
+    what = f"no settings of a {part.rpartition('_2')[0] or part}"
+    return checked(file_of(name, f"{part}/{SETTINGS_OF[part]}"), KINDS[part], what)
 
 
 def fingerprint(name: str) -> str:
@@ -260,6 +291,14 @@ def fingerprint(name: str) -> str:
             file.seek(max(size - SAMPLE, 0))
             told.update(file.read())
     return told.hexdigest() if files else ""
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What the settings file of the adapter in a folder says, see `modelsettings.checked`."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
+    return checked(path, AdapterFile, "no settings of an adapter")
 
 
 def told_by(adapter: Path) -> dict[str, str]:
@@ -331,15 +370,14 @@ def pinned(model: str | None, revision: str | None) -> str | None:
 def check_start(folder: Path, method: str, rank: int, lora: str | None) -> None:
     """Raise `UserError` unless the adapter in a folder is of this method and rank, and was trained
     on a base with the same LoRA merged into it."""
-    path = folder / CONFIG
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-        kind, found = fields["peft_type"], fields["r"]
-        if kind == "DEFT":
-            relaxed = "deft-relaxed" if fields["decomposition_method"] == "relu" else "deft"
-            kind = "para" if fields["para"] else relaxed
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter.start {folder}: no adapter folder ({error})") from None
+        fields = adapter_settings(folder)
+    except UserError as error:
+        raise UserError(f"adapter.start: {error}") from None
+    kind, found = str(fields.get("peft_type")), fields.get("r")
+    if kind == "DEFT":
+        relaxed = "deft-relaxed" if fields.get("decomposition_method") == "relu" else "deft"
+        kind = "para" if fields.get("para") else relaxed
     if (kind.lower(), found) != (method, rank):
         raise UserError(
             f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
@@ -373,23 +411,14 @@ def index_of(name: str) -> dict[str, Any]:
     path = file_of(name, file)
     if not path.is_file():
         return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no index of a model: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: no index of a model: {fields!r}")
-    return fields
+    return checked(path, IndexFile, "no index of a model")
 
 
 def resolution_of(name: str) -> int:
     """The cell side the model's `model_index.json` names, or a hub id's end, else FLUX's."""
     named = re.search(r"-(384|512)(?:@|$)", name)  # VisualCloze's two releases
-    found: Any = index_of(name).get("resolution", named[1] if named else FLUX_RESOLUTION)
-    try:
-        return int(found)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file_of(name, 'model_index.json')}: resolution: {error}") from None
+    told = index_of(name).get("resolution")
+    return int(told or (named[1] if named else FLUX_RESOLUTION))
 
 
 def check_lora(name: str) -> None:

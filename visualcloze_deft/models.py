@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,8 @@ from visualcloze_deft.modelfolder import (
     check_quantise,
     folder_of,
     has_variant,
+    loading,
+    part_settings,
     resolution_of,
     weight_files,
 )
@@ -48,6 +50,8 @@ from visualcloze_deft.modelsize import MAX_TEXT_TOKENS, Network, settings_of
 from visualcloze_deft.prompt import ClipText, Prompt, clip_text, fits, unread
 
 CPU = torch.device("cpu")
+LATENTS = CHANNELS[1] // 4  # channels of the VAE's, of which a token holds 2 x 2
+CLIP_TOKENS = 77  # CLIP's default
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
 Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
@@ -114,8 +118,8 @@ class Encoders:
         ).input_ids
         text, pooled = self.text_encoder_2, self.text_encoder
         return (
-            self.encoded(text, t5, lambda ids: text(ids).last_hidden_state),
-            self.encoded(pooled, clip, lambda ids: pooled(ids).pooler_output),
+            self.encoded(text, t5, lambda ids: text(ids, return_dict=True).last_hidden_state),
+            self.encoded(pooled, clip, lambda ids: pooled(ids, return_dict=True).pooler_output),
         )
 
     @torch.no_grad()
@@ -348,6 +352,8 @@ def load_encoders(
     networks = {part: given[part] for part in _NETWORKS if part in given}
     with without_bars() if name == TINY else nullcontext():  # which loads in a moment
         for part, kind in _NETWORKS.items():
+            if part == "vae" and part not in given:
+                check_latents(name)
             if part not in given:
                 own = dtype_for(part, dtype)
                 kept = vae_dtype(own) if part == "vae" else own
@@ -370,6 +376,17 @@ def load_encoders(
     )
 
 
+def check_latents(name: str) -> None:
+    """Raise `UserError` unless the VAE of a model gives FLUX's latents, shifted and scaled."""
+    told = part_settings(name, "vae")
+    latents, shift = told.get("latent_channels"), told.get("shift_factor")
+    if latents != LATENTS or shift is None:
+        raise UserError(
+            f"model {name!r}: its VAE has latent_channels {latents} and shift_factor {shift}; "
+            f"FLUX's has {LATENTS} and a number"
+        )
+
+
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """The tokenizers of `load_models` alone: CLIP's and T5's.
 
@@ -386,11 +403,18 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     for tokenizer, part, encoder, spare in encoders:
         if not (folder_of(name) / encoder).is_dir():  # of a model that was saved without it
             continue
-        known = settings_of(name, encoder).get("vocab_size", len(tokenizer))
+        told = settings_of(name, encoder)
+        known = told.get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
             raise UserError(
                 f"model {name!r}: {part}/ has {len(tokenizer)} tokens, {encoder}/ knows {known}; "
                 "copy or download it again"
+            )
+        most = told.get("max_position_embeddings", CLIP_TOKENS)
+        if tokenizer is clip and clip.model_max_length > most:
+            raise UserError(
+                f"model {name!r}: {part}/ gives texts of {clip.model_max_length} tokens, "
+                f"{encoder}/ reads {most}; set model_max_length in its tokenizer_config.json"
             )
     return clip, t5
 
@@ -401,15 +425,13 @@ def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
         options["use_safetensors"] = True
     if not has_variant(folder_of(name) / part, options.get("variant")):
         options.pop("variant", None)
-    try:
+    with built(name, part):
         return kind.from_pretrained(folder_of(name), subfolder=part, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r}: {str(error).splitlines()[0]}") from None
-    except (KeyError, TypeError, AttributeError) as error:  # of JSON that is something else
-        raise UserError(
-            f"model {name!r}: {part}/ is damaged ({type(error).__name__}: {error}); copy or "
-            "download it again"
-        ) from None
+
+
+def built(name: str, part: str) -> AbstractContextManager[None]:
+    """See `loading`."""
+    return loading(f"model {name!r}: {part}/", "copy or download it again")
 
 
 FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder
@@ -467,7 +489,7 @@ def compared_tensors(
     """The names of tensors that weight files lack or have in another shape, and of those that
     settings have no place for."""
     folder = folder_of(name) / part
-    with torch.device("meta"):
+    with built(name, part), torch.device("meta"):
         network = kind.from_config(kind.load_config(folder))
     expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     stored: dict[str, tuple[int, ...]] = {}

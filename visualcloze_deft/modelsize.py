@@ -5,7 +5,6 @@ The tests hold each count against the real network.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any, Literal
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.folders import BASE
-from visualcloze_deft.modelfolder import TINY, file_of
+from visualcloze_deft.modelfolder import TINY, part_settings
+from visualcloze_deft.modelsettings import TokenizerFile, checked
 
 # Attention and feed-forward layers of both block kinds; modulation and embedders stay as they are.
 FLUX_LAYERS = (
@@ -37,12 +37,7 @@ def settings_of(name: str, network: Network) -> dict[str, Any]:
 
     Raises `UserError` where there is none.
     """
-    path = file_of(name, f"{network}/config.json")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no settings of a network: {error}") from None
-    return found
+    return part_settings(name, network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +201,5 @@ def text_tokens_of(name: str) -> int:
     path = (BASE if name == TINY else Path(name)) / "tokenizer_2" / "tokenizer_config.json"
     if not path.is_file():
         return MAX_TEXT_TOKENS
-    try:
-        longest = json.loads(path.read_text(encoding="utf-8-sig"))["model_max_length"]
-        return min(int(longest), MAX_TEXT_TOKENS)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no settings of a tokenizer: {error}") from None
+    longest = checked(path, TokenizerFile, "no settings of a tokenizer").get("model_max_length")
+    return min(int(longest or MAX_TEXT_TOKENS), MAX_TEXT_TOKENS)

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, writing
 
 LOCK = ".lock"  # of a folder, held by who started what writes there
 
@@ -33,10 +34,9 @@ def whole(path: Path, save: Callable[[Path], object]) -> None:
     process leaves is called .NAME.PROCESS.part. Raises `UserError` where it cannot be written."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save(staged)
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        with writing(path):
+            save(staged)
+            staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -45,6 +45,11 @@ def whole_text(path: Path, text: str) -> None:
     """`whole` of a text file. Of the names of files that are not UTF-8 it holds the escapes, which
     are those of JSON."""
     whole(path, lambda s: s.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def whole_png(path: Path, image: Image.Image) -> None:
+    """`whole` of a picture."""
+    whole(path, lambda staged: image.save(staged, format="PNG"))
 
 
 def check_foreign(output: Path, ours: Iterable[str], *, what: str) -> None:

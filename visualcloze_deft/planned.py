@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from visualcloze_deft import deepspeed_settings
 from visualcloze_deft.cells import CELL_STEP
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.launch import CPU_PROCESSES
@@ -31,9 +32,9 @@ from visualcloze_deft.rundir import (
     flat,
     load_in,
     mixture_of,
-    read_lines,
     resolution_of,
 )
+from visualcloze_deft.runlines import StepLine, read_lines
 from visualcloze_deft.settings import Run, load_run
 
 TIMED = 100  # last steps of an earlier run whose median counts
@@ -183,6 +184,7 @@ def planned(run: Run, *, memory: str | None, grid: str | None, before: Path | No
     """
     import torch
 
+    deepspeed_settings.check(run)
     processes = run.processes or torch.cuda.device_count() or CPU_PROCESSES
     load = load_in(run, mixture_of(run)) if grid is None else load_of_grid(run, grid)
     if memory is None:
@@ -195,7 +197,7 @@ def planned(run: Run, *, memory: str | None, grid: str | None, before: Path | No
 
 def load_of_grid(run: Run, grid: str) -> Load:
     """The load of grids of one shape, "ROWSxCOLUMNS", in square cells."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", grid)
+    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", grid)
     if not found:
         raise UserError(f"--grid {grid!r}: expected ROWSxCOLUMNS, e.g. 3x3")
     strip = int(found[2]) * (resolution_of(run) // CELL_STEP) ** 2
@@ -205,11 +207,10 @@ def load_of_grid(run: Run, grid: str) -> Load:
 
 def rate_of(folder: Path, run: Run) -> Rate:
     """How fast the run in `folder` was: the median of its last steps."""
-    try:
-        lines = read_lines(folder / METRICS)[-TIMED:]
-        seconds = median(float(line["seconds"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # also where there is no step
-        raise UserError(f"--run {folder}: no steps in {METRICS}: {error}") from None
+    lines = read_lines(folder / METRICS, StepLine)[-TIMED:]
+    if not lines:
+        raise UserError(f"--run {folder}: no steps in {METRICS}; name a folder of 'vcdeft train'")
+    seconds = median(line["seconds"] for line in lines)
     settings = [flat(r.model_dump(mode="json")) for r in (load_run(str(folder / SETTINGS)), run)]
     other = sorted(
         name

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from visualcloze_deft.data.mixture import Example, Mixture, able, content
 from visualcloze_deft.data.questions import questions
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
-from visualcloze_deft.output import check_foreign, output_folder
+from visualcloze_deft.output import check_foreign, output_folder, whole_png, whole_text
 from visualcloze_deft.registry import Task
 from visualcloze_deft.room import NoRoom, Room
 from visualcloze_deft.sample import GUIDANCE, conditions_of, pictures_of, tokens_of
@@ -173,25 +173,38 @@ def write_grids(examples: Iterable[Example], folder: Path) -> Path:
         raise UserError(f"--output {folder}: holds grids already; choose another")
     check_foreign(folder, (), what="grids of vcdeft")
     output_folder(folder)
-    entries = []
-    for number, example in enumerate(examples, 1):
-        rows: list[list[str | None]] = []
-        for r, row in enumerate(example.rows):
-            names: list[str | None] = []
-            for c, image in enumerate(row):
-                hidden = r == len(example.rows) - 1 and example.hidden[c]
-                name = f"{number:03d}-{r + 1}{c + 1}{'-truth' if hidden else ''}.png"
-                if image is not None:
-                    image.save(folder / name)
-                names.append(None if hidden else name)
-            rows.append(names)
-        entries.append(
-            {
-                "task": example.task,
-                "content_prompt": example.content or None,
-                "rows": rows,
-                "seed": example.index,
-            }
-        )
-    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    written: list[Path] = []
+    try:
+        entries = [
+            written_grid(example, folder, number, written)
+            for number, example in enumerate(examples, 1)
+        ]
+        whole_text(path, json.dumps(entries, indent=1))
+    except BaseException:  # a full disk, or data that is broken: pictures alone are of no use
+        for picture in written:
+            picture.unlink(missing_ok=True)
+        raise
     return path
+
+
+def written_grid(
+    example: Example, folder: Path, number: int, written: list[Path]
+) -> dict[str, Any]:
+    """The entry of a grid in its file; its pictures are written, their paths put to `written`."""
+    rows: list[list[str | None]] = []
+    for r, row in enumerate(example.rows):
+        names: list[str | None] = []
+        for c, image in enumerate(row):
+            hidden = r == len(example.rows) - 1 and example.hidden[c]
+            name = f"{number:03d}-{r + 1}{c + 1}{'-truth' if hidden else ''}.png"
+            if image is not None:
+                whole_png(folder / name, image)
+                written.append(folder / name)
+            names.append(None if hidden else name)
+        rows.append(names)
+    return {
+        "task": example.task,
+        "content_prompt": example.content or None,
+        "rows": rows,
+        "seed": example.index,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
-
 from visualcloze_deft import checkpoint, rundir
+from visualcloze_deft.data.images import read_image
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.output import output_folder
 from visualcloze_deft.settings import Run
@@ -68,16 +66,15 @@ def temporary_in(place: Path) -> Iterator[str]:
 def report(run: Run, rehearsed: Run) -> list[str]:
     """What the rehearsal found, as lines for the user; its sheet is copied beside the output."""
     folder = Path(rehearsed.output)
-    (line,) = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
-    step = json.loads(line)
+    (step,) = rundir.read_lines(folder / rundir.METRICS)
     (saved,) = (folder / "checkpoints").glob("step-*")
     each = checkpoint.size(saved)
     free = shutil.disk_usage(folder.parent).free
     output = Path(run.output).resolve()
     sheet = sheet_of(output)
     output_folder(sheet.parent)
-    with Image.open(max((folder / "sheets").glob("*.png"))) as drawn:
-        write_preview(drawn, sheet, of=f"a dry run of {run.output}")
+    drawn = read_image(max((folder / "sheets").glob("*.png")))
+    write_preview(drawn, sheet, of=f"a dry run of {run.output}")
     hours = run.steps * step["seconds"] / 3600
     found = [
         f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -18,14 +19,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visualcloze_deft import rundir
+from visualcloze_deft.data.images import read_image
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.output import whole_text
+from visualcloze_deft.runlines import EvaluationLine, SkippedLine, StepLine, read_lines
 from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.textfile import read_text
 
 REPORT = "report.html"
 POINTS = 600  # of a curve; more cannot be told apart
 TASKS = 10  # curves in one picture, those with most examples; the table has all tasks
 WIDEST = 1800  # pixels of the sheet
+
+UNNAMED = re.compile(r"_child\d+")  # what matplotlib calls a line that has no label
 
 Lines = Sequence[Mapping[str, Any]]
 Numbers = NDArray[np.float64]
@@ -39,11 +45,11 @@ def write_report(folder: Path) -> Path:
     settings = folder / rundir.SETTINGS
     if not settings.is_file():
         raise UserError(f"{folder}: no run there; name a folder that 'vcdeft train' wrote")
-    steps = rundir.read_lines(folder / rundir.METRICS)
+    steps = read_lines(folder / rundir.METRICS, StepLine)
     if not steps:
         raise UserError(f"{folder}: the run has not taken a step yet")
-    evaluations = rundir.read_lines(folder / rundir.EVALUATION)
-    skipped = rundir.read_lines(folder / rundir.SKIPPED)
+    evaluations = read_lines(folder / rundir.EVALUATION, EvaluationLine)
+    skipped = read_lines(folder / rundir.SKIPPED, SkippedLine)
     parts = [
         f"<h1>{escape(folder.resolve().name)}</h1>",
         table([*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]),
@@ -51,7 +57,7 @@ def write_report(folder: Path) -> Path:
         "<h2>Tasks</h2>" + task_rows(steps, evaluations),
         last_sheet(folder),
         skipped_part(skipped),
-        f"<h2>Settings</h2><pre>{escape(settings.read_text(encoding='utf-8'))}</pre>",
+        f"<h2>Settings</h2><pre>{escape(read_text(settings))}</pre>",
     ]
     path = folder / REPORT
     whole_text(path, PAGE.format(title=escape(folder.name), body="\n".join(parts)))
@@ -91,17 +97,25 @@ def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
         ("adapter", f"{run.adapter.method}, rank {run.adapter.rank}"),
         ("data", ", ".join(run.data.sources)),
         ("steps", f"{last['step']} of {run.steps}, {last['examples']} examples"),
-        ("time in steps", f"{spent / 60:.1f} minutes, {last['examples'] / spent:.2f} examples/s"),
+        (
+            "time in steps",
+            f"{spent / 60:.1f} minutes, {last['examples'] / (spent or 1):.2f} examples/s",
+        ),
         ("training loss", f"{before:.4f} in the first eighth of the steps, {now:.4f} in the last"),
     ]
     if evaluations:
         first, last_one = evaluations[0], evaluations[-1]
-        text = f"{first['loss']:.4f} at step {first['step']}, "
-        text += f"{last_one['loss']:.4f} at step {last_one['step']}"
+        text = ", ".join(
+            f"{told(line['loss'])} at step {line['step']}" for line in (first, last_one)
+        )
         found.append(("held-out loss", text))
-    if "memory" in last:
+    if last.get("memory") is not None:
         found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
     return found
+
+
+def told(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def kernels(folder: Path) -> list[tuple[str, str]]:
@@ -109,9 +123,10 @@ def kernels(folder: Path) -> list[tuple[str, str]]:
     recorded = rundir.recorded(folder)
     if "attention" not in recorded:  # a run of before it was chosen
         return []
-    why = recorded["attention_check"].removeprefix("attention: ") or recorded["attention"]
-    failed = [f"not finite after {where}" for where in recorded["not_finite"].values()]
-    changed = f"now {recorded['attention']}, norms {recorded['norms']}"
+    versions = rundir.VersionsFile(**recorded)
+    why = versions.attention_check.removeprefix("attention: ") or versions.attention
+    failed = [f"not finite after {where}" for where in versions.not_finite.values()]
+    changed = f"now {versions.attention}, norms {versions.norms}"
     return [("attention", "; ".join([why, *failed, changed] if failed else [why]))]
 
 
@@ -184,9 +199,14 @@ def picture(title: str, unit: str, draw_on: Callable[[Axes], None]) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if count := len(axes.get_legend_handles_labels()[1]):
+    named = [line for line in axes.lines if not UNNAMED.fullmatch(str(line.get_label()))]
+    if named:
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        axes.legend(fontsize=8, frameon=False, **(beside if count > 3 else {"loc": "best"}))
+        where = beside if len(named) > 3 else {"loc": "best"}
+        labels = [str(line.get_label()) for line in named]
+        legend = axes.legend(named, labels, fontsize=8, frameon=False, **where)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name is no formula
     return svg_of(figure)
 
 
@@ -259,7 +279,7 @@ def rates(steps: Lines) -> Lines:
     """Steps with their rate in examples, also those written before it was."""
     before = [0, *(line["examples"] for line in steps[:-1])]
     return [
-        {"examples_per_second": (line["examples"] - seen) / line["seconds"], **line}
+        {"examples_per_second": (line["examples"] - seen) / (line["seconds"] or 1), **line}
         for line, seen in zip(steps, before, strict=True)
     ]
 
@@ -306,8 +326,7 @@ def last_sheet(folder: Path) -> str:
     sheets = sorted((folder / "sheets").glob("step-*.png"))
     if not sheets:
         return ""
-    with Image.open(sheets[-1]) as page:
-        picture = jpeg(page, alt="sample sheet")
+    picture = jpeg(read_image(sheets[-1]), alt="sample sheet")
     words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
     return words + picture
 

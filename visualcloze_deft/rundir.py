@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import Field
 
-from visualcloze_deft import lorafile
+from visualcloze_deft import deepspeed_settings, lorafile
 from visualcloze_deft.checkpoint import Progress, newest, told
 from visualcloze_deft.data.annotate import annotated, check_places
 from visualcloze_deft.data.item import Part, Source, units_of
@@ -35,10 +36,14 @@ from visualcloze_deft.modelfolder import (
     lora_file,
 )
 from visualcloze_deft.modelfolder import resolution_of as model_resolution
+from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 from visualcloze_deft.plan import Plan
 from visualcloze_deft.registry import Task, load_tasks, matching, select
+from visualcloze_deft.runlines import read_lines as read_lines
+from visualcloze_deft.runlines import step_of
 from visualcloze_deft.settings import Run, load_run, setting_names, write_run
+from visualcloze_deft.textfile import read_text
 from visualcloze_deft.tomlfile import read_toml
 
 SETTINGS, VERSIONS, TASKS = "settings.toml", "versions.json", "tasks"
@@ -314,6 +319,7 @@ def check_settings(run: Run) -> None:
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
             'run; give less, or "auto"'
         )
+    deepspeed_settings.check(run)
     for gpu in gpus_here():
         precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:
@@ -499,9 +505,17 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
     shutil.rmtree(tasks, ignore_errors=True)
     tasks.mkdir()
     for name, task in mixture.tasks.items():
-        text = tomli_w.dumps(task.as_file())
-        (tasks / f"{name}.toml").write_text(text, encoding="utf-8")
+        whole_text(tasks / f"{name}.toml", tomli_w.dumps(task.as_file()))
     write_run(run, output / SETTINGS)
+
+
+class VersionsFile(SettingsFile):
+    """What is read again of `VERSIONS`."""
+
+    attention: str = ""
+    attention_check: str = ""
+    not_finite: Mapping[str, str] = Field(default_factory=dict)
+    norms: str = ""
 
 
 def record(output: Path, facts: Mapping[str, object]) -> None:
@@ -514,7 +528,7 @@ def record(output: Path, facts: Mapping[str, object]) -> None:
 def recorded(output: Path) -> dict[str, Any]:
     """Versions of packages, and what `record` put beside them; {} where there is no such file."""
     path = output / VERSIONS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return checked(path, VersionsFile, "no versions of a run") if path.is_file() else {}
 
 
 def base_of(run: Run) -> dict[str, str]:
@@ -574,29 +588,13 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What `append_line` wrote; of a file that is not there, nothing. A last line that is being
-    written, or was cut short by a kill, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if math.isfinite(_step(line))]
-
-
 def keep_lines_until(output: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
     for path in (output / METRICS, output / SKIPPED, output / EVALUATION):
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            staged = path.with_suffix(".part")
-            kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
-            staged.write_text(kept, encoding="utf-8")
-            os.replace(staged, path)
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a kill
+            lines = read_text(path).split("\n")
+            kept = "".join(f"{line}\n" for line in lines if step_of(line) <= step)
+            whole_text(path, kept)
 
 
 def _version(package: str) -> str:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from visualcloze_deft.cells import Cells
 from visualcloze_deft.data.places import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.folders import CONFIGS
 from visualcloze_deft.modelfolder import Bits, Precision
+from visualcloze_deft.output import whole_text
+from visualcloze_deft.patterns import sound_pattern
 from visualcloze_deft.prompt import ClipText
-from visualcloze_deft.tomlfile import read_toml
+from visualcloze_deft.textfile import brief
+from visualcloze_deft.tomlfile import parse_toml, read_toml
 
+LARGEST = 10**9  # of whole numbers that count something: computing with them does not overflow
+HEAVIEST = 1e6  # of weights and factors
 Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Weight = Annotated[float, Field(ge=0, le=HEAVIEST)]
+Factor = Annotated[float, Field(gt=0, le=HEAVIEST)]
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -40,10 +55,40 @@ Tracker = Literal[
 ]  # accelerate's trackers, each named as its package
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings. True and false stand for numbers nowhere, and no text holds the character 0."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, place: ValidationInfo) -> Any:
+        kinds = kinds_in(cls.model_fields[str(place.field_name)].annotation)
+        section = any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)
+        for one in () if section else leaves(value):
+            if isinstance(one, bool) and not kinds & {bool, Any}:
+                raise ValueError("true and false are no numbers and no texts")
+            if isinstance(one, str) and "\0" in one:
+                raise ValueError("holds the character 0, which no name has")
+        return value
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation, *(kind for part in get_args(annotation) for kind in kinds_in(part))}
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The values in lists and tables within one another, or the value itself."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        yield value
+        return
+    for one in value:
+        yield from leaves(one)
 
 
 def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -52,30 +97,22 @@ def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
     return weights
 
 
-def _expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
-    return pattern
-
-
 def _folder_or_word(place: str) -> str:
     return place if place in ("", "run") else os.path.abspath(place)
 
 
 def _none_or_some(every: int) -> int:
-    if every < 0 or every == 1:
+    if not (every == 0 or 2 <= every <= LARGEST):
         raise ValueError("give 0 for none, or 2 and more for every n-th item")
     return every
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """How a grid is drawn. The defaults are VisualCloze's (arXiv 2504.07960)."""
 
     examples: Annotated[
-        tuple[Annotated[float, Field(ge=0)], ...],
-        Field(min_length=1),
+        tuple[Weight, ...],
+        Field(min_length=1, max_length=17),
         AfterValidator(_some_positive),
     ] = (0.3, 0.4, 0.3)
     """Weight of 0, 1, 2, ... in-context examples."""
@@ -100,7 +137,7 @@ _Source = Annotated[str, AfterValidator(spec_from_root)]
 _Place = Annotated[str, AfterValidator(from_root)]
 
 
-class Data(_Section):
+class Data(Section):
     """What is trained on."""
 
     sources: Annotated[tuple[_Source, ...], Field(min_length=1)] = ("scenes",)
@@ -113,7 +150,7 @@ class Data(_Section):
     out."""
     task_folders: tuple[_Place, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    weights: dict[str, Weight] = {}
     """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
     that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
@@ -138,7 +175,7 @@ class Data(_Section):
     recipe: Recipe = Recipe()
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """Which adapter, and how large."""
 
     method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
@@ -147,25 +184,25 @@ class Adapter(_Section):
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: Annotated[str, AfterValidator(_expression)] = "flux"
+    layers: Annotated[str, AfterValidator(sound_pattern)] = "flux"
     """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
     start: str | None = None
     """An adapter folder of the same method and rank that training starts from. Its layers and its
     scale are kept: `alpha` and `layers` must not be set beside it."""
-    p_lr_ratio: Annotated[float, Field(gt=0)] = 0.1
+    p_lr_ratio: Factor = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 
 
-class Optimiser(_Section):
+class Optimiser(Section):
     """AdamW and its schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Factor = 1e-4
     betas: tuple[_Momentum, _Momentum] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    weight_decay: Weight = 0.0
+    warmup: Count | Literal["auto"] = "auto"
     """Steps until the learning rate is reached; "auto": 50, or a tenth of a short run."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    clip: Annotated[float, Field(gt=0)] = 2.0
+    clip: Factor = 2.0
     """Largest gradient norm."""
 
     def warmup_of(self, steps: int) -> int:
@@ -173,7 +210,7 @@ class Optimiser(_Section):
         return min(50, steps // 10) if self.warmup == "auto" else self.warmup
 
 
-class Watch(_Section):
+class Watch(Section):
     """What is written while a run trains, for a person to look at; nothing here changes it."""
 
     trackers: tuple[Tracker, ...] = ("tensorboard",)
@@ -186,9 +223,9 @@ class Watch(_Section):
     """Tracker -> what else it is started with, e.g. watch.tracker_options.wandb.entity=us. Keys,
     tokens and passwords are not written into the run folder: give them again with --resume, or in
     the tracker's environment variable."""
-    norms_every: Annotated[int, Field(ge=0)] = 50
+    norms_every: Count = 50
     """Steps between measurements of the adapter's norms; 0: never."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Count = 0
     """Steps between losses on held-out grids, also before the first step and after the last; 0:
     never. Needs `data.hold_out` where data is more than scenes."""
     evaluate_examples: Positive = 64
@@ -217,15 +254,17 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 def _not_owned(settings: dict[str, Any]) -> dict[str, Any]:
     for name, ours in OWNED.items():
         *sections, last = name.split(".")
-        found = settings
+        found: Any = settings
         for section in sections:
             found = found.get(section, {})
+            if not isinstance(found, Mapping):
+                raise ValueError(f"{section} is a table of settings, not {brief(found)}")
         if last in found:
             raise ValueError(f"{name} is decided by the setting {ours}; set that one")
     return settings
 
 
-class Run(_Section):
+class Run(Section):
     """Everything `vcdeft train` needs; each field is `--set NAME=VALUE` on the command line."""
 
     model: str = "tiny"
@@ -236,12 +275,12 @@ class Run(_Section):
     steps: Positive = 1000
     batch: Positive = 1
     """Grids per process and step."""
-    batch_tokens: Annotated[int, Field(ge=0)] = 0
+    batch_tokens: Count = 0
     """Instead of `batch`: as many grids per process and step as come to this many tokens, small
     and large ones spread so that processes wait little for each other; 0: `batch` grids."""
     accumulate: Positive = 1
     """Batches whose gradients are summed before a step."""
-    processes: Annotated[int, Field(ge=0)] = 0
+    processes: Count = 0
     """0: one per GPU, or two on a machine without GPU."""
     zero: Literal[0, 1, 2, 3, "auto"] = 2
     """DeepSpeed ZeRO stage; "auto": the lowest whose memory fits, see `vcdeft plan`."""
@@ -261,7 +300,7 @@ class Run(_Section):
     offload_encoders: bool = False
     """Text encoders and VAE rest in main memory and come to the GPU while they encode or decode:
     worth it where `data.encodings` has most of what is asked."""
-    checkpoint_blocks: Annotated[int, Field(ge=0)] | Literal["auto", "none", "all"] = "auto"
+    checkpoint_blocks: Count | Literal["auto", "none", "all"] = "auto"
     """How many blocks, from the first on, are recomputed in the backward pass: less memory, all of
     them about a third more time. "auto": as many as memory needs; on CPU none."""
     attention: str = "auto"
@@ -278,11 +317,11 @@ class Run(_Section):
     clip_text: ClipText = "fit"
     """Of a text that is too long for CLIP: "fit" keeps the content sentence and drops the layout
     first; "original" keeps the beginning, as VisualCloze's released weights were trained."""
-    guidance: float = 1.0
+    guidance: Annotated[float, Field(ge=-HEAVIEST, le=HEAVIEST)] = 1.0
     """Guidance the model is told in training; VisualCloze's 1."""
     times: Times = "logit-normal"
     """How training times are drawn; "uniform" sees more of the noisiest ones."""
-    time_shift: Annotated[float, Field(gt=0)] = 1.0
+    time_shift: Factor = 1.0
     """Times t become s t / (1 + (s - 1) t): more than 1 trains more on noise, where layout and
     colours are decided."""
     rollout: Probability = 0.0
@@ -297,13 +336,13 @@ class Run(_Section):
     """Steps between checkpoints."""
     keep: Positive = 2
     """Checkpoints that stay; older ones go."""
-    timeout: Annotated[float, Field(ge=1)] = 1800.0
+    timeout: Annotated[float, Field(ge=1, le=LARGEST)] = 1800.0
     """Seconds without progress after which a process that hangs, or waits for one, ends the run
     with the reason: more than a step, a save, a sheet, or loading and downloading the model takes.
     On GPUs NCCL gives up by itself after 10 minutes in a collective operation of DeepSpeed's."""
-    not_finite_at_most: Annotated[int, Field(ge=0)] = 5
+    not_finite_at_most: Count = 5
     """Steps in a row without a finite gradient, each skipped by all processes, that a run bears."""
-    sheet_every: Annotated[int, Field(ge=0)] = 0
+    sheet_every: Count = 0
     """Steps between sample sheets; 0: only at the end."""
     data: Data = Data()
     adapter: Adapter = Adapter()
@@ -334,7 +373,8 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
             raise UserError(
                 f"{where}: unknown setting {place!r}; {nearest(place, setting_names())}"
             ) from None
-        raise UserError(f"{where}: {place} = {first['input']!r}: {first['msg'].lower()}") from None
+        said = first["msg"].removeprefix("Value error, ").lower()
+        raise UserError(f"{where}: {place} = {brief(first['input'])}: {said}") from None
 
 
 def over(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,10 +405,8 @@ def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]
 def write_run(run: Run, path: Path) -> None:
     """Write all settings of `run` but secrets in TOML; the file at `path` is replaced whole or not
     at all."""
-    staged = path.with_suffix(".part")
     fields = without_secrets(run.model_dump(mode="json", exclude_none=True))
-    staged.write_text(tomli_w.dumps(fields), encoding="utf-8")
-    staged.replace(path)
+    whole_text(path, tomli_w.dumps(fields))
 
 
 FOREIGN = ("tracker_options", "deepspeed")  # sections handed on to other packages
@@ -427,9 +465,12 @@ def put(fields: dict[str, Any], override: str) -> None:
     if not equals:
         raise UserError(f"--set {override!r}: expected NAME=VALUE, e.g. optimiser.lr=1e-4")
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except ValueError:  # no TOML, or a number of thousands of digits
-        value = text
+        found = parse_toml(f"--set {name}", f"x = {text}")
+    except UserError:  # no TOML, or a number of thousands of digits
+        found = {"x": text}
+    if len(found) > 1 or (found["x"] == text and "\n" in text):
+        raise UserError(f"--set {override!r}: more than one line; give each setting its own --set")
+    value = found["x"]
     *sections, last = name.strip().split(".")
     for section in sections:
         fields = fields.setdefault(section, {})

@@ -11,8 +11,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from visualcloze_deft.data.images import opened
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.output import whole
+from visualcloze_deft.textfile import parse_json
 
 METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 PREVIEW = "preview"  # what a record says of a picture that may be drawn anew
@@ -103,8 +105,9 @@ def text_of(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
 def told_by_image(path: Path) -> dict[str, Any]:
     """The record that an image holds; {} where it holds none."""
     try:
-        with Image.open(path) as image:
-            found = json.loads(getattr(image, "text", {}).get(METADATA, "{}"))
-    except (OSError, ValueError, RecursionError):
+        with opened(path) as image:
+            text = image.info.get(METADATA)
+        found = parse_json(str(path), text) if isinstance(text, str) else None
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -46,8 +46,7 @@ def cache_settings(text: str) -> Any:
         value = float(number) if given else usual
     except ValueError:
         raise UserError(f"--cache {text!r}: {number!r} is no number") from None
-    whole = name == FIRST_BLOCK or (value > 1 and value == int(value))
-    if not 0 < value < 1000 or not whole:
+    if not 0 < value < 1000 or not (name == FIRST_BLOCK or (value > 1 and value == int(value))):
         raise UserError(f"--cache {text!r}: give a number {wanted}, e.g. {name}={usual}")
     return make(value)
 

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading
 
+DEEPEST = 64  # lists and objects within one another; no file that anybody means has as many
+BRIEF = 63  # characters
 MARK = "\ufeff"  # byte order mark, which is no part of any text
 REPLACED = "\ufffd"
 
@@ -40,18 +42,51 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(where: str, text: str | bytes) -> Any:
-    """The value of a JSON text. Raises `UserError`, which begins with `where`, where it is none."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
-    except ValueError as error:  # also bytes that are no text, and numbers of thousands of digits
-        raise UserError(f"{where}: not valid JSON: {error}") from None
+    """The value of a JSON text. Raises `UserError`, which begins with `where`, where it is none, or
+    nested more than `DEEPEST` deep."""
+    with reading(where, "not valid JSON"):  # also of numbers of thousands of digits
+        value = json.loads(text)
+    check_depth(where, value)
+    return value
 
 
 def read_json(path: Path) -> Any:
     """The value in the JSON file `path`."""
     return parse_json(str(path), read_text(path))
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in the JSON file `path`. what: it is, in words, for messages."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {what}: expected an object, found {brief(found)}")
+    return found
+
+
+def check_depth(where: str, value: object) -> None:
+    """Raise `UserError` where lists and tables are nested more than `DEEPEST` deep: whatever looks
+    at them or prints them would run out of stack."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise UserError(f"{where}: nested too deeply, more than {DEEPEST} times")
+
+
+def brief(value: object) -> str:
+    """A value in a message, its end left out where it is long.
+
+    >>> brief("a"), brief([1] * 100)
+    ("'a'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 ...')
+    """
+    text = repr(value)
+    return text if len(text) <= BRIEF else f"{text[: BRIEF - 4]} ..."
 
 
 def sound(text: str) -> str:

@@ -58,7 +58,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.kernels import Kernels, shapes_in
 from visualcloze_deft.launch import device_environment
 from visualcloze_deft.models import Models, dtype_of, load_models
-from visualcloze_deft.output import only_writer
+from visualcloze_deft.output import only_writer, whole_png
 from visualcloze_deft.plan import Step
 from visualcloze_deft.preview import sample_sheet
 from visualcloze_deft.report import write_report
@@ -595,7 +595,7 @@ class Loop:
             if page is not None:
                 folder = self.output / "sheets"
                 folder.mkdir(exist_ok=True)
-                page.save(folder / f"step-{self.step:06d}.png")
+                whole_png(folder / f"step-{self.step:06d}.png", page)
 
     def finish(self) -> None:
         """Publish the adapter, the last sheet and the report; also where a resumed run has no step

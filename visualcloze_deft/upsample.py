@@ -19,6 +19,7 @@ from visualcloze_deft.data.images import LIMIT
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.models import Models
 from visualcloze_deft.sample import AfterStep, Conditions, denoise, go_on, velocity_of
+from visualcloze_deft.textfile import brief
 
 STRENGTH = 0.4  # VisualCloze's
 LARGEST = 64  # times each side
@@ -47,8 +48,11 @@ class Upsampling:
                 f"upsampling scale {self.scale}: give a number above 0 and up to {LARGEST}, e.g. 2"
             )
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and side < CELL_STEP:
-                raise UserError(f"upsampling {name} {side}: give {CELL_STEP} pixels or more")
+            if side is not None and not CELL_STEP <= side <= LIMIT:
+                raise UserError(
+                    f"upsampling {name} {brief(side)}: give {CELL_STEP} pixels or more, and less "
+                    f"than {LIMIT // 10**6} million"
+                )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that an image of these sides gets.

@@ -14,9 +14,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from visualcloze_deft import rundir
+from visualcloze_deft.checkpoint import told
 from visualcloze_deft.compiled import Compiling
 from visualcloze_deft.data.mixture import Skipped
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.flops import peak, training_flops
 from visualcloze_deft.heldout import Measured
 from visualcloze_deft.models import Models
@@ -157,14 +158,16 @@ class Watch:
     def write(self, file: str, line: Mapping[str, Any], *, prefix: str = "") -> None:
         """A line of `file`, and its numbers as curves."""
         rundir.append_line(self.output / file, line)
-        for tracker in self.trackers:
-            tracker.log(curves(line, prefix), step=line["step"])
+        with told(self.output):
+            for tracker in self.trackers:
+                tracker.log(curves(line, prefix), step=line["step"])
 
     def close(self) -> None:
         if self.first and self.compiling:
             tqdm.write(str(self.compiling))
-        for tracker in self.trackers:
-            tracker.finish()
+        with told(self.output):
+            for tracker in self.trackers:
+                tracker.finish()
 
 
 def curves(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -250,6 +253,11 @@ def started(name: Tracker, run: Run, start: int) -> GeneralTracker:
         options |= {"name": output.name, "dir": str(output)}
         options |= {"resume": "auto"} if start >= 0 else {}
     called = "tensorboard" if name == "tensorboard" else run.watch.project
-    tracker = kind(called, *place, **(options | run.watch.tracker_options.get(name, {})))
-    tracker.start()
+    own = run.watch.tracker_options.get(name, {})
+    with reading(
+        f"watch.tracker_options.{name}",
+        f"{name} does not start with {', '.join(own) or 'its defaults'}",
+    ):
+        tracker = kind(called, *place, **(options | own))
+        tracker.start()
     return tracker

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 from visualcloze_deft.data.item import Source
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.output import whole, whole_text
+from visualcloze_deft.output import whole_png, whole_text
 
 RECORD = "annotations.json"
 SAMPLE = 16  # items spread over a source whose keys its fingerprint reads
@@ -42,7 +41,7 @@ class Record(BaseModel):
 
 def save(image: Image.Image, path: Path) -> None:
     """The PNG at `path` is there whole or not at all."""
-    whole(path, partial(image.save, format="PNG"))
+    whole_png(path, image)
 
 
 def picture_path(folder: Path, role: str, index: int) -> Path:

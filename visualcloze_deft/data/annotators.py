@@ -6,7 +6,6 @@ Axes: h, w height and width of the photo in pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,8 @@ from PIL import Image, ImageChops
 
 from visualcloze_deft.data.images import listing
 from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.modelfolder import HUB_ID, hub_id
+from visualcloze_deft.modelfolder import HUB_ID, hub_id, loading
+from visualcloze_deft.modelsettings import AnnotatorFile, checked
 
 Pipeline = Literal["depth-estimation", "image-segmentation"]  # transformers' names
 Size = tuple[int, int]  # width, height
@@ -118,12 +118,9 @@ def config_of(where: str, place: str) -> dict[str, Any]:
                 f"{where}: no such folder, and not from the hub: {str(error).splitlines()[0]}"
             ) from None
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: its config.json cannot be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: its config.json holds no settings of a model")
-    return fields
+        return checked(Path(path), AnnotatorFile, "no settings of a model")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def computed(role: str, place: str, device: str, photo: Image.Image) -> Image.Image:
@@ -142,24 +139,22 @@ def loaded(pipeline: Pipeline, place: str, device: str) -> Any:
     """The pipeline around a model, in float32, loaded once per process."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     repo, revision = (place, None) if Path(place).is_dir() else hub_id(place)
-    try:
-        with torch.random.fork_rng(devices=[]):  # what training draws does not hang on when it is
-            return transformers.pipeline(
-                pipeline,
-                model=repo,
-                revision=revision,
-                device=device,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[-1]  # transformers quotes a traceback
-        raise UserError(f"{place}: cannot be loaded for {pipeline}: {why}") from None
+    with (
+        loading(place, f"name another model for {pipeline}"),
+        torch.random.fork_rng(devices=[]),  # what training draws does not hang on when it is
+    ):
+        return transformers.pipeline(
+            pipeline,
+            model=repo,
+            revision=revision,
+            device=device,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
 
 
 def fastest() -> str:

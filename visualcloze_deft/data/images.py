@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from visualcloze_deft.data.colour import as_srgb
 from visualcloze_deft.data.upright import upright, upright_size
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import PARSED, UserError, why
 
 HEIF = frozenset({".heic", ".heif", ".hif"})  # read through pillow-heif, where it is installed
 SUFFIXES = HEIF | frozenset(
@@ -138,10 +137,8 @@ def opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]
         raise UserError(f"{path}: {what}") from None
     except Image.DecompressionBombError:
         raise UserError(too_large) from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read as an image: nested too deeply") from None
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+    except PARSED as error:
+        raise UserError(f"{path}: cannot be read as an image: {why(error)}") from None
 
 
 def _no_file(path: Path | str) -> str:

@@ -23,7 +23,7 @@ from visualcloze_deft.data.images import files_below
 from visualcloze_deft.data.inside import path_inside
 from visualcloze_deft.data.item import Item
 from visualcloze_deft.data.maps import read_role
-from visualcloze_deft.errors import printable
+from visualcloze_deft.errors import printable, reading, writing
 
 FORMAT = "2"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
@@ -82,8 +82,10 @@ class Indexed:
         return {own: np.flatnonzero(codes == code).tolist() for own, code in roles.items()}
 
     def item(self, index: int) -> Item:
-        row = {name: self.table[name][index].as_py() for name in _SCHEMA.names}
-        paths = zip(row["kind"].split(SEPARATOR), row["paths"], strict=True)
+        with reading(f"{self.folder}, item {index}", "its index is damaged; remove it"):
+            row = {name: self.table[name][index].as_py() for name in _SCHEMA.names}
+            paths = [*zip(row["kind"].split(SEPARATOR), row["paths"], strict=True)]
+            texts = json.loads(row["texts"])
         return Item(
             key=row["key"],
             images={
@@ -92,7 +94,7 @@ class Indexed:
                 )
                 for role, path in paths
             },
-            texts=json.loads(row["texts"]),
+            texts=texts,
         )
 
 
@@ -131,7 +133,11 @@ def _write(rows: Iterable[Row], path: Path) -> None:
         f".part{uuid.uuid4().hex}"
     )  # a process of another node may do so, too
     try:
-        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with (
+            writing(path),
+            pa.OSFile(str(staged), "wb") as file,
+            pa.ipc.new_file(file, _SCHEMA) as writer,
+        ):
             for batch in _batches(rows):
                 writer.write_batch(batch)
         os.replace(staged, path)

@@ -43,16 +43,21 @@ def open_source(spec: str, *, size: int, seed: int, cache: Path | None = None) -
 def _scenes(count: str, opening: Opening) -> Source:
     if not count:
         return Scenes(size=opening.size, seed=opening.seed)
-    if not count.isdecimal() or not int(count):
+    if not _is_number(count) or not int(count):
         raise UserError(f"scenes={count}: the number of scenes must be a whole number above 0")
     return Scenes(size=opening.size, seed=opening.seed, count=int(count))
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a whole number that something can be counted with."""
+    return text.isdecimal() and len(text) < 10
 
 
 def _subject(argument: str, opening: Opening) -> Source:
     """Subject number N (0 where not said) in the pictures that are trained on, or, with "views" or
     "N/views", in others."""
     number, _, views = argument.rpartition("/") if "views" in argument else (argument, "", "")
-    if views not in ("", "views") or not (number or "0").isdecimal():
+    if views not in ("", "views") or not _is_number(number or "0"):
         raise UserError(f"subject={argument}: expected subject=N, or subject=N/views")
     return Subject(size=opening.size, number=int(number or 0), views=bool(views))
 

@@ -8,22 +8,27 @@ grids/references/    pictures of subjects that are no files of the data
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from visualcloze_deft.data.mixture import Example
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, reading, writing
 from visualcloze_deft.evaluation.metrics import Colour
 from visualcloze_deft.evaluation.suites import Question, Row
+from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.preview import write_grids
+from visualcloze_deft.textfile import read_json, read_text
 
+PICTURE = re.compile(r"\d{3,}-(\d\d(-truth)?|box)\.png")  # of a grid, as `write_grids` calls it
 GRIDS, CASES, GRID_FILE = "grids", "cases.json", "grid.json"
 
 
@@ -95,16 +100,21 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
             cases.append(case)
             yield question.example
 
-    path = write_grids(examples(), part)
-    if not cases:
-        raise UserError("no grid could be made: every item is broken, see above")
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    for entry, case in zip(entries, cases, strict=True):
-        entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
-    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
-    (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
-    part.rename(folder)
+    try:
+        with writing(folder):
+            path = write_grids(examples(), part)
+            if not cases:
+                raise UserError("no grid could be made: every item is broken, see above")
+            entries = read_json(path)
+            for entry, case in zip(entries, cases, strict=True):
+                entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
+            path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+            told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
+            (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
+            part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+        raise
     return cases
 
 
@@ -155,37 +165,53 @@ def saved(image: Image.Image | None, path: Path) -> str | None:
     return path.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What `cases.json` says. left_out: how many grids of each row could not be made."""
+
+    left_out: dict[str, int]
+    cases: list[Case]
+
+
 def read_cases(output: Path) -> list[Case]:
-    entries = read_told(output)["cases"]
-    return [Case(**{name: as_tuples(value) for name, value in entry.items()}) for entry in entries]
+    return read_told(output).cases
 
 
 def left_out(output: Path) -> dict[str, int]:
     """How many grids of each row could not be made; only rows that have some."""
-    found: dict[str, int] = read_told(output)["left_out"]
+    return read_told(output).left_out
+
+
+def read_told(output: Path) -> Told:
+    """What `cases.json` says. Raises `UserError` where it is something else."""
+    path = output / GRIDS / CASES
+    with reading(path, "damaged, or not written by 'vcdeft eval'; give another --output"):
+        found = TypeAdapter(Told).validate_json(read_text(path), strict=True, extra="forbid")
+    for case in found.cases:
+        names = [*case.truths, *case.shown.values(), case.box]
+        last = len(case.roles) - case.targets
+        whole = len(case.truths) == case.targets and 0 < len(case.shown) == last
+        if not whole or not all(name is None or PICTURE.fullmatch(name) for name in names):
+            raise UserError(f"{path}: not written by 'vcdeft eval'; give another --output")
     return found
 
 
-def read_told(output: Path) -> dict[str, Any]:
-    """What `cases.json` says. Raises `UserError` where it is something else."""
-    path = output / GRIDS / CASES
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(Case)}
-        if {*found} == {"left_out", "cases"} and all(names == {*one} for one in found["cases"]):
-            return found
-    except (OSError, ValueError, TypeError):
-        pass
-    raise UserError(f"{path}: damaged, or not written by 'vcdeft eval'; give another --output")
+class RecordFile(SettingsFile):
+    """What is read of the record of a grid, beside what makes its images."""
+
+    images: list[str]
+    device: str
+    dtype: str
+    versions: dict[str, str]
 
 
-def as_tuples(value: Any) -> Any:
-    """What JSON made lists of, as it was.
-
-    >>> as_tuples([[1, 2], None])
-    ((1, 2), None)
-    """
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+def record_of(case: Case, images: Path) -> dict[str, Any]:
+    """What `vcdeft infer` says of a grid in the folder `images`."""
+    path = images / f"{case.name}.json"
+    found = checked(path, RecordFile, "no record of vcdeft")
+    if len(found["images"]) != len(case.seeds) * case.targets:
+        raise UserError(f"{path}: no record of vcdeft: {len(found['images'])} images; remove it")
+    return found
 
 
 def shots_of(cases: Sequence[Case], output: Path, images: Path) -> list[Shot]:
@@ -193,7 +219,7 @@ def shots_of(cases: Sequence[Case], output: Path, images: Path) -> list[Shot]:
     grids = output / GRIDS
     found = []
     for case in cases:
-        names = json.loads((images / f"{case.name}.json").read_text(encoding="utf-8"))["images"]
+        names = record_of(case, images)["images"]
         answers = [(seed, k) for seed in case.seeds for k in range(case.targets)]
         for name, (seed, k) in zip(names, answers, strict=True):
             truth = case.truths[k]

@@ -37,6 +37,7 @@ from visualcloze_deft.evaluation.cases import (
     Case,
     Shot,
     left_out,
+    record_of,
     shots_of,
     write_cases,
 )
@@ -79,9 +80,10 @@ from visualcloze_deft.infer import (
     shared_of,
 )
 from visualcloze_deft.launch import check_processes
+from visualcloze_deft.modelsettings import SettingsFile, checked
 from visualcloze_deft.output import LOCK, check_foreign, only_writer, whole_text
 from visualcloze_deft.sheet import told_by_image
-from visualcloze_deft.textfile import read_json, sound
+from visualcloze_deft.textfile import brief, read_json, sound
 
 SETTINGS, RESULTS, REPORT = "settings.json", "results.jsonl", "report.html"
 IMAGES, BASE, FEATURES, MAPS = "images", "base", "features", "maps"
@@ -240,23 +242,26 @@ def state_of(place: str) -> str | None:
     return told.hexdigest()
 
 
+class MadeFile(SettingsFile):
+    """What is read again of `SETTINGS`."""
+
+    made: dict[str, Any]
+
+
 def check_same(output: Path, made: Mapping[str, Any]) -> None:
     """Raise `UserError` where `output` holds anything but this very evaluation."""
     path = output / SETTINGS
     if not path.is_file():
-        check_foreign(output, (LOCK,), what="evaluation")
+        check_foreign(output, (LOCK, f".{SETTINGS}.*.part"), what="evaluation")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["made"]
-        assert isinstance(before, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(
-            f"--output {output}: its {SETTINGS} is no evaluation's; give another folder"
-        ) from None
+        before = checked(path, MadeFile, "no evaluation's settings")["made"]
+    except UserError as error:
+        raise UserError(f"--output {output}: {error}; give another folder") from None
     now = json.loads(json.dumps(made))
     for key in {**now, **before}:
         if key == "data_state" and now.get(key) != before.get(key):
-            told = before.get(key) or {}
+            told = before[key] if isinstance(before.get(key), dict) else {}
             changed = [name for name, state in now[key].items() if state != told.get(name)]
             raise UserError(
                 f"--output {output}: its grids are of data whose files have come, gone or been "
@@ -265,7 +270,7 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
         if now.get(key) != before.get(key):
             raise UserError(
                 f"--output {output}: holds another evaluation, with {key} "
-                f"{json.dumps(before.get(key))} where now {json.dumps(now.get(key))} is asked for; "
+                f"{brief(before.get(key))} where now {brief(now.get(key))} is asked for; "
                 "give another folder"
             )
 
@@ -421,7 +426,7 @@ def unmade(broken: Mapping[str, int]) -> list[str]:
 
 def records(cases: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
     """What `vcdeft infer` says of each grid in `folder`."""
-    return [json.loads((folder / f"{case.name}.json").read_text("utf-8")) for case in cases]
+    return [record_of(case, folder) for case in cases]
 
 
 def unlike(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -26,7 +26,7 @@ from visualcloze_deft.data.annotators import config_of
 from visualcloze_deft.encodings import Encodings, fingerprint
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.evaluation.efficientnet import load_lite0, prepared
-from visualcloze_deft.modelfolder import HUB_ID, at_revision, hub_id
+from visualcloze_deft.modelfolder import HUB_ID, at_revision, hub_id, loading
 
 STANDARD = {  # name -> id on the hub
     "clip": "openai/clip-vit-base-patch32",
@@ -310,17 +310,11 @@ def _loaded(name: str, place: str, kind: str) -> Any:
 def _from_place(name: str, place: str, what: str, **options: Any) -> Any:
     """`from_pretrained` of one of transformers' Auto classes, its errors in one line."""
     import transformers
-    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(f"encoder {name}: {what} of {place}", remedy(name, place)):
         kind = getattr(transformers, what)
         return kind.from_pretrained(**at_revision(place), trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"encoder {name}: {what} of {place} cannot be loaded: {why}; {remedy(name, place)}"
-        ) from None
 
 
 def _tokenizer(name: str, place: str) -> Callable[[list[str]], Tensor]:
