@@ -2,14 +2,19 @@
 # make test: set up and run the tests.   make check: ruff and mypy.
 # make gpu: on a machine with a GPU, check its results, try every command, measure; 15 minutes.
 # make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; long.
+# make test-scripts: every script in scripts/ at its smallest.
+# make fuzz N=2000 SEED=7: as many inputs that were spoiled at random, over all commands.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+N ?= 300
+SEED ?= 1
+ONLY ?=
 VENV := .venv
 SHOWN := canny-to-image,depth-to-image,segmentation-to-image,image-to-depth,image-to-normals,$\
 	image-editing,novel-view,object-insertion,colourisation,deblurring,subject-driven
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-processes check gpu setup
+.PHONY: demo test test-processes test-scripts fuzz check gpu setup
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -30,6 +35,12 @@ test: setup
 
 test-processes: setup
 	$(BIN)/python -m pytest -m processes tests $(MORE)
+
+test-scripts: setup
+	$(BIN)/python -m pytest -m scripts tests $(MORE)
+
+fuzz: setup
+	N=$(N) SEED=$(SEED) ONLY=$(ONLY) $(BIN)/python -m pytest -m fuzz tests/fuzz $(MORE)
 
 check: setup
 	$(BIN)/ruff check .

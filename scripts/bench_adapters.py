@@ -38,6 +38,7 @@ from visualcloze_deft.settings import Adapter
 
 SHAPES = ((3072, 3072), (3072, 12288), (15360, 3072), (12288, 3072))  # i, o of FLUX's layers
 TOKENS = 5696  # a 3 x 3 grid of 384 px cells and 512 of text
+TEXT = 128  # tokens of text beside few image tokens
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H100_BF16 = 989e12  # FLOP/s without sparsity, NVIDIA's data sheet
 VARIANTS = (
@@ -224,7 +225,7 @@ def step_of(
 ) -> Callable[[], None]:
     """A training step on random tokens: forward, backward, AdamW over the adapter."""
     optimiser = torch.optim.AdamW(adapters.trainable(net).values(), lr=1e-5, fused=device == DEVICE)
-    text = 512 if tokens > 2048 else 128
+    text = 512 if tokens > 2048 else TEXT
     image = tokens - text
 
     def draw(*shape: int) -> Tensor:
@@ -313,6 +314,10 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the tables as Markdown, too")
     parser.add_argument("--one-step", help=argparse.SUPPRESS)  # a variant, in its own process
     options = parser.parse_args()
+    if REFERENCE not in options.variants:
+        parser.error(f"--variants: {REFERENCE!r} among them, which the others are held to")
+    if options.block_tokens <= TEXT:
+        parser.error(f"--block-tokens: more than {TEXT}, which are text")
     if options.one_step:
         row = transformer_step(
             options.one_step,

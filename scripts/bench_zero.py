@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("more", nargs="*")
     asked = parser.parse_args()
+    if asked.steps <= WARM_UP:
+        parser.error(f"--steps: more than {WARM_UP}, which are not counted")
     stages = asked.stages.split(",")
     costs: dict[str, list[Cost]] = {stage: [] for stage in stages}
     for _ in range(asked.rounds):

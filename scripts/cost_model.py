@@ -272,8 +272,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--columns", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--kinds", action="store_true", help="milliseconds by kind of operation")
     options = parser.parse_args()
+    config = dict(FLUX)
+    if options.blocks:
+        config |= zip(("num_layers", "num_single_layers"), options.blocks, strict=True)
     cases = {
         f"rank {rank}, {blocks} recomputed": (rank, blocks)
         for rank in options.ranks
@@ -286,6 +290,7 @@ def main() -> None:
                 Adapter.model_validate({"method": method, "rank": rank}),
                 rows=options.rows,
                 columns=options.columns,
+                config=config,
                 blocks=blocks,
                 lora=precision,
             )

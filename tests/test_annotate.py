@@ -57,9 +57,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_depth_model(tmp_path_factory.mktemp("models") / "dpt")
+
+
+def write_depth_model(folder: Path) -> Path:
     """A random DPT in the format of the hub."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dpt"
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = DPTConfig(
         **sizes,
@@ -491,6 +494,21 @@ def test_a_bad_role_or_model_is_one_line(
     if "cut" not in pair:  # which shows when it is loaded
         words = ["--data", f"folder={photos}", "--tasks", "depth-to-image"]
         assert message in refused("train", *words, "--output", output, *given)
+
+
+def test_a_model_that_can_look_at_no_picture_is_named(
+    photos: Path, depth_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(depth_model, tmp_path / "scaled")
+    told = model / "preprocessor_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"rescale_factor": "a half"}))
+    words = ["data", "annotate", f"folder={photos}", "--annotate", f"depth={model}"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--output", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{model} cannot be loaded: " in said
+    assert "6 items cannot be annotated" in said
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,9 @@ def test_newest_goes_by_number_also_beyond_a_million_steps(tmp_path: Path) -> No
         lambda path: write(path, bytes(path.stat().st_size)),
         lambda path: write(path, b"null"),
         lambda path: write(path, b"[]"),
+        lambda path: (path.unlink(), os.mkfifo(path)),
     ],
-    ids=["gone", "empty", "cut", "zeros", "null", "list"],
+    ids=["gone", "empty", "cut", "zeros", "null", "list", "pipe"],
 )
 def test_a_damaged_newest_gives_way_to_an_older_one_with_a_warning(
     tmp_path: Path, name: str, damage: Callable[[Path], None]

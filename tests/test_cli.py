@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -338,6 +339,18 @@ def test_a_bad_option_of_infer_is_named(
     infer: Callable[..., str], arguments: list[str], message: str
 ) -> None:
     assert message in infer(*arguments)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(
+    infer: Callable[..., str], refused: Refused, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path / "piped")
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    assert WEIGHTS in infer("--adapter", folder)
+    output = tmp_path / "lora.safetensors"
+    assert WEIGHTS in refused("export", folder, "--format", "kohya", "--output", output)
+    assert WEIGHTS in refused("infer", "--examples", "g", "--lora", folder / WEIGHTS)
 
 
 def test_an_unwritable_output_is_named_before_the_model_is_loaded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -474,6 +475,7 @@ def test_an_adapters_settings_that_are_no_object_are_refused(
         ("text_encoder/config.json", {"layer_norm_eps": {"a": 1}}),
         ("text_encoder/config.json", {"hidden_act": []}),
         ("text_encoder_2/config.json", {"d_model": 64.0}),
+        ("text_encoder_2/config.json", {"model_type": "llama"}),
         ("text_encoder_2/config.json", {"feed_forward_proj": 5}),
         ("text_encoder_2/config.json", {"vocab_size": "360"}),
         ("vae/config.json", {"block_out_channels": 16}),
@@ -681,3 +683,15 @@ def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
     few = report.picture("by task", "", lambda axes: report.draw_tasks(axes, plain))
     assert drawn.count("legend_1") == few.count("legend_1") == 1
     assert drawn.count('id="text_') == few.count('id="text_') + 1  # the name stands in the legend
+
+
+def test_what_a_library_logs_is_short_and_plain(caplog: pytest.LogCaptureFixture) -> None:
+    main(["--help"])
+    try:
+        logging.getLogger("diffusers").warning("ignored: %s", "\x1b[31m\n" + "x" * 10_000)
+    finally:
+        logging.setLogRecordFactory(logging.LogRecord)
+    (line,) = caplog.messages
+    assert line.startswith("ignored: ")
+    assert len(line) < MOST
+    assert line.isprintable()

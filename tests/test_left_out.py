@@ -51,13 +51,24 @@ def test_pictures_in_deeper_folders_and_other_files_are_named(
     (pairs / "target" / "raw.nef").write_bytes(b"x")
     (pairs / "target" / "layers.psd").write_bytes(b"x")
     (pairs / "target" / "lost.mov").symlink_to("gone.mov")
+    (pairs / "target" / "0.txt").symlink_to("0.txt")
+    os.mkfifo(pairs / "target" / "1.txt")
     main(["data", "check", f"folder={pairs}", "--workers", "0"])
     said = capsys.readouterr().err
     more = "target/more/0.png, target/more/1.png, target/more/2.png and 2 more"
     assert f"left out: {more}: a picture that belongs to no item" in said
     assert "left out: target/raw.nef: .nef is not read" in said
     assert "left out: target/layers.psd: .psd is not read" in said
-    assert "left out: target/lost.mov: a link that leads nowhere" in said
+    assert "left out: target/0.txt, target/lost.mov: a link that leads nowhere" in said
+    assert "left out: target/1.txt: a pipe or a device" in said
+
+
+def test_names_of_any_length_leave_a_line_short(pairs: Path) -> None:
+    for letter in "abc":
+        (pairs / "target" / f"{letter * 200}.nef").write_bytes(b"x")
+    (line,) = lines(f"folder={pairs}").splitlines()
+    assert len(line) < 400
+    assert line.endswith(".nef is not read")
 
 
 def test_pictures_that_no_row_of_a_table_names_are_named(tmp_path: Path) -> None:

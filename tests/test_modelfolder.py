@@ -113,6 +113,16 @@ def test_tokenizers_that_are_not_their_encoders_are_refused(model: Path) -> None
         load_tokenizers(str(model))
 
 
+@pytest.mark.parametrize(("setting", "value"), [("pad_token", None), ("padding_side", "below")])
+def test_a_tokenizer_that_can_read_no_text_is_refused(
+    model: Path, setting: str, value: object
+) -> None:
+    file = model / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    with pytest.raises(UserError, match=r"tokenizer/ cannot be loaded: .*; copy or download it"):
+        load_tokenizers(str(model))
+
+
 def test_damage_is_said_before_a_run_begins(
     model: Path, grid_file: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:

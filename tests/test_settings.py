@@ -254,3 +254,10 @@ def test_secrets_are_not_written(tmp_path: Path) -> None:
         "mlflow": {"experiment": "a"},
     }
     assert again.deepspeed == {"comet": {"project": "p"}, "layer_token_lr": 1}
+
+
+def test_options_of_a_tracker_may_be_any_number(tmp_path: Path) -> None:
+    options = {"wandb": {"settings": {"longest": float("inf"), "names": ["a"]}}}
+    run = parse_run({"watch": {"tracker_options": options}}, where="test")
+    write_run(run, tmp_path / "settings.toml")
+    assert load_run(str(tmp_path / "settings.toml")).watch.tracker_options == options

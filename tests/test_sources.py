@@ -21,6 +21,7 @@ from PIL import Image, ImageChops, ImageColor
 
 from visualcloze_deft.cli import main
 from visualcloze_deft.data import graph_table
+from visualcloze_deft.data.depth import declared
 from visualcloze_deft.data.dreambooth import DreamBooth
 from visualcloze_deft.data.folder import Folder
 from visualcloze_deft.data.graph200k import Graph200K
@@ -562,6 +563,25 @@ def test_dreambooth_without_pairs_or_classes_is_refused(tmp_path: Path) -> None:
         DreamBooth(tmp_path)
 
 
+def test_a_declaration_that_is_a_link_to_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    for name in ("cat/00.jpg", "cat/01.jpg"):
+        paint(tmp_path / "dogs" / name)
+    insdet(tmp_path / "insdet")
+    for path in (
+        tmp_path / "dogs" / "prompts_and_classes.txt",
+        tmp_path / "insdet" / "Scenes" / "same_place.jsonl",
+        tmp_path / "depth.toml",
+    ):
+        path.symlink_to(path.name)
+    for read in (
+        lambda: DreamBooth(tmp_path / "dogs"),
+        lambda: InsDet(tmp_path / "insdet"),
+        lambda: declared(tmp_path),
+    ):
+        with pytest.raises(UserError, match="cannot be read: Too many levels of symbolic links"):
+            read()
+
+
 # ---- insdet
 
 EDGES = ("xmin", "ymin", "xmax", "ymax")
@@ -966,6 +986,8 @@ def test_scenes_are_as_many_as_asked_for() -> None:
         ("scenes=0", "scenes=0: the number of scenes must be a whole number above 0"),
         ("scenes=-1", "whole number above 0"),
         ("scenes=many", "whole number above 0"),
+        (f"scenes={'9' * 20}", "whole number above 0"),
+        (f"subject={'9' * 5000}", "expected subject=N"),
         ("scenes=1e3", "whole number above 0"),
         ("subject=cube", "subject=cube: expected subject=N, or subject=N/views"),
         ("subject=0/pictures", "expected subject=N"),

@@ -504,3 +504,9 @@ def test_a_task_is_shown_and_checked_and_listed_for_programs(
     task_file(tmp_path, GOOD.replace("{sketch}", "{skech}"))
     assert "did you mean sketch" in refused("tasks", "check", path)
     assert "did you mean depth-to-image" in refused("tasks", "show", "dept-to-image")
+
+
+def test_a_file_of_roles_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / ROLES_FILE).symlink_to("gone")
+    with pytest.raises(UserError, match=rf"{ROLES_FILE}: no such file"):
+        load_tasks([tmp_path])

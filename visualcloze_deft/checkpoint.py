@@ -64,7 +64,7 @@ class Checkpoint:
     def average(self) -> dict[str, Tensor]:
         """The running average of what is trained; empty where the run keeps none."""
         path = self.folder / AVERAGE
-        return load_file(path) if path.exists() else {}
+        return load_file(path) if os.path.lexists(path) else {}
 
 
 def save(

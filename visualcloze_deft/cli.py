@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from visualcloze_deft.errors import REFUSED, UserError, nearest, refusal
+from visualcloze_deft.errors import REFUSED, Logged, UserError, nearest, refusal
 from visualcloze_deft.handles import check_handles, check_run, raise_limit
 from visualcloze_deft.signals import end_with_launcher
 
@@ -1304,6 +1304,7 @@ def preview_run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake, and what the system or a parser of files refuses, is
     one line and exit code 2; a mistake of ours stays a traceback."""
+    logging.setLogRecordFactory(Logged)
     # recommends another package on every start, whether anything is quantised or not
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     end_with_launcher()

@@ -6,9 +6,12 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from visualcloze_deft.textfile import check_file
+
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal. Raises `UserError` where it is none."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

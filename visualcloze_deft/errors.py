@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import tomllib
@@ -15,6 +16,7 @@ from json import JSONDecodeError
 from safetensors import SafetensorError
 
 MOST = 390  # characters of a message, which the command line puts its name before
+_LOGGER = 30  # characters of a logger's name, which stands before what it says
 _HEAD = 250  # characters that stay at the beginning of one that is longer
 PARSED: tuple[type[Exception], ...] = (
     OSError,
@@ -50,7 +52,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(printable(" ".join(message.split()))))
+        super().__init__(one_line(" ".join(message.split())))
 
 
 @contextmanager
@@ -103,6 +105,11 @@ def refusal(error: BaseException) -> str:
     return why(error)
 
 
+def one_line(text: str) -> str:
+    """`text` in one line of `MOST` characters at most that any terminal shows as it is."""
+    return shortened(printable(text))
+
+
 def printable(text: str) -> str:
     r"""`text` with escapes for what a terminal would obey, or could not encode.
 
@@ -117,11 +124,23 @@ def printable(text: str) -> str:
     )
 
 
-def shortened(line: str) -> str:
-    """`line`, its middle left out where it is longer than `MOST` characters."""
-    if len(line) <= MOST:
+def shortened(line: str, most: int = MOST) -> str:
+    """`line`, its middle left out where it is longer than `most` characters.
+
+    >>> len(shortened("a" * 500)), len(shortened("a" * 500, 370))
+    (390, 370)
+    """
+    if len(line) <= most:
         return line
-    return f"{line[:_HEAD]} ... {line[-(MOST - _HEAD - 5) :]}"
+    return f"{line[:_HEAD]} ... {line[-(most - _HEAD - 5) :]}"
+
+
+class Logged(logging.LogRecord):
+    """What a library logs, as short as our own messages: some print a whole settings file."""
+
+    def getMessage(self) -> str:
+        text = " ".join(super().getMessage().split())
+        return shortened(printable(text), MOST - _LOGGER)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

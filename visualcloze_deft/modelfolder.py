@@ -34,6 +34,7 @@ from visualcloze_deft.modelsettings import (
     TransformerFile,
     checked,
 )
+from visualcloze_deft.textfile import check_file
 
 UNLOADABLE = (*PARSED, RuntimeError, AssertionError, ImportError, StrictDataclassError)
 """What transformers and diffusers raise of files that hold something else than they build. What the
@@ -303,6 +304,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 def told_by(adapter: Path) -> dict[str, str]:
     """What the adapter in a folder says of itself."""
+    check_file(adapter / WEIGHTS)
     try:
         with safe_open(adapter / WEIGHTS, "np") as file:
             return file.metadata() or {}

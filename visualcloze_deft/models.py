@@ -401,6 +401,8 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
     )
     for tokenizer, part, encoder, spare in encoders:
+        with built(name, part):  # also of settings that count only when a text is read
+            tokenizer([""], padding="max_length", max_length=8, truncation=True)
         if not (folder_of(name) / encoder).is_dir():  # of a model that was saved without it
             continue
         told = settings_of(name, encoder)

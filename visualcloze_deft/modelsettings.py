@@ -72,6 +72,7 @@ class VaeFile(SettingsFile):
 class ClipFile(SettingsFile):
     """transformers' `CLIPTextConfig`."""
 
+    model_type: Literal["clip_text_model", "clip"] = "clip_text_model"
     vocab_size: Tokens = 49408
     hidden_size: Side = 512
     intermediate_size: Side = 2048
@@ -83,6 +84,7 @@ class ClipFile(SettingsFile):
 class T5File(SettingsFile):
     """transformers' `T5Config`."""
 
+    model_type: Literal["t5", "mt5"] = "t5"
     vocab_size: Tokens = 32128
     d_model: Side = 512
     d_kv: Side = 64

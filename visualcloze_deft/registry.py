@@ -7,6 +7,7 @@ called and which sets there are stands in `roles.toml`, once for all tasks of a 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -285,7 +286,7 @@ def _roles_in(folder: Path) -> Roles:
     if not folder.is_dir():
         raise UserError(f"task folder {folder}: no such folder")
     path = folder / ROLES_FILE
-    return read_roles(path) if path.is_file() else Roles()
+    return read_roles(path) if os.path.lexists(path) else Roles()
 
 
 def load_tasks(folders: Iterable[Path] = ()) -> dict[str, Task]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ class SkippedLine(Line):
 def read_lines(path: Path, kind: type[Line] = Line) -> list[dict[str, Any]]:
     """The lines of a file; of one that is not there, none. A last line that is being written, or
     was cut short by a kill, is left out. Raises `UserError` for any other that is not of `kind`."""
-    if not path.exists():
+    if not lexists(path):
         return []
     *lines, last = read_text(path).split("\n")
     if math.isfinite(step_of(last)):

@@ -59,7 +59,11 @@ class Section(BaseModel):
     """Settings. True and false stand for numbers nowhere, and no text holds the character 0."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # of the sections `FOREIGN`; TOML has no null
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")

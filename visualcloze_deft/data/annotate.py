@@ -36,7 +36,7 @@ from visualcloze_deft.data.annotators import (
 )
 from visualcloze_deft.data.images import read_image
 from visualcloze_deft.data.item import Item, Source, units_of
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.output import LOCK, check_foreign, only_writer
 
 
@@ -230,7 +230,7 @@ def make(
                 image = computed(role, models[role], device, target)
                 save(image, picture_path(output, role, index))
         except UserError as error:
-            broken[index] = f"{key_of(source, index)}: {error}"
+            broken[index] = one_line(f"{key_of(source, index)}: {error}")
     for role in models:
         made = record.roles[role]
         made.finished, made.skipped = True, [k for k in sorted(broken) if role in todo[k]]

@@ -129,7 +129,10 @@ def computed(role: str, place: str, device: str, photo: Image.Image) -> Image.Im
         raise UserError(f"{role} of a picture of {photo.width} x {photo.height} pixels: too small")
     annotator = ANNOTATORS[role]
     seen = loaded(annotator.pipeline, place, device)
-    with np.errstate(invalid="ignore"):  # its own 8 bits of a depth that is the same everywhere
+    with (
+        loading(place, f"name another model for {annotator.pipeline}"),  # its settings for pictures
+        np.errstate(invalid="ignore"),  # its own 8 bits of a depth that is the same everywhere
+    ):
         found = seen(photo)
     return annotator.draw(found, seen.model.config, photo.size)
 

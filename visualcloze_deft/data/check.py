@@ -16,7 +16,7 @@ from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits, missing
 from visualcloze_deft.data.images import READ_AS
 from visualcloze_deft.data.item import Source
 from visualcloze_deft.data.maps import MASKS, TURNED
-from visualcloze_deft.errors import UserError, printable
+from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.registry import Task
 
 PLAIN = 64  # of 255 levels: a role most of whose pictures use fewer is worth a look
@@ -129,7 +129,7 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
     ]
     if notes:
         lines += ["", "how files were read", *(f"  {line}" for line in notes)]
-    return lines + served(kinds, tasks), [printable(line) for line in broken]
+    return lines + served(kinds, tasks), [one_line(line) for line in broken]
 
 
 def doubtful(pictures: Mapping[str, Picture]) -> list[str]:

@@ -5,6 +5,7 @@ What the values of a file are may be declared beside it, in `depth.toml`; see `D
 
 from __future__ import annotations
 
+from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,7 +55,7 @@ class Depth(BaseModel):
 def declared(folder: Path) -> Depth | None:
     """What `folder` declares of the depth maps in it, None where it declares nothing."""
     path = folder / DECLARED
-    if not path.exists():
+    if not lexists(path):
         return None
     try:
         found = Depth.model_validate(read_toml(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cached_property, partial
 from itertools import permutations
+from os.path import lexists
 from pathlib import Path
 
 from visualcloze_deft.data.images import folders_in, images_in, listing, read_image
@@ -29,7 +30,7 @@ class DreamBooth:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder")
         self.folder = subjects = root / "dataset" if (root / "dataset").is_dir() else root
-        self.classes = read_classes(subjects / CLASSES) if (subjects / CLASSES).exists() else {}
+        self.classes = read_classes(subjects / CLASSES) if lexists(subjects / CLASSES) else {}
         by_subject = [
             pairs
             for folder in folders_in(subjects)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import lexists
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -136,7 +137,7 @@ def read_same_places(scenes: Path) -> dict[Path, list[list[Path]]]:
     """Folder of scenes -> lists of photos in it that show one place, from `SAME_PLACE`."""
     path = scenes / SAME_PLACE
     found: dict[Path, list[list[Path]]] = defaultdict(list)
-    lines = read_text(path).splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if lexists(path) else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

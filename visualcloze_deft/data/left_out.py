@@ -17,12 +17,13 @@ from visualcloze_deft.data.index import Indexed
 from visualcloze_deft.data.insdet import SAME_PLACE, InsDet, boxes_of
 from visualcloze_deft.data.inside import path_inside
 from visualcloze_deft.data.item import Source
-from visualcloze_deft.errors import printable
+from visualcloze_deft.errors import one_line
 
 NO_PICTURES = frozenset(  # suffixes of files that stand beside pictures and are none
     ".txt .json .jsonl .toml .md .csv .tsv .xml .yaml .yml .html .pdf .parquet .arrow .lock "
     ".license .py .sh".split()
 )
+CAPTION = ".txt"  # of a text that would be read
 NAMED = 3  # files that a line names
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
 
@@ -42,7 +43,7 @@ def left_out(source: Source) -> list[str]:
         found = unused(source.images, map(str, source.pictures.values()))
     else:
         found = iter(())
-    return [printable(line) for line in found]
+    return [one_line(line) for line in found]
 
 
 def files_of(source: Indexed) -> Iterator[str]:
@@ -59,10 +60,13 @@ def unused(folder: Path, used: Iterable[str]) -> Iterator[str]:
         name = os.path.relpath(path, folder)
         hidden = any(part.startswith(".") for part in name.split(os.sep))
         suffix = os.path.splitext(name)[1].lower()
-        if hidden or suffix in NO_PICTURES or os.path.abspath(path) in taken:
+        beside = suffix in NO_PICTURES and (suffix != CAPTION or os.path.isfile(path))
+        if hidden or beside or os.path.abspath(path) in taken:
             continue
         if not os.path.exists(path):
             reason = "a link that leads nowhere"
+        elif not os.path.isfile(path):
+            reason = "a pipe or a device"
         elif suffix in SUFFIXES:
             reason = "a picture that belongs to no item"
         else:

@@ -1,0 +1,270 @@
+"""Every script works from its command line to its last line, at its smallest.
+
+The scripts for a GPU are in test_gpu_scripts.py, those of the embedded base in test_train_base.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomli_w
+from PIL import Image
+from test_compare import fields
+
+from visualcloze_deft import adapters
+from visualcloze_deft.models import load_models
+from visualcloze_deft.settings import Adapter
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+RECIPE = """#!/bin/sh
+{}
+"""
+
+Script = Callable[..., str]
+
+
+def test_every_script_is_run_by_a_test() -> None:
+    """Or is a part of one that is."""
+    code = [*SCRIPTS.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    for script in SCRIPTS.glob("*.*"):
+        others = (path.read_text(encoding="utf-8") for path in code if path != script)
+        assert any(re.search(rf"\b{script.stem}\b", text) for text in others), script.name
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Runs `python scripts/NAME WORDS` in a folder of its own; what it printed."""
+
+    def run(name: str, *words: object, where: Path = SCRIPTS) -> str:
+        places = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        done = subprocess.run(
+            [sys.executable, where / name, *map(str, words)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    models = load_models(str(micro_model))
+    adapters.attach(models.transformer, Adapter(rank=2), seed=3)
+    adapters.save(models.transformer, folder, base="micro")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    for role, colour in {"depth": "grey", "target": "red"}.items():
+        (tmp_path / "photos" / role).mkdir(parents=True)
+        for k in range(4):
+            Image.new("RGB", (48, 32), colour).save(tmp_path / "photos" / role / f"{k}.png")
+    return f"folder={tmp_path / 'photos'}"
+
+
+def rows(table: str) -> list[list[str]]:
+    """The cells of a Markdown table's rows."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# ---- figures
+
+
+@pytest.mark.scripts
+def test_the_data_bench_times_grids_tables_and_waiting(script: Script, photos: str) -> None:
+    small = "--tasks depth-to-image --resolution 32 --grids 1 --rounds 1 --rows 100 --tokens 100"
+    said = script("bench_data.py", "--data", photos, *small.split())
+    assert "of the time is waiting" in said
+
+
+@pytest.mark.scripts
+def test_the_encodings_bench_tells_how_often_an_entry_is_met_again(
+    script: Script, photos: str
+) -> None:
+    said = script("bench_encodings.py", "--data", photos, "--batch", 1, "--rounds", 1)
+    assert "| all tasks, their usual words | 11 to 20 |" in said
+
+
+@pytest.mark.scripts
+def test_the_infer_bench_compares_both_pipelines(script: Script, tmp_path: Path) -> None:
+    report = tmp_path / "page.md"
+    report.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    small = "--resolution 32 --steps 1 --cached-steps 2 --rounds 1 --batch 1 --output out"
+    said = script("bench_infer.py", *small.split(), "--caches", "--report", report)
+    assert (tmp_path / "out" / "table.md").read_text() == said.removesuffix("\n")
+    text = report.read_text()
+    assert "old" not in text
+    assert "| 4x4 |" in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+
+
+@pytest.mark.scripts
+def test_the_train_bench_compares_engines(
+    script: Script, micro_model: Path, tmp_path: Path
+) -> None:
+    small = "--tasks depth-to-image --batch 1 --rank 2 --rounds 1 --warmup 1 --output out"
+    said = script("bench_train.py", "--model", micro_model, *small.split())
+    names = [row[0] for row in rows(said)]
+    assert {"vcdeft deft", "vcdeft lora", "accelerate + peft LoRA"} <= {*names}
+    assert (tmp_path / "out" / "bench.json").is_file()
+
+
+@pytest.mark.scripts
+def test_the_zero_bench_has_a_row_for_each_stage(script: Script, micro_model: Path) -> None:
+    small = "--stages 2 --processes 1 --batch 1 --steps 3 --rounds 1"
+    more = ("--", "--tasks", "depth-to-image", "--rank", 2)
+    found = rows(script("bench_zero.py", "--model", micro_model, *small.split(), *more))
+    assert found[-1][0] == "2"
+    assert int(found[-1][2]) > 0
+
+
+@pytest.mark.scripts
+def test_the_adapter_bench_times_a_layer_and_a_step(script: Script, tmp_path: Path) -> None:
+    small = "--tokens 16 --rounds 1 --ranks 2 --dtypes float32 --shapes 0 --blocks 0 1"
+    variants = ("--variants", "linear", "peft LoRA")
+    said = script(
+        "bench_adapters.py", *small.split(), "--block-tokens", 144, *variants, "--output", "out"
+    )
+    assert {"linear", "peft LoRA"} <= {row[0] for row in rows(said)}
+    assert (tmp_path / "out" / "bench.json").is_file()
+
+
+@pytest.mark.scripts
+def test_the_cost_model_prints_a_table_of_methods(script: Script) -> None:
+    small = "--rows 1 --columns 2 --ranks 2 --blocks 1 1 --kinds"
+    said = script("cost_model.py", *small.split())
+    assert "launches" in said
+    assert len(rows(said)) > 2
+
+
+# ---- results, and the pages that show them
+
+
+@pytest.mark.scripts
+def test_an_evaluation_of_scenes_comes_into_the_readme(
+    script: Script, micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    asked = ("--adapter", adapter, "--model", micro_model, "--scenes", 1, "--steps", 1)
+    script("evaluate_scenes.py", *asked, "--output", "found")
+    table = (tmp_path / "found" / "table.md").read_text()
+    place = copied("update_readme.py", tmp_path / "repository")
+    shutil.copyfile(ROOT / "README.md", place / "README.md")
+    script("update_readme.py", "found", where=place / "scripts")
+    text = (place / "README.md").read_text()
+    assert f"<!-- table:begin -->\n{table}<!-- table:end -->" in text
+    assert len(rows(table)) > 11
+    assert (place / "docs" / "images" / "demo.png").is_file()
+
+
+@pytest.mark.scripts
+def test_rates_are_swept_and_a_comparison_comes_into_its_page(
+    script: Script, micro_model: Path, tmp_path: Path
+) -> None:
+    value = fields(micro_model, tmp_path / "compare-scenes")
+    value |= {"methods": ["lora"], "seeds": [0], "match": ["rank"]}
+    value["run"] |= {"steps": 4, "save_every": 4}
+    (tmp_path / "small.toml").write_text(tomli_w.dumps(value))
+    said = script("sweep_rates.py", "small.toml", "--rates", "1e-3", "--output", "rates")
+    assert re.search(r"^lora-r4-s3: 1e-3\n +1e-3 +\d\.\d+ ", said, re.M)
+
+    words = [sys.executable, "-m", "visualcloze_deft", "compare", "small.toml"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    place = copied("update_compare.py", tmp_path / "repository")
+    shutil.copyfile(ROOT / "docs" / "compare.md", place / "docs" / "compare.md")
+    script("update_compare.py", "compare-scenes", where=place / "scripts")
+    page = (place / "docs" / "compare.md").read_text()
+    part = page.partition("<!-- compare-scenes:begin -->")[2].partition("<!-- compare-scenes:end")[
+        0
+    ]
+    assert "<summary>Each task</summary>" in part
+    for picture in re.findall(r"\]\((images/.*?)\)", part):
+        assert (place / "docs" / picture).is_file()
+
+
+def copied(name: str, place: Path) -> Path:
+    """A repository that has this script alone: it writes into the one that it lies in."""
+    (place / "scripts").mkdir(parents=True)
+    (place / "docs").mkdir()
+    shutil.copyfile(SCRIPTS / name, place / "scripts" / name)
+    return place
+
+
+# ---- shell
+
+
+def test_wheels_for_a_gpu_machine_are_those_that_the_project_names(tmp_path: Path) -> None:
+    """A Python that only writes down what it is asked for stands in for pip and the network."""
+    python = tmp_path / "python"
+    python.write_text(RECIPE.format('printf "%s\\n" "$@" >> asked'))
+    python.chmod(0o755)
+    run = ["sh", SCRIPTS / "gpu_wheels.sh", "3.11"]
+    subprocess.run(run, cwd=tmp_path, env=os.environ | {"PYTHON": str(python)}, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[asked.index("--python-version") + 1] == "3.11"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name_of = re.compile(r"[\w-]+")
+    named = {name_of.match(one)[0]: one for one in asked if re.match(r"[a-z][\w-]*[<>=]", one)}
+    wanted = {name_of.match(one)[0]: one for one in project["dependencies"]}
+    for name in named.keys() & wanted.keys():
+        if not named[name].startswith(f"{name}=="):  # one version of what is split in two packages
+            assert named[name] == wanted[name]
+    there = "torch numpy scipy matplotlib pillow protobuf sentencepiece tensorboard ninja".split()
+    assert wanted.keys() - named.keys() == {*there, "opencv-python-headless"}
+
+
+@pytest.mark.scripts
+def test_a_job_of_slurm_trains(micro_model: Path, tmp_path: Path) -> None:
+    """Its lines edited as it says, and on this machine alone, which SLURM would have given."""
+    job = (SCRIPTS / "slurm.sh").read_text()
+    for told, here in {
+        "GPUS=8 ": "GPUS=1 ",
+        "--config flux-8gpu-zero3": f"--config tiny --model {micro_model} --zero 2 --steps 1",
+        "--data graph200k=/shared/graph200k --output /shared/runs/flux": "--output run",
+    }.items():
+        assert told in job
+        job = job.replace(told, here)
+    (tmp_path / "slurm.sh").write_text(job)
+    activate = tmp_path / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+    for name, does in {"scontrol": "echo localhost", "srun": 'shift 2; exec "$@"'}.items():
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(RECIPE.format(does))
+        command.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent)])
+    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1"}
+    subprocess.run(
+        ["bash", "slurm.sh", "--tasks", "depth-to-image", "--rank", "2"],
+        cwd=tmp_path,
+        env=os.environ
+        | given
+        | {
+            "SLURM_CPUS_PER_TASK": "1",
+            "PATH": f"{path}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "DS_ACCELERATOR": "cpu",
+        },
+        check=True,
+        timeout=300,
+    )
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
