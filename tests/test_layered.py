@@ -19,7 +19,7 @@ from visualcloze_deft.memory import quantising_bytes, stored
 from visualcloze_deft.modelfolder import Bits
 from visualcloze_deft.models import load_transformer
 from visualcloze_deft.modelsize import flux
-from visualcloze_deft.quantise import dense, is_in_block, quantised
+from visualcloze_deft.quantise import dense, is_in_block, is_quantised, quantise
 
 KINDS: list[Bits] = ["fp8", "int8", "nf4"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -53,12 +53,11 @@ def test_it_is_the_whole_transformer_quantised(
     words = {"dtype": dtype, "lora": str(tmp_path / "lora.safetensors")}
     whole = load_transformer(str(sharded_model), **words)
     read = load_transformer(str(sharded_model), **words, bits=bits)
-    for name, layer in list(whole.named_modules()):
+    quantise(whole, bits, device="cpu")
+    for name, layer in whole.named_modules():
         if isinstance(layer, nn.Linear):
             other = read.get_submodule(name)
-            if is_in_block(name):
-                assert not other.weight.is_floating_point()
-                layer = quantised(layer, bits).to("cpu")
+            assert is_quantised(layer) == is_quantised(other) == is_in_block(name)
             assert torch.equal(dense(layer), dense(other))
             assert torch.equal(layer.bias, other.bias)
     norms = [key for key in whole.state_dict() if "norm_" in key and key.endswith("weight")]

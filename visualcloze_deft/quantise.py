@@ -21,6 +21,19 @@ LAYERS = re.compile(r"(single_)?transformer_blocks\..*")
 ROWS = 512  # of a weight that are divided in float32 together
 
 
+def quantise(transformer: nn.Module, kind: Bits, *, device: str) -> None:
+    """Replace the linear layers of all blocks by quantised ones on `device`, one by one.
+
+    For weights that are in memory already; `layered` reads those of files so.
+    """
+    if kind == "none":
+        return
+    for name in [name for name, _ in transformer.named_modules() if is_in_block(name)]:
+        layer = transformer.get_submodule(name)  # no list of the layers would let one go
+        if isinstance(layer, nn.Linear):
+            transformer.set_submodule(name, quantised(layer, kind).to(device))
+
+
 def is_in_block(name: str) -> bool:
     """Whether a layer of a transformer is in one of its blocks, whose linear layers are quantised.
 
