@@ -341,6 +341,16 @@ def test_a_bad_option_of_infer_is_named(
     assert message in infer(*arguments)
 
 
+def test_a_picture_of_a_grid_that_is_a_pipe_is_not_waited_for(
+    refused: Refused, grid_file: GridFile, hollow_model: Path, tmp_path: Path
+) -> None:
+    grids = grid_file()
+    (grids.parent / "a.png").unlink()
+    os.mkfifo(grids.parent / "a.png")
+    words = ("infer", "--examples", grids, "--model", hollow_model, "--dry-run")
+    assert "a.png: a pipe or a device" in refused(*words, "--output", tmp_path / "out")
+
+
 def test_an_output_that_is_a_link_to_itself_is_named(
     infer: Callable[..., str], refused: Refused, tmp_path: Path
 ) -> None:

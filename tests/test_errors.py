@@ -673,7 +673,9 @@ def test_a_damaged_index_names_its_item(tmp_path: Path) -> None:
 # ---- names in pictures
 
 
-@pytest.mark.parametrize("name", ["$x_", "a$b$c", r"\frac{", "_hidden", "^", "$\\undefined$"])
+@pytest.mark.parametrize(
+    "name", ["$x_", "a$b$c", r"\frac{", "_hidden", "^", "$\\undefined$", "caf\udce9"]
+)
 def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
     bar = Figure(mean=1.0, low=0.5, high=1.5, count=3)
     svg_of(draw_bars(f"{name}, more is better", {name: bar}, {}))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from visualcloze_deft import rundir
 from visualcloze_deft.data.images import read_image
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.output import whole_text
 from visualcloze_deft.runlines import EvaluationLine, SkippedLine, StepLine, read_lines
 from visualcloze_deft.settings import Run, load_run
@@ -245,7 +245,9 @@ def draw_tasks(axes: Axes, steps: Lines) -> None:
     for task in [task for task, _ in seen_tasks(steps).most_common(TASKS)]:
         y = values(steps, "tasks", task)
         known = np.isfinite(y)
-        axes.plot(*thinned(x[known], smooth(y[known], share=1 / 8)), linewidth=1.2, label=task)
+        axes.plot(
+            *thinned(x[known], smooth(y[known], share=1 / 8)), linewidth=1.2, label=printable(task)
+        )
         axes.set_yscale("log")  # a map is a tenth of a photo's loss
 
 

@@ -137,7 +137,7 @@ def opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]
         raise UserError(f"{path}: {what}") from None
     except Image.DecompressionBombError:
         raise UserError(too_large) from None
-    except PARSED as error:
+    except (*PARSED, RuntimeError) as error:  # the latter of its decoder of AVIF
         raise UserError(f"{path}: cannot be read as an image: {why(error)}") from None
 
 

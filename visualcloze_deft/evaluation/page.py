@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
 from visualcloze_deft.data.images import read_image
+from visualcloze_deft.errors import printable
 from visualcloze_deft.evaluation import tables
 from visualcloze_deft.evaluation.cases import GRIDS, Case
 from visualcloze_deft.evaluation.scoring import SetScore
@@ -110,9 +111,10 @@ def draw_bars(title: str, after: Mapping[str, Figure], before: Mapping[str, Figu
         reach = np.array([[one.mean - one.low, one.high - one.mean] for one in own]).T
         axes.barh(at, means, height * 0.9, color=colour, label=label or None)
         axes.errorbar(means, at, xerr=np.nan_to_num(reach), fmt="none", ecolor="#222", capsize=2)
-    axes.set_yticks(places, list(after), fontsize=8, parse_math=False)  # names, no formulas
+    names = [printable(name) for name in after]  # and no formulas
+    axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=11, loc="left", parse_math=False)
+    axes.set_title(printable(title), fontsize=11, loc="left", parse_math=False)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     if before:
