@@ -31,6 +31,7 @@ LIMIT = 100_000_000  # pixels; read from the header, so that a bomb is never dec
 READ_AS = "read_as"  # key of `Image.info`: how the values of a file were taken, for people
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+UNREADABLE: tuple[type[Exception], ...] = (*PARSED, RuntimeError)  # the last of AVIF's decoder
 
 
 def read_image(path: Path | str) -> Image.Image:
@@ -137,7 +138,7 @@ def opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]
         raise UserError(f"{path}: {what}") from None
     except Image.DecompressionBombError:
         raise UserError(too_large) from None
-    except (*PARSED, RuntimeError) as error:  # the latter of its decoder of AVIF
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read as an image: {why(error)}") from None
 
 
