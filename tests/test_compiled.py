@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 from visualcloze_deft import adapters, deft, rundir
 from visualcloze_deft.compiled import VARIANTS, Compiling, compile_blocks, explained
 from visualcloze_deft.engine import recompute
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import Logged, UserError
 from visualcloze_deft.models import load_models, load_transformer, predict_velocity
 from visualcloze_deft.settings import Adapter
 
@@ -137,11 +138,17 @@ def test_more_shapes_than_torch_allows_by_itself_stay_compiled(micro_model: Path
 def test_beyond_the_limit_one_line_is_said_and_results_stay(
     micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also where the command line makes one line of what a library logs."""
     compile_blocks(load_models(str(micro_model)).transformer)
     each = torch.compile(double, backend="eager", dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for length in range(2, 8):
-            assert torch.equal(each(torch.ones(length)), 2 * torch.ones(length))
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(Logged)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for length in range(2, 8):
+                assert torch.equal(each(torch.ones(length)), 2 * torch.ones(length))
+    finally:
+        logging.setLogRecordFactory(before)
     (line,) = capsys.readouterr().out.splitlines()
     assert "grids of other shapes run uncompiled" in line
 

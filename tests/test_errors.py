@@ -690,7 +690,7 @@ def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
 def test_what_a_library_logs_is_short_and_plain(caplog: pytest.LogCaptureFixture) -> None:
     main(["--help"])
     try:
-        logging.getLogger("diffusers").warning("ignored: %s", "\x1b[31m\n" + "x" * 10_000)
+        logging.getLogger("a_library").warning("ignored: %s", "\x1b[31m\n" + "x" * 10_000)
     finally:
         logging.setLogRecordFactory(logging.LogRecord)
     (line,) = caplog.messages

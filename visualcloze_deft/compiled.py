@@ -62,7 +62,7 @@ def analyses_tiling(version: str) -> bool:
 
 def limit_in_one_line(record: logging.LogRecord) -> bool:
     """A logging filter: torch's five lines on a limit that was reached become one."""
-    said = LIMIT.match(record.getMessage())
+    said = LIMIT.match(logging.LogRecord.getMessage(record))  # before the command line shortens it
     if said is None:
         return True
     tqdm.write(

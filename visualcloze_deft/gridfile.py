@@ -297,13 +297,12 @@ def _read_entry(
 def read_once(role: str, path: Path, depth: Depth | None) -> tuple[Image.Image, str]:
     """The picture in a file, in the sense of its role, and the SHA-256 of the bytes that it was
     made of."""
-    if not path.is_file():
-        read_image(path)  # says in words what is wrong; a pipe would be waited for
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
     except (OSError, ValueError):
-        read_image(path)
-        raise
+        data = b""
+    if not data:
+        read_image(path)  # says in words what is wrong
     return read_role(role, path, depth, data), hashlib.sha256(data).hexdigest()
 
 
