@@ -437,9 +437,15 @@ def test_skipped_steps_are_counted_over_a_resume(poisoned: list[object], tmp_pat
     assert (losses(output), weights(output / "adapter")) == (curve, expected)
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run(micro_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    group = Group(words(micro_model, output, "--lr", 1e30, "--set", "not_finite_at_most=2"))
+def test_too_many_steps_that_are_not_finite_end_the_run(
+    poisoned: list[object], tmp_path: Path
+) -> None:
+    data = next(word for word in poisoned if str(word).startswith("folder="))
+    rows = Path(str(data).removeprefix("folder="))
+    odd = rows.with_name("odd.jsonl")
+    odd.write_text(2 * (rows.read_text().splitlines()[-1] + "\n"))
+    alone = [f"folder={odd}" if word == data else word for word in poisoned]
+    group = Group([*alone, "--output", tmp_path / "run", "--set", "not_finite_at_most=2"])
     assert group.wait() == 2
     (line,) = {line for line in group.said.splitlines() if line.startswith("vcdeft: ")}
     assert "not finite 3 times in a row" in line
