@@ -363,7 +363,8 @@ def test_several_adapters_and_strengths(
         (("--attention", "flashy"), "--attention flashy"),
         (("--cache", "taylorseer=0.5"), "whole and above 1"),
         (("--cache", "first-block", "--batch", 2), "give --batch 1"),
-        (("--adapter", "gone=nan"), "give a number as its strength"),
+        (("--adapter", "gone=nan"), "give a number up to 1e6 as its strength"),
+        (("--adapter", "gone=1e300"), "give a number up to 1e6 as its strength"),
     ],
 )
 def test_a_bad_option_is_named_before_anything_is_loaded(

@@ -344,7 +344,7 @@ def grids_in(folder: Path, count: int) -> Path:
 def test_generating_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = ["infer", "--examples", grids_in(tmp_path, 4), "--model", micro_model]
-    launcher = started([*words, "--steps", 100_000, "--processes", 2, "--output", output])
+    launcher = started([*words, "--steps", 1000, "--processes", 2, "--output", output])
     until(lambda: (output / CLAIMS).is_file())
     killed(launcher, least=2)
     assert not list(output.glob("*.png"))

@@ -7,7 +7,6 @@ costs nothing; beside them, for a quantised base, a layer adds (x A^T) B^T to it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from visualcloze_deft import adapters
 from visualcloze_deft.errors import UserError, nearest
 from visualcloze_deft.lowrank import Change
 from visualcloze_deft.quantise import is_quantised
+from visualcloze_deft.settings import is_strength
 
 
 class Blend:
@@ -84,8 +84,10 @@ class Blend:
         """
         for name, strength in strengths.items():
             self._check_known(name)
-            if not math.isfinite(strength):
-                raise UserError(f"adapter {name!r}: strength {strength}: give a number, e.g. 1")
+            if not is_strength(strength):
+                raise UserError(
+                    f"adapter {name!r}: strength {strength}: give a number up to 1e6, e.g. 1"
+                )
         if dict(strengths) == self.strengths:
             return
         self.check_reachable()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -525,6 +524,8 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     >>> with_strengths(["a", "b=0.5"])
     {PosixPath('a'): 1.0, PosixPath('b'): 0.5}
     """
+    from visualcloze_deft.settings import is_strength
+
     found: dict[Path, float] = {}
     for text in given:
         folder, equals, number = text.rpartition("=")
@@ -534,8 +535,8 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
             strength = float(number)
         except ValueError:
             raise UserError(f"--adapter {text!r}: {number!r} is no number") from None
-        if not math.isfinite(strength):
-            raise UserError(f"--adapter {text!r}: give a number as its strength, e.g. 1")
+        if not is_strength(strength):
+            raise UserError(f"--adapter {text!r}: give a number up to 1e6 as its strength, e.g. 1")
         if Path(folder) in found:
             raise UserError(f"--adapter {folder}: named twice; give it one strength")
         found[Path(folder)] = strength

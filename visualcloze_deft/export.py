@@ -8,7 +8,6 @@ the live adapter's output.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from visualcloze_deft.modelfolder import (
 )
 from visualcloze_deft.models import load_transformer
 from visualcloze_deft.output import output_folder
+from visualcloze_deft.settings import is_strength
 
 Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
 FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
@@ -86,8 +86,8 @@ def export(
     Raises `UserError` where the adapter does not fit, something is in the way, or what was written
     is not the adapter; no file is left then.
     """
-    if not math.isfinite(strength) or strength == 0:
-        raise UserError(f"--strength {strength}: give a number other than 0, e.g. 1")
+    if not is_strength(strength) or strength == 0:
+        raise UserError(f"--strength {strength}: give a number other than 0 up to 1e6, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = adapters.read_config(folder), told_by(folder)
     model = model or named(folder, "--model", told.get("base_model"), config) or TINY

@@ -55,6 +55,15 @@ Tracker = Literal[
 ]  # accelerate's trackers, each named as its package
 
 
+def is_strength(value: float) -> bool:
+    """Whether an adapter can be used at `value`: at most `HEAVIEST`, either way.
+
+    >>> [is_strength(x) for x in (-0.5, 1e300, float("nan"))]
+    [True, False, False]
+    """
+    return abs(value) <= HEAVIEST
+
+
 class Section(BaseModel):
     """Settings. True and false stand for numbers nowhere, and no text holds the character 0."""
 
