@@ -566,6 +566,13 @@ def train(plan: Plan, trainer: Trainer, *, minutes: float) -> None:
     reader, sitting = Reader(bank), Sitting(plan, STAGE)
     shapes, odds = list(ODDS), np.array(list(ODDS.values()))
 
+    def note() -> None:
+        facts = {"samples": trainer.grids, **trainer.take_errors(), "steps": trainer.steps}
+        spent = round(minutes + sitting.spent / 60, 2)
+        sitting.note(facts | {"minutes": spent, "bundles": len(bank)})
+        if not np.isfinite(facts["target_error"]):
+            refuse(f"the error is not finite; {plan.state(STAGE)} is the state before")
+
     def save() -> None:
         keep(plan, STAGE, trainer.state(), {"steps": trainer.steps, "grids": trainer.grids})
 
@@ -586,18 +593,12 @@ def train(plan: Plan, trainer: Trainer, *, minutes: float) -> None:
             trainer.step(rows, kind, sitting.rate)
             if sitting.due("noted", NOTED_EVERY):
                 reader.check()
-                facts = {"samples": trainer.grids, **trainer.take_errors(), "steps": trainer.steps}
-                spent = round(minutes + sitting.spent / 60, 2)
-                sitting.note(facts | {"minutes": spent, "bundles": len(bank)})
-                if not np.isfinite(facts["target_error"]):
-                    refuse(f"the error is not finite; {plan.state(STAGE)} is the state before")
+                note()
             if sitting.due("saved", KEPT_EVERY):
                 save()
             if sitting.due("shown", SHOWN_EVERY):
                 look()
-        facts = {"samples": trainer.grids, **trainer.take_errors(), "steps": trainer.steps}
-        spent = round(minutes + sitting.spent / 60, 2)
-        sitting.note(facts | {"minutes": spent, "bundles": len(bank)})
+        note()
         save()
         look()
     finally:
