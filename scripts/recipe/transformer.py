@@ -65,7 +65,7 @@ ODDS: dict[tuple[int, Kind], float] = {  # rows, (columns, coded)
 }
 TOKENS = 21_500  # of a step
 LEAST = 4  # grids of a step
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-3  # of the largest batches; smaller ones take less, as its square root
 WARM_UP = 150  # steps of a rising rate
 LARGEST = 1.0  # norm of a gradient
 AVERAGE = 0.998
@@ -330,7 +330,8 @@ class Trainer:
     def step(self, rows: int, kind: Kind, rate: float) -> None:
         """One step at a part `rate` (0..1) of the learning rate."""
         warm = min(1.0, (self.steps + 1) / WARM_UP)
-        self.optimiser.rate.fill_(LEARNING_RATE * rate * warm)
+        largest = LEARNING_RATE * self.plan.batch**0.5
+        self.optimiser.rate.fill_(largest * rate * warm)
         self.fade.fill_(min(AVERAGE, (self.steps + 1) / (self.steps + 20)))
         if (rows, kind) in self.graphs:
             self.graphs[rows, kind].replay()
