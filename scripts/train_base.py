@@ -6,7 +6,9 @@
 
 Stages: text (tokenizers and text encoders), vae, transformer (bundles of scenes are rendered beside
 it), decoder (adapts the VAE to what the transformer makes), pack (a diffusers folder in
-OUTPUT/base). A stage that is killed goes on where it was; a second call trains on for its minutes.
+OUTPUT/base), measure (figures on 64 scenes a task, into OUTPUT/measures.json and the card; for
+less than one minute on fewer scenes). A stage that is killed goes on where it was; a second call
+trains on for its minutes.
 Progress lies in OUTPUT/*_log.jsonl, samples in OUTPUT/samples: what was made above what is true.
 """
 
@@ -20,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from recipe import decoder, pack, text, transformer, vae
+from recipe import decoder, measure, pack, text, transformer, vae
 from recipe.stage import Plan, refuse
 
-STAGES = {module.STAGE: module.make for module in (text, vae, transformer, decoder, pack)}
-MINUTES = {"text": 1.0, "vae": 1.5, "transformer": 9.0, "decoder": 1.5, "pack": 0.0}
+STAGES = {module.STAGE: module.make for module in (text, vae, transformer, decoder, pack, measure)}
+MINUTES = {"text": 1.0, "vae": 1.5, "transformer": 9.0, "decoder": 1.5, "pack": 0.0, "measure": 1.0}
 ONCE = {"text": "text_encoder_2", "vae": "vae"}  # what a stage makes; with all stages not again
 STARTED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 SMALLER = 1 / 16  # batches on a CPU

@@ -53,7 +53,7 @@ def test_plain_diffusers_loads_and_runs_it() -> None:
         max_sequence_length=40,
         generator=torch.Generator().manual_seed(0),
     ).images
-    assert images[0][0].size == (64, 64)
+    assert images[0][0].size == (pipe.config.resolution,) * 2
 
 
 def test_the_vae_gives_back_what_it_was_shown(models: Models) -> None:
@@ -72,7 +72,8 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
     models: Models, task: str
 ) -> None:
     """Velocity error on hidden tokens, far in the noise: right against another scene's."""
-    mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
+    side = models.resolution
+    mixture = Mixture(families(), [Scenes(size=side, seed=9)], seed=9, resolution=side)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
     grids = [grid.join(e.complete, hidden=e.hidden) for e in examples]
     right = encode_grids(models, grids, clean=True)
@@ -98,7 +99,8 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
 
 @pytest.mark.parametrize("task", ["depth-to-image", "segmentation-to-image", "image-to-depth"])
 def test_it_completes_grids_better_than_the_best_single_colour(models: Models, task: str) -> None:
-    mixture = Mixture(families(), [Scenes(size=64, seed=9)], seed=9, resolution=64)
+    side = models.resolution
+    mixture = Mixture(families(), [Scenes(size=side, seed=9)], seed=9, resolution=side)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
     grids = [grid.join(e.complete, hidden=e.hidden) for e in examples]
     made = generate(

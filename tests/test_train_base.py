@@ -17,6 +17,7 @@ from recipe.stage import Plan
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft.folders import BASE
+from visualcloze_deft.modelfolder import resolution_of
 from visualcloze_deft.models import load_transformer
 from visualcloze_deft.pipeline import InContextPipeline
 
@@ -112,7 +113,7 @@ def test_a_step_learns_and_what_captures_it_leaves_no_trace(trainer: transformer
 
 
 def test_a_recipe_begins_with_the_base_that_it_is_given(started: Plan) -> None:
-    plan = plan_at(started.output, cell=64)
+    plan = plan_at(started.output, cell=resolution_of("tiny"))
     net = transformer.first_net(plan, transformer.open_bank(plan))
     shipped = load_transformer("tiny", dtype=torch.float32).state_dict()
     for name, tensor in net.transformer.state_dict().items():
@@ -230,3 +231,7 @@ def test_all_stages_make_a_base_that_generates(tmp_path: Path) -> None:
     assert bank.ROOM.keys() == {kind for _, kind in transformer.ODDS}
     pipe = InContextPipeline.from_pretrained(str(output / "base"))
     assert pipe.resolution == CELL
+    figures = json.loads((output / "measures.json").read_text())
+    assert 0 <= figures["truth"]["textures"] <= 1
+    assert figures["vae"]["psnr"] > figures["copy"]["10"]["psnr"]
+    assert "| depth-to-image |" in (output / "base" / "README.md").read_text()

@@ -29,7 +29,7 @@ def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) ->
         "pipe = visualcloze_deft.InContextPipeline.from_pretrained('tiny')\n"
         "rows = [[Image.new('RGB', (64, 64)), None]]\n"
         "images = pipe(rows=rows, task='novel-view', num_inference_steps=1)\n"
-        "assert images[0].size == (64, 64)\n"
+        "assert images[0].size == (128, 128)\n"
         "print(len(load_tasks()), load_run('flux-8gpu').processes, resolution_of('tiny'))\n"
     )
     done = subprocess.run(
@@ -41,4 +41,4 @@ def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) ->
     )
     tasks, processes, resolution = done.stdout.split()
     assert int(tasks) == len(load_tasks())
-    assert (processes, resolution) == ("8", "64")
+    assert (processes, resolution) == ("8", "128")
