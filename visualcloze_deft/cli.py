@@ -884,7 +884,8 @@ FOLDERS = click.option(
 RESOLUTION = click.option(
     "--resolution",
     type=click.IntRange(32, 2048),
-    help="Side of a square cell in pixels; default: 64 for scenes, 384 for pictures.",
+    help="Side of a square cell in pixels; default: the embedded base's for scenes, 384 "
+    "for pictures.",
 )
 
 
@@ -1291,11 +1292,12 @@ def preview_run(
     seed: int,
     resolution: int | None,
 ) -> Run:
+    from visualcloze_deft.modelfolder import FLUX_RESOLUTION, TINY, resolution_of
     from visualcloze_deft.settings import parse_run
 
     made = all(source.startswith("scenes") for source in data)
     wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}
-    wanted["resolution"] = resolution or (64 if made else 384)
+    wanted["resolution"] = resolution or (resolution_of(TINY) if made else FLUX_RESOLUTION)
     wanted |= {"hold_out": hold_out or 0, "annotate": places(annotate)}
     if data:
         wanted["sources"] = data

@@ -167,7 +167,7 @@ class Data(Section):
     """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
     that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
-    """Side of a square cell in pixels; "model": what the model was made for (tiny 64, FLUX 384)."""
+    """Side of a square cell in pixels; "model": the model's own (tiny 128, FLUX 384)."""
     cells: Cells = "row"
     """Shape of cells: "row", all of a row in that of its first picture, as VisualCloze generates;
     "own", each in its picture's, at the height of its row; "square", as VisualCloze was trained."""
