@@ -167,12 +167,26 @@ def test_an_evaluation_of_scenes_comes_into_the_readme(
     script("evaluate_scenes.py", *asked, "--output", "found")
     table = (tmp_path / "found" / "table.md").read_text()
     place = copied("update_readme.py", tmp_path / "repository")
-    shutil.copyfile(ROOT / "README.md", place / "README.md")
+    for page in ("README.md", "docs/results.md"):
+        (place / page).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / page, place / page)
     script("update_readme.py", "found", where=place / "scripts")
-    text = (place / "README.md").read_text()
+    text = (place / "docs" / "results.md").read_text()
     assert f"<!-- table:begin -->\n{table}<!-- table:end -->" in text
+    shown = (place / "README.md").read_text().split("<!-- results:begin -->")[1]
+    assert next(row for row in rows(table) if "deblurring" in row) in rows(shown)
     assert len(rows(table)) > 11
     assert (place / "docs" / "images" / "demo.png").is_file()
+
+
+@pytest.mark.scripts
+def test_the_first_picture_of_the_readme_is_drawn(
+    script: Script, micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    asked = ("--adapter", adapter, "--model", micro_model, "--steps", 1)
+    script("draw_grid.py", *asked, "--output", "docs/grid.png")
+    with Image.open(tmp_path / "docs" / "grid.png") as picture:
+        assert picture.width > 3 * picture.height
 
 
 @pytest.mark.scripts

@@ -68,12 +68,12 @@ def queries(mixture: Mixture, name: str, count: int) -> list[Example]:
     if name != COPY:
         return [query_of(mixture, mixture.tasks[name], index=k) for k in range(count)]
     found = queries(mixture, HOLE, count)
-    words = "From the photo to the photo."
+    sentence = made_task(
+        ("copy", "target"), "From the {copy} to the {target}.", families()
+    ).sentence()
+    alike = [tuple((row[-1], row[-1]) for row in e.rows) for e in found]
     return [
-        replace(
-            e, rows=tuple((row[-1], row[-1]) for row in e.rows), task_sentence=words, content=""
-        )
-        for e in found
+        replace(e, rows=rows, task_sentence=sentence) for e, rows in zip(found, alike, strict=True)
     ]
 
 

@@ -40,7 +40,9 @@ def card(plan: Plan, history: list[dict[str, Any]]) -> str:
         cell=plan.cell,
         stages=";\n  then ".join(told),
         error=history[-1]["target_error"],
-        decoder=f"{decoder['before_db']} -> {decoder['now_db']} dB" if decoder else "not adapted",
+        decoder=f": {decoder['before_db']} -> {decoder['now_db']} dB"
+        if decoder
+        else " at that time",
     )
 
 
