@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 CELL = 64  # pixels: what is compared is the code, not the pictures
 METHODS = ("deft", "para", "lora")
+FORMATS = ("peft", "diffusers", "comfyui", "kohya", "merged")
 COMPARISON = """
 output = "{output}"
 rank = 4
@@ -87,27 +88,28 @@ def pictures(folder: Path) -> Found:
 # What is recorded, each in a folder of its own below `place`
 
 
+def train(output: Path, method: str, zero: int, steps: int, cell: int) -> Iterator[tuple[str, Any]]:
+    words = ["--steps", steps, "--batch", 2, "--processes", 1, "--resolution", cell]
+    words += ["--tasks", "all", "--zero", zero, "--method", method, "--output", output]
+    vcdeft("train", *words)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
+    yield f"{output.name}: losses", [line["loss"] for line in lines if "loss" in line]
+    yield f"{output.name}: adapter", tensors(output / "adapter")
+
+
 def trainings(place: Path) -> Iterator[tuple[str, Any]]:
     runs = [*(("deft", zero) for zero in (0, 2, 3)), *((method, 0) for method in METHODS[1:])]
     for method, zero in runs:
-        output = place / f"{method}-zero{zero}"
-        words = ["--steps", 20, "--batch", 2, "--processes", 1, "--resolution", CELL]
-        vcdeft(
-            "train",
-            "--tasks",
-            "all",
-            "--zero",
-            zero,
-            "--method",
-            method,
-            *words,
-            "--output",
-            output,
-        )
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        yield f"{output.name}: losses", losses
-        yield f"{output.name}: adapter", tensors(output / "adapter")
+        yield from train(place / f"{method}-zero{zero}", method, zero, 20, CELL)
+
+
+def small(place: Path) -> Iterator[tuple[str, Any]]:
+    """One training and its export, to try the script itself."""
+    yield from train(place / "deft-zero0", "deft", 0, 1, 32)
+    output = place / "export.safetensors"
+    words = ["--format", "diffusers", "--no-verify", "--output", output]
+    vcdeft("export", place / "deft-zero0", *words)
+    yield "export", tensors(output)
 
 
 def images(place: Path) -> Iterator[tuple[str, Any]]:
@@ -134,7 +136,7 @@ def images(place: Path) -> Iterator[tuple[str, Any]]:
 
 def exports(place: Path) -> Iterator[tuple[str, Any]]:
     for method in METHODS:
-        for kind in ("peft", "diffusers", "comfyui", "kohya", "merged"):
+        for kind in FORMATS:
             suffix = "" if kind in ("peft", "merged") else ".safetensors"
             output = place / f"export-{method}-{kind}{suffix}"
             words = ["--format", kind, "--output", output]
@@ -185,12 +187,13 @@ def main() -> None:
         "--only", choices=[part.__name__ for part in PARTS], action="append", help="repeatable"
     )
     parser.add_argument("--place", type=Path, help="keep what the commands wrote here")
+    parser.add_argument("--small", action="store_true", help="one training and one export")
     options = parser.parse_args()
     found: Found = {}
     with tempfile.TemporaryDirectory() as folder:
         place = options.place or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:
+        for part in (small,) if options.small else PARTS:
             if options.only and part.__name__ not in options.only:
                 continue
             for name, value in part(place):

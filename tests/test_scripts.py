@@ -5,6 +5,7 @@ The scripts for a GPU are in test_gpu_scripts.py, those of the embedded base in 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import golden
 import pytest
 import tomli_w
 from PIL import Image
@@ -187,6 +189,19 @@ def test_the_first_picture_of_the_readme_is_drawn(
     script("draw_grid.py", *asked, "--output", "docs/grid.png")
     with Image.open(tmp_path / "docs" / "grid.png") as picture:
         assert picture.width > 3 * picture.height
+
+
+@pytest.mark.scripts
+def test_golden_values_are_the_same_twice_and_a_difference_is_found(
+    script: Script, tmp_path: Path
+) -> None:
+    script("golden.py", "--small", "--output", "one.json")
+    said = script("golden.py", "--small", "--output", "two.json", "--against", "one.json")
+    assert "all 3 values as before" in said
+    values = json.loads((tmp_path / "one.json").read_text())
+    other = golden.differences(values, values | {"export": "0"})
+    assert len(other) == 1
+    assert other[0].startswith("export:")
 
 
 @pytest.mark.scripts
