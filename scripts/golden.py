@@ -147,7 +147,7 @@ def exports(place: Path) -> Iterator[tuple[str, Any]]:
 def evaluation(place: Path) -> Iterator[tuple[str, Any]]:
     output = place / "evaluation"
     words = ["--suite", "scenes", "--limit", 2, "--steps", 4, "--batch", 4, "--encoder", "none"]
-    vcdeft("eval", place / "deft-zero0", *words, "--against-base", "--output", output)
+    vcdeft("eval", place / "deft-zero0/adapter", *words, "--against-base", "--output", output)
     yield "evaluation: table", (output / "table.csv").read_text("utf-8")
 
 
