@@ -33,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, deft
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.adapters import injection, methods
+from visualcloze_deft.adapters.deft import deft_linear
+from visualcloze_deft.config.run import Adapter
 
 SHAPES = ((3072, 3072), (3072, 12288), (15360, 3072), (12288, 3072))  # i, o of FLUX's layers
 TOKENS = 5696  # a 3 x 3 grid of 384 px cells and 512 of text
@@ -94,13 +95,13 @@ def make(variant: str, i: int, o: int, rank: int, dtype: torch.dtype) -> nn.Modu
     net = nn.Sequential(linear)
     if variant == "linear":
         return net
-    inject_adapter_in_model(peft_config(variant, rank, ["0"]), net, adapters.NAME)
+    inject_adapter_in_model(peft_config(variant, rank, ["0"]), net, methods.NAME)
     net.to(DEVICE, dtype)
     if not variant.startswith("peft"):
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        deft.adopt(net)
+        deft_linear.adopt(net)
     return net
 
 
@@ -224,7 +225,9 @@ def step_of(
     net: FluxTransformer2DModel, device: str, dtype: torch.dtype, tokens: int
 ) -> Callable[[], None]:
     """A training step on random tokens: forward, backward, AdamW over the adapter."""
-    optimiser = torch.optim.AdamW(adapters.trainable(net).values(), lr=1e-5, fused=device == DEVICE)
+    optimiser = torch.optim.AdamW(
+        injection.trainable(net).values(), lr=1e-5, fused=device == DEVICE
+    )
     text = 512 if tokens > 2048 else TEXT
     image = tokens - text
 
@@ -258,10 +261,10 @@ def transformer_step(
     torch.manual_seed(0)
     net = flux(blocks, dtype).requires_grad_(False)
     if variant in ATTACHED:
-        adapters.attach(net, ATTACHED[variant].model_copy(update={"rank": rank}), seed=0)
+        injection.attach(net, ATTACHED[variant].model_copy(update={"rank": rank}), seed=0)
     else:
-        net.add_adapter(peft_config(variant, rank, adapters.FLUX_LAYERS), adapters.NAME)
-        adapters.keep_single_precision(net)
+        net.add_adapter(peft_config(variant, rank, methods.FLUX_LAYERS), methods.NAME)
+        injection.keep_single_precision(net)
     net.enable_gradient_checkpointing()
     net.train()
     spent = medians({variant: step_of(net, DEVICE, dtype, tokens)}, 2)[variant]

@@ -30,13 +30,14 @@ import datasets
 import torch
 from PIL import Image
 
-from visualcloze_deft import grid
-from visualcloze_deft.cells import cell_size
+from visualcloze_deft.config.run import Recipe
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources import open_source
-from visualcloze_deft.plan import Plan
-from visualcloze_deft.registry import load_tasks, select
-from visualcloze_deft.settings import Recipe
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import cell_size
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.task_registry.select import select
+from visualcloze_deft.training.batch_schedule import BatchSchedule
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -169,9 +170,9 @@ def deal(resolution: int, budget: int, steps: int) -> None:
         seed=0,
         resolution=resolution,
     )
-    plan = Plan(world=8, accumulate=1, batch=1, budget=budget, tokens_of=mixture.tokens)
+    plan = BatchSchedule(world=8, accumulate=1, batch=1, budget=budget, tokens_of=mixture.tokens)
     found = list(islice(plan.steps(0), steps))
-    counted = Plan(world=8, accumulate=1, batch=1, budget=0, tokens_of=mixture.tokens)
+    counted = BatchSchedule(world=8, accumulate=1, batch=1, budget=0, tokens_of=mixture.tokens)
     waits = []
     for step in islice(counted.steps(0), steps):
         sizes = [sum(map(mixture.tokens, part)) for part in step.parts]

@@ -25,12 +25,15 @@ from pathlib import Path
 
 import torch
 
-from visualcloze_deft import adapters, rundir
-from visualcloze_deft.batch import Drawn, Draws, encode
-from visualcloze_deft.encodings import Encodings, digest, entries
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import Models, load_models
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.embedding_cache import Encodings, digest, entries
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.sampling.encoding import PixelExample, encode
+from visualcloze_deft.training import mixtures
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.objective import GridLoss
 
 DRAWN = {
     "depth-to-image": ["data.tasks=depth-to-image"],
@@ -49,13 +52,13 @@ AT_FLUX = {
 }
 
 
-def examples(run: Run, count: int) -> list[Drawn]:
-    draws = Draws(rundir.mixture_of(run))
-    return [one for one in map(draws.__getitem__, range(count)) if isinstance(one, Drawn)]
+def examples(run: Run, count: int) -> list[PixelExample]:
+    draws = PixelDataset(mixtures.mixture_of(run))
+    return [one for one in map(draws.__getitem__, range(count)) if isinstance(one, PixelExample)]
 
 
-def strips_of(drawn: Drawn) -> Iterator[bytes]:
-    """What the VAE is given of an example, see `batch.encode_grids`."""
+def strips_of(drawn: PixelExample) -> Iterator[bytes]:
+    """What the VAE is given of an example, see `encoding.encode_grids`."""
     for strip, shown, hidden in zip(
         drawn.grid.strips, drawn.grid.seen, drawn.grid.hidden, strict=True
     ):
@@ -68,7 +71,7 @@ def show_hits(run_of: Callable[[list[str]], Run]) -> None:
     print("\n| drawn | epochs | strips found | texts found |\n|---|---|---|---|")
     for name, settings in DRAWN.items():
         run = run_of(settings)
-        items = sum(map(len, rundir.mixture_of(run).sources))
+        items = sum(map(len, mixtures.mixture_of(run).sources))
         asked = [
             {"strips": list(strips_of(one)), "texts": [str(one.prompt)]}
             for one in examples(run, ENDS[-1] * items)
@@ -87,11 +90,11 @@ def show_hits(run_of: Callable[[list[str]], Run]) -> None:
 
 def show_steps(run: Run, *, rounds: int, folder: Path) -> None:
     plain = load_models(run.model)
-    adapters.attach(plain.transformer, run.adapter, seed=0)
+    injection.attach(plain.transformer, run.adapter, seed=0)
     loss_of = GridLoss(plain.transformer, context_weight=1, guidance=1.0)
-    optimiser = torch.optim.AdamW(adapters.trainable(plain.transformer).values(), lr=0.0)
+    optimiser = torch.optim.AdamW(injection.trainable(plain.transformer).values(), lr=0.0)
 
-    def step(models: Models, drawn: list[Drawn]) -> tuple[float, float]:
+    def step(models: Models, drawn: list[PixelExample]) -> tuple[float, float]:
         """Seconds until all is encoded, and until the step is taken."""
         began = time.process_time()
         groups = encode(models, drawn, seed=0)

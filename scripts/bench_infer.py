@@ -35,11 +35,13 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from visualcloze_deft import InContextPipeline, grid, speed
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.encodings import Recent
-from visualcloze_deft.folders import BASE
-from visualcloze_deft.models import predict_velocity
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.backbones.embedding_cache import Recent
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.data.sources.scenes import Scenes
+from visualcloze_deft.grids import grid
+from visualcloze_deft.inference import acceleration
+from visualcloze_deft.paths import BASE
 
 CUDA = torch.cuda.is_available()
 GRIDS = ((2, 2), (3, 3), (4, 3))
@@ -355,7 +357,7 @@ def options_of_diffusers(
             began = now()
             made()
             off.append(now() - began)
-            speed.enable(pipe, cache=cache)
+            acceleration.enable(pipe, cache=cache)
             blocks.clear()
             began = now()
             image = made()
@@ -377,7 +379,7 @@ def options_of_diffusers(
             began = now()
             made()
             off.append(now() - began)
-        speed.enable(pipe, compile_blocks=True)
+        acceleration.enable(pipe, compile_blocks=True)
         made()
         for _ in range(options.rounds):
             began = now()

@@ -32,14 +32,18 @@ from peft import LoraConfig
 from torch.nn import functional
 from tqdm import tqdm
 
-from visualcloze_deft import adapters, checkpoint, flow, rundir
-from visualcloze_deft.batch import Drawn, Draws, Group, encode, encode_grids
-from visualcloze_deft.engine import gather_adapter, gather_moments, start_engine
-from visualcloze_deft.flops import peak as device_peak
-from visualcloze_deft.flops import training_flops
-from visualcloze_deft.grid import Latents, position_ids
-from visualcloze_deft.models import Models, load_models, predict_velocity
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.adapters import files, injection, methods
+from visualcloze_deft.backbones.flops import peak as device_peak
+from visualcloze_deft.backbones.flops import training_flops
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models, predict_velocity
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.diffusion import flow
+from visualcloze_deft.grids.grid import Latents, position_ids
+from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode, encode_grids
+from visualcloze_deft.training import checkpoint, mixtures
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.engine import gather_adapter, gather_moments, start_engine
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -75,13 +79,13 @@ Step = Callable[[Any, Times], None]
 
 
 def engine_step(run: Run, models: Models) -> tuple[Step, Any]:
-    """One step of this package: what `train.Loop.take_step` does with a batch."""
-    adapters.attach(models.transformer, run.adapter, seed=run.seed)
+    """One step of this package: what `loop.Loop.take_step` does with a batch."""
+    injection.attach(models.transformer, run.adapter, seed=run.seed)
     engine = start_engine(models.transformer, run)
 
     def step(batch: Any, times: Times) -> None:
         groups = batch
-        if not isinstance(batch[0], Group):
+        if not isinstance(batch[0], TokenBatch):
             with times.measured("encode"):
                 groups = encode(models, batch, seed=run.seed, times=run.times)
         with times.measured("forward"):
@@ -98,7 +102,7 @@ def minimal_step(run: Run, models: Models) -> Step:
     """One step of a plain loop: accelerate, peft's LoRA on the layers `run` adapts, torch AdamW."""
     accelerator = Accelerator(cpu=not CUDA)
     transformer = models.transformer.requires_grad_(False)
-    layers = adapters.layers(run.adapter)
+    layers = methods.layers(run.adapter)
     config = LoraConfig(r=run.adapter.rank, lora_alpha=run.adapter.rank, target_modules=layers)
     transformer.add_adapter(config)
     trained = [p for p in transformer.parameters() if p.requires_grad]
@@ -109,13 +113,13 @@ def minimal_step(run: Run, models: Models) -> Step:
     transformer = accelerator.unwrap_model(transformer)  # alone, it needs no data parallelism
 
     def inputs(batch: Any) -> tuple[Latents, torch.Tensor, torch.Tensor]:
-        if isinstance(batch[0], Group):
+        if isinstance(batch[0], TokenBatch):
             return batch[0].latents, batch[0].text, batch[0].pooled
         text, pooled = models.encode_text([one.prompt for one in batch])
         return encode_grids(models, [one.grid for one in batch], clean=True), text, pooled
 
     def step(batch: Any, times: Times) -> None:
-        if isinstance(batch[0], Group):
+        if isinstance(batch[0], TokenBatch):
             latents, text, pooled = inputs(batch)
         else:
             with times.measured("encode"):
@@ -144,9 +148,9 @@ def minimal_step(run: Run, models: Models) -> Step:
     return step
 
 
-def drawn_batches(run: Run, count: int) -> tuple[list[list[Drawn]], float]:
+def drawn_batches(run: Run, count: int) -> tuple[list[list[PixelExample]], float]:
     """Batches of one grid shape each, and the median seconds to draw one."""
-    draws, batches, seconds, index = Draws(rundir.mixture_of(run)), [], [], 0
+    draws, batches, seconds, index = PixelDataset(mixtures.mixture_of(run)), [], [], 0
     while len(batches) < count:
         began, by_shape = time.perf_counter(), {}
         for one in (draws[k] for k in range(index, index + run.batch)):
@@ -157,7 +161,7 @@ def drawn_batches(run: Run, count: int) -> tuple[list[list[Drawn]], float]:
     return batches[:count], statistics.median(seconds)
 
 
-def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[Group]:
+def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[TokenBatch]:
     """One group of 3 x 3 grids whose tokens and text are noise."""
     side = CELL // 16
     shape = ((side, COLUMNS * side),) * ROWS
@@ -175,7 +179,7 @@ def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[Group]
     t = torch.full((batch,), 0.5, device=DEVICE)
     config = transformer.config
     return [
-        Group(
+        TokenBatch(
             indices=tuple(range(batch)),
             tasks=("random",) * batch,
             latents=latents,
@@ -220,7 +224,7 @@ def saving(run: Run, models: Models, engine: Any) -> float:
             Path(place) / "checkpoints",
             progress,
             gather_moments(engine),
-            lambda at: adapters.save(models.transformer, at, base=run.model, tensors=tensors),
+            lambda at: files.save(models.transformer, at, base=run.model, tensors=tensors),
             keep=1,
         )
         return now() - began

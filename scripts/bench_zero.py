@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from visualcloze_deft.rundir import METRICS
+from visualcloze_deft.training.run_folder import METRICS
 
 WARM_UP = 2  # steps that are not counted
 

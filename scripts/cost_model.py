@@ -27,12 +27,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from visualcloze_deft import adapters
-from visualcloze_deft.batch import Group
-from visualcloze_deft.engine import recompute
-from visualcloze_deft.grid import Latents, position_ids
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.grids.grid import Latents, position_ids
+from visualcloze_deft.sampling.encoding import TokenBatch
+from visualcloze_deft.training.engine import recompute
+from visualcloze_deft.training.objective import GridLoss
 
 FLUX: dict[str, Any] = {
     "in_channels": 384,
@@ -207,9 +207,9 @@ def step_cost(
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # of `to`, which leaves nothing behind
     with torch.device("meta"):
         net = FluxTransformer2DModel(**config, axes_dims_rope=(16, 56, 56)).to(torch.bfloat16)
-        adapters.attach(net.train(), adapter, seed=0)
+        injection.attach(net.train(), adapter, seed=0)
         if adapter.method == "lora":
-            for parameter in adapters.trainable(net).values():
+            for parameter in injection.trainable(net).values():
                 parameter.data = parameter.data.to(lora)
         recompute(net, blocks)
         loss = GridLoss(net, context_weight=1.0, guidance=1.0)
@@ -219,12 +219,12 @@ def step_cost(
     return Cost(operations=tuple(counter.operations))
 
 
-def group_of(net: FluxTransformer2DModel, *, rows: int, columns: int) -> Group:
+def group_of(net: FluxTransformer2DModel, *, rows: int, columns: int) -> TokenBatch:
     """A grid of square cells as the transformer reads it, without values."""
     n, config = rows * columns * (CELL // 16) ** 2, net.config
     half = {"dtype": torch.bfloat16, "device": "meta"}
     t = torch.empty(1, device="meta")
-    return Group(
+    return TokenBatch(
         indices=(0,),
         tasks=("any",),
         latents=Latents(

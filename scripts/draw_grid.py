@@ -14,10 +14,10 @@ from families import families
 from PIL import Image, ImageDraw, ImageFont
 
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.pipeline import InContextPipeline
-from visualcloze_deft.preview import query_of
-from visualcloze_deft.sheet import INK, MARK, caption_font
+from visualcloze_deft.data.queries import query_of
+from visualcloze_deft.data.sources.scenes import Scenes
+from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.reporting.contact_sheet import INK, MARK, caption_font
 
 SHOWN = {"depth-to-image": 3, "image-editing": 5, "novel-view": 0}  # task: number of its query
 CELL, GAP, EDGE = 128, 10, 30

@@ -21,15 +21,16 @@ from families import families
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft import grid
-from visualcloze_deft.data.mixture import Example, Mixture
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.evaluation.metrics import psnr
-from visualcloze_deft.models import Models
-from visualcloze_deft.pipeline import InContextPipeline
-from visualcloze_deft.preview import query_of
-from visualcloze_deft.sample import generate
-from visualcloze_deft.sheet import draw_grid, draw_sheet
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.queries import query_of
+from visualcloze_deft.data.sources.scenes import Scenes
+from visualcloze_deft.evaluation.metrics.fidelity import psnr
+from visualcloze_deft.grids import grid
+from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
+from visualcloze_deft.sampling.sampling import generate
 
 SEED = 1  # training uses scenes of seed 0
 BATCH = 16

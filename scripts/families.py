@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from visualcloze_deft.evaluation.suites import FAMILIES
-from visualcloze_deft.registry import Task, load_tasks
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.task_registry.task import Task
 
 
 def families() -> dict[str, Task]:

@@ -39,12 +39,14 @@ from gpu_rows import LENGTH, Row, last_line
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visualcloze_deft import adapters, attention, deft
-from visualcloze_deft.engine import recompute, start_engine
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import load_transformer
-from visualcloze_deft.rundir import METRICS
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.adapters.deft import factors, orthonormal
+from visualcloze_deft.backbones import attention
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.training.engine import recompute, start_engine
+from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.run_folder import METRICS
 
 __all__ = ["machine"]  # is called by name, too
 
@@ -254,7 +256,7 @@ def whitening(*, layers: int, outputs: int, rank: int) -> Row:
     draw = torch.Generator(DEVICE).manual_seed(0)
     p = torch.randn(layers, outputs, rank, dtype=torch.float64, device=DEVICE, generator=draw)
     leave_nan()
-    q = p @ deft.whitening(p.mT @ p)
+    q = p @ orthonormal.whitening(p.mT @ p)
     one = torch.eye(rank, dtype=q.dtype, device=DEVICE)
     return verdict({"Q^T Q": judged(q.mT @ q, one.expand_as(q.mT @ q))}, bound=1e-9)
 
@@ -265,7 +267,7 @@ def subspace(*, outputs: int, inputs: int, rank: int) -> Row:
     q = torch.linalg.qr(torch.randn(outputs, rank, device=DEVICE, generator=draw)).Q
     weight = amid_nan(torch.randn(outputs, inputs, device=DEVICE, generator=draw).to(BFLOAT16))
     leave_nan()
-    (found,) = deft.into_subspace(q[None], [weight])
+    (found,) = factors.into_subspace(q[None], [weight])
     return verdict({"Q^T W": judged(found, q.double().mT @ weight.double())}, bound=1e-5)
 
 
@@ -407,10 +409,10 @@ def found_gradients(
     """The gradient of each trained parameter, in float32 on the CPU."""
     cell, text = SIZES[model]
     run = run_of(method, batch=grids, zero=zero or 0, blocks=blocks, dtype=net.dtype)
-    adapters.attach(net, run.adapter, seed=0)
+    injection.attach(net, run.adapter, seed=0)
     torch.manual_seed(2)
     with torch.no_grad():
-        for name, parameter in adapters.trainable(net).items():
+        for name, parameter in injection.trainable(net).items():
             if "lora_B" in name:  # zero at first, and then A has no gradient
                 parameter.normal_(std=0.02)
     batch = group_of(net, grids=grids, rows=rows, columns=columns, cell=cell, text=text)
@@ -424,7 +426,7 @@ def found_gradients(
         GridLoss(net, context_weight=run.context_weight, guidance=run.guidance)(
             [batch]
         ).mean().backward()
-        found = {n: p.grad for n, p in adapters.trainable(net).items() if p.grad is not None}
+        found = {n: p.grad for n, p in injection.trainable(net).items() if p.grad is not None}
         return {name: one.detach().float().cpu() for name, one in found.items()}
     return gradients_of_engine(net, run, batch)
 
@@ -434,7 +436,7 @@ def gradients_of_engine(net: FluxTransformer2DModel, run: Run, batch: Any) -> di
     engine = start_engine(net, run)
     try:
         engine.backward(engine([batch]).mean())
-        found = {n: safe_get_full_grad(p) for n, p in adapters.trainable(net).items()}
+        found = {n: safe_get_full_grad(p) for n, p in injection.trainable(net).items()}
         return {n: one.detach().float().cpu() for n, one in found.items() if one is not None}
     finally:
         engine.destroy()

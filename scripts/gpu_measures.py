@@ -33,16 +33,19 @@ from peft import DeftConfig, LoraConfig, PeftConfig
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from visualcloze_deft import adapters, attention, deft, kernels, memory
-from visualcloze_deft.batch import Group
-from visualcloze_deft.compiled import Compiling
-from visualcloze_deft.engine import recompute, start_engine
+from visualcloze_deft.adapters import injection, methods
+from visualcloze_deft.adapters.deft import factors, orthonormal
+from visualcloze_deft.backbones import attention, kernels
+from visualcloze_deft.backbones.compiled import Compiling
+from visualcloze_deft.backbones.flops import peak, training_flops
+from visualcloze_deft.backbones.quantization import quantise
+from visualcloze_deft.config.run import Run, load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.flops import peak, training_flops
-from visualcloze_deft.folders import BASE
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.quantise import quantise
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.paths import BASE
+from visualcloze_deft.planning import activations, memory
+from visualcloze_deft.sampling.encoding import TokenBatch
+from visualcloze_deft.training.engine import recompute, start_engine
+from visualcloze_deft.training.objective import GridLoss
 
 __all__ = ["machine"]  # is called by name, too
 
@@ -107,13 +110,13 @@ def subspace(*, outputs: int, inputs: int, rank: int) -> Row:
     """DEFT's Q^T W of a bfloat16 weight."""
     weight = torch.randn(outputs, inputs, device=DEVICE).to(BFLOAT16)
     q = torch.linalg.qr(torch.randn(outputs, rank, device=DEVICE)).Q[None]
-    return timed(lambda: deft.into_subspace(q, [weight]))
+    return timed(lambda: factors.into_subspace(q, [weight]))
 
 
 def bases(*, layers: int, outputs: int, rank: int) -> Row:
     """Gram matrices and their whitening, of layers of one shape."""
     p = torch.randn(layers, outputs, rank, device=DEVICE)
-    return timed(lambda: deft.whitening(p.mT.double() @ p.double()))
+    return timed(lambda: orthonormal.whitening(p.mT.double() @ p.double()))
 
 
 # Training
@@ -171,18 +174,18 @@ def step(
 
 def planned_gb(run: Run, *, tokens: int, strip: int, text: int) -> float:
     """What `vcdeft plan` says of the transformer and its training."""
-    load = memory.Load(grids=1, image=tokens, text=text, strip=strip)
+    load = activations.Load(grids=1, image=tokens, text=text, strip=strip)
     plan = memory.memory_plan(run, load, processes=1, gpu=True)
     some = run.checkpoint_blocks
     blocks = {"all": plan.blocks, "none": 0}[some] if isinstance(some, str) else some
     return (plan.parts(0, blocks).peak - plan.encoders) / 1e9
 
 
-def measured(net: FluxTransformer2DModel, run: Run, group: Group, backend: str) -> Row:
+def measured(net: FluxTransformer2DModel, run: Run, group: TokenBatch, backend: str) -> Row:
     """A step through DeepSpeed's engine, as `vcdeft train` does it. backend: of attention."""
     start_distributed()
     tokens = len(group.latents.ids) + group.text.shape[1]
-    adapters.attach(net, run.adapter, seed=0)
+    injection.attach(net, run.adapter, seed=0)
     work = attention.Shapes(
         lengths=(tokens,),
         heads=net.config.num_attention_heads,
@@ -237,10 +240,10 @@ def peft_step(
     net = random_flux(MODELS[model], BFLOAT16)
     group = group_of(net, grids=1, rows=rows, columns=columns, cell=cell, text=text)
     net.add_adapter(peft_config(method, rank), "default")
-    adapters.keep_single_precision(net)
+    injection.keep_single_precision(net)
     recompute(net, blocks)
     loss = GridLoss(net.train(), context_weight=1.0, guidance=1.0)
-    trained = list(adapters.trainable(net).values())
+    trained = list(injection.trainable(net).values())
     optimiser = torch.optim.AdamW(trained, lr=1e-5, foreach=True)
 
     def one() -> None:
@@ -257,10 +260,10 @@ def peft_step(
 
 def peft_config(method: str, rank: int) -> PeftConfig:
     if method == "lora":
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=adapters.FLUX_LAYERS)
+        return LoraConfig(r=rank, lora_alpha=rank, target_modules=methods.FLUX_LAYERS)
     return DeftConfig(
         r=rank,
-        target_modules=adapters.FLUX_LAYERS,
+        target_modules=methods.FLUX_LAYERS,
         decomposition_method="qr",
         init_weights=False,
     )

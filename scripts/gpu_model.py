@@ -20,8 +20,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from visualcloze_deft.batch import Group
-from visualcloze_deft.grid import Latents, position_ids
+from visualcloze_deft.grids.grid import Latents, position_ids
+from visualcloze_deft.sampling.encoding import TokenBatch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -71,7 +71,7 @@ def random_flux(config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2D
 
 def group_of(
     net: FluxTransformer2DModel, *, grids: int, rows: int, columns: int, cell: int, text: int
-) -> Group:
+) -> TokenBatch:
     """`grids` random grids of square cells. cell: pixels of a side. text: T5 tokens."""
     n, config = rows * columns * (cell // 16) ** 2, net.config
     draw = torch.Generator(DEVICE).manual_seed(1)
@@ -82,7 +82,7 @@ def group_of(
     target = torch.zeros(grids, n, 256, device=DEVICE)
     target[:, -(cell // 16) :] = 1
     t = torch.rand(grids, device=DEVICE, generator=draw)
-    return Group(
+    return TokenBatch(
         indices=tuple(range(grids)),
         tasks=("random",) * grids,
         latents=Latents(

@@ -266,7 +266,7 @@ FLOAT16 = """
 import sys
 import numpy, torch
 from visualcloze_deft import InContextPipeline
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources.scenes import Scenes
 items = [Scenes(size=64, seed=0).item(k) for k in range(2)]
 rows = [[item.image("depth"), item.image("target")] for item in items]
 rows[1][1] = None

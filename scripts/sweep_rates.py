@@ -23,10 +23,19 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from visualcloze_deft import rundir
-from visualcloze_deft.compare import Plan, measure_all, planned, prepared, state_of, train_all
-from visualcloze_deft.compare_config import Training, load_comparison
+from visualcloze_deft.comparison.compare import (
+    Plan,
+    measure_all,
+    planned,
+    prepared,
+    state_of,
+    train_all,
+)
+from visualcloze_deft.comparison.trainings import Training
+from visualcloze_deft.config.comparison import load_comparison
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage import jsonl
+from visualcloze_deft.training import run_folder
 
 LAST = 0.5  # share of the steps whose loss counts: the adapter has left its start
 Numbers = NDArray[np.float64]
@@ -82,7 +91,7 @@ def finished(plan: Plan) -> list[Training]:
 
 def losses(plan: Plan) -> Iterator[tuple[str, Numbers]]:
     for training in finished(plan):
-        lines = rundir.read_lines(training.folder / rundir.METRICS)
+        lines = jsonl.read_lines(training.folder / run_folder.METRICS)
         every = np.array([line["loss"] for line in lines], float)
         yield training.name, every[int(len(every) * (1 - LAST)) :]
 

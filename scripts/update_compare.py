@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from visualcloze_deft.compare_report import CURVES, SCATTER, TABLE
+from visualcloze_deft.comparison.report import CURVES, SCATTER, TABLE
 
 DOCS = Path(__file__).parents[1] / "docs"
 

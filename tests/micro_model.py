@@ -21,7 +21,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from visualcloze_deft.folders import BASE
+from visualcloze_deft.paths import BASE
 
 
 def write_micro_model(folder: Path, *, in_channels: int = 384) -> Path:

@@ -12,8 +12,8 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 from torch import Tensor, nn
 
-from visualcloze_deft import attention
-from visualcloze_deft.attention import BACKENDS, plain
+from visualcloze_deft.backbones import attention
+from visualcloze_deft.backbones.attention import BACKENDS, plain
 
 Backend = Callable[..., Tensor]
 NATIVE = Registry._backends[BACKENDS["native"]]

@@ -14,11 +14,11 @@ from bench_infer import memory_of_tokens
 from PIL import Image
 
 from visualcloze_deft import InContextPipeline
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import Models
-from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
-from visualcloze_deft.upsample import Upsampling, upsample
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
+from visualcloze_deft.sampling.upsampling import Upsampling, upsample
 
 TASK, CONTENT = "From depth to photo.", "a red ball"
 Rows = list[list[Image.Image | None]]

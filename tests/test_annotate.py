@@ -33,8 +33,8 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data.annotate import Annotated, annotate
-from visualcloze_deft.data.annotators import (
+from visualcloze_deft.config.run import load_run
+from visualcloze_deft.data.annotation.models import (
     ANNOTATORS,
     check_model,
     colour,
@@ -42,11 +42,11 @@ from visualcloze_deft.data.annotators import (
     nearness,
     normals,
 )
-from visualcloze_deft.data.folder import Folder
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.annotation.source import Annotated, annotate
+from visualcloze_deft.data.sources.folder import Folder
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.rundir import mixture_of
-from visualcloze_deft.settings import load_run
+from visualcloze_deft.training.mixtures import mixture_of
 
 Refused = Callable[..., str]
 LABELS = ("Background", "cat", "dog")
@@ -600,7 +600,7 @@ def test_annotations_that_serve_nothing_are_refused(
 def test_help_teaches_without_torch() -> None:
     code = (
         "import sys\n"
-        "from visualcloze_deft.cli import cli\n"
+        "from visualcloze_deft.cli.app import cli\n"
         "cli.main(['data', 'annotate', '--help'], standalone_mode=False)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )

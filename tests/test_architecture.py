@@ -1,64 +1,69 @@
-"""Who may import whom, read from the sources without running them."""
+"""The walls between the sub-packages: who may import whom, and that a broken wall is found."""
 
 from __future__ import annotations
 
-import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import visualcloze_deft
 
-ROOT = Path(visualcloze_deft.__file__).parent
-PACKAGE = ROOT.name
+ROOT = Path(visualcloze_deft.__file__).parents[1]
+PACKAGE = ROOT / "visualcloze_deft"
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
-def dotted(path: Path) -> str:
-    return ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts))
+def linted(where: Path) -> subprocess.CompletedProcess[str]:
+    """The contracts of pyproject.toml, held against the package in the folder `where`."""
+    script = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    words = [sys.executable, "-c", script, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    return subprocess.run(
+        words, cwd=where, env={"PYTHONPATH": str(where)}, capture_output=True, text=True
+    )
 
 
-MODULES = {dotted(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def imports(module: str) -> set[str]:
-    """Our modules that `module` imports anywhere, also inside functions and for types only."""
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} line {node.lineno}: a relative import"
-            found |= {f"{node.module}.{name.name}" for name in node.names}
-            found.add(str(node.module))
-    return found & set(MODULES)
+def test_every_import_keeps_to_the_layers() -> None:
+    done = linted(ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
-    ("module", "allowed"),
+    ("module", "line", "contract"),
     [
-        ("errors", set()),
-        ("folders", set()),
-        ("cells", set()),
-        ("prompt", set()),
-        ("grid", {"cells", "errors"}),
-        ("flow", set()),
-        ("data.render", set()),
+        ("storage/hashing.py", "from visualcloze_deft.config import run", "Layers"),
+        ("inference/infer.py", "from visualcloze_deft.training import loop", "Layers"),
+        ("data/sources/folder.py", "from visualcloze_deft.data.sources import insdet", "Sources"),
+        ("data/base.py", "import peft", "peft"),
+        ("inference/infer.py", "import deepspeed", "DeepSpeed"),
+        ("evaluation/figures.py", "import matplotlib", "matplotlib"),
+        ("training/loop.py", "import click", "click"),
+        ("config/run.py", "import torch", "torch"),
     ],
 )
-def test_the_lowest_modules_stand_alone(module: str, allowed: set[str]) -> None:
-    assert imports(f"{PACKAGE}.{module}") <= {f"{PACKAGE}.{name}" for name in allowed}
-
-
-def test_nothing_but_main_imports_the_command_line() -> None:
-    importers = {module for module in MODULES if f"{PACKAGE}.cli" in imports(module)}
-    assert importers == {f"{PACKAGE}.__main__"}
-
-
-def test_data_sources_do_not_import_each_other() -> None:
-    names = ("folder", "graph200k", "dreambooth", "dreambench_plus", "insdet", "scenes")
-    sources = {f"{PACKAGE}.data.{name}" for name in names}
-    assert [pair for name in sources for pair in imports(name) & sources if pair] == []
+def test_a_broken_wall_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    for path in MODULES:
+        (tmp_path / "visualcloze_deft" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / path, tmp_path / "visualcloze_deft" / path)
+    with (tmp_path / "visualcloze_deft" / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    done = linted(tmp_path)
+    assert done.returncode == 1
+    broken = [text for text in done.stdout.splitlines() if " BROKEN" in text]
+    assert [text for text in broken if contract in text], done.stdout
 
 
 def test_no_module_is_called_utils() -> None:
-    assert {module for module in MODULES if "util" in module or "helper" in module} == set()
+    assert [path for path in MODULES if "util" in str(path) or "helper" in str(path)] == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["tasks", "list"]])
+def test_help_and_listings_import_no_torch(words: list[str]) -> None:
+    script = (
+        "import sys; from visualcloze_deft.cli import main\n"
+        f"try: main({words})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

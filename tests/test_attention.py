@@ -17,14 +17,16 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Reg
 from standins import standing_in
 from torch import Tensor
 
-from visualcloze_deft import adapters, attention
-from visualcloze_deft.attention import AUTO, BACKENDS, Choice, Passes, Shapes, plain
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones import attention
+from visualcloze_deft.backbones.attention import AUTO, BACKENDS, Choice, Passes, Shapes, plain
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.cli import main
-from visualcloze_deft.engine import recompute
+from visualcloze_deft.config.run import Adapter
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import load_transformer, predict_velocity
-from visualcloze_deft.pipeline import InContextPipeline
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.training.engine import recompute
 
 CPU = torch.device("cpu")
 
@@ -293,7 +295,7 @@ def strides_and_gradients(
     """The strides of the gradients that attention's output gets in all blocks, and the adapter's
     gradients."""
     model = load_transformer(str(folder), dtype=torch.float32).train()
-    adapters.attach(model, Adapter(rank=2), seed=0)
+    injection.attach(model, Adapter(rank=2), seed=0)
     recompute(model, blocks)
     if dense:
         attention.dense_gradients(model)
@@ -320,7 +322,7 @@ def strides_and_gradients(
             pooled=torch.randn(2, config.pooled_projection_dim, generator=draw),
             guidance=1.0,
         ).square().mean().backward()
-    return found, [p.grad for p in adapters.trainable(model).values()]
+    return found, [p.grad for p in injection.trainable(model).values()]
 
 
 @pytest.mark.parametrize("blocks", ["none", "all"])

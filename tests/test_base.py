@@ -10,14 +10,16 @@ import pytest
 import torch
 from families import families
 
-from visualcloze_deft import flow, grid
-from visualcloze_deft.batch import encode_grids
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.folders import BASE
-from visualcloze_deft.models import Models, load_models
-from visualcloze_deft.preview import query_of
-from visualcloze_deft.sample import Conditions, generate, velocity_of
+from visualcloze_deft.data.queries import query_of
+from visualcloze_deft.data.sources.scenes import Scenes
+from visualcloze_deft.diffusion import flow
+from visualcloze_deft.grids import grid
+from visualcloze_deft.paths import BASE
+from visualcloze_deft.sampling.encoding import encode_grids
+from visualcloze_deft.sampling.sampling import Conditions, generate, velocity_of
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from visualcloze_deft import InContextPipeline, adapters
-from visualcloze_deft.blend import Blend
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.adapters.merging import ActiveAdapters
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.config.run import Adapter, Bits
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.modelfolder import Bits
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import Adapter
 
 METHODS = ("deft", "deft-relaxed", "para", "lora")
 
@@ -26,13 +26,13 @@ def trained(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folders = {}
     for number, method in enumerate(METHODS):
         transformer = load_models(str(micro_model)).transformer
-        adapters.attach(transformer, Adapter(rank=2, method=method), seed=number)
+        injection.attach(transformer, Adapter(rank=2, method=method), seed=number)
         random = torch.Generator().manual_seed(number)
-        for parameter in adapters.trainable(transformer).values():
+        for parameter in injection.trainable(transformer).values():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=random)
         folders[method] = tmp_path_factory.mktemp("adapters") / method
         folders[method].mkdir()
-        adapters.save(transformer, folders[method], base="micro")
+        files.save(transformer, folders[method], base="micro")
     return folders
 
 
@@ -67,11 +67,11 @@ def test_in_use_an_adapter_is_what_its_layers_compute(
 ) -> None:
     layered = load_models(str(micro_model)).transformer
     plain = velocity(layered)
-    adapters.load(layered, trained[method])
+    files.load(layered, trained[method])
     wanted = velocity(layered)
     assert (wanted - plain).abs().max() > 0.01
     transformer = load_models(str(micro_model)).transformer
-    Blend(transformer, merge=merge).add("one", trained[method])
+    ActiveAdapters(transformer, merge=merge).add("one", trained[method])
     torch.testing.assert_close(velocity(transformer), wanted, atol=2e-5, rtol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_taken_off_the_base_is_bit_for_bit_what_it_was(
 ) -> None:
     transformer = load_models(str(micro_model)).transformer
     before, plain = weights(transformer), velocity(transformer)
-    blend = Blend(transformer, merge=merge)
+    blend = ActiveAdapters(transformer, merge=merge)
     for method in METHODS:
         blend.add(method, trained[method])
     blend.use({"deft": 0.7, "lora": -1.0})
@@ -98,7 +98,7 @@ def test_what_was_used_before_leaves_no_trace(micro_model: Path, trained: dict[s
     found = []
     for order in permutations(METHODS[:3]):
         transformer = load_models(str(micro_model)).transformer
-        blend = Blend(transformer)
+        blend = ActiveAdapters(transformer)
         for method in order:
             blend.add(method, trained[method])
         blend.use({"deft": 0.5, "para": 0.25})
@@ -110,7 +110,7 @@ def test_changes_add_up_by_strength(micro_model: Path, trained: dict[str, Path])
     transformer = load_models(str(micro_model)).transformer
     name = "transformer_blocks.0.attn.to_q"
     weight = transformer.get_parameter(f"{name}.weight")
-    base, blend, change = weight.clone(), Blend(transformer), {}
+    base, blend, change = weight.clone(), ActiveAdapters(transformer), {}
     for method in ("deft", "lora"):
         blend.add(method, trained[method])
         blend.use({method: 1.0})
@@ -125,9 +125,9 @@ def test_beside_a_quantised_base_the_change_is_that_of_its_weights(
     micro_model: Path, trained: dict[str, Path], bits: Bits
 ) -> None:
     layered = load_models(str(micro_model), bits=bits).transformer
-    adapters.load(layered, trained["deft"])
+    files.load(layered, trained["deft"])
     transformer = load_models(str(micro_model), bits=bits).transformer
-    blend = Blend(transformer)
+    blend = ActiveAdapters(transformer)
     blend.add("one", trained["deft"])
     torch.testing.assert_close(velocity(transformer), velocity(layered), atol=1e-4, rtol=1e-3)
     assert all(".change_" not in name for name in transformer.state_dict())
@@ -193,8 +193,8 @@ def test_an_adapter_that_does_not_fit_changes_nothing(
     micro_model: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     other = load_models("tiny").transformer
-    adapters.attach(other, Adapter(rank=2), seed=0)
-    adapters.save(other, tmp_path, base="tiny")
+    injection.attach(other, Adapter(rank=2), seed=0)
+    files.save(other, tmp_path, base="tiny")
     pipe = InContextPipeline.from_pretrained(str(micro_model), adapter=trained["lora"])
     before = weights(pipe.transformer)
     with pytest.raises(UserError, match=r"made for another model|has shape"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from visualcloze_deft.checkpoint import MOMENTS, PROGRESS, Progress, newest, publish, save
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.training.checkpoint import MOMENTS, PROGRESS, Progress, newest, publish, save
 
 ADAPTER = "adapter_model.safetensors"
 

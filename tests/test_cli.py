@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from visualcloze_deft.adapters import CONFIG, WEIGHTS
+from visualcloze_deft.adapters.files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
-from visualcloze_deft.settings import Run, write_run
-from visualcloze_deft.sheet import text_of
+from visualcloze_deft.config.run import Run, write_run
+from visualcloze_deft.reporting.contact_sheet import metadata_text
 
 GridFile = Callable[..., Path]
 Refused = Callable[..., str]
@@ -429,7 +429,7 @@ def test_a_preview_takes_the_place_of_previews_alone(
     drawn = output.read_bytes()
     photo, made = tmp_path / "photo.png", tmp_path / "made.png"
     Image.new("RGB", (8, 8)).save(photo)
-    Image.new("RGB", (8, 8)).save(made, pnginfo=text_of({"rows_sha256": []}))
+    Image.new("RGB", (8, 8)).save(made, pnginfo=metadata_text({"rows_sha256": []}))
     (tmp_path / "link.png").symlink_to("gone.png")
     for path in (photo, made, tmp_path / "link.png"):
         before = path.lstat()

@@ -19,23 +19,27 @@ from processes import run, vcdeft
 from safetensors.torch import load_file
 from scipy import stats
 
-from visualcloze_deft import adapters, compare, rundir
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
-from visualcloze_deft.compare_config import Comparison, Training, load_comparison, trainings
-from visualcloze_deft.compare_evaluate import Measured, asked_of, place_of, psnr, questions
-from visualcloze_deft.compare_report import (
+from visualcloze_deft.comparison import compare
+from visualcloze_deft.comparison.measure import Measured, place_of, psnr, query_sets, questions
+from visualcloze_deft.comparison.report import (
     CSV,
     REPORT,
     RESULTS,
     TABLE,
-    Compared,
     read_results,
     write_reports,
 )
-from visualcloze_deft.compare_statistics import estimate, holm
-from visualcloze_deft.folders import CONFIGS
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import load_run, write_run
+from visualcloze_deft.comparison.tables import Compared
+from visualcloze_deft.comparison.trainings import Training, trainings
+from visualcloze_deft.config.comparison import Comparison, load_comparison
+from visualcloze_deft.config.run import load_run, write_run
+from visualcloze_deft.paths import CONFIGS
+from visualcloze_deft.reporting.random_effects import estimate, holm
+from visualcloze_deft.storage import jsonl
+from visualcloze_deft.training import mixtures, run_folder
 
 Refused = Callable[..., str]
 METHODS = ("deft", "deft-relaxed", "para", "lora")
@@ -86,8 +90,8 @@ def test_parameters_are_counted_as_the_attached_adapters_have_them(
 ) -> None:
     for training in planned(comparison_file(seeds=[0])):
         transformer = load_models(str(micro_model)).transformer
-        adapters.attach(transformer, training.run.adapter, seed=0)
-        trained = sum(p.numel() for p in adapters.trainable(transformer).values())
+        injection.attach(transformer, training.run.adapter, seed=0)
+        trained = sum(p.numel() for p in injection.trainable(transformer).values())
         assert training.parameters == trained
 
 
@@ -124,7 +128,7 @@ def test_every_method_sees_the_same_examples_in_the_same_order(
 ) -> None:
     seen: dict[int, set[str]] = {}
     for training in planned(comparison_file()):
-        mixture = rundir.mixture_of(training.run)
+        mixture = mixtures.mixture_of(training.run)
         drawn = [mixture[k] for k in range(6)]
         told = [(one.task, one.keys, one.hidden, one.task_sentence, one.content) for one in drawn]
         shown = [cell.tobytes() for cell in drawn[0].complete[-1]]
@@ -139,9 +143,9 @@ def test_what_is_asked_is_never_trained_on_and_no_query_twice(
 ) -> None:
     comparison = load_comparison(str(comparison_file()))
     found = trainings(comparison)
-    seeds = {source.seed for one in found for source in rundir.mixture_of(one.run).sources}
+    seeds = {source.seed for one in found for source in mixtures.mixture_of(one.run).sources}
     assert seeds == {0, 1}
-    for one in asked_of(comparison, found[0].run):
+    for one in query_sets(comparison, found[0].run):
         assert seeds.isdisjoint({source.seed for source in one.mixture.sources})
         grids = questions(one.mixture, one.task, 5)
         again = questions(one.mixture, one.task, 3)
@@ -169,7 +173,7 @@ def test_new_tasks_are_trained_and_old_ones_are_not(
 
 def test_where_items_share_pictures_none_is_asked_twice_or_shown_above_its_question() -> None:
     run = load_run(None, ['data.sources=["subject=1"]', "data.tasks=subject-driven"])
-    mixture = rundir.mixture_of(run)
+    mixture = mixtures.mixture_of(run)
     grids = questions(mixture, mixture.tasks["subject-driven"], 12)
     targets = [grid.complete[-1][-1].tobytes() for grid in grids]
     assert len(grids) == len(set(targets)) == 4  # pictures, of which 12 pairs are made
@@ -180,9 +184,9 @@ def test_where_items_share_pictures_none_is_asked_twice_or_shown_above_its_quest
 def test_a_new_subject_is_asked_in_other_pictures_than_it_is_learned_from() -> None:
     comparison = load_comparison("compare-subject")
     run_of = trainings(comparison)[0].run
-    mixture = rundir.mixture_of(run_of)
+    mixture = mixtures.mixture_of(run_of)
     assert sum(len(source) for source in mixture.sources) == 12  # ordered pairs of four pictures
-    (new,) = (one for one in asked_of(comparison, run_of) if one.group == "new")
+    (new,) = (one for one in query_sets(comparison, run_of) if one.group == "new")
     shown = [mixture[k].rows for k in range(12)]
     learned = {cell.tobytes() for rows in shown for row in rows for cell in row if cell}
     assert len(learned) == 4
@@ -388,7 +392,7 @@ def test_the_report_holds_what_the_results_say(
         training.folder.mkdir(parents=True)
         for step in (1, 2, 3):
             line = {"step": step, "loss": 1 / step, "seconds": 60.0, "examples": 1, "tasks": {}}
-            rundir.append_line(training.folder / rundir.METRICS, line)
+            run_folder.append_line(training.folder / run_folder.METRICS, line)
     (output / compare.SETTINGS).write_text("rank = 4 # <settings>")
     write_reports([one for training in found for one in made(training, 3)], output)
 
@@ -464,7 +468,7 @@ def test_what_is_finished_is_not_done_again(
     main(["compare", str(path), *few])
     assert "| rank and parameters | deft | 4 |" in capsys.readouterr().out
     losses = [
-        [line["loss"] for line in rundir.read_lines(output / "runs" / name / rundir.METRICS)]
+        [line["loss"] for line in jsonl.read_lines(output / "runs" / name / run_folder.METRICS)]
         for name in ("deft-r4-s0", "lora-r4-s0")
     ]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)  # both start as the base
@@ -515,7 +519,7 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.02)
-    first = (output / "runs" / "deft-r4-s0" / "adapter" / adapters.WEIGHTS).stat().st_mtime_ns
+    first = (output / "runs" / "deft-r4-s0" / "adapter" / files.WEIGHTS).stat().st_mtime_ns
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=10)  # which ends with the last process that could write there
@@ -526,11 +530,11 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     assert again.returncode == 0, again.stderr[-2000:]
     for name in ("deft-r4-s0", "lora-r4-s0"):
         one, other = (
-            load_file(folder / "runs" / name / "adapter" / adapters.WEIGHTS)
+            load_file(folder / "runs" / name / "adapter" / files.WEIGHTS)
             for folder in (whole, output)
         )
         assert all(one[key].equal(other[key]) for key in one)
-    adapter = output / "runs" / "deft-r4-s0" / "adapter" / adapters.WEIGHTS
+    adapter = output / "runs" / "deft-r4-s0" / "adapter" / files.WEIGHTS
     assert adapter.stat().st_mtime_ns == first
     told = [
         [line["of_grids"] for line in read_results(folder / RESULTS)] for folder in (whole, output)
@@ -541,7 +545,7 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
 def test_a_comparison_is_written_as_it_was_read(
     comparison_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from visualcloze_deft.compare_config import write_comparison
+    from visualcloze_deft.config.comparison import write_comparison
 
     comparison = load_comparison(str(comparison_file()))
     assert isinstance(comparison, Comparison)

@@ -15,12 +15,15 @@ from processes import Group, run
 from test_train import losses
 from torch._dynamo.utils import counters
 
-from visualcloze_deft import adapters, deft, rundir
-from visualcloze_deft.compiled import VARIANTS, Compiling, compile_blocks, explained
-from visualcloze_deft.engine import recompute
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.adapters.deft import deft_linear
+from visualcloze_deft.backbones.compiled import VARIANTS, Compiling, compile_blocks, explained
+from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.config.run import Adapter
 from visualcloze_deft.errors import Logged, UserError
-from visualcloze_deft.models import load_models, load_transformer, predict_velocity
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.training import run_folder
+from visualcloze_deft.training.engine import recompute
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +55,9 @@ def transformer(double: int, single: int) -> FluxTransformer2DModel:
 
 
 def trained(model: FluxTransformer2DModel, *, recomputed: int = 0) -> None:
-    adapters.attach(model, Adapter(rank=2), seed=0)
+    injection.attach(model, Adapter(rank=2), seed=0)
     recompute(model, recomputed)
-    deft.share_factors(model)
+    deft_linear.share_factors(model)
     compile_blocks(model)
 
 
@@ -189,9 +192,11 @@ def test_a_compiled_run_over_many_shapes_has_the_losses_of_one_that_is_not(
     group = Group([*words, "--output", tmp_path / "run", "--set", "compile=true"], processes=1)
     assert group.wait(500) == 0, group.said[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-    lines = [json.loads(x) for x in (tmp_path / "run" / rundir.METRICS).read_text().splitlines()]
+    lines = [
+        json.loads(x) for x in (tmp_path / "run" / run_folder.METRICS).read_text().splitlines()
+    ]
     assert len({line["tokens_per_second"] * line["seconds"] // 4 for line in lines}) > 8
     assert all(0 < line["compiling"] <= 1 for line in lines)
     assert "compiling took " in group.said
     assert "run uncompiled" not in group.said
-    assert "compiling" not in (tmp_path / "plain" / rundir.METRICS).read_text()
+    assert "compiling" not in (tmp_path / "plain" / run_folder.METRICS).read_text()

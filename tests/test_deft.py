@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from visualcloze_deft import adapters, deft
-from visualcloze_deft.modelfolder import Bits
-from visualcloze_deft.quantise import dense, quantised
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.adapters.deft import deft_linear, factors
+from visualcloze_deft.backbones.quantization import dense, quantised
+from visualcloze_deft.config.run import Adapter, Bits
 
 KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr", "alpha": 6},
@@ -52,7 +52,7 @@ def peft_net(kind: str, *, i: int = 40, o: int = 24, r: int = 4, bias: bool = Tr
 
 def adopted(net: nn.Module) -> nn.Module:
     ours = copy.deepcopy(net)
-    deft.adopt(ours)
+    deft_linear.adopt(ours)
     return ours
 
 
@@ -70,7 +70,7 @@ def continuous_basis(p: Tensor) -> Tensor:
     return q * triangle.diagonal().sign()
 
 
-def adapted_weight(layer: deft.DeftLinear, p: Tensor, r: Tensor | None) -> Tensor:
+def adapted_weight(layer: deft_linear.DeftLinear, p: Tensor, r: Tensor | None) -> Tensor:
     """arXiv 2509.22793: (I - Q Q^T) W + s Q R; (I - P relu(P)^T) W + s P R; without R PaRa."""
     weight = layer.base_layer.weight.double()
     relaxed = layer.deft_decomposition[NAME] == "relu"
@@ -80,7 +80,7 @@ def adapted_weight(layer: deft.DeftLinear, p: Tensor, r: Tensor | None) -> Tenso
     return kept if r is None else kept + layer.deft_scaling[NAME] * q @ r
 
 
-def formula(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+def formula(layer: deft_linear.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
     """Output and gradients of x, P and R of <output, weights>, through W' in float64."""
     x = x.detach().double().requires_grad_()
     parameters = [p.detach().double().requires_grad_() for p in layer.parameters_of(NAME)]
@@ -91,7 +91,7 @@ def formula(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, [x, *parameters], weights.double())]
 
 
-def layer_values(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+def layer_values(layer: deft_linear.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = layer(x)
     return [y, *torch.autograd.grad(y, [x, *layer.parameters_of(NAME)], weights.to(y.dtype))]
@@ -141,7 +141,7 @@ def test_it_is_the_paper_for_any_shape_rank_and_conditioning(
         assert (one.double() - other).norm() <= 1.2e-6 * size
 
 
-def sizes(layer: deft.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+def sizes(layer: deft_linear.DeftLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
     """How large the products are that output and gradients of x, P and R add up: what rounding
     is relative to, however much of them cancels."""
     relaxed = layer.deft_decomposition[NAME] == "relu"
@@ -304,9 +304,9 @@ def test_strength_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None
 
 def test_diffusers_sets_strengths_by_name(micro_model: Path) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
-    adapters.attach(transformer, Adapter(rank=2), seed=0)
+    injection.attach(transformer, Adapter(rank=2), seed=0)
     transformer.set_adapters([NAME], [0.25])
-    assert {layer.strength(NAME) for layer in deft.layers(transformer).values()} == {0.25}
+    assert {layer.strength(NAME) for layer in deft_linear.layers(transformer).values()} == {0.25}
 
 
 @pytest.mark.parametrize("kind", ["deft", "deft-relaxed"])
@@ -432,7 +432,7 @@ def test_a_layer_with_a_merged_adapter_is_not_adopted() -> None:
     net = peft_net("deft")
     net[0].merge()
     with pytest.raises(ValueError, match="0: an adapter is merged into it: unmerge it first"):
-        deft.adopt(net)
+        deft_linear.adopt(net)
 
 
 def test_the_change_of_a_weight_does_not_depend_on_what_is_merged() -> None:
@@ -493,17 +493,17 @@ def test_an_adapter_loaded_for_use_stays_frozen_when_it_is_chosen(
     micro_model: Path, tmp_path: Path
 ) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
-    adapters.attach(transformer, Adapter(rank=2), seed=0)
-    adapters.save(transformer, tmp_path, base="micro")
+    injection.attach(transformer, Adapter(rank=2), seed=0)
+    files.save(transformer, tmp_path, base="micro")
     used = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
-    adapters.load(used, tmp_path)
+    files.load(used, tmp_path)
     used.set_adapters([NAME], [0.25])
     used.disable_adapters()
     used.enable_adapters()
-    assert all(layer.is_frozen(NAME) for layer in deft.layers(used).values())
-    assert {layer.strength(NAME) for layer in deft.layers(used).values()} == {0.25}
+    assert all(layer.is_frozen(NAME) for layer in deft_linear.layers(used).values())
+    assert {layer.strength(NAME) for layer in deft_linear.layers(used).values()} == {0.25}
     transformer.set_adapters([NAME], [1.0])
-    assert not any(layer.is_frozen(NAME) for layer in deft.layers(transformer).values())
+    assert not any(layer.is_frozen(NAME) for layer in deft_linear.layers(transformer).values())
 
 
 def test_another_base_layer_gets_factors_of_its_own() -> None:
@@ -601,8 +601,8 @@ def checkpointed_net() -> Checkpointed:
     net = Checkpointed().requires_grad_(False)
     config = DeftConfig(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS["deft"])
     inject_adapter_in_model(config, net, NAME)
-    deft.adopt(net)
-    deft.share_factors(net)
+    deft_linear.adopt(net)
+    deft_linear.share_factors(net)
     return net
 
 
@@ -625,7 +625,7 @@ def test_while_parameters_are_constant_all_passes_share_one_factorisation() -> N
     torch.stack([y.square().mean() for y in apart]).sum().backward()
     expected = [p.grad.clone() for p in trained(net)]
     net.zero_grad()
-    with Seen() as seen, deft.constant_parameters(net):
+    with Seen() as seen, deft_linear.constant_parameters(net):
         with torch.no_grad():
             net(xs[0])
         for x, before in zip(xs, apart, strict=True):  # as accumulated batches of one step
@@ -639,7 +639,7 @@ def test_while_parameters_are_constant_all_passes_share_one_factorisation() -> N
 
 def test_what_was_constant_is_made_anew_afterwards() -> None:
     net, x = checkpointed_net(), torch.randn(5, 40)
-    with deft.constant_parameters(net):
+    with deft_linear.constant_parameters(net):
         before = net(x)
     fused_steps(trained(net), net, x)
     expected = copy.deepcopy(net)(x)
@@ -650,7 +650,7 @@ def test_what_was_constant_is_made_anew_afterwards() -> None:
 def test_a_module_around_the_whole_makes_factors_once_for_all_its_calls() -> None:
     net, x = checkpointed_net(), torch.randn(5, 40)
     outer = nn.Sequential(net, net)
-    deft.share_factors(outer)
+    deft_linear.share_factors(outer)
     with Seen() as seen:
         outer(x).square().mean().backward()
     assert factorisations(seen) == 1
@@ -701,12 +701,12 @@ def test_three_parts_in_bfloat16_err_no_more_than_float32_does_today(i: int, o: 
     for rank in (16, 64, 256):
         q = torch.linalg.qr(torch.randn(o, rank)).Q
         truth = q.double().mT @ weight.double()
-        (by_rows,) = deft.into_subspace(q[None], [weight])
-        parts = deft.in_parts(q)
+        (by_rows,) = factors.into_subspace(q[None], [weight])
+        parts = factors.in_parts(q)
         assert torch.equal(parts.double().unflatten(-1, (3, -1)).sum(dim=-2), q.double())
-        (by_parts,) = deft.added_parts([parts.float().mT @ weight.float()], rank)
+        (by_parts,) = factors.added_parts([parts.float().mT @ weight.float()], rank)
         assert relative(by_parts, truth) <= relative(by_rows, truth)
-        two = deft.added_parts([parts.float().mT[: 2 * rank] @ weight.float()], 2 * rank)[0]
+        two = factors.added_parts([parts.float().mT[: 2 * rank] @ weight.float()], 2 * rank)[0]
         assert relative(two[:rank] + two[rank:], truth) > 5 * relative(by_rows, truth)
 
 
@@ -720,7 +720,7 @@ def test_training_makes_no_matrix_of_the_weights_size_and_no_float32_activation(
         net(x).sum().backward()
     weight = net[0].base_layer.weight
     made = [t for t in seen.made if t.untyped_storage().data_ptr() != weight.data_ptr()]
-    assert max(t.numel() for t in made if 700 not in t.shape) <= deft.ROWS * 1200
+    assert max(t.numel() for t in made if 700 not in t.shape) <= factors.ROWS * 1200
     assert not [t.shape for t in made if 700 in t.shape and t.dtype != torch.bfloat16]
 
 
@@ -780,5 +780,5 @@ def test_a_layer_with_transposed_weights_stays_pefts() -> None:
     net = nn.Sequential(Conv1D(24, 40)).requires_grad_(False)
     config = DeftConfig(r=4, target_modules=["0"], fan_in_fan_out=True)
     inject_adapter_in_model(config, net, NAME)
-    deft.adopt(net)
+    deft_linear.adopt(net)
     assert type(net[0]) is PeftDeftLinear

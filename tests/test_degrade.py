@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visualcloze_deft.data.degrade import DEGRADATIONS
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources.scenes import Scenes
 
 Floats = NDArray[np.float64]
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from visualcloze_deft.cli import describe_run, main
-from visualcloze_deft.data.dreambench_plus import DreamBenchPlus
-from visualcloze_deft.data.questions import questions
+from visualcloze_deft.cli import main
+from visualcloze_deft.cli.train import describe_run
+from visualcloze_deft.config.run import parse_run
+from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gridfile import read_requests
-from visualcloze_deft.registry import load_tasks
-from visualcloze_deft.rundir import mixture_of
-from visualcloze_deft.settings import parse_run
+from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training.mixtures import mixture_of
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))
 real_data = pytest.mark.skipif(
@@ -165,7 +166,7 @@ def test_the_order_of_the_data_does_not_matter_and_the_same_is_asked_again(
 
 def test_few_questions_are_spread_and_there_are_no_more_than_items(bench: Path) -> None:
     source = DreamBenchPlus(bench)
-    asking = questions({"subject-driven": TASKS["subject-driven"]}, [source], rows=1)
+    asking = query_sources({"subject-driven": TASKS["subject-driven"]}, [source], rows=1)
     keys = {
         count: [
             example.keys[-1]

@@ -14,16 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from visualcloze_deft import adapters, rundir
-from visualcloze_deft.batch import Drawn, Draws, Group, encode
-from visualcloze_deft.checkpoint import Progress
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.embedding_cache import Encodings, Used, digest, entries, fingerprint
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.cli import main
-from visualcloze_deft.encodings import Encodings, Used, digest, entries, fingerprint
+from visualcloze_deft.config.run import Run, load_run, write_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import Models, load_models
-from visualcloze_deft.precompute import encode_all, length_of
-from visualcloze_deft.settings import Run, load_run, write_run
+from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode
+from visualcloze_deft.training import mixtures, preparation, resume, run_folder
+from visualcloze_deft.training.cache_latents import encode_all, length_of
+from visualcloze_deft.training.checkpoint import Progress
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.objective import GridLoss
 
 TEXTS = ["a red mug", "a dog on a lawn", "a red mug"]
 
@@ -40,10 +43,10 @@ def run(micro_model: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def drawn(run: Run) -> list[Drawn]:
-    draws = Draws(rundir.mixture_of(run))
+def drawn(run: Run) -> list[PixelExample]:
+    draws = PixelDataset(mixtures.mixture_of(run))
     found = [draws[index] for index in range(6)]
-    return [one for one in found if isinstance(one, Drawn)]
+    return [one for one in found if isinstance(one, PixelExample)]
 
 
 def keeping(models: Models, folder: Path) -> tuple[Models, Encodings]:
@@ -55,7 +58,7 @@ def strips(count: int) -> Tensor:
     return torch.rand(count, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def tensors(group: Group) -> list[Tensor]:
+def tensors(group: TokenBatch) -> list[Tensor]:
     latents = group.latents
     return [latents.clean, latents.seen, latents.mask, group.noise, group.text, group.pooled]
 
@@ -190,7 +193,7 @@ def test_a_full_disk_is_told_once_and_what_was_stored_is_still_found(
 
 
 def test_a_folder_that_cannot_be_made_stops_encoding_ahead_but_not_encoding(
-    models: Models, drawn: list[Drawn], tmp_path: Path
+    models: Models, drawn: list[PixelExample], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     keeper, _ = keeping(models, tmp_path / "file" / "kept")
@@ -200,7 +203,7 @@ def test_a_folder_that_cannot_be_made_stops_encoding_ahead_but_not_encoding(
 
 
 def test_batches_are_the_same_whatever_part_of_them_is_found(
-    models: Models, drawn: list[Drawn], tmp_path: Path
+    models: Models, drawn: list[PixelExample], tmp_path: Path
 ) -> None:
     keeper, _ = keeping(models, tmp_path)
     cold = encode(keeper, drawn, seed=0)
@@ -219,11 +222,11 @@ def test_batches_are_the_same_whatever_part_of_them_is_found(
             torch.testing.assert_close(first, others[2], atol=1e-4, rtol=1e-4)  # its batches round
 
 
-def losses(models: Models, run: Run, drawn: list[Drawn]) -> list[float]:
+def losses(models: Models, run: Run, drawn: list[PixelExample]) -> list[float]:
     """Of a new adapter that is trained on one example a step."""
     transformer = deepcopy(models.transformer)
-    adapters.attach(transformer, run.adapter, seed=0)
-    optimiser = torch.optim.AdamW(adapters.trainable(transformer).values(), lr=0.01)
+    injection.attach(transformer, run.adapter, seed=0)
+    optimiser = torch.optim.AdamW(injection.trainable(transformer).values(), lr=0.01)
     loss_of = GridLoss(transformer, context_weight=1, guidance=1.0)
     found = []
     for one in drawn:
@@ -236,7 +239,7 @@ def losses(models: Models, run: Run, drawn: list[Drawn]) -> list[float]:
 
 
 def test_a_run_of_batches_of_one_has_the_same_losses_with_and_without(
-    models: Models, run: Run, drawn: list[Drawn], tmp_path: Path
+    models: Models, run: Run, drawn: list[PixelExample], tmp_path: Path
 ) -> None:
     plain = losses(models, run, drawn[:3])
     for _ in ("cold", "warm"):
@@ -256,17 +259,21 @@ def test_what_is_encoded_ahead_is_what_training_asks_for(
     main(["data", "encode", *of_run, "--output", str(tmp_path / "kept")])
     assert ", 0 made" in capsys.readouterr().out
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "batch=2"])
-    mixture = rundir.mixture_of(run)
+    mixture = mixtures.mixture_of(run)
     assert length_of(run.model_copy(update={"steps": 3}), mixture, processes=1) == 6
-    draws = Draws(mixture)
+    draws = PixelDataset(mixture)
     keeper, encodings = keeping(models, tmp_path / "kept")
     for first in (0, 2, 4):
-        encode(keeper, [one for k in (0, 1) if isinstance(one := draws[first + k], Drawn)], seed=0)
+        encode(
+            keeper,
+            [one for k in (0, 1) if isinstance(one := draws[first + k], PixelExample)],
+            seed=0,
+        )
     assert encodings.used.made == 0
 
 
 def test_texts_alone_are_encoded_ahead_where_asked(
-    models: Models, drawn: list[Drawn], tmp_path: Path
+    models: Models, drawn: list[PixelExample], tmp_path: Path
 ) -> None:
     keeper, encodings = keeping(models, tmp_path)
     encode_all(keeper, drawn, text_only=True)
@@ -286,16 +293,16 @@ def test_a_file_in_place_of_the_folder_is_refused_before_weights_are_read(
 
 def test_run_names_a_folder_of_the_run(tmp_path: Path) -> None:
     run = load_run(None, [f"output={tmp_path}", "data.encodings=run"])
-    assert rundir.encodings_folder(run) == tmp_path / rundir.ENCODINGS
-    assert rundir.encodings_folder(load_run(None)) is None
+    assert run_folder.encodings_folder(run) == tmp_path / run_folder.ENCODINGS
+    assert run_folder.encodings_folder(load_run(None)) is None
 
 
 def test_a_run_may_go_on_with_encodings_or_without(tmp_path: Path) -> None:
     before = load_run(None, [f"output={tmp_path}"])
-    write_run(before, tmp_path / rundir.SETTINGS)
+    write_run(before, tmp_path / run_folder.SETTINGS)
     now = load_run(None, [f"output={tmp_path}", "data.encodings=run", "offload_encoders=true"])
-    plan = rundir.plan_of(now, rundir.mixture_of(now), processes=1)
-    rundir.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan, ())
+    plan = preparation.plan_of(now, mixtures.mixture_of(now), processes=1)
+    resume.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan, ())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,33 +22,31 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from visualcloze_deft import (
-    adapters,
-    deepspeed_settings,
-    lorafile,
-    memory,
-    patterns,
-    report,
-    rundir,
-)
-from visualcloze_deft.checkpoint import PROGRESS, Progress, newest, save
-from visualcloze_deft.cli import cli, main
-from visualcloze_deft.compare_evaluate import Measured, read_measured, write_measured
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones import lora_files
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.cli import main
+from visualcloze_deft.cli.app import cli
+from visualcloze_deft.comparison.measure import Measured, read_measured, write_measured
+from visualcloze_deft.config import patterns
+from visualcloze_deft.config.patterns import matching
+from visualcloze_deft.config.run import Adapter, Run, load_run, write_run
 from visualcloze_deft.data.index import Indexed, Row, index
 from visualcloze_deft.errors import MOST, UserError, reading
-from visualcloze_deft.evaluation.page import draw_bars
-from visualcloze_deft.evaluation.statistics import Figure
-from visualcloze_deft.gridfile import read_requests
-from visualcloze_deft.modelfolder import CONFIG, WEIGHTS
-from visualcloze_deft.models import load_models
-from visualcloze_deft.patterns import matching
-from visualcloze_deft.registry import load_tasks
-from visualcloze_deft.report import svg_of
-from visualcloze_deft.runlines import EvaluationLine, StepLine, read_lines
-from visualcloze_deft.settings import Adapter, Run, load_run, write_run
-from visualcloze_deft.sheet import told_by_image
-from visualcloze_deft.textfile import DEEPEST, parse_json
-from visualcloze_deft.upsample import Upsampling
+from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.planning import memory, sizes
+from visualcloze_deft.reporting import plots
+from visualcloze_deft.reporting.bars import draw_bars
+from visualcloze_deft.reporting.contact_sheet import image_metadata
+from visualcloze_deft.reporting.plots import svg_of
+from visualcloze_deft.reporting.statistics import Figure
+from visualcloze_deft.sampling.upsampling import Upsampling
+from visualcloze_deft.storage.jsonl import EvaluationLine, StepLine, read_lines
+from visualcloze_deft.storage.text_files import DEEPEST, parse_json
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training import deepspeed_settings, report, resume, run_folder
+from visualcloze_deft.training.checkpoint import PROGRESS, Progress, newest, save
 
 Refused = Callable[..., str]
 NoRoom = Callable[[], AbstractContextManager[None]]
@@ -201,11 +199,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saved(folder: Path, settings: Adapter) -> Path:
     transformer = load_models("tiny").transformer
-    adapters.attach(transformer, settings, seed=0)
-    for parameter in adapters.trainable(transformer).values():
+    injection.attach(transformer, settings, seed=0)
+    for parameter in injection.trainable(transformer).values():
         torch.nn.init.normal_(parameter)
     folder.mkdir()
-    adapters.save(transformer, folder, base="tiny")
+    files.save(transformer, folder, base="tiny")
     return folder
 
 
@@ -373,19 +371,19 @@ def test_a_pattern_that_never_ends_is_given_up(
     names = list(model.linear)
     assert "takes more than 1 s" in message(lambda: matching("it", endless, names))
     settings = Adapter(layers=endless)
-    assert "adapter.layers" in message(lambda: memory.adapted_layers(model, settings))
+    assert "adapter.layers" in message(lambda: sizes.adapted_layers(model, settings))
     transformer = load_models("tiny").transformer
-    assert "adapter.layers" in message(lambda: adapters.attach(transformer, settings, seed=0))
+    assert "adapter.layers" in message(lambda: injection.attach(transformer, settings, seed=0))
     for folder, name, value in (
         (adapter, "target_modules", endless),
         (adapter, "exclude_modules", endless),
         (lora, "alpha_pattern", {endless: 4}),
     ):
         odd = changed(folder, tmp_path / name, {name: value})
-        assert CONFIG in message(lambda odd=odd: adapters.load(transformer, odd))
+        assert CONFIG in message(lambda odd=odd: files.load(transformer, odd))
     shapes = {name: (outputs, inputs) for name, (inputs, outputs) in model.linear.items()}
     odd = changed(lora, tmp_path / "read", {"rank_pattern": {endless: 4}})
-    assert "its settings" in message(lambda: lorafile.read(odd / WEIGHTS, shapes=shapes))
+    assert "its settings" in message(lambda: lora_files.read(odd / WEIGHTS, shapes=shapes))
     assert time.monotonic() - began < 60
 
 
@@ -443,9 +441,9 @@ def test_an_adapters_settings_of_another_kind_are_refused(
     transformer: Any, adapter: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     odd = changed(adapter, tmp_path / "odd", fields)
-    assert str(tmp_path) in message(lambda: adapters.load(transformer, odd))
-    adapters.load(transformer, adapter)  # the transformer is as it was
-    adapters.detach(transformer)
+    assert str(tmp_path) in message(lambda: files.load(transformer, odd))
+    files.load(transformer, adapter)  # the transformer is as it was
+    injection.detach(transformer)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +454,7 @@ def test_an_adapters_settings_that_are_no_object_are_refused(
 ) -> None:
     odd = changed(adapter, tmp_path / "odd", {})
     (odd / CONFIG).write_text(text)
-    assert CONFIG in message(lambda: adapters.load(transformer, odd))
+    assert CONFIG in message(lambda: files.load(transformer, odd))
 
 
 @pytest.mark.parametrize(
@@ -557,7 +555,7 @@ def test_a_picture_that_says_anything_else_is_no_result_of_ours(tmp_path: Path, 
     told = PngImagePlugin.PngInfo()
     told.add_itxt("vcdeft", text)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=told)
-    assert told_by_image(tmp_path / "a.png") == {}
+    assert image_metadata(tmp_path / "a.png") == {}
 
 
 # ---- lines and records that are read again
@@ -571,7 +569,7 @@ STEP: dict[str, Any] = {
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    write_run(Run(output=str(folder)), folder / rundir.SETTINGS)
+    write_run(Run(output=str(folder)), folder / run_folder.SETTINGS)
     return folder
 
 
@@ -602,28 +600,28 @@ def test_an_odd_line_is_named_and_a_cut_last_one_left_out(
     refused: Refused, run: Path, odd: str
 ) -> None:
     good = json.dumps(STEP)
-    (run / rundir.METRICS).write_text(f"{good}\n{odd}\n{good}\n")
-    assert f"{rundir.METRICS}, line 2: " in refused("report", run)
+    (run / run_folder.METRICS).write_text(f"{good}\n{odd}\n{good}\n")
+    assert f"{run_folder.METRICS}, line 2: " in refused("report", run)
     assert "line 2: " in refused("plan", "--run", run, "--grid", "2x2")
-    (run / rundir.METRICS).write_text(f"{good}\n{good[:20]}")
-    assert read_lines(run / rundir.METRICS, StepLine) == [STEP]
+    (run / run_folder.METRICS).write_text(f"{good}\n{good[:20]}")
+    assert read_lines(run / run_folder.METRICS, StepLine) == [STEP]
     main(["report", str(run)])
-    rundir.keep_lines_until(run, 1)  # as a resumed run does
-    assert (run / rundir.METRICS).read_text() == f"{good}\n"
+    resume.keep_lines_until(run, 1)  # as a resumed run does
+    assert (run / run_folder.METRICS).read_text() == f"{good}\n"
 
 
 def test_odd_lines_of_evaluations_and_odd_versions_are_named(refused: Refused, run: Path) -> None:
-    (run / rundir.METRICS).write_text(json.dumps(STEP) + "\n")
+    (run / run_folder.METRICS).write_text(json.dumps(STEP) + "\n")
     line = {"step": 1, "loss": None, "tasks": {}, "times": {"0.5": None}}
-    (run / rundir.EVALUATION).write_text(json.dumps(line) + "\n")
-    assert read_lines(run / rundir.EVALUATION, EvaluationLine) == [line]
+    (run / run_folder.EVALUATION).write_text(json.dumps(line) + "\n")
+    assert read_lines(run / run_folder.EVALUATION, EvaluationLine) == [line]
     report.write_report(run)
-    (run / rundir.EVALUATION).write_text(json.dumps(line | {"times": [0.5]}) + "\n")
+    (run / run_folder.EVALUATION).write_text(json.dumps(line | {"times": [0.5]}) + "\n")
     assert "evaluation.jsonl, line 1: times = [0.5]" in refused("report", run)
-    (run / rundir.EVALUATION).unlink()
-    (run / rundir.VERSIONS).write_text('{"attention": 5}')
+    (run / run_folder.EVALUATION).unlink()
+    (run / run_folder.VERSIONS).write_text('{"attention": 5}')
     assert "versions.json" in refused("report", run)
-    (run / rundir.VERSIONS).unlink()
+    (run / run_folder.VERSIONS).unlink()
     (run / "sheets").mkdir()
     (run / "sheets" / "step-000001.png").write_text("no picture")
     assert "step-000001.png" in refused("report", run)
@@ -680,9 +678,9 @@ def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
     bar = Figure(mean=1.0, low=0.5, high=1.5, count=3)
     svg_of(draw_bars(f"{name}, more is better", {name: bar}, {}))
     lines = [STEP | {"step": k, "tasks": {name: 0.5, "other": 0.4}} for k in (1, 2, 3)]
-    drawn = report.picture("by task", "", lambda axes: report.draw_tasks(axes, lines))
+    drawn = plots.picture("by task", "", lambda axes: report.draw_tasks(axes, lines))
     plain = [STEP | {"step": k, "tasks": {"other": 0.4}} for k in (1, 2, 3)]
-    few = report.picture("by task", "", lambda axes: report.draw_tasks(axes, plain))
+    few = plots.picture("by task", "", lambda axes: report.draw_tasks(axes, plain))
     assert drawn.count("legend_1") == few.count("legend_1") == 1
     assert drawn.count('id="text_') == few.count('id="text_') + 1  # the name stands in the legend
 

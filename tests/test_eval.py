@@ -21,14 +21,14 @@ from PIL import Image
 
 from visualcloze_deft.cli import main
 from visualcloze_deft.data.derive import canny
-from visualcloze_deft.data.images import read_image
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.evaluation import metrics
 from visualcloze_deft.evaluation.cases import left_out, read_cases, write_cases
-from visualcloze_deft.evaluation.evaluate import unlike, unmade
+from visualcloze_deft.evaluation.metrics import fidelity
+from visualcloze_deft.evaluation.notes import unlike, unmade
 from visualcloze_deft.evaluation.scoring import outside_hole
-from visualcloze_deft.evaluation.suites import SUITES, Making, read_prompts, rows_of
+from visualcloze_deft.evaluation.suites import SUITES, GridSettings, read_prompts, rows_of
+from visualcloze_deft.images.reading import read_image
 
 REAL = Path(os.environ.get("VCDEFT_DATA", "none"))
 lite0 = pytest.mark.skipif(
@@ -64,14 +64,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.models import load_models
-    from visualcloze_deft.settings import Adapter
+    from visualcloze_deft.adapters import files, injection
+    from visualcloze_deft.backbones.flux_fill.loading import load_models
+    from visualcloze_deft.config.run import Adapter
 
     folder = tmp_path_factory.mktemp("adapter")
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2, method="para"), seed=3)
-    adapters.save(models.transformer, folder, base="micro")
+    injection.attach(models.transformer, Adapter(rank=2, method="para"), seed=3)
+    files.save(models.transformer, folder, base="micro")
     return folder
 
 
@@ -144,9 +144,9 @@ def test_the_lines_are_what_the_images_are(evaluated: Path) -> None:
     for line in results(evaluated):
         made, truth = (read_image(evaluated / line[kind]) for kind in ("image", "truth"))
         base = read_image(evaluated / "base" / Path(line["image"]).name)
-        assert line["scores"]["psnr"] == metrics.psnr(made, truth)
-        assert line["base"]["psnr"] == metrics.psnr(base, truth)
-        assert line["drift"]["drift_pixels"] == metrics.mean_error(made, base)
+        assert line["scores"]["psnr"] == fidelity.psnr(made, truth)
+        assert line["base"]["psnr"] == fidelity.psnr(base, truth)
+        assert line["drift"]["drift_pixels"] == fidelity.mean_error(made, base)
         assert line["drift"]["drift_pixels"] > 0
     by_row = {line["row"]: line for line in results(evaluated)}
     assert set(by_row["canny-to-image"]["scores"]) == {"psnr", "ssim", "canny_f1"}
@@ -276,9 +276,9 @@ def test_images_made_elsewhere_are_paired_by_name(tmp_path: Path) -> None:
     shutil.copy(truth / "b.png", made / "b.png")
     compare(made, truth, tmp_path / "out", "--encoder", "none")
     lines = {line["unit"]: line["scores"] for line in results(tmp_path / "out")}
-    assert lines["b"]["psnr"] == pytest.approx(10 * math.log10(255**2 / metrics.LEAST_ERROR))
+    assert lines["b"]["psnr"] == pytest.approx(10 * math.log10(255**2 / fidelity.LEAST_ERROR))
     assert lines["b"]["ssim"] == pytest.approx(1)
-    expected = metrics.psnr(read_image(made / "c.png"), read_image(truth / "c.png"))
+    expected = fidelity.psnr(read_image(made / "c.png"), read_image(truth / "c.png"))
     assert lines["c"]["psnr"] == expected < 30
     assert "No encoder" in (tmp_path / "out" / "table.md").read_text()
 
@@ -305,7 +305,7 @@ def test_edges_of_pairs_are_compared_where_it_is_asked(tmp_path: Path) -> None:
     same, other = (line["scores"]["canny_f1"] for line in results(tmp_path / "out"))
     assert same == 1 > other > 0
     images = [read_image(folder / "1.png") for folder in (made, truth)]
-    assert other == metrics.edge_f1(canny(images[0]), canny(images[1]), tolerance=1)
+    assert other == fidelity.edge_f1(canny(images[0]), canny(images[1]), tolerance=1)
     assert "canny F1 (within 1 px)" in (tmp_path / "out" / "table.md").read_text()
     compare(made, truth, tmp_path / "out", "--encoder", "none")
     assert "canny_f1" not in results(tmp_path / "out")[0]["scores"]
@@ -428,7 +428,7 @@ def subjects(tmp_path: Path) -> Path:
 
 
 def test_every_subject_is_asked_with_every_prompt_of_its_kind(subjects: Path) -> None:
-    making = Making(data={"dreambooth": str(subjects)}, resolution=32)
+    making = GridSettings(data={"dreambooth": str(subjects)}, resolution=32)
     (row,) = rows_of("dreambooth", making)
     asked = [row.make(k) for k in range(row.count)]
     assert [(one.unit, one.prompt) for one in asked] == [
@@ -450,7 +450,7 @@ def test_missing_prompts_are_told(subjects: Path) -> None:
         read_prompts(path)
     path.unlink()
     with pytest.raises(UserError, match="the prompts are missing"):
-        rows_of("dreambooth", Making(data={"dreambooth": str(subjects)}))
+        rows_of("dreambooth", GridSettings(data={"dreambooth": str(subjects)}))
 
 
 @lite0
@@ -479,7 +479,9 @@ def test_subjects_are_scored_against_their_own_photos(
 
 def test_grids_that_cannot_be_made_are_counted(subjects: Path, tmp_path: Path) -> None:
     (subjects / "dataset" / "cup" / "00.png").write_bytes(b"cut")
-    rows = rows_of("dreambooth", Making(data={"dreambooth": str(subjects)}, resolution=32, rows=1))
+    rows = rows_of(
+        "dreambooth", GridSettings(data={"dreambooth": str(subjects)}, resolution=32, rows=1)
+    )
     assert rows[0].count == 3
     assert len(write_cases(rows, tmp_path / "out", images=1)) == 2
     assert left_out(tmp_path / "out") == {"dreambooth": 1}
@@ -512,10 +514,10 @@ def plus(tmp_path: Path) -> Path:
 def test_a_question_without_example_needs_no_other_data(plus: Path) -> None:
     given = {"dreambench-plus": str(plus)}
     with pytest.raises(UserError, match="--rows 1"):
-        rows_of("dreambench-plus", Making(data=given, resolution=32))
-    (row,) = rows_of("dreambench-plus", Making(data=given, resolution=32, rows=1))
+        rows_of("dreambench-plus", GridSettings(data=given, resolution=32))
+    (row,) = rows_of("dreambench-plus", GridSettings(data=given, resolution=32, rows=1))
     assert [row.make(k).prompt for k in range(row.count)] == ["an owl in oil", "an owl at sea"]
-    shown = Making(data=given | {"scenes": ""}, resolution=32)
+    shown = GridSettings(data=given | {"scenes": ""}, resolution=32)
     (row,) = rows_of("dreambench-plus", shown)
     assert len(row.make(0).example.rows) == 2
 
@@ -524,7 +526,7 @@ def test_a_question_without_example_needs_no_other_data(plus: Path) -> None:
 def test_references_of_all_are_compared_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from visualcloze_deft.evaluation import similarity
+    from visualcloze_deft.evaluation.metrics import similarity
 
     made = write_pictures(tmp_path / "made", "a b c d", seed=1)
     truth = write_pictures(tmp_path / "truth", "p q r", seed=2)
@@ -682,7 +684,7 @@ def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> 
         SegformerImageProcessorPil,
     )
 
-    from visualcloze_deft.data import annotators
+    from visualcloze_deft.data.annotation import models
     from visualcloze_deft.evaluation.cases import Shot
     from visualcloze_deft.evaluation.scoring import Measures, annotator, score
 
@@ -720,7 +722,7 @@ def test_conditions_are_extracted_by_the_model_that_is_named(tmp_path: Path) -> 
     assert results(tmp_path / "out")[0]["scores"]["miou"] == 1
     torch.manual_seed(10)  # another model in the same place
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
-    for cached in (annotators.loaded, annotator):
+    for cached in (models.loaded, annotator):
         cached.cache_clear()
     score(shots, measures)
     assert len(list(maps.rglob("*.png"))) == 4
@@ -731,8 +733,8 @@ def test_prompts_are_followed_only_as_an_encoder_with_texts_says(tmp_path: Path)
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from visualcloze_deft.evaluation.features import load_encoder
-    from visualcloze_deft.folders import BASE
+    from visualcloze_deft.evaluation.encoders.load import load_encoder
+    from visualcloze_deft.paths import BASE
 
     torch.manual_seed(0)
     folder = tmp_path / "clip"
@@ -777,7 +779,7 @@ def test_outside_the_hole_nothing_of_it_is_counted() -> None:
 
 @lite0
 def test_an_encoder_is_given_all_of_a_tall_box() -> None:
-    from visualcloze_deft.evaluation.efficientnet import prepared
+    from visualcloze_deft.evaluation.encoders.efficientnet_lite0 import prepared
     from visualcloze_deft.evaluation.scoring import seen
 
     scene = Scenes(size=96, seed=1).item(0).image("target")
@@ -797,11 +799,11 @@ def test_an_encoder_is_given_all_of_a_tall_box() -> None:
 )
 def test_a_true_photo_hits_its_box_and_preserves_the_rest(tmp_path: Path) -> None:
     from visualcloze_deft.evaluation.cases import Shot
-    from visualcloze_deft.evaluation.features import load_encoder
+    from visualcloze_deft.evaluation.encoders.load import load_encoder
     from visualcloze_deft.evaluation.scoring import Measures, score
 
     data = {"insdet": str(REAL / "insdet")}
-    rows = rows_of("insdet", Making(data=data, resolution=224))
+    rows = rows_of("insdet", GridSettings(data=data, resolution=224))
     cases = write_cases(rows, tmp_path, images=1)
     assert cases == read_cases(tmp_path)
     grids = tmp_path / "grids"

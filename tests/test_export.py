@@ -18,11 +18,12 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from visualcloze_deft import adapters, export, lorafile, lowrank
+from visualcloze_deft.adapters import export, files, import_lora, injection, verify
+from visualcloze_deft.backbones import lora_files, lora_names
+from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.cli import main
+from visualcloze_deft.config.run import Adapter
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.modelfolder import WEIGHTS
-from visualcloze_deft.settings import Adapter
 
 METHODS = ["deft", "deft-relaxed", "para", "lora"]
 FORMATS = ["peft", "diffusers", "comfyui", "kohya", "merged"]
@@ -35,13 +36,13 @@ def base(model: Path) -> FluxTransformer2DModel:
 def saved_adapter(model: Path, folder: Path, method: str, layers: str = "flux") -> Path:
     transformer = base(model)
     settings = Adapter(method=method, rank=3, alpha=6, layers=layers)
-    adapters.attach(transformer, settings, seed=0)
+    injection.attach(transformer, settings, seed=0)
     torch.manual_seed(1)
-    for parameter in adapters.trainable(transformer).values():
+    for parameter in injection.trainable(transformer).values():
         parameter.data += 0.2 * torch.randn_like(parameter)
     folder.mkdir()
     about = {"base_model": str(model), "method": method}
-    adapters.save(transformer, folder, base=str(model), metadata=about)
+    files.save(transformer, folder, base=str(model), metadata=about)
     return folder
 
 
@@ -73,10 +74,10 @@ def test_the_file_loads_with_diffusers_alone_and_says_what_it_is(
     file = tmp_path / "lora.safetensors"
     export.export(folder, file, "diffusers")
     live, plain = base(micro_model), base(micro_model)
-    adapters.load(live, folder)
+    files.load(live, folder)
     tensors = FluxLoraLoaderMixin.lora_state_dict(str(file))
     FluxLoraLoaderMixin.load_lora_into_transformer(tensors, None, plain)
-    torch.testing.assert_close(export.answer(plain, 1.0), export.answer(live, 1.0))
+    torch.testing.assert_close(verify.answer(plain, 1.0), verify.answer(live, 1.0))
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
     expected = {"method": "deft", "rank": "3", "alpha": "6", "strength": "1.0", "base_lora": ""}
@@ -96,13 +97,13 @@ def half_model(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def small_adapter(model: Path, folder: Path) -> Path:
     transformer = base(model)
-    adapters.attach(transformer, Adapter(rank=3), seed=0)
+    injection.attach(transformer, Adapter(rank=3), seed=0)
     torch.manual_seed(1)
-    for name, parameter in adapters.trainable(transformer).items():
+    for name, parameter in injection.trainable(transformer).items():
         if "deft_R" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
     folder.mkdir()
-    adapters.save(transformer, folder, base=str(model))
+    files.save(transformer, folder, base=str(model))
     return folder
 
 
@@ -138,7 +139,7 @@ def test_original_names_are_those_that_diffusers_converts_from(tmp_path: Path) -
     """diffusers' converter of Black Forest Labs' own LoRA files, for all layers of FLUX."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-    shapes = lowrank.layer_shapes(transformer)
+    shapes = lora_names.layer_shapes(transformer)
     random = torch.Generator().manual_seed(0)
     changes = {
         name: (torch.randn(2, i, generator=random), torch.randn(o, 2, generator=random))
@@ -146,7 +147,7 @@ def test_original_names_are_those_that_diffusers_converts_from(tmp_path: Path) -
     }
     original = {
         f"{name}.lora_{part}.weight": factor
-        for name, (a, b) in lowrank.fuse(changes, shapes).items()
+        for name, (a, b) in lora_names.fuse(changes, shapes).items()
         for part, factor in (("A", a), ("B", b))
     }
     places = [f"double_blocks.{k}.{side}_attn" for k in range(19) for side in ("img", "txt")]
@@ -178,7 +179,7 @@ def test_kohyas_names_are_read_by_diffusers_at_flux_width(tmp_path: Path) -> Non
     changes = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (o, i) in shapes.items()}
     del changes["single_transformer_blocks.0.attn.to_k"]  # a fused layer in part
     file = tmp_path / "kohya.safetensors"
-    lowrank.write(file, changes, "kohya", shapes=shapes, metadata={})
+    lora_names.write(file, changes, "kohya", shapes=shapes, metadata={})
     read = FluxLoraLoaderMixin.lora_state_dict(str(file))
     for name, (a, b) in changes.items():
         theirs = (read[f"transformer.{name}.lora_{part}.weight"] for part in "BA")
@@ -188,12 +189,12 @@ def test_kohyas_names_are_read_by_diffusers_at_flux_width(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
 def test_writing_and_reading_are_inverse_for_every_linear_layer(
-    micro_model: Path, tmp_path: Path, kind: lowrank.FileFormat
+    micro_model: Path, tmp_path: Path, kind: lora_names.FileFormat
 ) -> None:
-    shapes = lowrank.layer_shapes(base(micro_model))
+    shapes = lora_names.layer_shapes(base(micro_model))
     changes = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (o, i) in shapes.items()}
-    lowrank.write(tmp_path / "all.safetensors", changes, kind, shapes=shapes, metadata={})
-    back = lorafile.read(tmp_path / "all.safetensors", shapes=shapes)
+    lora_names.write(tmp_path / "all.safetensors", changes, kind, shapes=shapes, metadata={})
+    back = lora_files.read(tmp_path / "all.safetensors", shapes=shapes)
     assert set(back) == set(changes)
     for name, (a, b) in changes.items():
         torch.testing.assert_close(back[name][1] @ back[name][0], b @ a)
@@ -205,19 +206,19 @@ def test_an_imported_lora_is_an_adapter_with_the_same_output(
 ) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     export.export(folder, tmp_path / "lora.safetensors", kind)
-    imported = export.import_lora(
+    imported = import_lora.import_lora(
         tmp_path / "lora.safetensors", tmp_path / "imported", model=str(micro_model)
     )
     live, again = base(micro_model), base(micro_model)
-    adapters.load(live, folder)
-    adapters.load(again, imported)
+    files.load(live, folder)
+    files.load(again, imported)
     torch.testing.assert_close(
-        export.answer(again, 1.0), export.answer(live, 1.0), atol=1e-4, rtol=1e-4
+        verify.answer(again, 1.0), verify.answer(live, 1.0), atol=1e-4, rtol=1e-4
     )
 
 
 def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> None:
-    shapes = lowrank.layer_shapes(base(micro_model))
+    shapes = lora_names.layer_shapes(base(micro_model))
     name = "transformer_blocks.0.ff.net.2"
     o, i = shapes[name]
     a, b = torch.randn(4, i), torch.randn(o, 4)
@@ -226,7 +227,7 @@ def test_alpha_scales_what_is_imported(micro_model: Path, tmp_path: Path) -> Non
     tensors |= {f"{whole}.alpha": torch.tensor(1.0), "lora_te1_x.lora_down.weight": a.clone()}
     file = tmp_path / "k.safetensors"
     save_file(tensors, file)
-    down, up = lorafile.read(file, shapes=shapes, text_encoders="left out")[name]
+    down, up = lora_files.read(file, shapes=shapes, text_encoders="left out")[name]
     torch.testing.assert_close(up @ down, b @ a / 4)
 
 
@@ -266,7 +267,7 @@ def test_a_lora_that_cannot_be_read_is_refused_by_name(
     change(tensors)
     save_file(tensors, file)
     with pytest.raises(UserError, match=words):
-        export.import_lora(file, tmp_path / "imported", model=str(micro_model))
+        import_lora.import_lora(file, tmp_path / "imported", model=str(micro_model))
     assert not (tmp_path / "imported").exists()
 
 
@@ -287,9 +288,9 @@ def test_a_header_that_says_no_sense_is_refused(
     folder = saved_adapter(micro_model, tmp_path / "adapter", "lora")
     file = tmp_path / "lora.safetensors"
     export.export(folder, file, "diffusers", verify=False)
-    save_file(load_file(file), file, {lorafile.HEADER: json.dumps(header)})
+    save_file(load_file(file), file, {lora_files.HEADER: json.dumps(header)})
     with pytest.raises(UserError, match=words):
-        export.import_lora(file, tmp_path / "imported", model=str(micro_model))
+        import_lora.import_lora(file, tmp_path / "imported", model=str(micro_model))
 
 
 def test_a_lora_in_eight_bits_is_read(micro_model: Path, tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_lora_in_eight_bits_is_read(micro_model: Path, tmp_path: Path) -> None
     file = tmp_path / "lora.safetensors"
     export.export(folder, file, "diffusers", verify=False)
     save_file({n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}, file)
-    imported = export.import_lora(file, tmp_path / "imported", model=str(micro_model))
+    imported = import_lora.import_lora(file, tmp_path / "imported", model=str(micro_model))
     assert {t.dtype for t in load_file(imported / WEIGHTS).values()} == {torch.float32}
 
 
@@ -314,12 +315,12 @@ def test_a_written_file_that_gives_another_output_is_refused_and_removed(
     micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
-    original = lowrank.write
+    original = lora_names.write
 
     def spoiled(path: Path, changes, *rest, **more) -> None:
         original(path, {n: (a, 1.01 * b) for n, (a, b) in changes.items()}, *rest, **more)
 
-    monkeypatch.setattr(lowrank, "write", spoiled)
+    monkeypatch.setattr(lora_names, "write", spoiled)
     with pytest.raises(UserError, match=r"differs from the adapter's by 1\.0e-02"):
         export.export(folder, tmp_path / "out" / "lora.safetensors", "diffusers")
     assert list((tmp_path / "out").iterdir()) == []
@@ -374,25 +375,25 @@ def test_scales_in_the_header_of_diffusers_files_count(micro_model: Path, tmp_pa
     transformer.add_adapter(config)
     transformer.save_lora_adapter(tmp_path)  # diffusers' own writer
     (file,) = tmp_path.glob("*.safetensors")
-    folder = export.import_lora(file, tmp_path / "imported", model=str(micro_model))
+    folder = import_lora.import_lora(file, tmp_path / "imported", model=str(micro_model))
     again = base(micro_model)
-    adapters.load(again, folder)
-    torch.testing.assert_close(export.answer(again, 1.0), export.answer(transformer, 1.0))
+    files.load(again, folder)
+    torch.testing.assert_close(verify.answer(again, 1.0), verify.answer(transformer, 1.0))
 
 
 def test_layers_that_end_alike_are_told_apart(micro_model: Path, tmp_path: Path) -> None:
     """proj_out ends the transformer and every single block; ranks differ."""
-    shapes = lowrank.layer_shapes(base(micro_model))
+    shapes = lora_names.layer_shapes(base(micro_model))
     ranks = {"proj_out": 2, "transformer_blocks.0.ff.net.2": 4, "x_embedder": 4}
     changes = {
         n: (torch.randn(r, shapes[n][1]), torch.randn(shapes[n][0], r)) for n, r in ranks.items()
     }
     file = tmp_path / "lora.safetensors"
-    lowrank.write(file, changes, "comfyui", shapes=shapes, metadata={})
+    lora_names.write(file, changes, "comfyui", shapes=shapes, metadata={})
     adapted, merged = base(micro_model), export.merge(base(micro_model), changes)
-    adapters.load(adapted, export.import_lora(file, tmp_path / "a", model=str(micro_model)))
+    files.load(adapted, import_lora.import_lora(file, tmp_path / "a", model=str(micro_model)))
     torch.testing.assert_close(
-        export.answer(adapted, 1.0), export.answer(merged, 1.0), atol=1e-4, rtol=1e-4
+        verify.answer(adapted, 1.0), verify.answer(merged, 1.0), atol=1e-4, rtol=1e-4
     )
 
 
@@ -412,15 +413,15 @@ def test_diffusers_pipelines_load_the_file(
     pipe.load_lora_weights(str(tmp_path / "lora.safetensors"))
     found = pipe.transformer if hasattr(pipe, "transformer") else pipe.generation_pipe.transformer
     live = base(micro_model)
-    adapters.load(live, folder)
-    torch.testing.assert_close(export.answer(found, 1.0), export.answer(live, 1.0))
+    files.load(live, folder)
+    torch.testing.assert_close(verify.answer(found, 1.0), verify.answer(live, 1.0))
 
 
 @pytest.mark.processes
 def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     export.export(folder, tmp_path / "lora.safetensors", "kohya")
-    start = export.import_lora(
+    start = import_lora.import_lora(
         tmp_path / "lora.safetensors", tmp_path / "start", model=str(micro_model)
     )
     words = ["train", "--model", micro_model, "--method", "lora", "--rank", 3, "--steps", 1]

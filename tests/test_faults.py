@@ -28,15 +28,18 @@ from processes import Group, forked, run
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast
 
-from visualcloze_deft import adapters, rundir, signals
-from visualcloze_deft.checkpoint import Progress, newest, save
-from visualcloze_deft.engine import ClippedAdamW
+from visualcloze_deft.adapters import files
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.config.run import load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import check_same_data, latest
-from visualcloze_deft.watch import Watch
-from visualcloze_deft.watchdog import STUCK
+from visualcloze_deft.runtime import signals
+from visualcloze_deft.runtime.watchdog import STUCK
+from visualcloze_deft.storage import jsonl
+from visualcloze_deft.training import mixtures, run_folder
+from visualcloze_deft.training.checkpoint import Progress, newest, save
+from visualcloze_deft.training.engine import ClippedAdamW
+from visualcloze_deft.training.loop import check_same_data, latest
+from visualcloze_deft.training.metrics import MetricsLog
 
 pytestmark = pytest.mark.processes
 KILLS = int(os.environ.get("VCDEFT_KILLS", "20"))  # runs killed at random times
@@ -51,7 +54,7 @@ def words(model: Path, output: Path, *more: object) -> list[object]:
 
 
 def lines(output: Path) -> list[dict[str, object]]:
-    path = output / rundir.METRICS
+    path = output / run_folder.METRICS
     texts = path.read_text().splitlines() if path.exists() else []
     return [json.loads(text) for text in texts if text.endswith("}")]
 
@@ -62,7 +65,7 @@ def losses(output: Path) -> list[object]:
 
 def weights(folder: Path) -> str:
     """The hash of an adapter's tensors; the order of the file's metadata is not always the same."""
-    tensors = sorted(load_file(folder / adapters.WEIGHTS).items())
+    tensors = sorted(load_file(folder / files.WEIGHTS).items())
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for _, tensor in tensors)).hexdigest()
 
 
@@ -120,11 +123,11 @@ def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_star
     often = ("--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=2")
     asked = [*words(micro_model, output, *often), "--steps", 2, "--set", "save_every=100"]
     group = Group(asked)
-    until(lambda: rundir.read_lines(output / rundir.EVALUATION))
+    until(lambda: jsonl.read_lines(output / run_folder.EVALUATION))
     group.send(signal.SIGKILL)
     group.wait()
     run(asked)
-    assert [line["step"] for line in rundir.read_lines(output / rundir.EVALUATION)] == [0, 1, 2]
+    assert [line["step"] for line in jsonl.read_lines(output / run_folder.EVALUATION)] == [0, 1, 2]
 
 
 def decide_in_two(model: str, folder: str) -> None:
@@ -138,17 +141,17 @@ def decide_in_two(model: str, folder: str) -> None:
         Image.new("RGB", (32, 32)).save(photos / f"{number}_target.png")
     if rank == 1:
         (own / "checkpoints").mkdir()
-        rundir.append_line(own / rundir.EVALUATION, {"step": 0})
+        run_folder.append_line(own / run_folder.EVALUATION, {"step": 0})
         progress = Progress(step=1, examples=1, seed=0, global_batch=1)
         save(own / "checkpoints", progress, {"a": torch.zeros(1)}, lambda at: None, keep=2)
     said = [f"model={model}", f"output={own}", "watch.trackers=[]", "data.tasks=deblurring"]
     asked = load_run(None, [*said, f'data.sources=["folder={photos}"]'])
-    watched = Watch(asked, load_models(model), rank=rank, world=world, start=0)
+    watched = MetricsLog(asked, load_models(model), rank=rank, world=world, start=0)
     print(f"evaluated {watched.has_evaluated(0)}")
     with pytest.raises(UserError, match="no checkpoint in"):
         latest(own, process)
     with pytest.raises(UserError, match=r"process 0 finds 2 items, process 1 3"):
-        check_same_data(rundir.mixture_of(asked), process)
+        check_same_data(mixtures.mixture_of(asked), process)
     process.wait_for_everyone()
     process.destroy_process_group()
 
@@ -300,7 +303,7 @@ mount -t tmpfs -o size=600k none {place}
 python={python}
 $python - {place} <<'END'
 import sys, pathlib, torch, subprocess
-from visualcloze_deft.checkpoint import Progress, newest, save, short_of_room
+from visualcloze_deft.training.checkpoint import Progress, newest, save, short_of_room
 from visualcloze_deft.errors import UserError
 place = pathlib.Path(sys.argv[1]) / "checkpoints"
 tensors = {{"a": torch.zeros(55_000)}}  # 220 kB: two fit
@@ -340,7 +343,7 @@ def test_a_full_or_read_only_disk_costs_no_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [adapters.WEIGHTS, "optimiser.safetensors", "progress.json"])
+@pytest.mark.parametrize("name", [files.WEIGHTS, "optimiser.safetensors", "progress.json"])
 def test_a_flipped_bit_in_the_newest_checkpoint_is_found(
     whole: Path, tmp_path: Path, name: str
 ) -> None:
@@ -369,8 +372,8 @@ def test_one_process_then_two_then_one_follow_the_same_loss(
         run([*RESUME, output], processes=processes)
     assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
     assert [line["examples"] for line in lines(output)] == [4 * k for k in range(1, STEPS + 1)]
-    found = load_file(output / "adapter" / adapters.WEIGHTS)
-    for name, tensor in load_file(whole / "adapter" / adapters.WEIGHTS).items():
+    found = load_file(output / "adapter" / files.WEIGHTS)
+    for name, tensor in load_file(whole / "adapter" / files.WEIGHTS).items():
         assert (found[name] - tensor).norm() < 1e-3 * tensor.norm()
 
 
@@ -412,13 +415,13 @@ def test_steps_that_are_not_finite_change_nothing_in_any_process(
     skipped = [step for step, line in enumerate(lines(output), 1) if line["loss"] is None]
     assert 0 < len(skipped) < 8
     assert said.count("skipped, its gradient is not finite: examples") == len(skipped)
-    names = (adapters.WEIGHTS, "optimiser.safetensors")
+    names = (files.WEIGHTS, "optimiser.safetensors")
     for step in range(2, 9):
         before, after = step_folder(output, step - 1), step_folder(output, step)
         for name in names:
             same = (before / name).read_bytes() == (after / name).read_bytes()
-            assert same == (step in skipped) or name == adapters.WEIGHTS
-        states = [load_file(folder / adapters.WEIGHTS) for folder in (before, after)]
+            assert same == (step in skipped) or name == files.WEIGHTS
+        states = [load_file(folder / files.WEIGHTS) for folder in (before, after)]
         same = all(torch.equal(states[0][key], states[1][key]) for key in states[0])
         assert same == (step in skipped)
     progress = newest(output / "checkpoints")[0].progress

@@ -31,12 +31,11 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from visualcloze_deft.data.images import folders_in, images_in, read_image
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.encodings import Encodings, Used
+from visualcloze_deft.backbones.embedding_cache import Encodings, Used
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.evaluation import efficientnet, similarity
-from visualcloze_deft.evaluation.features import (
+from visualcloze_deft.evaluation.encoders import efficientnet_lite0
+from visualcloze_deft.evaluation.encoders.load import (
     IMAGENET,
     OFFLINE,
     SEEN,
@@ -47,7 +46,9 @@ from visualcloze_deft.evaluation.features import (
     text_title,
     title,
 )
-from visualcloze_deft.folders import BASE
+from visualcloze_deft.evaluation.metrics import similarity
+from visualcloze_deft.images.reading import folders_in, images_in, read_image
+from visualcloze_deft.paths import BASE
 
 KINDS = ("clip", "vit", "dinov2")
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -395,7 +396,7 @@ def test_nothing_is_unpickled(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load_encoder(f"pickled={folder}")
     with pytest.raises((ValueError, KeyError)):
-        efficientnet.read_tensors(folder / "pytorch_model.bin", {"a": torch.zeros(1)})
+        efficientnet_lite0.read_tensors(folder / "pytorch_model.bin", {"a": torch.zeros(1)})
     assert not (tmp_path / "sprung").exists()
 
 
@@ -408,7 +409,7 @@ def test_a_file_of_torchs_first_format_is_read_without_unpickling(tmp_path: Path
     state["1.num_batches_tracked"] += 7
     state["0.weight"] = torch.randn(3, 3, 3, 12).permute(3, 2, 0, 1)  # as TensorFlow lays it out
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    found = efficientnet.read_tensors(tmp_path / "old.pth", network.state_dict())
+    found = efficientnet_lite0.read_tensors(tmp_path / "old.pth", network.state_dict())
     assert list(state) == list(found)
     for name, tensor in state.items():
         assert torch.equal(found[name], tensor)
@@ -422,7 +423,7 @@ def test_another_file_than_the_known_one_is_not_read(
     (package / "__init__.py").write_text("raise RuntimeError('its code is run')")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    (package / efficientnet.FILE).write_bytes(b"something else")
+    (package / efficientnet_lite0.FILE).write_bytes(b"something else")
     with pytest.raises(UserError, match="not the file of version"):
         load_encoder(OFFLINE)
 
@@ -439,11 +440,11 @@ def test_the_offline_encoder_knows_imagenets_classes() -> None:
         "dog": {263, 264},
         "teapot": {849},
     }
-    network = efficientnet.load_lite0()
+    network = efficientnet_lite0.load_lite0()
     for subject, classes in expected.items():
         photos = [read_image(path) for path in subject_photos(subject)]
         with torch.inference_mode():
-            best = network.classifier(network(efficientnet.prepared(photos))).argmax(dim=1)
+            best = network.classifier(network(efficientnet_lite0.prepared(photos))).argmax(dim=1)
         assert sum(int(k) in classes for k in best) > len(photos) / 2, subject
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 
-from visualcloze_deft import flow
-from visualcloze_deft.folders import BASE
+from visualcloze_deft.diffusion import flow
+from visualcloze_deft.paths import BASE
 
 CLEAN, NOISE = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.manual_seed(0))
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from visualcloze_deft.backbones.flux_fill.loading import dtype_of
+from visualcloze_deft.config.run import OFFLOADED, load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gpus import Gpu, check_alike, gpus_here, precision_on, why_float32
-from visualcloze_deft.launch import device_environment, say_once
-from visualcloze_deft.memory import Load, memory_here, plan_here
-from visualcloze_deft.models import dtype_of
-from visualcloze_deft.settings import OFFLOADED, load_run
+from visualcloze_deft.planning.activations import Load
+from visualcloze_deft.planning.memory import memory_here, plan_here
+from visualcloze_deft.runtime.gpus import Gpu, check_alike, gpus_here, precision_on, why_float32
+from visualcloze_deft.runtime.launch import device_environment, say_once
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", memory=85_029_158_912, bfloat16=True, rocm=False)
 V100 = Gpu(name="Tesla V100-SXM2-16GB", memory=16_935_682_048, bfloat16=False, rocm=False)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from visualcloze_deft import grid
-from visualcloze_deft.batch import encode_grids
-from visualcloze_deft.cells import cell_size, row_sizes
+from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import Models
-from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import cell_size, row_sizes
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
+from visualcloze_deft.sampling.encoding import encode_grids
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WIDE, TALL, SQUARE = (96, 64), (50, 90), (70, 70)

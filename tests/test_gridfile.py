@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gridfile import read_requests, request
-from visualcloze_deft.prompt import Prompt, layout_sentence
-from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.grids.prompt import Prompt, layout_sentence
+from visualcloze_deft.inference.request import read_requests, request
+from visualcloze_deft.task_registry.files import load_tasks
 
 TASKS = load_tasks()
 GridFile = Callable[..., Path]

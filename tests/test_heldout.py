@@ -12,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from visualcloze_deft import heldout, rundir
-from visualcloze_deft.batch import Drawn, Draws, draw_noise
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.diffusion.flow import shift
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.flow import shift
-from visualcloze_deft.heldout import Measured
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import Models, load_models
-from visualcloze_deft.preview import sample_sheet
-from visualcloze_deft.room import Room
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.sampling.encoding import PixelExample, draw_noise
+from visualcloze_deft.sampling.room import Room
+from visualcloze_deft.training import mixtures, validation
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.samples import sample_sheet
+from visualcloze_deft.training.validation import ValidationLosses
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +35,25 @@ def run_on(model: Path, *more: str) -> Run:
     return load_run(None, [f"model={model}", "data.tasks=depth-to-image,novel-view", *more])
 
 
-def as_drawn(drawn: Sequence[Drawn | UserError]) -> Sequence[Drawn]:
-    assert all(isinstance(one, Drawn) for one in drawn)
-    return cast(Sequence[Drawn], drawn)
+def as_drawn(drawn: Sequence[PixelExample | UserError]) -> Sequence[PixelExample]:
+    assert all(isinstance(one, PixelExample) for one in drawn)
+    return cast(Sequence[PixelExample], drawn)
 
 
 def measured(
     models: Models, run: Run, own: Sequence[int], *, rollout: bool = False
-) -> dict[int, Measured]:
+) -> dict[int, ValidationLosses]:
     loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0, rollout=rollout).eval()
-    draws = Draws(rundir.held_out_of(run))
-    return heldout.losses(loss_of, models, draws, run, own=own, agreed=as_drawn)
+    draws = PixelDataset(mixtures.held_out_of(run))
+    return validation.losses(loss_of, models, draws, run, own=own, agreed=as_drawn)
 
 
 def test_the_loss_is_the_same_for_any_number_of_processes(
     models: Models, micro_model: Path
 ) -> None:
     run = run_on(micro_model)
-    alone = measured(models, run, heldout.share(5, rank=0, world=1))
-    shares = [heldout.share(5, rank=rank, world=3) for rank in range(3)]
+    alone = measured(models, run, validation.share(5, rank=0, world=1))
+    shares = [validation.share(5, rank=rank, world=3) for rank in range(3)]
     assert len({len(own) for own in shares}) == 1  # ZeRO-3 calls the model together
     together = {i: one for own in shares for i, one in measured(models, run, own).items()}
     assert dict(sorted(together.items())) == alone
@@ -60,7 +62,7 @@ def test_the_loss_is_the_same_for_any_number_of_processes(
 
 def test_measuring_draws_nothing_that_training_would(models: Models, micro_model: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    measured(models, run_on(micro_model), heldout.share(2, rank=0, world=1))
+    measured(models, run_on(micro_model), validation.share(2, rank=0, world=1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
@@ -69,7 +71,7 @@ def test_measuring_draws_nothing_that_training_would(models: Models, micro_model
 def test_the_loss_does_not_depend_on_how_many_times_are_taken_at_once(
     models: Models, micro_model: Path
 ) -> None:
-    own = heldout.share(2, rank=0, world=1)
+    own = validation.share(2, rank=0, world=1)
     one, five = (measured(models, run_on(micro_model, f"batch={b}"), own) for b in (1, 5))
     for index in own:
         assert one[index].errors == pytest.approx(five[index].errors, rel=1e-5)
@@ -77,7 +79,7 @@ def test_the_loss_does_not_depend_on_how_many_times_are_taken_at_once(
 
 def test_the_models_own_steps_are_training_alone(models: Models, micro_model: Path) -> None:
     run = run_on(micro_model, "rollout=0.9")
-    own = heldout.share(1, rank=0, world=1)
+    own = validation.share(1, rank=0, world=1)
     assert measured(models, run, own, rollout=True) == measured(models, run, own)
 
 
@@ -85,15 +87,15 @@ def test_the_models_own_steps_are_training_alone(models: Models, micro_model: Pa
 def test_times_are_quantiles_of_those_that_training_draws(settings: str) -> None:
     run = load_run(None, settings.split())
     drawn = torch.stack([draw_noise((1,), 0, index, run.times)[1] for index in range(4000)])
-    found = torch.quantile(shift(drawn, run.time_shift), torch.tensor(heldout.QUANTILES))
-    torch.testing.assert_close(heldout.times_of(run), found, atol=0.02, rtol=0)
+    found = torch.quantile(shift(drawn, run.time_shift), torch.tensor(validation.QUANTILES))
+    torch.testing.assert_close(validation.times_of(run), found, atol=0.02, rtol=0)
 
 
 def test_held_out_scenes_are_not_trained_on(micro_model: Path) -> None:
     run = run_on(micro_model)
-    training, held_out = rundir.mixture_of(run), rundir.held_out_of(run)
+    training, held_out = mixtures.mixture_of(run), mixtures.held_out_of(run)
     trained = {key for index in range(10) for key in training[index].keys}
-    assert trained.isdisjoint({k for i in range(10) for k in held_out[heldout.FIRST + i].keys})
+    assert trained.isdisjoint({k for i in range(10) for k in held_out[validation.FIRST + i].keys})
 
 
 def test_pictures_are_measured_on_where_some_are_held_out_and_else_refused(
@@ -109,7 +111,7 @@ def test_pictures_are_measured_on_where_some_are_held_out_and_else_refused(
     assert "watch.evaluate_every = 5: nothing of folder=" in said
     assert not (tmp_path / "run").exists()
     fields = [f'data.sources=["folder={tmp_path / "data"}"]', "data.tasks=depth-to-image"]
-    held_out = rundir.held_out_of(load_run(None, [*fields, "data.hold_out=4"]))
+    held_out = mixtures.held_out_of(load_run(None, [*fields, "data.hold_out=4"]))
     assert {key for i in range(20) for key in held_out[i].keys} == {"3", "7"}
 
 
@@ -117,9 +119,9 @@ def test_a_sheet_shows_the_same_grids_from_the_same_noise_each_time(
     models: Models, micro_model: Path
 ) -> None:
     run = run_on(micro_model)
-    first, _ = sample_sheet(models, rundir.mixture_of(run), Room(models))
+    first, _ = sample_sheet(models, mixtures.mixture_of(run), Room(models))
     torch.rand(3)  # whatever training draws in between
-    second, _ = sample_sheet(models, rundir.mixture_of(run), Room(models))
+    second, _ = sample_sheet(models, mixtures.mixture_of(run), Room(models))
     assert first is not None
     assert second is not None
     assert first.tobytes() == second.tobytes()

@@ -19,14 +19,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from visualcloze_deft import InContextPipeline, adapters, pipeline, rundir
-from visualcloze_deft import infer as infer_module
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.adapters.metadata import check_start
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.lora_files import shapes_of
+from visualcloze_deft.backbones.model_files import fingerprint
+from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.cli import main
+from visualcloze_deft.config.run import Adapter, load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.lorafile import shapes_of
-from visualcloze_deft.modelfolder import check_start, fingerprint, told_by
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import Adapter, load_run
+from visualcloze_deft.inference import infer, pipeline, settings
+from visualcloze_deft.training import run_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -274,9 +278,9 @@ def held(output: Path, then: str) -> Iterator[None]:
 HOLD = """
 import os, signal, sys, time
 from pathlib import Path
-from visualcloze_deft.claims import Claims
+from visualcloze_deft.storage.locks import WorkLocks
 output = Path(sys.argv[1])
-claims = Claims(output)
+claims = WorkLocks(output)
 print(claims.take("001"), flush=True)
 while not (output / "002.json").exists():
     time.sleep(0.05)
@@ -323,9 +327,9 @@ def test_several_adapters_and_strengths(
 
     for name in ("one", "two"):
         models = load_models(str(micro_model))
-        adapters.attach(models.transformer, Adapter(rank=2, method="para"), seed=len(name))
+        injection.attach(models.transformer, Adapter(rank=2, method="para"), seed=len(name))
         (tmp_path / name).mkdir()
-        adapters.save(models.transformer, tmp_path / name, base="micro")
+        files.save(models.transformer, tmp_path / name, base="micro")
     words = ("--examples", grid_file(), "--model", micro_model, "--resolution", 32)
     made = {}
     for given in (("one",), ("one=1.0", "two=0"), ("one=0.5",), ("one=0",), ()):
@@ -392,9 +396,9 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
     micro_model: Path, tmp_path: Path
 ) -> None:
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2), seed=0)
+    injection.attach(models.transformer, Adapter(rank=2), seed=0)
     mark = {"base_fingerprint": fingerprint("tiny"), "base_model": "tiny"}
-    adapters.save(models.transformer, tmp_path, base="micro", metadata=mark)
+    files.save(models.transformer, tmp_path, base="micro", metadata=mark)
     with pytest.raises(UserError, match="made for another base"):
         InContextPipeline.from_pretrained(str(micro_model), adapter=tmp_path)
 
@@ -407,8 +411,8 @@ def test_an_adapter_of_a_merged_base_asks_for_its_lora(
 ) -> None:
 
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2), seed=0)
-    adapters.save(models.transformer, tmp_path, base="micro", metadata={"base_lora": "some/lora"})
+    injection.attach(models.transformer, Adapter(rank=2), seed=0)
+    files.save(models.transformer, tmp_path, base="micro", metadata={"base_lora": "some/lora"})
     words = ("--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "out")
     run(*words, "--resolution", 32, "--adapter", tmp_path)
     assert "LoRA some/lora merged" in capsys.readouterr().out
@@ -427,12 +431,12 @@ def test_the_lora_in_the_base_of_an_adapter_is_known_by_its_hash(
     lora = write_lora(micro_model, tmp_path / "lora.safetensors", seed=0)
     elsewhere = Path(shutil.copy(lora, tmp_path / "copy.safetensors"))
     said = [f"model={micro_model}", f"model_lora={lora}"]
-    mark = rundir.base_of(load_run(None, said))
+    mark = run_folder.base_of(load_run(None, said))
     folder = tmp_path / "adapter"
     folder.mkdir()
     models = load_models(str(micro_model), lora=str(lora))
-    adapters.attach(models.transformer, Adapter(rank=2, method="lora"), seed=0)
-    adapters.save(models.transformer, folder, base="micro", metadata=mark)
+    injection.attach(models.transformer, Adapter(rank=2, method="lora"), seed=0)
+    files.save(models.transformer, folder, base="micro", metadata=mark)
     given = ("--model", micro_model, "--adapter", folder)
     words = ("--examples", grid_file(), *given, "--resolution", 32)
     run(*words, "--lora", elsewhere, "--output", tmp_path / "out")
@@ -470,7 +474,7 @@ def test_an_adapter_names_the_lora_that_was_merged_when_its_run_began(
         time.sleep(0.01)
     write_lora(micro_model, lora, seed=1)
     assert group.wait() == 0, group.said[-2000:]
-    assert told_by(output / "adapter")["base_lora_sha256"] == before
+    assert read_metadata(output / "adapter")["base_lora_sha256"] == before
     more = ("--processes", 1, "--steps", 301)
     line = refused("train", "--resume", "--output", output, *more)
     assert "made for a base with another LoRA merged" in line
@@ -528,13 +532,13 @@ def test_a_picture_replaced_meanwhile_is_recorded_as_it_was_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, path = tmp_path / "out", grid_file()
-    load = infer_module.load
+    load = infer.load
 
-    def load_slowly(settings: infer_module.Settings) -> pipeline.InContextPipeline:
+    def load_slowly(settings: settings.InferenceSettings) -> pipeline.InContextPipeline:
         Image.new("RGB", (32, 32), "green").save(tmp_path / "a.png")
         return load(settings)
 
-    monkeypatch.setattr(infer_module, "load", load_slowly)
+    monkeypatch.setattr(infer, "load", load_slowly)
     run("--examples", path, "--model", micro_model, "--output", output)
     now = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
     rows = json.loads((output / "001.json").read_text())["rows_sha256"]
@@ -553,13 +557,13 @@ def test_a_lora_replaced_while_it_is_loaded_is_noticed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lora = write_lora(micro_model, tmp_path / "style.safetensors", 1)
-    load = infer_module.load
+    load = infer.load
 
-    def load_slowly(settings: infer_module.Settings) -> pipeline.InContextPipeline:
+    def load_slowly(settings: settings.InferenceSettings) -> pipeline.InContextPipeline:
         write_lora(micro_model, lora, 2)
         return load(settings)
 
-    monkeypatch.setattr(infer_module, "load", load_slowly)
+    monkeypatch.setattr(infer, "load", load_slowly)
     output = tmp_path / "out"
     words = ("--examples", grid_file(), "--model", micro_model, "--lora", lora)
     assert "a file was replaced" in refusal(capsys, *words, "--output", output)

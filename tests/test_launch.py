@@ -18,15 +18,18 @@ import psutil
 import pytest
 from PIL import Image
 
-from visualcloze_deft import rundir
-from visualcloze_deft.claims import CLAIMS
-from visualcloze_deft.encodings import entries
+import visualcloze_deft
+from visualcloze_deft.backbones.embedding_cache import entries
+from visualcloze_deft.config.run import parse_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.handles import ENOUGH, check_handles, raise_limit, received
-from visualcloze_deft.launch import GROUP, already_launched, check_processes, forget_group
-from visualcloze_deft.settings import parse_run
-from visualcloze_deft.signals import exit_status
-from visualcloze_deft.watchdog import SIGNS
+from visualcloze_deft.runtime.launch import GROUP, already_launched, check_processes, forget_group
+from visualcloze_deft.runtime.open_files import ENOUGH, check_handles, raise_limit
+from visualcloze_deft.runtime.signals import exit_status
+from visualcloze_deft.runtime.watchdog import SIGNS
+from visualcloze_deft.storage import jsonl
+from visualcloze_deft.storage.locks import CLAIMS
+from visualcloze_deft.training import run_folder
+from visualcloze_deft.training.open_files import received
 
 Refused = Callable[..., str]
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -221,7 +224,7 @@ def limited(files: int, *words: object) -> subprocess.CompletedProcess[str]:
 def test_too_few_files_are_one_line_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], said: str
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(rundir.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(visualcloze_deft.__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     done = limited(64, *words)
     assert done.returncode == 2, done.stderr[-2000:]
@@ -302,12 +305,12 @@ def test_training_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> N
     output = tmp_path / "run"
     words = ["train", *words_of(micro_model), "--steps", 10_000, "--output", output]
     launcher = started([*words, "--processes", 2, "--set", "data.workers=1"])
-    until(lambda: rundir.read_lines(output / rundir.METRICS))
+    until(lambda: jsonl.read_lines(output / run_folder.METRICS))
     killed(launcher, least=4)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("moment", [rundir.SETTINGS, f"{SIGNS}/0"])
+@pytest.mark.parametrize("moment", [run_folder.SETTINGS, f"{SIGNS}/0"])
 def test_a_run_that_has_not_begun_ends_as_soon_as_it_is_asked(
     micro_model: Path, tmp_path: Path, moment: str
 ) -> None:

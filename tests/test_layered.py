@@ -13,13 +13,13 @@ from micro_model import copy_model
 from safetensors.torch import save_file
 from torch import nn
 
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.layered_loading import load_quantised
+from visualcloze_deft.backbones.model_size import flux
+from visualcloze_deft.backbones.quantization import dense, is_in_block, is_quantised, quantise
+from visualcloze_deft.config.run import Bits
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.layered import load_quantised
-from visualcloze_deft.memory import quantising_bytes, stored
-from visualcloze_deft.modelfolder import Bits
-from visualcloze_deft.models import load_transformer
-from visualcloze_deft.modelsize import flux
-from visualcloze_deft.quantise import dense, is_in_block, is_quantised, quantise
+from visualcloze_deft.planning.sizes import quantising_bytes, stored
 
 KINDS: list[Bits] = ["fp8", "int8", "nf4"]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -14,13 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visualcloze_deft import export, lorafile, lowrank
+from visualcloze_deft.adapters import verify
+from visualcloze_deft.backbones import lora_files, lora_names
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.lora_files import shapes_of
+from visualcloze_deft.backbones.lora_names import Change
+from visualcloze_deft.backbones.model_files import lora_file
+from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.lorafile import shapes_of
-from visualcloze_deft.lowrank import Change
-from visualcloze_deft.modelfolder import CONFIG, WEIGHTS, lora_file
-from visualcloze_deft.models import load_transformer
 
 RANK, ALPHA = 2, 4.0  # a reader that drops alpha makes half the change
 SINGLE, DOUBLE = "single_transformer_blocks.0", "transformer_blocks.0"
@@ -41,12 +43,12 @@ ONETRAINER = {  # which numbers the parts of a fused layer
 
 
 @pytest.fixture(scope="module")
-def shapes(micro_model: Path) -> lowrank.Shapes:
+def shapes(micro_model: Path) -> lora_names.Shapes:
     return shapes_of(str(micro_model))
 
 
 @pytest.fixture
-def changes(shapes: lowrank.Shapes) -> dict[str, Change]:
+def changes(shapes: lora_names.Shapes) -> dict[str, Change]:
     """A down and an up matrix for each layer, whose product counts ALPHA / RANK."""
     random = torch.Generator().manual_seed(0)
     return {
@@ -109,20 +111,20 @@ def check_equal(found: dict[str, Change], changes: dict[str, Change], scale: flo
 
 @pytest.mark.parametrize("tool", NAMINGS)
 def test_every_naming_gives_the_same_change(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path, tool: str
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path, tool: str
 ) -> None:
     file = tmp_path / "lora.safetensors"
     save_file(named(changes, *NAMINGS[tool]), file)
-    check_equal(lorafile.read(file, shapes=shapes), changes, ALPHA / RANK)
+    check_equal(lora_files.read(file, shapes=shapes), changes, ALPHA / RANK)
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "base_model.model.", "model."])
 def test_fused_layers_are_read_behind_any_prefix(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path, prefix: str
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path, prefix: str
 ) -> None:
     file = tmp_path / "lora.safetensors"
-    save_file(named(lowrank.fuse(changes, shapes), lambda layer: prefix + layer), file)
-    found = lorafile.read(file, shapes=shapes)
+    save_file(named(lora_names.fuse(changes, shapes), lambda layer: prefix + layer), file)
+    found = lora_files.read(file, shapes=shapes)
     assert set(found) == set(changes)
     a, b = changes[f"{SINGLE}.proj_out"]
     down, up = found[f"{SINGLE}.proj_out"]
@@ -133,7 +135,7 @@ def test_fused_layers_are_read_behind_any_prefix(
 
 
 def test_xlabs_names_mean_what_diffusers_takes_them_for(
-    shapes: lowrank.Shapes, tmp_path: Path
+    shapes: lora_names.Shapes, tmp_path: Path
 ) -> None:
     width, random = shapes[f"{DOUBLE}.attn.to_q"][0], torch.Generator().manual_seed(0)
     sides = {
@@ -149,7 +151,7 @@ def test_xlabs_names_mean_what_diffusers_takes_them_for(
     file = tmp_path / "xlabs.safetensors"
     save_file(tensors, file)
     theirs = _convert_xlabs_flux_lora_to_diffusers(tensors)
-    found = lorafile.read(file, shapes=shapes)
+    found = lora_files.read(file, shapes=shapes)
     assert {f"transformer.{name}.lora_A.weight" for name in found} < set(theirs)
     assert len(theirs) == 2 * len(found)
     for name, (a, b) in found.items():
@@ -209,26 +211,26 @@ def test_xlabs_names_mean_what_diffusers_takes_them_for(
     ],
 )
 def test_what_would_not_be_used_is_refused_by_name(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path, change, words: str
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path, change, words: str
 ) -> None:
     file, tensors = tmp_path / "lora.safetensors", named(changes, str)
     change(tensors)
     save_file(tensors, file)
     with pytest.raises(UserError, match=words):
-        lorafile.read(file, shapes=shapes)
+        lora_files.read(file, shapes=shapes)
 
 
 def test_what_adds_zero_is_no_reason_to_refuse(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path
 ) -> None:
     file, tensors = tmp_path / "lora.safetensors", named(changes, str)
     tensors |= {f"{SINGLE}.proj_mlp.{end}": torch.zeros(3) for end in ("diff_b", "lora_B.bias")}
     save_file(tensors, file)
-    check_equal(lorafile.read(file, shapes=shapes), changes, ALPHA / RANK)
+    check_equal(lora_files.read(file, shapes=shapes), changes, ALPHA / RANK)
 
 
 def test_tensors_for_text_encoders_are_refused_unless_they_are_to_be_left_out(
-    shapes: lowrank.Shapes,
+    shapes: lora_names.Shapes,
     changes: dict[str, Change],
     micro_model: Path,
     tmp_path: Path,
@@ -249,11 +251,11 @@ def test_tensors_for_text_encoders_are_refused_unless_they_are_to_be_left_out(
         assert not folder.exists()
     words = ("import", file, "--model", micro_model, "--output", folder)
     main([str(word) for word in (*words, "--without-text-encoders")])
-    check_equal(lorafile.read(lora_file(str(folder)), shapes=shapes), changes, ALPHA / RANK)
+    check_equal(lora_files.read(lora_file(str(folder)), shapes=shapes), changes, ALPHA / RANK)
 
 
 def test_inputs_that_flux_dev_lacks_are_filled_with_zeros_and_that_is_said(
-    shapes: lowrank.Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shapes: lora_names.Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     outputs, inputs = shapes["x_embedder"]
     a, b = torch.randn(RANK, 64), torch.randn(outputs, RANK)
@@ -261,14 +263,14 @@ def test_inputs_that_flux_dev_lacks_are_filled_with_zeros_and_that_is_said(
     save_file(
         {"transformer.x_embedder.lora_A.weight": a, "transformer.x_embedder.lora_B.weight": b}, file
     )
-    down, up = lorafile.read(file, shapes=shapes)["x_embedder"]
+    down, up = lora_files.read(file, shapes=shapes)["x_embedder"]
     assert inputs == 384
     torch.testing.assert_close((up @ down)[:, :64], b @ a)
     assert not (up @ down)[:, 64:].any()
     assert "x_embedder has 64 inputs" in caplog.text
     save_file({f"proj_out.lora_{k}.weight": t for k, t in (("A", a), ("B", b[:64]))}, file)
     with pytest.raises(UserError, match="proj_out changes a weight of"):  # no other layer is filled
-        lorafile.read(file, shapes=shapes | {"proj_out": (outputs, inputs)})
+        lora_files.read(file, shapes=shapes | {"proj_out": (outputs, inputs)})
 
 
 def peft_folder(changes: dict[str, Change], folder: Path, **settings: object) -> Path:
@@ -285,12 +287,12 @@ def peft_folder(changes: dict[str, Change], folder: Path, **settings: object) ->
 
 
 def test_the_settings_beside_pefts_file_count(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path
 ) -> None:
     folder = peft_folder(changes, tmp_path / "plain")
-    check_equal(lorafile.read(lora_file(str(folder)), shapes=shapes), changes, ALPHA / RANK)
+    check_equal(lora_files.read(lora_file(str(folder)), shapes=shapes), changes, ALPHA / RANK)
     folder = peft_folder(changes, tmp_path / "stabilised", use_rslora=True)
-    check_equal(lorafile.read(folder / WEIGHTS, shapes=shapes), changes, ALPHA / RANK**0.5)
+    check_equal(lora_files.read(folder / WEIGHTS, shapes=shapes), changes, ALPHA / RANK**0.5)
     for words, settings in (
         ("DoRA cannot be read", {"use_dora": True}),
         ("changed the base before training", {"init_lora_weights": "pissa_niter_4"}),
@@ -299,21 +301,21 @@ def test_the_settings_beside_pefts_file_count(
     ):
         folder = peft_folder(changes, tmp_path / words[:4], **settings)
         with pytest.raises(UserError, match=words):
-            lorafile.read(folder / WEIGHTS, shapes=shapes)
+            lora_files.read(folder / WEIGHTS, shapes=shapes)
 
 
 def test_two_scales_that_differ_are_refused(
-    shapes: lowrank.Shapes, changes: dict[str, Change], tmp_path: Path
+    shapes: lora_names.Shapes, changes: dict[str, Change], tmp_path: Path
 ) -> None:
     file = tmp_path / "lora.safetensors"
     for alpha, agree in ((ALPHA, True), (ALPHA / 2, False)):
         about = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": alpha})
-        save_file(named(changes, str), file, {lorafile.HEADER: about})
+        save_file(named(changes, str), file, {lora_files.HEADER: about})
         if agree:
-            check_equal(lorafile.read(file, shapes=shapes), changes, ALPHA / RANK)
+            check_equal(lora_files.read(file, shapes=shapes), changes, ALPHA / RANK)
         else:
             with pytest.raises(UserError, match="gives a scale of 2, its settings 1"):
-                lorafile.read(file, shapes=shapes)
+                lora_files.read(file, shapes=shapes)
 
 
 def test_a_folder_of_several_files_is_refused_unless_one_has_the_usual_name(tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_a_hub_id_is_read_from_the_cache_without_the_hub(
         load_transformer(str(micro_model), dtype=torch.float32, lora=lora)
         for lora in ("someone/a-lora", str(file))
     )
-    torch.testing.assert_close(export.answer(by_id, 1.0), export.answer(by_file, 1.0))
+    torch.testing.assert_close(verify.answer(by_id, 1.0), verify.answer(by_file, 1.0))
     with pytest.raises(UserError, match="not in the hub's cache on this machine"):
         load_transformer(str(micro_model), dtype=torch.float32, lora="someone/else")
 

@@ -14,12 +14,12 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data.folder import Folder
-from visualcloze_deft.data.insdet import View, alone
-from visualcloze_deft.data.maps import read_role
+from visualcloze_deft.data.sources.folder import Folder
+from visualcloze_deft.data.sources.insdet import View, alone
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gridfile import read_requests, request
-from visualcloze_deft.registry import load_tasks
+from visualcloze_deft.images.maps import read_role
+from visualcloze_deft.inference.request import read_requests, request
+from visualcloze_deft.task_registry.files import load_tasks
 
 OBJECT = np.zeros((32, 32), bool)
 OBJECT[8:24, 6:20] = True

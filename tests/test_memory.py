@@ -18,25 +18,11 @@ from micro_model import copy_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from visualcloze_deft import adapters, quantise, rundir
-from visualcloze_deft.cli import main
-from visualcloze_deft.engine import recompute
-from visualcloze_deft.memory import (
-    FP8_ROWS,
-    RESERVE,
-    STAGES,
-    Load,
-    MemoryPlan,
-    activations_of,
-    main_memory,
-    memory_plan,
-    quantising_bytes,
-    stored,
-    usable,
-)
-from visualcloze_deft.modelfolder import Bits
-from visualcloze_deft.models import load_models, load_transformer, predict_velocity
-from visualcloze_deft.modelsize import (
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones import quantization
+from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.backbones.model_size import (
     clip_parameters,
     flux,
     parameters_of,
@@ -44,7 +30,20 @@ from visualcloze_deft.modelsize import (
     t5_parameters,
     vae_parameters,
 )
-from visualcloze_deft.settings import Adapter, load_run, write_run
+from visualcloze_deft.cli import main
+from visualcloze_deft.config.run import Adapter, Bits, load_run, write_run
+from visualcloze_deft.planning.activations import Load, activations_of
+from visualcloze_deft.planning.memory import (
+    RESERVE,
+    STAGES,
+    MemoryPlan,
+    main_memory,
+    memory_plan,
+    usable,
+)
+from visualcloze_deft.planning.sizes import FP8_ROWS, quantising_bytes, stored
+from visualcloze_deft.training import preparation, run_folder
+from visualcloze_deft.training.engine import recompute
 
 
 def asked(model: nn.Module, load: Load) -> dict[str, Tensor]:
@@ -150,7 +149,7 @@ WAYS = [
 
 def adapted(name: str, settings: Adapter) -> FluxTransformer2DModel:
     model = load_transformer(name, dtype=torch.float32).train()
-    adapters.attach(model, settings, seed=0)
+    injection.attach(model, settings, seed=0)
     return model
 
 
@@ -173,7 +172,7 @@ def test_gradients_are_the_same_however_many_blocks_are_recomputed() -> None:
     for blocks in (0, 2, "all"):
         recompute(model, blocks)
         predict_velocity(model, **asked(model, load), guidance=1.0).square().mean().backward()
-        found.append([parameter.grad.clone() for parameter in adapters.trainable(model).values()])
+        found.append([parameter.grad.clone() for parameter in injection.trainable(model).values()])
         model.zero_grad()
     assert any(gradient.any() for gradient in found[0])
     assert all(
@@ -199,7 +198,7 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
     settings = Adapter(rank=32, method=method)
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(few).to(torch.bfloat16).train()
-        adapters.attach(model, settings, seed=0)
+        injection.attach(model, settings, seed=0)
         given = {k: v.to("meta") for k, v in asked(model, load).items()}
         with FlashAttention():
             kept = bytes_saved(model, load)
@@ -236,7 +235,7 @@ def test_a_base_takes_the_bytes_that_are_planned(bits: Bits) -> None:
 
 
 def test_fp8_is_made_of_as_many_rows_as_planned() -> None:
-    assert FP8_ROWS == quantise.ROWS
+    assert FP8_ROWS == quantization.ROWS
 
 
 def test_a_quantised_base_that_cannot_fit_is_refused_before_anything_is_loaded(
@@ -244,7 +243,7 @@ def test_a_quantised_base_that_cannot_fit_is_refused_before_anything_is_loaded(
 ) -> None:
     """In a container of 1 GB. Its weights are no weights: reading them would fail otherwise."""
     (tmp_path / "memory.max").write_text("1000000000\n")
-    monkeypatch.setattr("visualcloze_deft.memory.CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr("visualcloze_deft.planning.memory.CONTAINER", tmp_path / "memory.max")
     model = copy_model(micro_model, tmp_path / "model")
     (model / "transformer/config.json").write_text(json.dumps(FLUX))
     words = ["--model", model, "--output", tmp_path / "run", "--processes", 1, "--zero", 2]
@@ -263,7 +262,7 @@ def test_a_container_without_a_limit_has_the_memory_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = main_memory()
-    monkeypatch.setattr("visualcloze_deft.memory.CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr("visualcloze_deft.planning.memory.CONTAINER", tmp_path / "memory.max")
     assert main_memory() >= whole
     (tmp_path / "memory.max").write_text("max\n")
     assert main_memory() >= whole
@@ -290,8 +289,8 @@ def test_a_base_in_fp8_answers_nearly_as_before_and_can_be_trained_on(method: st
         model = load_transformer("tiny", dtype=torch.float32, bits="fp8")
         after = predict_velocity(model, **given, guidance=1.0)
     assert 0 < (after - before).norm() < 0.1 * before.norm()
-    adapters.attach(model, Adapter(method=method, rank=4), seed=0)
-    optimiser = torch.optim.AdamW(adapters.trainable(model).values(), lr=3e-3)
+    injection.attach(model, Adapter(method=method, rank=4), seed=0)
+    optimiser = torch.optim.AdamW(injection.trainable(model).values(), lr=3e-3)
     losses = []
     for _ in range(6):
         loss = predict_velocity(model, **given, guidance=1.0).float().square().mean()
@@ -301,7 +300,7 @@ def test_a_base_in_fp8_answers_nearly_as_before_and_can_be_trained_on(method: st
         losses.append(loss.item())
     assert losses[0] == pytest.approx(after.float().square().mean().item(), rel=0.05)
     assert losses[-1] < 0.9 * losses[0]
-    assert {p.dtype for p in adapters.trainable(model).values()} == {torch.float32}
+    assert {p.dtype for p in injection.trainable(model).values()} == {torch.float32}
 
 
 def plan_of(folder: Path, *overrides: str, processes: int = 8) -> MemoryPlan:
@@ -339,10 +338,10 @@ def test_auto_takes_the_lowest_stage_that_fits_and_zero_3_where_the_base_does_no
 
 def test_a_run_folder_says_what_auto_became(micro_model: Path, tmp_path: Path) -> None:
     run = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}", "zero=auto"])
-    rundir.prepare(run, processes=2, resume=False)
-    kept = load_run(str(tmp_path / "run" / rundir.SETTINGS))
+    preparation.prepare(run, processes=2, resume=False)
+    kept = load_run(str(tmp_path / "run" / run_folder.SETTINGS))
     assert (kept.zero, kept.checkpoint_blocks) == (0, 0)
-    assert rundir.as_decided(run) == kept
+    assert preparation.as_decided(run) == kept
 
 
 def test_plan_needs_settings_alone(flux_settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,8 +363,8 @@ def test_steps_an_hour_are_those_of_an_earlier_run(
     line = {"examples": 1, "loss": 0.5, "tasks": {}}
     steps = enumerate((9.0, 2.0, 2.0), 1)
     lines = [json.dumps({"step": k, "seconds": seconds, **line}) for k, seconds in steps]
-    (tmp_path / rundir.METRICS).write_text("\n".join(lines))
-    write_run(load_run("tiny", ["batch=4"]), tmp_path / rundir.SETTINGS)
+    (tmp_path / run_folder.METRICS).write_text("\n".join(lines))
+    write_run(load_run("tiny", ["batch=4"]), tmp_path / run_folder.SETTINGS)
     main(["plan", "--grid", "2x2", "--run", str(tmp_path)])
     said = capsys.readouterr().out
     assert "1800 steps an hour" in said

@@ -21,10 +21,10 @@ from skimage.metrics import (
 )
 
 from visualcloze_deft.data.derive import canny
-from visualcloze_deft.data.scenes import SEGMENT_COLOURS, Scenes
+from visualcloze_deft.data.sources.scenes import SEGMENT_COLOURS, Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.evaluation import metrics, placement, similarity
-from visualcloze_deft.evaluation.statistics import difference, figure, sign_flip_p
+from visualcloze_deft.evaluation.metrics import fidelity, placement, similarity
+from visualcloze_deft.reporting.statistics import difference, mean_ci, sign_flip_p
 
 SCENES = Scenes(size=64, seed=5)
 Floats = NDArray[np.float64]
@@ -55,37 +55,37 @@ def rows(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Floats:
 @pytest.mark.parametrize("deviation", [2, 20, 90])
 def test_psnr_and_ssim_are_those_of_scikit_image(deviation: float) -> None:
     one, other = pixels(), noisy(pixels(), deviation)
-    assert metrics.psnr(one, other) == pytest.approx(peak_signal_noise_ratio(one, other), abs=1e-9)
+    assert fidelity.psnr(one, other) == pytest.approx(peak_signal_noise_ratio(one, other), abs=1e-9)
     expected = structural_similarity(
         one, other, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
-    assert metrics.ssim(one, other) == pytest.approx(expected, abs=1e-9)
-    assert metrics.mean_error(one, other) == pytest.approx(
+    assert fidelity.ssim(one, other) == pytest.approx(expected, abs=1e-9)
+    assert fidelity.mean_error(one, other) == pytest.approx(
         np.abs(one.astype(int) - other.astype(int)).mean(), abs=1e-9
     )
 
 
 def test_equal_pictures_are_equal_in_every_measure() -> None:
     one = pixels()
-    assert metrics.psnr(one, one) == pytest.approx(68.13, abs=0.01)
-    assert metrics.ssim(one, one) == pytest.approx(1)
-    assert metrics.mean_error(one, one) == 0
-    assert metrics.canny_f1(one, scene(role="canny"), tolerance=0) == 1
-    assert metrics.depth_rmse(scene(role="depth"), scene(role="depth")) == 0
-    assert metrics.normals_angle(scene(role="normal"), scene(role="normal")) < 1e-5
-    assert metrics.segmentation_miou(scene(role="segmentation"), scene(role="segmentation")) == 1
+    assert fidelity.psnr(one, one) == pytest.approx(68.13, abs=0.01)
+    assert fidelity.ssim(one, one) == pytest.approx(1)
+    assert fidelity.mean_error(one, one) == 0
+    assert fidelity.canny_f1(one, scene(role="canny"), tolerance=0) == 1
+    assert fidelity.depth_rmse(scene(role="depth"), scene(role="depth")) == 0
+    assert fidelity.normals_angle(scene(role="normal"), scene(role="normal")) < 1e-5
+    assert fidelity.segmentation_miou(scene(role="segmentation"), scene(role="segmentation")) == 1
 
 
 @pytest.mark.parametrize(
     "measure",
     [
-        metrics.psnr,
-        metrics.ssim,
-        metrics.mean_error,
-        metrics.depth_rmse,
-        metrics.normals_angle,
-        lambda one, other: metrics.edge_f1(canny(one), canny(other), tolerance=1),
-        lambda one, other: metrics.segmentation_miou(
+        fidelity.psnr,
+        fidelity.ssim,
+        fidelity.mean_error,
+        fidelity.depth_rmse,
+        fidelity.normals_angle,
+        lambda one, other: fidelity.edge_f1(canny(one), canny(other), tolerance=1),
+        lambda one, other: fidelity.segmentation_miou(
             one, other, colours=list(SEGMENT_COLOURS.values())
         ),
     ],
@@ -100,39 +100,39 @@ def test_more_noise_and_more_blur_are_worse() -> None:
     noise = [noisy(one, deviation) for deviation in (1, 4, 16, 64)]
     blur = [np.array(scene().filter(ImageFilter.GaussianBlur(r))) for r in (0.5, 1, 2, 4)]
     for series in (noise, blur):
-        for better in (metrics.psnr, metrics.ssim):
+        for better in (fidelity.psnr, fidelity.ssim):
             found = [better(x, one) for x in series]
             assert found == sorted(found, reverse=True)
-        errors = [metrics.mean_error(x, one) for x in series]
+        errors = [fidelity.mean_error(x, one) for x in series]
         assert errors == sorted(errors)
-    edges = [metrics.canny_f1(x, scene(role="canny"), tolerance=1) for x in noise]
+    edges = [fidelity.canny_f1(x, scene(role="canny"), tolerance=1) for x in noise]
     assert edges == sorted(edges, reverse=True)
     assert edges[-1] < 0.7 < edges[0]
 
 
 def test_bytes_do_not_wrap() -> None:
     dark = np.full((16, 16), 100, np.uint8)
-    assert metrics.depth_rmse(dark, dark + np.uint8(16)) == 16
-    assert metrics.depth_rmse(dark + np.uint8(16), dark) == 16
-    assert metrics.psnr(dark, dark + np.uint8(16)) == pytest.approx(20 * math.log10(255 / 16))
+    assert fidelity.depth_rmse(dark, dark + np.uint8(16)) == 16
+    assert fidelity.depth_rmse(dark + np.uint8(16), dark) == 16
+    assert fidelity.psnr(dark, dark + np.uint8(16)) == pytest.approx(20 * math.log10(255 / 16))
 
 
 def test_depth_rmse_is_the_root_of_scikit_images_mean_squared_error() -> None:
     one, other = (pixels(k, "depth")[..., 0] for k in (0, 1))
     expected = math.sqrt(mean_squared_error(one.astype(float), other.astype(float)))
-    assert metrics.depth_rmse(one, other) == pytest.approx(expected)
+    assert fidelity.depth_rmse(one, other) == pytest.approx(expected)
 
 
 def test_what_lies_in_the_hole_does_not_count() -> None:
     truth, mask = pixels(), pixels(role="mask")
     made = truth.copy()
     made[mask[..., 0] > 127] = 255 - made[mask[..., 0] > 127]
-    known = metrics.outside(scene(role="mask"))
-    assert metrics.mean_error(made, truth) > 1
-    assert metrics.mean_error(made, truth, where=known) == 0
-    assert metrics.psnr(made, truth, where=known) == metrics.psnr(truth, truth)
+    known = fidelity.outside(scene(role="mask"))
+    assert fidelity.mean_error(made, truth) > 1
+    assert fidelity.mean_error(made, truth, where=known) == 0
+    assert fidelity.psnr(made, truth, where=known) == fidelity.psnr(truth, truth)
     made[0, 0] ^= 255
-    assert metrics.mean_error(made, truth, where=known) > 0
+    assert fidelity.mean_error(made, truth, where=known) > 0
 
 
 # ---- conditions
@@ -143,7 +143,7 @@ def test_edges_are_near_as_a_distance_transform_says(tolerance: int) -> None:
     one, other = (pixels(k, "canny")[..., 0] > 127 for k in (0, 1))
     near = [distance_transform_cdt(~x, metric="chessboard") <= tolerance for x in (one, other)]
     precision, recall = near[1][one].mean(), near[0][other].mean()
-    found = metrics.edge_f1(pixels(0, "canny"), pixels(1, "canny"), tolerance=tolerance)
+    found = fidelity.edge_f1(pixels(0, "canny"), pixels(1, "canny"), tolerance=tolerance)
     assert found == pytest.approx(2 * precision * recall / (precision + recall))
 
 
@@ -151,15 +151,15 @@ def test_a_shift_within_the_tolerance_costs_nothing() -> None:
     edges = np.zeros((40, 40), np.uint8)
     cv2.circle(edges, (20, 20), 12, 255)
     moved = np.roll(edges, 2, axis=1)
-    assert metrics.edge_f1(moved, edges, tolerance=2) == 1
-    assert metrics.edge_f1(moved, edges, tolerance=1) < 0.8
-    assert metrics.edge_f1(moved, edges, tolerance=0) < 0.4
+    assert fidelity.edge_f1(moved, edges, tolerance=2) == 1
+    assert fidelity.edge_f1(moved, edges, tolerance=1) < 0.8
+    assert fidelity.edge_f1(moved, edges, tolerance=0) < 0.4
 
 
 def test_without_edges_only_a_map_without_edges_agrees() -> None:
     nothing = np.zeros((16, 16), np.uint8)
-    assert metrics.edge_f1(nothing, nothing, tolerance=0) == 1
-    assert metrics.edge_f1(nothing, nothing + np.uint8(255), tolerance=0) == 0
+    assert fidelity.edge_f1(nothing, nothing, tolerance=0) == 1
+    assert fidelity.edge_f1(nothing, nothing + np.uint8(255), tolerance=0) == 0
 
 
 @pytest.mark.parametrize("degrees", [0, 10, 90, 180])
@@ -171,20 +171,20 @@ def test_turned_normals_are_that_far_apart(degrees: float) -> None:
         vectors = np.stack([x, np.zeros_like(x), z], axis=-1)
         return (vectors * 127.5 + 127.5).round().astype(np.uint8)
 
-    assert metrics.normals_angle(coded(degrees), coded(0)) == pytest.approx(degrees, abs=0.6)
+    assert fidelity.normals_angle(coded(degrees), coded(0)) == pytest.approx(degrees, abs=0.6)
 
 
 def test_normals_do_not_hang_on_their_length() -> None:
     vectors = pixels(role="normal") / 127.5 - 1
     shorter = ((vectors * 0.7 + 1) * 127.5).round().astype(np.uint8)
-    assert metrics.normals_angle(shorter, scene(role="normal")) < 0.6
+    assert fidelity.normals_angle(shorter, scene(role="normal")) < 0.6
 
 
 def test_a_pixel_without_direction_is_a_right_angle_away() -> None:
     grey = np.full((64, 64, 3), 128, np.uint8)
-    assert metrics.normals_angle(grey, scene(role="normal")) == pytest.approx(90)
+    assert fidelity.normals_angle(grey, scene(role="normal")) == pytest.approx(90)
     half = np.concatenate([grey[:, :32], pixels(role="normal")[:, 32:]], axis=1)
-    assert metrics.normals_angle(half, scene(role="normal")) == pytest.approx(45)
+    assert fidelity.normals_angle(half, scene(role="normal")) == pytest.approx(45)
 
 
 def test_miou_counts_as_a_confusion_matrix_does() -> None:
@@ -196,24 +196,24 @@ def test_miou_counts_as_a_confusion_matrix_does() -> None:
     shared = np.diag(confusion)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - shared
     expected = (shared[union > 0] / union[union > 0]).mean()
-    assert metrics.segmentation_miou(one, other, colours=colours) == pytest.approx(expected)
+    assert fidelity.segmentation_miou(one, other, colours=colours) == pytest.approx(expected)
 
 
 def test_a_class_is_the_nearest_colour() -> None:
     truth = scene(role="segmentation")
-    assert metrics.segmentation_miou(noisy(np.array(truth), 8), truth) > 0.99
+    assert fidelity.segmentation_miou(noisy(np.array(truth), 8), truth) > 0.99
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: metrics.psnr(scene(), scene().resize((32, 64))), "64 x 64 and 32 x 64"),
-        (lambda: metrics.psnr(pixels() / 255, pixels()), "unsigned bytes"),  # type: ignore[arg-type]
-        (lambda: metrics.ssim(scene().resize((8, 64)), scene().resize((8, 64))), "8 x 64"),
-        (lambda: metrics.lpips(scene().resize((31, 64)), scene().resize((31, 64))), "31 x 64"),
-        (lambda: metrics.segmentation_miou(scene(), noisy(pixels(), 30)), "flat colours"),
-        (lambda: metrics.psnr(scene(), scene(), where=np.zeros((64, 64), bool)), "no pixel"),
-        (lambda: metrics.psnr(scene(), scene(), where=np.ones((2, 2), bool)), "2 x 2"),
+        (lambda: fidelity.psnr(scene(), scene().resize((32, 64))), "64 x 64 and 32 x 64"),
+        (lambda: fidelity.psnr(pixels() / 255, pixels()), "unsigned bytes"),  # type: ignore[arg-type]
+        (lambda: fidelity.ssim(scene().resize((8, 64)), scene().resize((8, 64))), "8 x 64"),
+        (lambda: fidelity.lpips(scene().resize((31, 64)), scene().resize((31, 64))), "31 x 64"),
+        (lambda: fidelity.segmentation_miou(scene(), noisy(pixels(), 30)), "flat colours"),
+        (lambda: fidelity.psnr(scene(), scene(), where=np.zeros((64, 64), bool)), "no pixel"),
+        (lambda: fidelity.psnr(scene(), scene(), where=np.ones((2, 2), bool)), "2 x 2"),
         (lambda: similarity.within(rows(1, 4, 0)), "one image"),
         (lambda: similarity.aligned(rows(2, 4, 0), rows(3, 4, 0)), "in pairs"),
         (lambda: similarity.fid(rows(9, 4, 0), rows(9, 5, 0)), "two encoders"),
@@ -221,10 +221,10 @@ def test_a_class_is_the_nearest_colour() -> None:
         (lambda: similarity.kid(rows(3, 4, 0), rows(9, 4, 0)), "KID of 3"),
         (lambda: placement.crop(scene(), (70, 0, 90, 9)), "70, 0, 90, 9"),
         (lambda: placement.box_of(Image.new("L", (4, 4))), "without white"),
-        (lambda: figure([]), "no values"),
-        (lambda: figure([1.0, math.nan]), "value 1 of 2"),
+        (lambda: mean_ci([]), "no values"),
+        (lambda: mean_ci([1.0, math.nan]), "value 1 of 2"),
         (lambda: difference([1.0], [1.0, 2.0]), "1 values against 2"),
-        (lambda: figure([1.0], ["a", "b"]), "groups for 2"),
+        (lambda: mean_ci([1.0], ["a", "b"]), "groups for 2"),
     ],
 )
 def test_what_cannot_be_compared_is_said(call: Callable[[], object], words: str) -> None:
@@ -235,7 +235,7 @@ def test_what_cannot_be_compared_is_said(call: Callable[[], object], words: str)
 @pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
 def test_lpips_says_what_it_lacks() -> None:
     with pytest.raises(UserError, match=r"pip install 'visualcloze-deft\[lpips\]'"):
-        metrics.lpips(scene(0), scene(1))
+        fidelity.lpips(scene(0), scene(1))
 
 
 # ---- features
@@ -374,7 +374,7 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(200):
-        found = figure(rng.normal(3, 1, 40))
+        found = mean_ci(rng.normal(3, 1, 40))
         held += found.low <= 3 <= found.high
     assert 178 <= held <= 199  # 95 % of 200, less what a percentile interval of 40 lacks
 
@@ -382,19 +382,19 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
 def test_values_of_one_group_tell_less_than_as_many_of_their_own() -> None:
     rng = np.random.default_rng(0)
     values = np.repeat(rng.normal(size=10), 20) + rng.normal(0, 0.1, 200)
-    alone, grouped = figure(values), figure(values, [k // 20 for k in range(200)])
+    alone, grouped = mean_ci(values), mean_ci(values, [k // 20 for k in range(200)])
     assert grouped.mean == pytest.approx(alone.mean)
     assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
     assert grouped.count == alone.count == 200
 
 
 def test_a_figure_says_its_count_and_only_an_interval_that_it_knows() -> None:
-    found = figure([0.5, 0.7, 0.9, 0.7])
+    found = mean_ci([0.5, 0.7, 0.9, 0.7])
     assert str(found).startswith("0.70 (0.")
     assert str(found).endswith(", n 4)")
-    assert figure([0.5, 0.7, 0.9, 0.7]) == found
-    assert figure([0.25]).record() == {"mean": 0.25, "low": None, "high": None, "count": 1}
-    assert str(figure([1.0, 2.0], ["cat", "cat"])) == "1.50 (n 2)"
+    assert mean_ci([0.5, 0.7, 0.9, 0.7]) == found
+    assert mean_ci([0.25]).record() == {"mean": 0.25, "low": None, "high": None, "count": 1}
+    assert str(mean_ci([1.0, 2.0], ["cat", "cat"])) == "1.50 (n 2)"
 
 
 def test_p_is_small_for_a_clear_difference_and_uniform_for_none() -> None:
@@ -420,4 +420,4 @@ def test_a_paired_difference_sees_what_two_means_do_not() -> None:
     after = before + rng.normal(0.3, 0.2, 50)
     found = difference(after, before)
     assert 0 < found.low < 0.3 < found.high
-    assert figure(after).low < figure(before).high
+    assert mean_ci(after).low < mean_ci(before).high

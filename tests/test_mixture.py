@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visualcloze_deft.data.item import Item, Part
-from visualcloze_deft.data.mixture import Example, Mixture, row_of
+from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.data.base import Item, Part
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import Mixture, row_of
+from visualcloze_deft.data.queries import one_of_each, queries
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.preview import one_of_each, queries
-from visualcloze_deft.registry import Task
-from visualcloze_deft.settings import Recipe
+from visualcloze_deft.task_registry.task import Task
 
 DRAWS = 600
 SLACK = 0.08  # four standard deviations of a frequency over so many draws

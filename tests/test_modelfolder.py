@@ -12,17 +12,17 @@ import torch
 from hub_cache import COMMIT, in_hub_cache
 from safetensors.torch import load_file, save_file
 
+from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.backbones.flux_fill.loading import (
+    check_weights,
+    load_models,
+    load_tokenizers,
+    load_transformer,
+)
+from visualcloze_deft.backbones.model_files import check_folder, fingerprint, weight_files
+from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.modelfolder import (
-    CONFIG,
-    WEIGHTS,
-    check_base,
-    check_folder,
-    fingerprint,
-    weight_files,
-)
-from visualcloze_deft.models import check_weights, load_models, load_tokenizers, load_transformer
 
 
 @pytest.fixture

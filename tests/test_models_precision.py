@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from test_pipeline import scene_rows
 
-from visualcloze_deft.models import load_models
-from visualcloze_deft.pipeline import InContextPipeline
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.inference.pipeline import InContextPipeline
 
 PSNR = 50.0  # decibel that a picture in float16 has at least, held to the one in float32
 

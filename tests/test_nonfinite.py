@@ -14,18 +14,21 @@ from safetensors.torch import load_file
 from standins import spoiled_norm, standing_in, vcdeft_with
 from torch import Tensor, nn
 
-from visualcloze_deft import adapters, kernels, rundir
-from visualcloze_deft.attention import Shapes
-from visualcloze_deft.batch import Draws, encode
-from visualcloze_deft.batch import Group as Samples
-from visualcloze_deft.checkpoint import newest
-from visualcloze_deft.engine import recompute
-from visualcloze_deft.kernels import ComposedLayerNorm, ComposedRMSNorm, Kernels
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import load_models
-from visualcloze_deft.nonfinite import READ, Origin, traced
-from visualcloze_deft.report import REPORT
-from visualcloze_deft.settings import load_run
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones import kernels
+from visualcloze_deft.backbones.attention import Shapes
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.kernels import ComposedLayerNorm, ComposedRMSNorm, Kernels
+from visualcloze_deft.config.run import load_run
+from visualcloze_deft.sampling.encoding import TokenBatch as Samples
+from visualcloze_deft.sampling.encoding import encode
+from visualcloze_deft.training import mixtures, run_folder
+from visualcloze_deft.training.checkpoint import newest
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.engine import recompute
+from visualcloze_deft.training.nonfinite import READ, Origin, traced
+from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.report import REPORT
 
 STEPS = 5
 SHAPES = Shapes(
@@ -38,8 +41,8 @@ def batch(micro_model: Path) -> tuple[GridLoss, list[Samples]]:
     """The loss of a micro model with an adapter, and what it is computed on."""
     settings = load_run(None, [f"model={micro_model}", "adapter.rank=4"])
     models = load_models(settings.model)
-    adapters.attach(models.transformer, settings.adapter, seed=0)
-    draws = Draws(rundir.mixture_of(settings))
+    injection.attach(models.transformer, settings.adapter, seed=0)
+    draws = PixelDataset(mixtures.mixture_of(settings))
     groups = encode(models, [draws[index] for index in range(2)], seed=0)
     return GridLoss(models.transformer, context_weight=1, guidance=1.0), groups
 
@@ -54,7 +57,7 @@ def origin_in(loss_of: GridLoss, groups: list[Samples]) -> Origin | None:
 def gradients(loss_of: GridLoss, groups: list[Samples]) -> list[Tensor]:
     loss_of.zero_grad()
     loss_of(groups).sum().backward()
-    trained = adapters.trainable(loss_of.transformer).values()
+    trained = injection.trainable(loss_of.transformer).values()
     return [p.grad.clone() for p in trained if p.grad is not None]
 
 
@@ -170,7 +173,7 @@ def words(model: Path, output: Path, *more: object) -> list[object]:
 
 
 def lines(output: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (output / rundir.METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (output / run_folder.METRICS).read_text().splitlines()]
 
 
 def losses(output: Path) -> list[object]:
@@ -178,7 +181,7 @@ def losses(output: Path) -> list[object]:
 
 
 def weights(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "adapter" / adapters.WEIGHTS)
+    return load_file(output / "adapter" / files.WEIGHTS)
 
 
 def back_to(output: Path, step: int) -> None:
@@ -220,7 +223,7 @@ def test_a_run_goes_on_with_another_backend_from_the_step_whose_gradient_was_not
     assert f"{line}; with attention math it is: the run goes on so" in said
     assert "skipped" not in said
     assert same(output, with_math)
-    assert json.loads((output / rundir.VERSIONS).read_text())["attention"] == "math"
+    assert json.loads((output / run_folder.VERSIONS).read_text())["attention"] == "math"
     found = newest(output / "checkpoints")[0].progress
     assert (found.attention, found.not_finite) == ("math", 0)
 
@@ -322,7 +325,7 @@ def test_auto_in_a_run_takes_what_is_right_and_the_folder_records_it(
     assert line.startswith("attention: math (checked in float32 at ")
     assert "refused: flash: the output is not finite" in line
     assert "efficient: the gradient of keys is off by 10" in line
-    recorded = json.loads((output / rundir.VERSIONS).read_text())
+    recorded = json.loads((output / run_folder.VERSIONS).read_text())
     assert (recorded["attention"], recorded["attention_check"]) == ("math", line)
     assert same(output, with_math)
     back_to(output, 3)

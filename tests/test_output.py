@@ -15,11 +15,10 @@ import pytest
 from PIL import Image
 from processes import Group, forked, run
 
-from visualcloze_deft import rundir
-from visualcloze_deft.claims import Claims
+from visualcloze_deft.config.run import load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.output import LOCK, only_writer
-from visualcloze_deft.settings import load_run
+from visualcloze_deft.storage.locks import LOCK, WorkLocks, only_writer
+from visualcloze_deft.training import preparation, run_folder
 
 Refused = Callable[..., str]
 LINE = "vcdeft: output"
@@ -129,14 +128,14 @@ def test_a_name_in_the_run_folder_of_a_comparison_is_no_training(
 def test_a_run_that_was_ended_early_is_still_a_run(micro_model: Path, tmp_path: Path) -> None:
     asked = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}"])
     output = Path(asked.output)
-    with rundir.own(output):
+    with run_folder.run_lock(output):
         pass  # ended before anything but its lock was there
-    with rundir.own(output):
-        rundir.prepare(asked, processes=1, resume=False)
+    with run_folder.run_lock(output):
+        preparation.prepare(asked, processes=1, resume=False)
     (output / "notes.txt").write_text("mine")
-    shutil.rmtree(output / rundir.TASKS)
-    with rundir.own(output):
-        rundir.prepare(asked, processes=1, resume=False)
+    shutil.rmtree(output / run_folder.TASKS)
+    with run_folder.run_lock(output):
+        preparation.prepare(asked, processes=1, resume=False)
     assert (output / "notes.txt").read_text() == "mine"
 
 
@@ -201,7 +200,7 @@ def test_a_lock_that_is_a_link_costs_no_file(
 def test_claims_are_not_made_through_a_dangling_link(tmp_path: Path) -> None:
     (tmp_path / ".claims").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"\.claims: cannot be opened as a lock"):
-        Claims(tmp_path)
+        WorkLocks(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -243,7 +242,7 @@ def test_of_two_starts_into_one_folder_one_wins_and_its_settings_are_its_own(
     winner, loser = groups if ends[0] == 0 else groups[::-1]
     assert "Traceback" not in loser.said
     assert "another process is writing" in loser.said or "holds another run" in loser.said
-    assert load_run(str(output / rundir.SETTINGS)).seed == (11 if winner is groups[0] else 12)
+    assert load_run(str(output / run_folder.SETTINGS)).seed == (11 if winner is groups[0] else 12)
 
 
 @pytest.mark.processes
@@ -253,13 +252,13 @@ def test_between_the_launcher_and_its_processes_no_other_run_comes_in(
     """The other comes when the launcher has prepared its run and waits for its processes."""
     output = tmp_path / "run"
     first = started(words(micro_model, output, "--seed", 11, "--processes", 1))
-    while not (output / rundir.SETTINGS).exists():
+    while not (output / run_folder.SETTINGS).exists():
         time.sleep(0.01)
         assert first.poll() is None, first.communicate()
     other = Group(words(micro_model, output, "--seed", 12), processes=1)
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0, said[-2000:]
     assert other.wait() == 2
-    assert load_run(str(output / rundir.SETTINGS)).seed == 11
+    assert load_run(str(output / run_folder.SETTINGS)).seed == 11
     adapter = json.loads((output / "checkpoints" / "step-000002" / "progress.json").read_text())
     assert adapter["seed"] == 11

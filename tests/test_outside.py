@@ -12,13 +12,14 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from living import Living
 from test_memory import FLUX, FLUX_VAE, FlashAttention, asked, flux_settings, plan_of
 
-from visualcloze_deft import adapters
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.backbones.model_size import settings_of
 from visualcloze_deft.cli import main
-from visualcloze_deft.memory import RESERVE, Load, memory_plan
-from visualcloze_deft.models import predict_velocity
-from visualcloze_deft.modelsize import settings_of
-from visualcloze_deft.outside import picture_bytes, pixel_values
-from visualcloze_deft.settings import Adapter, load_run
+from visualcloze_deft.config.run import Adapter, load_run
+from visualcloze_deft.planning.activations import Load
+from visualcloze_deft.planning.memory import RESERVE, memory_plan
+from visualcloze_deft.planning.outside_steps import picture_bytes, pixel_values
 
 __all__ = ["flux_settings"]
 
@@ -64,7 +65,7 @@ def test_a_sampling_step_of_flux_peaks_as_planned(
     settings = Adapter(rank=rank, method=method)
     with torch.device("meta"), torch.no_grad():
         model = FluxTransformer2DModel.from_config(few).to(dtype)
-        adapters.attach(model, settings, seed=0)
+        injection.attach(model, settings, seed=0)
         sheet = Load(grids=1, image=3456, text=512)
         given = {k: v.to("meta") for k, v in asked(model.eval(), sheet).items()}
         with FlashAttention(), Living() as living:

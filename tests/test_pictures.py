@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data.images import SUFFIXES, images_in, picture_size, read_crop, read_image
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.images.reading import SUFFIXES, images_in, picture_size, read_crop, read_image
 
 # ---- profiles
 

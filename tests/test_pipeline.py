@@ -14,17 +14,20 @@ import torch
 from accelerate import cpu_offload
 from PIL import Image
 
-from visualcloze_deft import InContextPipeline, grid, sample, speed
-from visualcloze_deft.batch import encode_grids
-from visualcloze_deft.cells import cell_size
-from visualcloze_deft.data.scenes import Scenes
-from visualcloze_deft.encodings import Recent
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.backbones.embedding_cache import Recent
+from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.gridfile import request
-from visualcloze_deft.models import load_models, load_transformer
-from visualcloze_deft.pipeline import enough_memory
-from visualcloze_deft.prompt import CONTENT_PREFIX, layout_sentence
-from visualcloze_deft.upsample import Upsampling
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import cell_size
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
+from visualcloze_deft.inference import acceleration
+from visualcloze_deft.inference.pipeline import enough_memory
+from visualcloze_deft.inference.request import request
+from visualcloze_deft.sampling import sampling
+from visualcloze_deft.sampling.encoding import encode_grids
+from visualcloze_deft.sampling.upsampling import Upsampling
 
 STEPS = 4
 
@@ -76,12 +79,12 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
     noise = torch.randn(latents.seen.shape, generator=generator)
     layout = (layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
     text, pooled = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
-    given = sample.Conditions(latents=latents, text=text, pooled=pooled)
-    velocity = sample.velocity_of(models, given, guidance=30.0)
+    given = sampling.Conditions(latents=latents, text=text, pooled=pooled)
+    velocity = sampling.velocity_of(models, given, guidance=30.0)
     times, x = models.times(STEPS, noise.shape[1]), noise
     with torch.no_grad():
         for k in range(STEPS):
-            x = sample.denoise(velocity, x, times[k : k + 2])
+            x = sampling.denoise(velocity, x, times[k : k + 2])
             torch.testing.assert_close(x, seen_by_them[k], atol=1e-4, rtol=1e-4)
 
 
@@ -114,8 +117,8 @@ def test_the_same_seed_gives_the_same_image_whatever_else_is_asked(
 def test_a_grid_in_a_batch_equals_the_grid_alone(pipe: InContextPipeline) -> None:
     grids = [grid.build(scene_rows(2), resolution=32) for _ in range(2)]
     prompts = ["one", "two"]
-    together = sample.generate(pipe.models, grids, prompts, seeds=[1, 2], steps=2)
-    alone = sample.generate(pipe.models, grids[1:], prompts[1:], seeds=[2], steps=2)
+    together = sampling.generate(pipe.models, grids, prompts, seeds=[1, 2], steps=2)
+    alone = sampling.generate(pipe.models, grids[1:], prompts[1:], seeds=[2], steps=2)
     difference = torch.tensor(list(together[1][0].tobytes())).int() - torch.tensor(
         list(alone[0][0].tobytes())
     )
@@ -144,12 +147,12 @@ def test_resolution_changes_the_size_of_the_answer(pipe: InContextPipeline) -> N
 def test_an_adapter_trained_on_one_model_works_in_the_pipeline(
     micro_model: Path, tmp_path: Path
 ) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.settings import Adapter
+    from visualcloze_deft.adapters import files, injection
+    from visualcloze_deft.config.run import Adapter
 
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2, method="para"), seed=0)
-    adapters.save(models.transformer, tmp_path, base="micro")
+    injection.attach(models.transformer, Adapter(rank=2, method="para"), seed=0)
+    files.save(models.transformer, tmp_path, base="micro")
     with_adapter = InContextPipeline.from_pretrained(str(micro_model), adapter=tmp_path)
     without = InContextPipeline.from_pretrained(str(micro_model))
     a, b = (
@@ -192,12 +195,12 @@ def test_a_lora_of_another_model_is_refused(micro_model: Path, tmp_path: Path) -
 
 
 def test_an_adapter_of_ours_is_no_lora_to_merge(micro_model: Path, tmp_path: Path) -> None:
-    from visualcloze_deft import adapters
-    from visualcloze_deft.settings import Adapter
+    from visualcloze_deft.adapters import files, injection
+    from visualcloze_deft.config.run import Adapter
 
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2), seed=0)
-    adapters.save(models.transformer, tmp_path, base="micro")
+    injection.attach(models.transformer, Adapter(rank=2), seed=0)
+    files.save(models.transformer, tmp_path, base="micro")
     with pytest.raises(UserError, match="LoRA"):
         load_models(str(micro_model), lora=str(tmp_path))
 
@@ -413,7 +416,7 @@ def test_strength_says_how_many_steps_are_taken(strength: float, steps: int) -> 
 
 def test_a_step_cache_starts_anew_with_every_image(micro_model: Path) -> None:
     cached = InContextPipeline.from_pretrained(str(micro_model))
-    speed.enable(cached, cache="first-block=0.5")
+    acceleration.enable(cached, cache="first-block=0.5")
     calls = counted_blocks(cached)
     both = cached(rows=scene_rows(), seed=[1, 2], num_inference_steps=6)
     assert calls["block"] < 12  # of which the cache left some out
@@ -459,18 +462,18 @@ def test_compiled_blocks_make_the_same_image(micro_model: Path) -> None:
     images = []
     for compiled in (False, True):
         pipe = InContextPipeline.from_pretrained(str(micro_model))
-        speed.enable(pipe, compile_blocks=compiled)
+        acceleration.enable(pipe, compile_blocks=compiled)
         images += pipe(rows=scene_rows(), num_inference_steps=2, output_type="np")
     assert np.abs(images[0] - images[1]).max() < 0.01
 
 
 def test_tiles_and_attention_backends_work(micro_model: Path) -> None:
     pipe = InContextPipeline.from_pretrained(str(micro_model))
-    speed.enable(pipe, vae_tiling=True, attention="native")
+    acceleration.enable(pipe, vae_tiling=True, attention="native")
     assert pipe.vae.use_tiling
     assert len(pipe(rows=scene_rows(), num_inference_steps=1)) == 1
     with pytest.raises(UserError, match="--attention flashy"):
-        speed.enable(pipe, attention="flashy")
+        acceleration.enable(pipe, attention="flashy")
 
 
 def test_running_out_of_memory_says_what_to_change() -> None:

@@ -30,10 +30,11 @@ from diffusers.hooks import apply_group_offloading
 from hub_cache import COMMIT, in_hub_cache
 from PIL import Image
 
-import visualcloze_deft.pipeline
-from visualcloze_deft import InContextPipeline, adapters
+import visualcloze_deft.inference.pipeline
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.config.run import Adapter
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.settings import Adapter
 
 ROWS = [[Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")]]
 ROWS += [[Image.new("RGB", (32, 32), "green"), None]]
@@ -188,7 +189,7 @@ def test_diffusers_loads_what_was_saved(
     pipe = load(micro_model, cells="square")
     pipe.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
-    file = visualcloze_deft.pipeline.__file__
+    file = visualcloze_deft.inference.pipeline.__file__
     theirs = DiffusionPipeline.from_pretrained(
         tmp_path / "saved", custom_pipeline=file, trust_remote_code=True
     )
@@ -284,8 +285,8 @@ def test_another_transformer_is_without_the_adapters_of_the_first(
 ) -> None:
     pipe, base = load(micro_model), load(micro_model).transformer
     plain = latents(pipe)
-    adapters.attach(base, Adapter(rank=2, method="para"), seed=0)
-    adapters.save(base, tmp_path, base="micro")
+    injection.attach(base, Adapter(rank=2, method="para"), seed=0)
+    files.save(base, tmp_path, base="micro")
     pipe.load_adapter(tmp_path, "one")
     changed = latents(pipe)
     assert not torch.equal(changed, plain)

@@ -10,20 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from visualcloze_deft.batch import Draws, Own
+from visualcloze_deft.config.run import parse_run
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.plan import Plan, Step, pack
-from visualcloze_deft.registry import load_tasks
-from visualcloze_deft.rundir import mixture_of, plan_of
-from visualcloze_deft.settings import parse_run
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training.batch_schedule import BatchSchedule, StepPlan, pack
+from visualcloze_deft.training.datasets import PixelDataset, RankBatchSampler
+from visualcloze_deft.training.mixtures import mixture_of
+from visualcloze_deft.training.preparation import plan_of
 
 SIZES = [32, 96, 64, 32, 128, 48]  # in turn
 
 
-def plan(world: int = 2, accumulate: int = 1, batch: int = 4, budget: int = 0) -> Plan:
-    return Plan(
+def plan(world: int = 2, accumulate: int = 1, batch: int = 4, budget: int = 0) -> BatchSchedule:
+    return BatchSchedule(
         world=world,
         accumulate=accumulate,
         batch=batch,
@@ -32,7 +33,7 @@ def plan(world: int = 2, accumulate: int = 1, batch: int = 4, budget: int = 0) -
     )
 
 
-def steps(of: Plan, count: int, first: int = 0) -> list[Step]:
+def steps(of: BatchSchedule, count: int, first: int = 0) -> list[StepPlan]:
     return list(islice(of.steps(first), count))
 
 
@@ -95,13 +96,15 @@ def hashes(world: int, workers: int, first: int = 0) -> dict[int, str]:
     mixture = Mixture(
         {name: known[name] for name in names}, [Scenes(size=32, seed=3)], seed=3, resolution=32
     )
-    dealt = Plan(world=world, accumulate=2 // world, batch=1, budget=64, tokens_of=mixture.tokens)
+    dealt = BatchSchedule(
+        world=world, accumulate=2 // world, batch=1, budget=64, tokens_of=mixture.tokens
+    )
     before = sum(step.examples for step in islice(dealt.steps(0), first))
     found = {}
     for rank in range(world):
         loader = DataLoader(
-            Draws(mixture),
-            batch_sampler=Own(dealt, first=before, steps=8 - first, rank=rank),
+            PixelDataset(mixture),
+            batch_sampler=RankBatchSampler(dealt, first=before, steps=8 - first, rank=rank),
             collate_fn=list,
             num_workers=workers,
         )

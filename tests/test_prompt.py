@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from visualcloze_deft.prompt import CONTENT_PREFIX, Prompt, clip_text, layout_sentence, unread
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, Prompt, clip_text, layout_sentence, unread
 
 LAYOUT = layout_sentence(2, 3)
 TASK = "From the depth map [IMAGE1] and the reference [IMAGE2] to the photo [IMAGE3]."

@@ -15,10 +15,10 @@ from PIL import Image
 from processes import run
 from test_train import arguments, losses
 
+from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.models import load_models
-from visualcloze_deft.room import NoRoom, Room, put_back, ran_out
+from visualcloze_deft.sampling.room import NoRoom, Room, put_back, ran_out
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more\nand so on"
 

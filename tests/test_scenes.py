@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from visualcloze_deft.data.item import Item
-from visualcloze_deft.data.render import (
+from visualcloze_deft.data.base import Item
+from visualcloze_deft.data.sources.renderer import (
     COLOURS,
     FLOOR,
     SHAPES,
@@ -18,7 +18,7 @@ from visualcloze_deft.data.render import (
     Thing,
     render,
 )
-from visualcloze_deft.data.scenes import (
+from visualcloze_deft.data.sources.scenes import (
     NOUNS,
     SEGMENT_COLOURS,
     Scene,

@@ -21,9 +21,9 @@ import tomli_w
 from PIL import Image
 from test_compare import fields
 
-from visualcloze_deft import adapters
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import Adapter
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.config.run import Adapter
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -67,8 +67,8 @@ def script(tmp_path: Path) -> Script:
 def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     models = load_models(str(micro_model))
-    adapters.attach(models.transformer, Adapter(rank=2), seed=3)
-    adapters.save(models.transformer, folder, base="micro")
+    injection.attach(models.transformer, Adapter(rank=2), seed=3)
+    files.save(models.transformer, folder, base="micro")
     return folder
 
 

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from visualcloze_deft.config.run import (
+    Run,
+    config_for,
+    load_run,
+    parse_run,
+    setting_names,
+    write_run,
+)
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.folders import CONFIGS
-from visualcloze_deft.registry import load_tasks
-from visualcloze_deft.rundir import mixture_of, weights_of
-from visualcloze_deft.settings import Run, config_for, load_run, parse_run, setting_names, write_run
+from visualcloze_deft.paths import CONFIGS
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training.mixtures import mixture_of, weights_of
 
 
 def test_without_file_and_overrides_all_is_default() -> None:

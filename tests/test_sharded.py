@@ -16,8 +16,8 @@ from micro_model import write_micro_model
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from visualcloze_deft import adapters
-from visualcloze_deft.models import load_transformer, stored_dtype
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer, stored_dtype
 
 pytestmark = pytest.mark.processes
 
@@ -92,7 +92,7 @@ def test_gathered_again_it_is_the_whole_base_with_a_lora_merged_and_the_same_ada
     split: Path, micro_model: Path, lora: Path
 ) -> None:
     whole = load_transformer(str(micro_model), dtype=torch.float32, lora=str(lora))
-    adapters.attach(whole, zero_shards.RUN.adapter, seed=zero_shards.RUN.seed)
+    injection.attach(whole, zero_shards.RUN.adapter, seed=zero_shards.RUN.seed)
     gathered = load_file(split / "gathered.safetensors")
     expected = dict(whole.named_parameters())
     assert gathered.keys() == expected.keys()

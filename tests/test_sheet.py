@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageChops
 
-from visualcloze_deft.sheet import draw_grid
+from visualcloze_deft.reporting.contact_sheet import draw_grid
 
 
 def test_captions_show_letters_beyond_ascii_and_not_boxes() -> None:

@@ -20,17 +20,16 @@ import pytest
 from PIL import Image, ImageChops, ImageColor
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data import graph_table
-from visualcloze_deft.data.depth import declared
-from visualcloze_deft.data.dreambooth import DreamBooth
-from visualcloze_deft.data.folder import Folder
-from visualcloze_deft.data.graph200k import Graph200K
-from visualcloze_deft.data.images import picture_size, read_crop, read_image
-from visualcloze_deft.data.insdet import LIGHT_GREY, InsDet
-from visualcloze_deft.data.item import Part, units_of
-from visualcloze_deft.data.places import PROCEDURAL
-from visualcloze_deft.data.sources import SOURCES, open_source
+from visualcloze_deft.config.specs import PROCEDURAL
+from visualcloze_deft.data.base import Part, units_of
+from visualcloze_deft.data.sources import SOURCES, graph200k_hub, open_source
+from visualcloze_deft.data.sources.dreambooth import DreamBooth
+from visualcloze_deft.data.sources.folder import Folder
+from visualcloze_deft.data.sources.graph200k import Graph200K
+from visualcloze_deft.data.sources.insdet import LIGHT_GREY, InsDet
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.images.depth import declared
+from visualcloze_deft.images.reading import picture_size, read_crop, read_image
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))
 real_data = pytest.mark.skipif(
@@ -847,7 +846,7 @@ def png(colour: str) -> bytes:
 def graph_rows() -> dict[str, list[object]]:
     """Four rows of the published columns: complete; without style; reference of another subject;
     target alone. Pictures of one colour per column."""
-    colours = dict(zip(graph_table.COLUMNS, ImageColor.colormap, strict=False))
+    colours = dict(zip(graph200k_hub.COLUMNS, ImageColor.colormap, strict=False))
     rows: dict[str, list[object]] = {}
     for column, colour in colours.items():
         whole = {"bytes": png(colour), "path": None}
@@ -867,7 +866,7 @@ def write_table(folder: Path, form: str) -> str:
             rows[name] = [json.dumps(value) for value in rows[name]]
     table = datasets.Dataset.from_dict(rows)
     if form != "json":  # pictures as a feature of the library, else plain cells
-        for column in graph_table.COLUMNS:
+        for column in graph200k_hub.COLUMNS:
             table = table.cast_column(column, datasets.Image())
     if form == "disk":
         table.save_to_disk(str(folder / "table"))
@@ -880,7 +879,7 @@ def write_table(folder: Path, form: str) -> str:
 @pytest.mark.parametrize("form", ["parquet", "disk", "json"])
 def test_a_published_graph200k_is_read_without_unpacking(tmp_path: Path, form: str) -> None:
     source = open_source(f"graph200k={write_table(tmp_path, form)}", size=32, seed=0)
-    everything = frozenset(graph_table.COLUMNS.values())
+    everything = frozenset(graph200k_hub.COLUMNS.values())
     assert source.roles == everything == Graph200K.may_have
     assert len(source) == 4
     style = {role for role in everything if "style" in role or "redux" in role}
@@ -888,8 +887,8 @@ def test_a_published_graph200k_is_read_without_unpacking(tmp_path: Path, form: s
     assert [set(source.item(k).images) for k in range(4)] == [set(roles) for roles in expected]
     told = {k: roles for roles, indices in source.kinds.items() for k in indices}
     assert [told[k] for k in range(4)] == [frozenset(roles) for roles in expected]
-    colours = dict(zip(graph_table.COLUMNS, ImageColor.colormap, strict=False))
-    for column, role in graph_table.COLUMNS.items():
+    colours = dict(zip(graph200k_hub.COLUMNS, ImageColor.colormap, strict=False))
+    for column, role in graph200k_hub.COLUMNS.items():
         if role == "mask":  # which is read as one, in grey
             continue
         found = source.item(0).image(role).getpixel((3, 3))

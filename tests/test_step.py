@@ -10,14 +10,16 @@ import torch
 from test_watch import group  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visualcloze_deft import adapters, rundir
-from visualcloze_deft.batch import Draws, encode
-from visualcloze_deft.checkpoint import Progress
-from visualcloze_deft.engine import start_engine
-from visualcloze_deft.kernels import Kernels, shapes_in
-from visualcloze_deft.models import load_models
-from visualcloze_deft.settings import load_run
-from visualcloze_deft.step import Batch, Stepper, seen_in
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.kernels import Kernels, shapes_in
+from visualcloze_deft.config.run import load_run
+from visualcloze_deft.sampling.encoding import encode
+from visualcloze_deft.training import mixtures
+from visualcloze_deft.training.checkpoint import Progress
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.engine import start_engine
+from visualcloze_deft.training.step import Batch, Stepper, seen_in
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # operations that read a number
 
@@ -46,8 +48,8 @@ def test_a_step_waits_for_the_device_at_its_end_alone(
     fields = [f"model={micro_model}", "adapter.rank=4", f"adapter.method={method}", f"zero={zero}"]
     run = load_run(None, [*fields, "checkpoint_blocks=all", "accumulate=2"])
     models = load_models(run.model)
-    adapters.attach(models.transformer, run.adapter, seed=0)
-    draws = Draws(rundir.mixture_of(run))
+    injection.attach(models.transformer, run.adapter, seed=0)
+    draws = PixelDataset(mixtures.mixture_of(run))
     drawn = [[draws[0], draws[1]], [draws[2], draws[3]]]
     step = [Batch(drawn=part, groups=encode(models, part, seed=0)) for part in drawn]
     engine = start_engine(models.transformer, run)

@@ -15,16 +15,17 @@ import tomli_w
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data import graph200k
+from visualcloze_deft.config.run import Recipe
 from visualcloze_deft.data.degrade import DEGRADATIONS
 from visualcloze_deft.data.derive import missing
-from visualcloze_deft.data.graph200k import Graph200K
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources import graph200k
+from visualcloze_deft.data.sources.graph200k import Graph200K
+from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.folders import TASKS
-from visualcloze_deft.registry import ROLES_FILE, load_tasks, read_tasks, select
-from visualcloze_deft.settings import Recipe
+from visualcloze_deft.paths import TASKS
+from visualcloze_deft.task_registry.files import ROLES_FILE, load_tasks, read_tasks
+from visualcloze_deft.task_registry.select import select
 
 SHIPPED = load_tasks()
 GOOD = """

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from visualcloze_deft import InContextPipeline, tensorfile
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.backbones import tensor_files
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     files = [tmp_path / f"{k}.safetensors" for k in range(4)]
     for k, file in enumerate(files):
         turned = dict(sorted(about.items(), reverse=bool(k % 2)))
-        tensorfile.save(tensors, file, turned)
+        tensor_files.save(tensors, file, turned)
     assert len({file.read_bytes() for file in files}) == 1
     read = load_file(files[0])
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
@@ -32,7 +33,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 def test_the_umask_says_who_may_read(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
-        tensorfile.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+        tensor_files.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode

@@ -17,20 +17,23 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.data.dreambooth import DreamBooth
-from visualcloze_deft.data.folder import Folder
-from visualcloze_deft.data.graph200k import Graph200K
-from visualcloze_deft.data.places import from_root, place_and_split
+from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.specs import from_root, place_and_split
 from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.data.sources.dreambooth import DreamBooth
+from visualcloze_deft.data.sources.folder import Folder
+from visualcloze_deft.data.sources.graph200k import Graph200K
 from visualcloze_deft.errors import MOST, UserError
-from visualcloze_deft.evaluation.evaluate import read_texts, state_of
+from visualcloze_deft.evaluation.folders import read_texts
+from visualcloze_deft.evaluation.settings import state_of
 from visualcloze_deft.evaluation.suites import read_prompts
-from visualcloze_deft.gridfile import read_requests
-from visualcloze_deft.output import whole_text
-from visualcloze_deft.registry import load_tasks, read_tasks
-from visualcloze_deft.rundir import append_line, check_settings, read_lines
-from visualcloze_deft.settings import load_run
-from visualcloze_deft.textfile import read_json
+from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.storage.atomic import write_text
+from visualcloze_deft.storage.jsonl import read_lines
+from visualcloze_deft.storage.text_files import read_json
+from visualcloze_deft.task_registry.files import load_tasks, read_tasks
+from visualcloze_deft.training.preparation import check_settings
+from visualcloze_deft.training.run_folder import append_line
 
 MARK = b"\xef\xbb\xbf"
 
@@ -392,7 +395,7 @@ def test_a_setting_that_cannot_be_written_down_is_refused(tmp_path: Path) -> Non
 
 def test_files_of_results_name_what_is_not_utf8(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9.png")
-    whole_text(tmp_path / "a.json", json.dumps({"name": odd}, ensure_ascii=False))
+    write_text(tmp_path / "a.json", json.dumps({"name": odd}, ensure_ascii=False))
     assert read_json(tmp_path / "a.json") == {"name": odd}  # the same file again
     append_line(tmp_path / "lines.jsonl", {"step": 1, "name": odd})
     assert read_lines(tmp_path / "lines.jsonl") == [{"step": 1, "name": odd}]

@@ -23,17 +23,19 @@ from processes import Group, run, vcdeft
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from visualcloze_deft import adapters, rundir
-from visualcloze_deft.batch import Draws, encode
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones.compiled import compile_blocks
+from visualcloze_deft.backbones.embedding_cache import entries
+from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
-from visualcloze_deft.compiled import compile_blocks
-from visualcloze_deft.encodings import entries
+from visualcloze_deft.config.run import load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.loss import GridLoss
-from visualcloze_deft.models import load_models
-from visualcloze_deft.output import only_writer
-from visualcloze_deft.settings import load_run
-from visualcloze_deft.train import learning_rate_factor
+from visualcloze_deft.sampling.encoding import encode
+from visualcloze_deft.storage.locks import only_writer
+from visualcloze_deft.training import mixtures, preparation, resume, run_folder
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.loop import learning_rate_factor
+from visualcloze_deft.training.objective import GridLoss
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
@@ -52,12 +54,12 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
 
 
 def losses(output: Path) -> list[float]:
-    lines = (output / rundir.METRICS).read_text().splitlines()
+    lines = (output / run_folder.METRICS).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 def adapter_of(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter" / adapters.WEIGHTS)
+    return load_file(output / "adapter" / files.WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +72,15 @@ def two_processes(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and averaged adapter of the run in `folder`, in this process, without DeepSpeed."""
-    run = load_run(str(folder / rundir.SETTINGS))
+    run = load_run(str(folder / run_folder.SETTINGS))
     models = load_models(run.model)
-    adapters.attach(models.transformer, run.adapter, seed=run.seed)
-    rates_of = adapters.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
+    injection.attach(models.transformer, run.adapter, seed=run.seed)
+    rates_of = injection.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
     optimiser = torch.optim.AdamW(rates_of, betas=run.optimiser.betas, weight_decay=0.0)
     rates = [group["lr"] for group in optimiser.param_groups]
     loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0, rollout=True)
-    draws = Draws(rundir.mixture_of(run))
-    plain, trained = [], adapters.trainable(models.transformer)
+    draws = PixelDataset(mixtures.mixture_of(run))
+    plain, trained = [], injection.trainable(models.transformer)
     average: dict[str, torch.Tensor] = {}
     for step in range(run.steps):
         factor = learning_rate_factor(step, run.steps, run.optimiser)
@@ -95,7 +97,7 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
         stays = min(run.ema, (2 + step) / (11 + step))
         now = {name: parameter.detach().clone() for name, parameter in trained.items()}
         average = {n: stays * average.get(n, now[n]) + (1 - stays) * now[n] for n in now}
-    return plain, adapters.state_of(models.transformer, average)
+    return plain, injection.state_of(models.transformer, average)
 
 
 def test_zero2_on_two_processes_follows_plain_training(two_processes: Path) -> None:
@@ -109,7 +111,7 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(micro_model: Path) -
     """Of those that are led, whose loss takes a step of the model's own, and those that are not."""
     models = load_models(str(micro_model))
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image"])
-    draws = Draws(rundir.mixture_of(run))
+    draws = PixelDataset(mixtures.mixture_of(run))
     drawn = [draws[index] for index in range(12)]
     groups = encode(models, drawn, seed=0, rollout=0.5)
     led = torch.cat([group.start > group.t for group in groups])
@@ -122,9 +124,9 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(micro_model: Path) -
 
 def test_training_moves_p_and_r(micro_model: Path, two_processes: Path) -> None:
     models = load_models(str(micro_model))
-    run = load_run(str(two_processes / rundir.SETTINGS))
-    adapters.attach(models.transformer, run.adapter, seed=run.seed)
-    start, end = adapters.state(models.transformer), adapter_of(two_processes)
+    run = load_run(str(two_processes / run_folder.SETTINGS))
+    injection.attach(models.transformer, run.adapter, seed=run.seed)
+    start, end = injection.state(models.transformer), adapter_of(two_processes)
     moved = {n: (end[n] - start[n]).abs().max().item() for n in start}
     reached = [n for n in moved if "to_add_out" not in n and "ff_context" not in n]
     assert min(moved[n] for n in reached) > 0
@@ -132,18 +134,18 @@ def test_training_moves_p_and_r(micro_model: Path, two_processes: Path) -> None:
 
 
 def test_a_run_folder_describes_itself(two_processes: Path) -> None:
-    assert (two_processes / rundir.SETTINGS).is_file()
+    assert (two_processes / run_folder.SETTINGS).is_file()
     assert {p.stem for p in (two_processes / "tasks").iterdir()} == {"depth-to-image", "novel-view"}
-    assert "torch" in json.loads((two_processes / rundir.VERSIONS).read_text())
+    assert "torch" in json.loads((two_processes / run_folder.VERSIONS).read_text())
     assert list((two_processes / "sheets").glob("*.png"))
     assert list((two_processes / "tensorboard").iterdir())
-    last = json.loads((two_processes / rundir.METRICS).read_text().splitlines()[-1])
+    last = json.loads((two_processes / run_folder.METRICS).read_text().splitlines()[-1])
     assert set(last["tasks"]) <= {"depth-to-image", "novel-view"}
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(two_processes: Path) -> None:
     newest = sorted((two_processes / "checkpoints").iterdir())[-1]
-    names = load_file(newest / adapters.WEIGHTS)
+    names = load_file(newest / files.WEIGHTS)
     adapter = sum(t.numel() for t in names.values())
     moments = sum(t.numel() for t in load_file(newest / "optimiser.safetensors").values())
     assert moments == 2 * adapter
@@ -175,7 +177,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     assert losses(output) == losses(two_processes)
     expected = adapter_of(two_processes)
     assert all(torch.equal(expected[n], t) for n, t in adapter_of(output).items())
-    measured = (output / rundir.EVALUATION).read_text().splitlines()
+    measured = (output / run_folder.EVALUATION).read_text().splitlines()
     assert [json.loads(line)["step"] for line in measured] == [0, 2, 4, 6]
     board = EventAccumulator(str(output / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
@@ -236,7 +238,7 @@ def test_zero3_follows_plain_training_where_ranks_have_different_numbers_of_shap
     output = tmp_path / "run"
     words = arguments(micro_model, output, "--zero", "3", "--steps", "3")
     run([*words, "--tasks", "depth-to-image,object-insertion"])
-    mixture = rundir.mixture_of(load_run(str(output / rundir.SETTINGS)))
+    mixture = mixtures.mixture_of(load_run(str(output / run_folder.SETTINGS)))
     wide = [len(mixture[i].rows[0]) > 2 for i in range(12)]  # a step: 2 of rank 0, 2 of rank 1
     mixed = [wide[k] != wide[k + 1] for k in range(0, 12, 2)]
     assert any(first != second for first, second in zip(mixed[::2], mixed[1::2], strict=True))
@@ -350,11 +352,11 @@ def with_damaged(micro_model: Path, folder: Path, damaged: int, *more: str) -> l
 @pytest.mark.processes
 def test_what_cannot_be_read_is_replaced_and_listed(micro_model: Path, tmp_path: Path) -> None:
     said = run(with_damaged(micro_model, tmp_path, 1))
-    listed = (tmp_path / "run" / rundir.SKIPPED).read_text().splitlines()
+    listed = (tmp_path / "run" / run_folder.SKIPPED).read_text().splitlines()
     assert {json.loads(line)["item"] for line in listed} == {"0"}
     assert "0.png" in json.loads(listed[0])["why"]
     assert f"{len(listed)} items could not be read and were replaced" in said
-    mixture = rundir.mixture_of(load_run(str(tmp_path / "run" / rundir.SETTINGS)))
+    mixture = mixtures.mixture_of(load_run(str(tmp_path / "run" / run_folder.SETTINGS)))
     skipped = [i for i in range(STEPS * 4) for _ in mixture[i].skipped]
     assert sorted(json.loads(line)["example"] for line in listed) == skipped
 
@@ -385,7 +387,7 @@ def test_batches_by_tokens_follow_one_process_and_go_on_after_a_stop(
     words = arguments(micro_model, one, *budget, "--set", "accumulate=2", "--set", "save_every=1")
     run(words, processes=1)
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
-    seen = [json.loads(line) for line in (two / rundir.METRICS).read_text().splitlines()]
+    seen = [json.loads(line) for line in (two / run_folder.METRICS).read_text().splitlines()]
     assert len({line["examples"] - before["examples"] for before, line in pairwise(seen)}) > 1
     assert all(0 < line["tokens"] <= 80 and 0 <= line["idle"] < 1 for line in seen)
     shutil.rmtree(one / "adapter")
@@ -416,11 +418,11 @@ def test_a_run_that_finds_all_encodings_follows_one_that_encodes(
 
 def test_a_run_that_saved_nothing_can_be_started_again(micro_model: Path, tmp_path: Path) -> None:
     run = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}"])
-    rundir.prepare(run, processes=1, resume=False)
-    rundir.prepare(run, processes=1, resume=False)
+    preparation.prepare(run, processes=1, resume=False)
+    preparation.prepare(run, processes=1, resume=False)
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(UserError, match="holds another run"):
-        rundir.prepare(run, processes=1, resume=False)
+        preparation.prepare(run, processes=1, resume=False)
 
 
 def test_a_second_process_does_not_write_beside_the_first(tmp_path: Path) -> None:
@@ -451,17 +453,17 @@ def test_resuming_with_changed_task_files_is_refused(
 def test_resuming_on_another_base_of_the_same_shape_is_refused(
     micro_model: Path, two_processes: Path, tmp_path: Path
 ) -> None:
-    run = load_run(str(two_processes / rundir.SETTINGS))
+    run = load_run(str(two_processes / run_folder.SETTINGS))
     shutil.copytree(two_processes, tmp_path / "run")
     other = tmp_path / "other"
     shutil.copytree(micro_model, other)
     path = other / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
     changed = run.model_copy(update={"model": str(other), "output": str(tmp_path / "run")})
-    kept = tmp_path / "run" / rundir.SETTINGS
+    kept = tmp_path / "run" / run_folder.SETTINGS
     kept.write_text(kept.read_text().replace(str(micro_model), str(other)))
     with pytest.raises(UserError, match="made for another base"):
-        rundir.prepare(changed, processes=2, resume=True)
+        preparation.prepare(changed, processes=2, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -506,10 +508,10 @@ def test_what_may_change_is_named(
 
 
 def test_a_batch_is_divided_anew_among_other_processes(two_processes: Path) -> None:
-    was = load_run(str(two_processes / rundir.SETTINGS))
-    assert [rundir.divided(was, processes=count).batch for count in (1, 2, 4)] == [4, 2, 1]
+    was = load_run(str(two_processes / run_folder.SETTINGS))
+    assert [resume.divided(was, processes=count).batch for count in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match="4 batch a step cannot be divided among 3 processes"):
-        rundir.divided(was, processes=3)
+        resume.divided(was, processes=3)
 
 
 def test_a_dry_run_says_what_the_run_will_take_and_leaves_a_sheet(
@@ -527,10 +529,10 @@ def test_a_dry_run_says_what_the_run_will_take_and_leaves_a_sheet(
 @pytest.mark.processes
 def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model: Path) -> None:
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "adapter.rank=4"])
-    draws = Draws(rundir.mixture_of(run))
+    draws = PixelDataset(mixtures.mixture_of(run))
     models = load_models(run.model)
     groups = encode(models, [draws[index] for index in range(2)], seed=0)
-    adapters.attach(models.transformer, run.adapter, seed=0)
+    injection.attach(models.transformer, run.adapter, seed=0)
     loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0)
     found = []
     for compiled in (False, True):
@@ -538,7 +540,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model: Path) -> 
             compile_blocks(models.transformer)
         loss = loss_of(groups).mean()
         loss.backward()
-        trained = adapters.trainable(models.transformer).values()
+        trained = injection.trainable(models.transformer).values()
         found.append([loss.detach(), *(p.grad for p in trained if p.grad is not None)])
         models.transformer.zero_grad(set_to_none=True)
     for plain, compiled in zip(*found, strict=True):

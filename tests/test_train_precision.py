@@ -14,9 +14,9 @@ from processes import run
 from safetensors.torch import load_file, save_file
 from test_train import MEASURED, SPLIT_ALL, adapter_of, arguments, losses
 
-from visualcloze_deft import adapters
-from visualcloze_deft.engine import gather_adapter, start_engine
-from visualcloze_deft.models import load_transformer
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.training.engine import gather_adapter, start_engine
 
 BFLOAT16 = ["--set", "precision=bfloat16"]
 
@@ -45,7 +45,7 @@ def each_saves(output: str) -> None:
     for stage in (0, 1, 2, 3):
         settings = zero_memory.run_under(stage)
         transformer = load_transformer("tiny", dtype=torch.bfloat16)
-        adapters.attach(transformer, settings.adapter, seed=0)
+        injection.attach(transformer, settings.adapter, seed=0)
         engine = start_engine(transformer, settings)
         torch.manual_seed(rank)
         for _ in range(2):

@@ -20,14 +20,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from visualcloze_deft import adapters, checkpoint, engine, flops, report, rundir, watch
-from visualcloze_deft.batch import Drawn, Draws, encode
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones import flops
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.config.run import Run, Tracker, load_run, write_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.heldout import Measured
-from visualcloze_deft.models import load_models
-from visualcloze_deft.plan import Step
-from visualcloze_deft.settings import Run, Tracker, load_run, write_run
-from visualcloze_deft.train import averaging_factor
+from visualcloze_deft.reporting import plots
+from visualcloze_deft.sampling.encoding import PixelExample, encode
+from visualcloze_deft.training import checkpoint, engine, metrics, mixtures, report, run_folder
+from visualcloze_deft.training.batch_schedule import StepPlan
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.loop import averaging_factor
+from visualcloze_deft.training.validation import ValidationLosses
 
 
 def join() -> None:
@@ -52,8 +56,8 @@ def micro_run(model: Path, output: Path, *more: str) -> Run:
     return load_run(None, [*fields, "adapter.rank=4", "checkpoint_blocks=none", *more])
 
 
-def seen(task: str, error: float, tokens: int = 10) -> watch.Seen:
-    return watch.Seen(task=task, error=error, tokens=tokens, items=2, skipped=())
+def seen(task: str, error: float, tokens: int = 10) -> metrics.ExampleLoss:
+    return metrics.ExampleLoss(task=task, error=error, tokens=tokens, items=2, skipped=())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -65,23 +69,26 @@ def test_a_line_a_step_says_what_happened_and_trackers_the_same(
     micro_model: Path, tmp_path: Path
 ) -> None:
     run = micro_run(micro_model, tmp_path)
-    watched = watch.Watch(run, load_models(run.model), rank=0, world=1, start=-1)
+    watched = metrics.MetricsLog(run, load_models(run.model), rank=0, world=1, start=-1)
     assert list(watched.timed(iter([1, 2]))) == [1, 2]
-    planned = Step(first=0, parts=((0, 1, 2),), tokens=(30,))
+    planned = StepPlan(first=0, parts=((0, 1, 2),), tokens=(30,))
     told = {2: seen("b", 4.0), 0: seen("a", 1.0), 1: seen("a", 2.0, tokens=20)}
     figures = {"step": 7, "examples": 3, "norms": {"P": 0.5}}
     merged = watched.step(planned, told, figures, seconds=0.5)
     assert list(merged) == [0, 1, 2]
-    measured = {1: Measured(task="a", errors=(1.0, 3.0)), 0: Measured(task="b", errors=(0.0, 1.0))}
+    measured = {
+        1: ValidationLosses(task="a", errors=(1.0, 3.0)),
+        0: ValidationLosses(task="b", errors=(0.0, 1.0)),
+    }
     watched.evaluated(7, 3, measured, [0.25, 0.75])
     watched.close()
-    (line,) = lines(tmp_path / rundir.METRICS)
+    (line,) = lines(tmp_path / run_folder.METRICS)
     assert line["tasks"] == {"a": 1.5, "b": 4.0}
     assert (line["loss"], line["tokens"], line["norms"]) == (7 / 3, 30, {"P": 0.5})
     assert (line["examples_per_second"], line["tokens_per_second"]) == (6, 80)
     assert line["memory"] > 0
     assert 0 <= line["waiting"] < 1
-    (evaluation,) = lines(tmp_path / rundir.EVALUATION)
+    (evaluation,) = lines(tmp_path / run_folder.EVALUATION)
     assert evaluation["times"] == {"0.250": 0.5, "0.750": 2.0}
     assert evaluation["tasks"] == {"a": 2.0, "b": 0.5}
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -93,7 +100,7 @@ def test_a_line_a_step_says_what_happened_and_trackers_the_same(
 def test_tensorboard_shows_no_step_twice_after_a_resumed_run(tmp_path: Path) -> None:
     run = Run(output=str(tmp_path))
     for start, value in ((-1, 1.0), (2, 2.0)):  # the first one is killed: never finished
-        tracker = watch.started("tensorboard", run, start)
+        tracker = metrics.started("tensorboard", run, start)
         for step in range(start + 1, 5):
             tracker.log({"loss": value}, step=step)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -159,12 +166,12 @@ def averaged(model: str, folder: str, zero: str) -> None:
     tmp_path = Path(folder)
     run = micro_run(Path(model), tmp_path, f"zero={zero}", "optimiser.lr=0.01")
     models = load_models(run.model)
-    adapters.attach(models.transformer, run.adapter, seed=0)
+    injection.attach(models.transformer, run.adapter, seed=0)
     trained = engine.start_engine(models.transformer, run)
-    draws = Draws(rundir.mixture_of(run))
+    draws = PixelDataset(mixtures.mixture_of(run))
     plain: dict[str, torch.Tensor] = {}
     for step in range(1, 4):
-        drawn = [one for one in [draws[step]] if isinstance(one, Drawn)]
+        drawn = [one for one in [draws[step]] if isinstance(one, PixelExample)]
         trained.backward(trained(encode(models, drawn, seed=0)).sum())
         trained.step()
         engine.average(trained, averaging_factor(step, 0.5))
@@ -186,12 +193,12 @@ def averaged(model: str, folder: str, zero: str) -> None:
         tmp_path / "checkpoints",
         progress,
         engine.gather_moments(trained),
-        lambda at: adapters.save(models.transformer, at, base=run.model, tensors=before),
+        lambda at: files.save(models.transformer, at, base=run.model, tensors=before),
         keep=1,
         average=engine.gather_average(trained),
     )
     again = load_models(run.model)
-    adapters.load(again.transformer, saved, trainable=True)
+    files.load(again.transformer, saved, trainable=True)
     resumed = engine.start_engine(again.transformer, run)
     engine.restore_moments(resumed, checkpoint.Checkpoint(folder=saved, progress=progress))
     kept = engine.gather_average(resumed)
@@ -217,10 +224,10 @@ class Page(HTMLParser):
 def written_run(folder: Path, steps: int) -> Path:
     """A run folder as `steps` steps would leave it."""
     folder.mkdir()
-    write_run(Run(output="<b>runs</b>"), folder / rundir.SETTINGS)
+    write_run(Run(output="<b>runs</b>"), folder / run_folder.SETTINGS)
     for step in range(1, steps + 1):
         line = {"step": step, "examples": 4 * step, "loss": 1 / step, "lr": 1e-4, "seconds": 0.5}
-        rundir.append_line(folder / rundir.METRICS, line | {"tasks": {"a<b": 1 / step}})
+        run_folder.append_line(folder / run_folder.METRICS, line | {"tasks": {"a<b": 1 / step}})
     return folder
 
 
@@ -228,11 +235,12 @@ def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) 
     folder = written_run(tmp_path / "run", 40)
     for step in (0, 20):
         line = {"step": step, "examples": 4 * step, "loss": 0.5, "tasks": {"a<b": 0.25}}
-        rundir.append_line(folder / rundir.EVALUATION, line | {"times": {"0.500": 0.5}})
-    rundir.append_line(
-        folder / rundir.SKIPPED, {"step": 1, "source": "folder", "item": "7", "why": "<cut short>"}
+        run_folder.append_line(folder / run_folder.EVALUATION, line | {"times": {"0.500": 0.5}})
+    run_folder.append_line(
+        folder / run_folder.SKIPPED,
+        {"step": 1, "source": "folder", "item": "7", "why": "<cut short>"},
     )
-    with (folder / rundir.METRICS).open("a") as file:
+    with (folder / run_folder.METRICS).open("a") as file:
         file.write('{"step": 41, "examp')  # what a run under way is writing
     (folder / "sheets").mkdir()
     Image.new("RGB", (32, 32), "red").save(folder / "sheets" / "step-000020.png")
@@ -260,20 +268,20 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path, refused: Callable[..., s
 
 def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite() -> None:
     y = np.array([np.nan, 2.0, np.inf, 2.0, np.nan])
-    smoothed = report.smooth(y)
+    smoothed = plots.smooth(y)
     assert np.isnan(smoothed[0])
     assert smoothed[1:].tolist() == [2.0] * 4
 
 
 def test_a_loss_that_was_not_finite_is_a_gap() -> None:
     lines = [{"loss": 1.0}, {"loss": None}, {}]
-    assert np.isnan(report.values(lines, "loss")).tolist() == [False, True, True]
+    assert np.isnan(plots.values(lines, "loss")).tolist() == [False, True, True]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     x = np.arange(10_001.0)
-    few, _ = report.thinned(x, x)
-    assert len(few) <= report.POINTS
+    few, _ = plots.thinned(x, x)
+    assert len(few) <= plots.POINTS
     assert few[-1] == 10_000
 
 
@@ -282,5 +290,5 @@ def test_options_that_a_tracker_does_not_know_are_one_line_without_their_values(
 ) -> None:
     run = load_run(None, ["watch.tracker_options.tensorboard.api_key=hush", f"output='{tmp_path}'"])
     with pytest.raises(UserError, match=r"tracker_options\.tensorboard: .* api_key") as raised:
-        watch.started("tensorboard", run, 0)
+        metrics.started("tensorboard", run, 0)
     assert "hush" not in str(raised.value)

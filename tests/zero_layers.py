@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visualcloze_deft import deft
-from visualcloze_deft.engine import ClippedAdamW, deepspeed_config, register_for_zero3
-from visualcloze_deft.settings import Run
+from visualcloze_deft.adapters.deft import deft_linear
+from visualcloze_deft.config.run import Run
+from visualcloze_deft.training.engine import ClippedAdamW, deepspeed_config, register_for_zero3
 
 KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr"},
@@ -64,8 +64,8 @@ class Net(nn.Module):
         config = LoraConfig if kind == "lora" else DeftConfig
         config = config(r=4, target_modules=r"blocks\.\d\.(0|2)", **KINDS[kind])
         inject_adapter_in_model(config, self, "default")
-        deft.adopt(self)
-        deft.share_factors(self)
+        deft_linear.adopt(self)
+        deft_linear.share_factors(self)
 
     def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
         for block in self.blocks:

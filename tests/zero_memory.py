@@ -13,11 +13,12 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from visualcloze_deft import adapters, grid
-from visualcloze_deft.batch import Group
-from visualcloze_deft.engine import start_engine
-from visualcloze_deft.models import load_transformer
-from visualcloze_deft.settings import Run, load_run
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.grids import grid
+from visualcloze_deft.sampling.encoding import TokenBatch
+from visualcloze_deft.training.engine import start_engine
 
 LARGEST = 1000  # values of a tensor that ZeRO-3 keeps whole
 
@@ -38,11 +39,11 @@ def alive() -> dict[int, int]:
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
-def group() -> Group:
+def group() -> TokenBatch:
     clean = torch.randn(1, 16, 64, dtype=torch.bfloat16)
     ids = torch.ones(16, 3)
     mask = torch.ones(1, 16, 256, dtype=torch.bfloat16)
-    return Group(
+    return TokenBatch(
         indices=(0,),
         tasks=("a task",),
         latents=grid.Latents(clean=clean, seen=clean, mask=mask, ids=ids),
@@ -59,7 +60,7 @@ def held(stage: int) -> int:
     before = alive()
     run = run_under(stage)
     transformer = load_transformer("tiny", dtype=torch.bfloat16)
-    adapters.attach(transformer, run.adapter, seed=0)
+    injection.attach(transformer, run.adapter, seed=0)
     engine = start_engine(transformer, run)
     for _ in range(2):
         loss = engine([group()]).sum()

@@ -23,10 +23,12 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visualcloze_deft import adapters, sharded
-from visualcloze_deft.engine import deepspeed_config, start_engine
-from visualcloze_deft.models import load_transformer, predict_velocity
-from visualcloze_deft.settings import Adapter, Run
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.config.run import Adapter, Run
+from visualcloze_deft.training import zero3
+from visualcloze_deft.training.engine import deepspeed_config, start_engine
 
 NOTHING_STAYS = {
     "stage3_param_persistence_threshold": 0,
@@ -66,9 +68,9 @@ def most_memory(found: dict[str, int]) -> Iterator[None]:
 
 
 def load(model: str, *, lora: str | None = None) -> FluxTransformer2DModel:
-    split = sharded.splitter(deepspeed_config(RUN), PRECISION)
+    split = zero3.splitter(deepspeed_config(RUN), PRECISION)
     transformer = load_transformer(model, dtype=PRECISION, lora=lora, split=split)
-    adapters.attach(transformer, RUN.adapter, seed=RUN.seed, whole=sharded.whole)
+    injection.attach(transformer, RUN.adapter, seed=RUN.seed, whole=zero3.whole)
     return transformer
 
 
@@ -100,7 +102,7 @@ def main(large: str, small: str, lora: str, output: Path) -> None:
     merged = load(small, lora=lora)
     gathered = {}
     for name, parameter in merged.named_parameters():
-        with sharded.whole(parameter):
+        with zero3.whole(parameter):
             gathered[name] = parameter.detach().clone()
     if rank == 0:
         save_file(gathered, output / "gathered.safetensors")

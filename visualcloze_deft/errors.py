@@ -143,12 +143,12 @@ class Logged(logging.LogRecord):
         return shortened(printable(text), MOST - _LOGGER)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name: the nearest known one, or all of them.
 
-    >>> nearest("dept-to-image", ["depth-to-image", "canny-to-image"])
+    >>> suggestion("dept-to-image", ["depth-to-image", "canny-to-image"])
     'did you mean depth-to-image?'
-    >>> nearest("x", ["b", "a"])
+    >>> suggestion("x", ["b", "a"])
     'known: a, b'
     """
     known = sorted(known)

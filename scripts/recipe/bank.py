@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from recipe.bundles import MOST_ROWS, ROWS, VARIANTS, read
 from recipe.stage import Plan
-from visualcloze_deft import grid
+from visualcloze_deft.grids import grid
 
 ROOM = {(2, 0): 0.41, (2, 1): 0.24, (3, 0): 0.22, (3, 1): 0.13}  # columns, coded: of all bundles
 PAUSE = 0.1  # seconds between two looks at the folder

@@ -27,12 +27,13 @@ from tqdm import tqdm
 from recipe.bundles import made_task
 from recipe.pack import HISTORY, card
 from recipe.stage import Plan, refuse
-from visualcloze_deft.data.mixture import Example, Mixture
-from visualcloze_deft.data.scenes import NOUNS, SURFACES, Scenes
-from visualcloze_deft.evaluation.metrics import psnr
-from visualcloze_deft.models import Models
-from visualcloze_deft.pipeline import InContextPipeline
-from visualcloze_deft.preview import query_of
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.queries import query_of
+from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES, Scenes
+from visualcloze_deft.evaluation.metrics.fidelity import psnr
+from visualcloze_deft.inference.pipeline import InContextPipeline
 
 STAGE = "measure"
 SEED = 77  # of the scenes: bundles are of seed 0

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from recipe import transformer
 from recipe.stage import Plan, last_note, refuse
-from visualcloze_deft.folders import BASE
+from visualcloze_deft.paths import BASE
 
 STAGE = "pack"
 HISTORY = "training.jsonl"  # one line for each training that led to these weights

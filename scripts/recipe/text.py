@@ -35,10 +35,10 @@ from transformers import (
 )
 
 from recipe.stage import NOTED_EVERY, Plan, Sitting
-from visualcloze_deft.data.render import COLOURS, SHAPES
-from visualcloze_deft.data.scenes import Scenes, caption, draw_scene
-from visualcloze_deft.prompt import CONTENT_PREFIX, Prompt, layout_sentence
-from visualcloze_deft.registry import Task
+from visualcloze_deft.data.sources.renderer import COLOURS, SHAPES
+from visualcloze_deft.data.sources.scenes import Scenes, caption, draw_scene
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, Prompt, layout_sentence
+from visualcloze_deft.task_registry.task import Task
 
 STAGE = "text"
 T5_VOCABULARY = 512

@@ -39,12 +39,13 @@ from recipe.stage import (
     refuse,
 )
 from recipe.text import WIDTH as TEXT
-from visualcloze_deft import flow, grid
-from visualcloze_deft.batch import NEAREST
-from visualcloze_deft.cells import CELL_STEP
-from visualcloze_deft.data.render import COLOURS, SHAPES
-from visualcloze_deft.data.scenes import NOUNS, SURFACES
-from visualcloze_deft.sample import denoise
+from visualcloze_deft.data.sources.renderer import COLOURS, SHAPES
+from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES
+from visualcloze_deft.diffusion import flow
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import CELL_STEP
+from visualcloze_deft.sampling.encoding import NEAREST
+from visualcloze_deft.sampling.sampling import denoise
 
 STAGE = "transformer"
 WIDTH, HEADS = 256, 4

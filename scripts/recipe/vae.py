@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recipe.optimiser import Optimiser, clip, of_kernels
 from recipe.stage import KEPT_EVERY, NOTED_EVERY, Plan, Sitting, keep, kept
 from visualcloze_deft.data.degrade import blurred, gray
-from visualcloze_deft.data.scenes import Scenes
+from visualcloze_deft.data.sources.scenes import Scenes
 
 STAGE = "vae"
 

@@ -41,12 +41,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import deepspeed.runtime.engine  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch
-
-    import visualcloze_deft.compare
-    import visualcloze_deft.evaluation.evaluate
     import visualcloze_deft.export
-    import visualcloze_deft.precompute
-    import visualcloze_deft.train  # noqa: F401
+
+    import visualcloze_deft.comparison.compare
+    import visualcloze_deft.evaluation.evaluate
+    import visualcloze_deft.training.cache_latents
+    import visualcloze_deft.training.loop  # noqa: F401
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from visualcloze_deft.data.depth import SPAN
+from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits, missing
-from visualcloze_deft.data.images import READ_AS
-from visualcloze_deft.data.item import Source
-from visualcloze_deft.data.maps import MASKS, TURNED
 from visualcloze_deft.errors import UserError, one_line
-from visualcloze_deft.registry import Task
+from visualcloze_deft.images.depth import SPAN
+from visualcloze_deft.images.maps import MASKS, TURNED
+from visualcloze_deft.images.reading import READ_AS
+from visualcloze_deft.task_registry.task import Task
 
 PLAIN = 64  # of 255 levels: a role most of whose pictures use fewer is worth a look
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class PictureReport:
     """size: (width, height) in pixels. levels: from its darkest value to its lightest, of 255. how:
     its file was read, "" where there is nothing to say. span: near and far in metres. turned: the
     EXIF orientation, 1 for none."""
@@ -36,21 +36,21 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ItemReport:
     """One item: role -> what could be read, role -> what is wrong."""
 
     key: str
-    pictures: Mapping[str, Picture]
+    pictures: Mapping[str, PictureReport]
     faults: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
 
 
-def look(source: Source, index: int) -> Seen:
+def look(source: Source, index: int) -> ItemReport:
     """Read every picture of an item."""
     try:
         item = source.item(index)
     except UserError as error:
-        return Seen(key=f"item {index}", pictures={}, faults={"": str(error)})
+        return ItemReport(key=f"item {index}", pictures={}, faults={"": str(error)})
     pictures, faults = {}, {}
     for role in item.images:
         try:
@@ -61,13 +61,13 @@ def look(source: Source, index: int) -> Seen:
         faults[role] = why
         del pictures[role]
     texts = tuple(name for name, text in item.texts.items() if text)
-    return Seen(key=item.key, pictures=pictures, faults=faults, texts=texts)
+    return ItemReport(key=item.key, pictures=pictures, faults=faults, texts=texts)
 
 
-def seen_in(image: Image.Image) -> Picture:
+def seen_in(image: Image.Image) -> PictureReport:
     """What `report` tells of an RGB picture."""
     values = np.asarray(image)
-    return Picture(
+    return PictureReport(
         size=image.size,
         levels=int(values.max()) - int(values.min()),
         how=image.info.get(READ_AS, ""),
@@ -76,7 +76,7 @@ def seen_in(image: Image.Image) -> Picture:
     )
 
 
-def look_at_all(source: Source, *, workers: int) -> Iterator[Seen]:
+def look_at_all(source: Source, *, workers: int) -> Iterator[ItemReport]:
     """Every item of `source`, in order, read by `workers` processes (0: by this one)."""
     if workers == 0:
         yield from (look(source, index) for index in range(len(source)))
@@ -93,13 +93,13 @@ def _receive(source: Source) -> None:
     _source = source
 
 
-def _look(index: int) -> Seen:
+def _look(index: int) -> ItemReport:
     return look(_source, index)
 
 
-def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], list[str]]:
+def report(seen: Iterable[ItemReport], tasks: Mapping[str, Task]) -> tuple[list[str], list[str]]:
     """Lines that say what there is, and lines that say what is broken."""
-    found: dict[str, list[Picture]] = defaultdict(list)
+    found: dict[str, list[PictureReport]] = defaultdict(list)
     texts: Counter[str] = Counter()
     broken: list[str] = []
     kinds: Counter[frozenset[str]] = Counter()
@@ -132,7 +132,7 @@ def report(seen: Iterable[Seen], tasks: Mapping[str, Task]) -> tuple[list[str], 
     return lines + served(kinds, tasks), [one_line(line) for line in broken]
 
 
-def doubtful(pictures: Mapping[str, Picture]) -> list[str]:
+def doubtful(pictures: Mapping[str, PictureReport]) -> list[str]:
     """The maps of an item whose target EXIF turns, but not them, and whose shape would be the same
     either way: of half a turn, a mirrored photo, or a square."""
     target = pictures.get("target")
@@ -144,9 +144,9 @@ def doubtful(pictures: Mapping[str, Picture]) -> list[str]:
     return [role for role in pictures if role in ALIGNED and pictures[role].turned == 1]
 
 
-def noted(role: str, pictures: Sequence[Picture]) -> Iterator[str]:
+def noted(role: str, pictures: Sequence[PictureReport]) -> Iterator[str]:
     """What to know of how the files of a role were read."""
-    ways: dict[str, list[Picture]] = defaultdict(list)
+    ways: dict[str, list[PictureReport]] = defaultdict(list)
     for picture in pictures:
         if picture.how:
             ways[picture.how].append(picture)

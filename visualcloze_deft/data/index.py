@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from visualcloze_deft.data.depth import declared
-from visualcloze_deft.data.images import files_below
-from visualcloze_deft.data.inside import path_inside
-from visualcloze_deft.data.item import Item
-from visualcloze_deft.data.maps import read_role
+from visualcloze_deft.data.base import Item
 from visualcloze_deft.errors import printable, reading, writing
+from visualcloze_deft.images.depth import declared
+from visualcloze_deft.images.maps import read_role
+from visualcloze_deft.images.reading import files_below
+from visualcloze_deft.storage.inside import path_inside
 
 FORMAT = "2"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one

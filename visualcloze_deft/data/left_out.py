@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from visualcloze_deft.data.dreambench_plus import DreamBenchPlus
-from visualcloze_deft.data.dreambooth import DreamBooth
-from visualcloze_deft.data.graph_table import COLUMNS, WORDS, GraphTable
-from visualcloze_deft.data.images import SUFFIXES, files_below, folders_in, images_in
+from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.index import Indexed
-from visualcloze_deft.data.insdet import SAME_PLACE, InsDet, boxes_of
-from visualcloze_deft.data.inside import path_inside
-from visualcloze_deft.data.item import Source
+from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
+from visualcloze_deft.data.sources.dreambooth import DreamBooth
+from visualcloze_deft.data.sources.graph200k_hub import COLUMNS, WORDS, GraphTable
+from visualcloze_deft.data.sources.insdet import SAME_PLACE, InsDet, boxes_of
 from visualcloze_deft.errors import one_line
+from visualcloze_deft.images.reading import SUFFIXES, files_below, folders_in, images_in
+from visualcloze_deft.storage.inside import path_inside
 
 NO_PICTURES = frozenset(  # suffixes of files that stand beside pictures and are none
     ".txt .json .jsonl .toml .md .csv .tsv .xml .yaml .yml .html .pdf .parquet .arrow .lock "

@@ -2,70 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
-from visualcloze_deft import grid
-from visualcloze_deft.cells import CELL_STEP, Cells, row_sizes
-from visualcloze_deft.data.derive import DERIVED, misfits, missing
-from visualcloze_deft.data.item import Item, Source
+from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.data.base import Item, Source
+from visualcloze_deft.data.derive import DERIVED, misfits
+from visualcloze_deft.data.eligible import EligibleItems, sources_for
+from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.prompt import Prompt
-from visualcloze_deft.registry import Task, usual
-from visualcloze_deft.settings import Recipe
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, row_sizes
+from visualcloze_deft.task_registry.task import Task, first_phrase
 
 MOST_SKIPPED = 20  # items for one grid that cannot be read, before the data is called broken
 NONE_LEFT = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """An item that could not be read, and why."""
-
-    source: str
-    item: str
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One sample: rows of cells, the columns hidden in the last one, and the words.
-
-    Rows are complete, but for hidden pictures that nobody has. skipped: what was drawn first and
-    could not be read.
-    """
-
-    index: int
-    task: str
-    keys: tuple[str, ...]
-    rows: tuple[tuple[Image.Image | None, ...], ...]
-    hidden: tuple[bool, ...]
-    task_sentence: str
-    content: str
-    skipped: tuple[Skipped, ...] = ()
-
-    @property
-    def complete(self) -> tuple[tuple[Image.Image, ...], ...]:
-        """The rows of an example all of whose pictures are known."""
-        rows = tuple(tuple(cell for cell in row if cell is not None) for row in self.rows)
-        assert [*map(len, rows)] == [*map(len, self.rows)]
-        return rows
-
-    @property
-    def prompt(self) -> Prompt:
-        rows, columns = len(self.rows), len(self.rows[0])
-        return Prompt(rows=rows, columns=columns, task=self.task_sentence, content=self.content)
-
-
 class Mixture:
     """An endless sequence of examples of `tasks` drawn from `sources`.
 
-    resolution: the side of a square cell in pixels. cells: their shape, see `cells.Cells`. weights:
-    task name -> relative frequency (1 where not named). Raises `UserError` where a task finds no
-    source with its roles.
+    resolution: the side of a square cell in pixels. cells: their shape, see `cell_sizes.Cells`.
+    weights: task name -> relative frequency (1 where not named). Raises `UserError` where a task
+    finds no source with its roles.
     """
 
     def __init__(
@@ -86,7 +47,7 @@ class Mixture:
         self.resolution = resolution
         self.cells = cells
         self.recipe = recipe or Recipe()
-        self.serving = {name: serving(task, sources) for name, task in self.tasks.items()}
+        self.serving = {name: sources_for(task, sources) for name, task in self.tasks.items()}
         given = [(weights or {}).get(name, 1.0) for name in self.tasks]
         if not any(given):
             raise UserError("every task has weight 0; see data.weights and --tasks")
@@ -144,7 +105,7 @@ class Mixture:
         varied = rng.random() < recipe.paraphrase
 
         def words(phrases: Sequence[str]) -> str:
-            return phrases[int(rng.integers(len(phrases)))] if varied else usual(phrases)
+            return phrases[int(rng.integers(len(phrases)))] if varied else first_phrase(phrases)
 
         items, rows, skipped = self.read(able, places, order, index)
         return Example(
@@ -159,7 +120,7 @@ class Mixture:
         )
 
     def read(
-        self, able: Able, places: Sequence[int], order: Sequence[str], index: int
+        self, able: EligibleItems, places: Sequence[int], order: Sequence[str], index: int
     ) -> tuple[tuple[Item, ...], tuple[tuple[Image.Image, ...], ...], tuple[Skipped, ...]]:
         """The items at `places`, a row of cells in the roles of `order` of each, and what could
         not be read: in its place comes another, drawn from (seed, index)."""
@@ -180,7 +141,7 @@ class Mixture:
         return tuple(items), tuple(rows), tuple(skipped)
 
     def row(
-        self, able: Able, place: int, order: Sequence[str], index: int, number: int
+        self, able: EligibleItems, place: int, order: Sequence[str], index: int, number: int
     ) -> tuple[Item, tuple[Image.Image, ...]] | Skipped:
         """An item and its pictures, as row `number` of example `index`."""
         rng = np.random.default_rng([self.seed, index, 2, number])
@@ -204,66 +165,6 @@ class Mixture:
         if self.recipe.shuffle_columns:
             conditions = [conditions[k] for k in rng.permutation(len(conditions))]
         return (*conditions, *task.targets)
-
-
-class Able:
-    """The items of a source that have all roles of `wanted`, or all that theirs are made of."""
-
-    def __init__(self, source: Source, wanted: Sequence[str]) -> None:
-        self.source = source
-        self.parts = [
-            indices for roles, indices in source.kinds.items() if not missing(wanted, roles)
-        ]
-        self.ends = np.cumsum([len(part) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if self.parts else 0
-
-    def choose(self, count: int, rng: np.random.Generator) -> list[int]:
-        """The places of `count` different items, or of all where there are no more."""
-        found: list[int] = rng.choice(len(self), min(count, len(self)), replace=False).tolist()
-        return found
-
-    def others(self, taken: Collection[int], rng: np.random.Generator) -> Iterator[int]:
-        """The places of all items but those `taken`, in a drawn order."""
-        for place in rng.permutation(len(self)).tolist():  # drawn when the first one is asked for
-            if place not in taken:
-                yield place
-
-    def item(self, place: int) -> Item:
-        return self.source.item(self.index(place))
-
-    def index(self, place: int) -> int:
-        """The index in the source of the item at `place` among these."""
-        part = int(np.searchsorted(self.ends, place, side="right"))
-        return int(self.parts[part][place - self.ends[part]])  # counted from the part's end
-
-
-def able(wanted: Sequence[str], sources: Sequence[Source]) -> list[Able]:
-    """What each source has with the roles `wanted`; of those that have nothing, nothing."""
-    return [found for found in (Able(source, wanted) for source in sources) if len(found)]
-
-
-def idle(tasks: Mapping[str, Task], sources: Sequence[Source]) -> list[Source]:
-    """The sources that serve none of the tasks."""
-    return [s for s in sources if not any(len(Able(s, task.roles)) for task in tasks.values())]
-
-
-def serving(task: Task, sources: Sequence[Source]) -> list[Able]:
-    """What each source has for `task`.
-
-    Raises `UserError` where no source has anything.
-    """
-    found = able(task.roles, sources)
-    if not found:
-        lacks = "; ".join(
-            f"{source.name} lacks {', '.join(sorted(missing(task.roles, source.roles)))}"
-            if missing(task.roles, source.roles)
-            else f"no item of {source.name} has them all"
-            for source in sources
-        )
-        raise UserError(f"task {task.name}: no data source has all its roles ({lacks})")
-    return found
 
 
 def row_of(

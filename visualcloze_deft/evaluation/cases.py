@@ -20,13 +20,13 @@ from PIL import Image
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from visualcloze_deft.data.mixture import Example
+from visualcloze_deft.data.example import Example
 from visualcloze_deft.errors import UserError, reading, writing
-from visualcloze_deft.evaluation.metrics import Colour
-from visualcloze_deft.evaluation.suites import Question, Row
-from visualcloze_deft.modelsettings import SettingsFile, checked
-from visualcloze_deft.preview import write_grids
-from visualcloze_deft.textfile import read_json, read_text
+from visualcloze_deft.evaluation.metrics.fidelity import Colour
+from visualcloze_deft.evaluation.suites import Query, Row
+from visualcloze_deft.inference.grid_files import write_grids
+from visualcloze_deft.storage.settings_files import SettingsFile, checked
+from visualcloze_deft.storage.text_files import read_json, read_text
 
 PICTURE = re.compile(r"\d{3,}-(\d\d(-truth)?|box)\.png")  # of a grid, as `write_grids` calls it
 GRIDS, CASES, GRID_FILE = "grids", "cases.json", "grid.json"
@@ -34,7 +34,7 @@ GRIDS, CASES, GRID_FILE = "grids", "cases.json", "grid.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One grid. name: as `vcdeft infer` calls it. row: of the table. unit: see `Question`. roles:
+    """One grid. name: as `vcdeft infer` calls it. row: of the table. unit: see `Query`. roles:
     of the columns; targets: how many at their end are generated. truths: of each target, a path in
     the folder of grids, None where nobody has one. shown: the pictures of the query by role.
     references: paths. box: of a map of the box, white. classes: colours of segmentation maps."""
@@ -118,7 +118,7 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
     return cases
 
 
-def case_of(question: Question, row: Row, number: int, images: int, folder: Path) -> Case:
+def case_of(question: Query, row: Row, number: int, images: int, folder: Path) -> Case:
     """The record of a grid that `write_grids` gives the number `number` + 1. Pictures beside those
     of the grid are written here."""
     example, name = question.example, f"{number + 1:03d}"
@@ -146,7 +146,7 @@ def case_of(question: Question, row: Row, number: int, images: int, folder: Path
     )
 
 
-def references(question: Question, folder: Path) -> Iterator[str]:
+def references(question: Query, folder: Path) -> Iterator[str]:
     for name, place in question.references.items():
         if isinstance(place, Path):
             yield str(place.absolute())
@@ -166,7 +166,7 @@ def saved(image: Image.Image | None, path: Path) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class CasesFile:
     """What `cases.json` says. left_out: how many grids of each row could not be made."""
 
     left_out: dict[str, int]
@@ -182,11 +182,11 @@ def left_out(output: Path) -> dict[str, int]:
     return read_told(output).left_out
 
 
-def read_told(output: Path) -> Told:
+def read_told(output: Path) -> CasesFile:
     """What `cases.json` says. Raises `UserError` where it is something else."""
     path = output / GRIDS / CASES
     with reading(path, "damaged, or not written by 'vcdeft eval'; give another --output"):
-        found = TypeAdapter(Told).validate_json(read_text(path), strict=True, extra="forbid")
+        found = TypeAdapter(CasesFile).validate_json(read_text(path), strict=True, extra="forbid")
     for case in found.cases:
         names = [*case.truths, *case.shown.values(), case.box]
         last = len(case.roles) - case.targets

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from visualcloze_deft.data.images import read_image
-from visualcloze_deft.errors import printable
-from visualcloze_deft.evaluation import tables
+from visualcloze_deft.evaluation import figures
 from visualcloze_deft.evaluation.cases import GRIDS, Case
+from visualcloze_deft.evaluation.figures import BeforeAfter, Scored, Table
 from visualcloze_deft.evaluation.scoring import SetScore
-from visualcloze_deft.evaluation.statistics import Figure
-from visualcloze_deft.evaluation.tables import Kept, Scored, Table
-from visualcloze_deft.report import PAGE, jpeg, svg_of, table
-from visualcloze_deft.sheet import draw_grid, draw_sheet
+from visualcloze_deft.images.reading import read_image
+from visualcloze_deft.reporting import tables
+from visualcloze_deft.reporting.bars import draw_bars
+from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
+from visualcloze_deft.reporting.html import PAGE, jpeg, table
+from visualcloze_deft.reporting.plots import svg_of
 
 SHOWN = 4  # grids of a row on its sheet, spread over all
 CELL = 128  # pixels
-OURS, BASE = "#2b6cb0", "#b0b0b0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class Results:
     found: Sequence[Scored]
     table: Table
     drift: Table
-    kept: Sequence[Kept]
+    kept: Sequence[BeforeAfter]
     sets: Sequence[SetScore]
     notes: Sequence[str]
     settings: str
@@ -43,7 +41,10 @@ class Results:
 
 def as_markdown(results: Results) -> str:
     """`table.md`."""
-    parts = [f"# {tables.as_text(results.title)}", tables.markdown(*tables.cells_of(results.table))]
+    parts = [
+        f"# {tables.as_text(results.title)}",
+        tables.markdown(*figures.cells_of(results.table)),
+    ]
     for heading, (head, rows) in further(results):
         parts.append(f"## {heading}")
         parts.append(tables.markdown(head, rows))
@@ -57,17 +58,17 @@ def further(results: Results) -> list[tuple[str, tuple[list[str], list[list[str]
     drawn = [
         (
             "Before and after, on the same grids and seeds",
-            tables.kept_cells(results.kept, results.table.metrics),
+            figures.before_after_cells(results.kept, results.table.metrics),
         ),
-        ("Drift from the base", tables.cells_of(results.drift)),
-        ("Distances of sets", tables.set_cells(results.sets)),
+        ("Drift from the base", figures.cells_of(results.drift)),
+        ("Distances of sets", figures.set_cells(results.sets)),
     ]
     return [(heading, cells) for heading, cells in drawn if cells[1]]
 
 
 def as_page(results: Results, output: Path, cases: Sequence[Case]) -> str:
     """`report.html`."""
-    head, rows = tables.cells_of(results.table)
+    head, rows = figures.cells_of(results.table)
     parts = [f"<h1>{escape(results.title)}</h1>", table(results.facts)]
     parts += [f"<h2>Figures</h2>{table(rows, head=head)}"]
     for heading, (head, rows) in further(results):
@@ -90,36 +91,6 @@ def bars(results: Results) -> list[str]:
         words = f"{metric.title}, {'more' if metric.up else 'less'} is better"
         found.append(svg_of(draw_bars(words, after, before)))
     return found
-
-
-def draw_bars(title: str, after: Mapping[str, Figure], before: Mapping[str, Figure]) -> Drawing:
-    """A bar for each row with its interval, grey ones of the base above."""
-    each, around = (0.6, 1.15) if before else (0.3, 0.9)  # inches; two bars have a legend below
-    drawing = Drawing(figsize=(6.2, around + each * len(after)), layout="constrained")
-    axes = drawing.subplots()
-    places = np.arange(len(after))
-    kinds = (
-        [("base", before, BASE), ("with the adapter", after, OURS)]
-        if before
-        else [("", after, OURS)]
-    )
-    height = 0.8 / len(kinds)
-    for k, (label, figures, colour) in enumerate(kinds):
-        at = [places[n] - 0.4 + (k + 0.5) * height for n, row in enumerate(after) if row in figures]
-        own = [figures[row] for row in after if row in figures]
-        means = np.array([one.mean for one in own])
-        reach = np.array([[one.mean - one.low, one.high - one.mean] for one in own]).T
-        axes.barh(at, means, height * 0.9, color=colour, label=label or None)
-        axes.errorbar(means, at, xerr=np.nan_to_num(reach), fmt="none", ecolor="#222", capsize=2)
-    names = [printable(name) for name in after]  # and no formulas
-    axes.set_yticks(places, names, fontsize=8, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_title(printable(title), fontsize=11, loc="left", parse_math=False)
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
-    if before:
-        drawing.legend(fontsize=8, frameon=False, ncols=2, loc="outside lower center")
-    return drawing
 
 
 def sheets(found: Sequence[Scored], output: Path, cases: Sequence[Case]) -> dict[str, Image.Image]:

@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from visualcloze_deft.data.annotators import ANNOTATORS, computed, fastest, loaded
+from visualcloze_deft.backbones.embedding_cache import fingerprint
+from visualcloze_deft.data.annotation.models import ANNOTATORS, computed, fastest, loaded
 from visualcloze_deft.data.derive import canny
-from visualcloze_deft.data.images import Box, read_image
-from visualcloze_deft.data.insdet import GROWN
-from visualcloze_deft.encodings import fingerprint
+from visualcloze_deft.data.sources.insdet import GROWN
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.evaluation import metrics, placement, similarity
 from visualcloze_deft.evaluation.cases import Shot
-from visualcloze_deft.evaluation.features import Encoder, text_title, title
-from visualcloze_deft.evaluation.metrics import Colour
+from visualcloze_deft.evaluation.encoders.load import Encoder, text_title, title
+from visualcloze_deft.evaluation.metrics import fidelity, placement, similarity
+from visualcloze_deft.evaluation.metrics.fidelity import Colour
 from visualcloze_deft.evaluation.suites import MAPS
-from visualcloze_deft.grid import fitted
-from visualcloze_deft.output import whole
+from visualcloze_deft.grids.grid import fitted
+from visualcloze_deft.images.reading import Box, read_image
+from visualcloze_deft.storage.atomic import atomic_write
 
 Scores = dict[str, float]
 Rows = NDArray[np.float32]
@@ -120,11 +120,11 @@ def pixel_scores(shot: Shot, measures: Measures) -> Scores:
     found: Scores = {}
     truth = fitted(read_image(shot.truth), made.size) if shot.truth else None
     if truth:
-        found["psnr"] = metrics.psnr(made, truth)
-        if min(made.size) >= metrics.WINDOW:
-            found["ssim"] = metrics.ssim(made, truth)
-        if measures.lpips and min(made.size) >= metrics.LEAST_SIDE:
-            found["lpips"] = metrics.lpips(made, truth, device=fastest())
+        found["psnr"] = fidelity.psnr(made, truth)
+        if min(made.size) >= fidelity.WINDOW:
+            found["ssim"] = fidelity.ssim(made, truth)
+        if measures.lpips and min(made.size) >= fidelity.LEAST_SIDE:
+            found["lpips"] = fidelity.lpips(made, truth, device=fastest())
         if shot.role in COMPARED:
             found |= compared(shot.role, made, truth, measures, shot.classes)
     if shot.role not in MAPS and (truth or shot.role == "target"):
@@ -134,7 +134,7 @@ def pixel_scores(shot: Shot, measures: Measures) -> Scores:
         hole = fitted(read_image(shot.shown["hole"]), made.size)
         where = outside_hole(fitted(read_image(shot.box), made.size))
         if where.any():
-            found["preserved"] = metrics.mean_error(made, hole, where=where)
+            found["preserved"] = fidelity.mean_error(made, hole, where=where)
     return found
 
 
@@ -173,7 +173,7 @@ def extracted(role: str, image: Image.Image, measures: Measures) -> Image.Image:
     found = computed(role, place, fastest(), image)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole(path, partial(found.save, format="PNG"))
+        atomic_write(path, partial(found.save, format="PNG"))
     return found
 
 
@@ -200,13 +200,13 @@ def compared(
     if name == "canny_f1":
         if not (np.asarray(truth.convert("L")) > 127).any():
             return {}
-        return {name: metrics.edge_f1(made, truth, tolerance=measures.tolerance)}
+        return {name: fidelity.edge_f1(made, truth, tolerance=measures.tolerance)}
     if name == "miou":
         try:
-            return {name: metrics.segmentation_miou(made, truth, colours=classes)}
+            return {name: fidelity.segmentation_miou(made, truth, colours=classes)}
         except UserError:
             return {}
-    compare = metrics.depth_rmse if name == "depth_rmse" else metrics.normals_angle
+    compare = fidelity.depth_rmse if name == "depth_rmse" else fidelity.normals_angle
     return {name: compare(made, truth)}
 
 
@@ -223,7 +223,7 @@ def outside_hole(box: Image.Image) -> NDArray[np.bool_]:
 def encoded(shots: Sequence[Shot], encoder: Encoder, what: str) -> list[Scores]:
     """What an encoder says of every image."""
     name = encoder.name
-    kept = Kept(encoder, what)
+    kept = FeatureCache(encoder, what)
     found: list[Scores] = [{} for _ in shots]
     photos = [k for k, shot in enumerate(shots) if shot.role not in MAPS]
     if not photos:
@@ -254,7 +254,7 @@ def encoded(shots: Sequence[Shot], encoder: Encoder, what: str) -> list[Scores]:
     return found
 
 
-class Kept:
+class FeatureCache:
     """Features of files by an encoder, each file read once; the encoder keeps them on disk."""
 
     def __init__(self, encoder: Encoder, what: str) -> None:
@@ -273,7 +273,7 @@ class Kept:
         return np.stack([self._known[path] for path in paths])
 
 
-def placed(shot: Shot, kept: Kept) -> Scores:
+def placed(shot: Shot, kept: FeatureCache) -> Scores:
     """Whether the object stands in its box, and how like its views it is there."""
     made = read_image(shot.image)
     assert shot.box is not None
@@ -302,9 +302,9 @@ def drifts(
     for one, other in zip(after, before, strict=True):
         made = read_image(one.image)
         base = fitted(read_image(other.image), made.size)
-        found.append({"drift_pixels": metrics.mean_error(made, base)})
+        found.append({"drift_pixels": fidelity.mean_error(made, base)})
     for encoder in encoders:
-        kept = Kept(encoder, "drift")
+        kept = FeatureCache(encoder, "drift")
         cosines = similarity.aligned(
             kept.of([shot.image for shot in after]), kept.of([shot.image for shot in before])
         )
@@ -326,7 +326,7 @@ class SetScore:
 def set_scores(shots: Sequence[Shot], encoder: Encoder) -> Iterator[SetScore]:
     """KID from `LEAST` images on, FID where there are more than dimensions, for every row of
     photos that have truths."""
-    kept = Kept(encoder, "sets")
+    kept = FeatureCache(encoder, "sets")
     for row in dict.fromkeys(shot.row for shot in shots):
         own = [s for s in shots if s.row == row and s.truth and s.role not in MAPS]
         truths = dict.fromkeys(shot.truth for shot in own if shot.truth)
@@ -350,4 +350,4 @@ def set_distances(row: str, made: Rows, truth: Rows, encoder: str) -> Iterator[S
 def check_lpips() -> None:
     """Raise `UserError` where LPIPS cannot be computed here."""
     grey = Image.new("RGB", (64, 64), "grey")
-    metrics.lpips(grey, grey, device=fastest())
+    fidelity.lpips(grey, grey, device=fastest())

@@ -11,21 +11,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visualcloze_deft.cells import Cells
-from visualcloze_deft.data.annotate import annotated, check_places, lacking
+from visualcloze_deft.data.annotation.source import annotated, check_places, lacking
+from visualcloze_deft.data.base import Item, Part, Source
 from visualcloze_deft.data.derive import missing
-from visualcloze_deft.data.dreambench_plus import DreamBenchPlus, pictures_below
-from visualcloze_deft.data.dreambooth import CLASSES, DreamBooth, words
-from visualcloze_deft.data.images import folders_in, images_in, read_image
-from visualcloze_deft.data.insdet import Place, View, alone, placed, read_places, read_views
-from visualcloze_deft.data.item import Item, Part, Source
-from visualcloze_deft.data.mixture import Able, Example, able, content, row_of, serving
-from visualcloze_deft.data.scenes import SEGMENT_COLOURS
+from visualcloze_deft.data.eligible import EligibleItems, eligible, sources_for
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import content, row_of
 from visualcloze_deft.data.sources import open_source
-from visualcloze_deft.errors import UserError, nearest
-from visualcloze_deft.evaluation.metrics import Colour
-from visualcloze_deft.registry import Task, load_tasks, select
-from visualcloze_deft.textfile import read_text
+from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus, pictures_below
+from visualcloze_deft.data.sources.dreambooth import CLASSES, DreamBooth, words
+from visualcloze_deft.data.sources.insdet import Place, View, alone, placed, read_places, read_views
+from visualcloze_deft.data.sources.scenes import SEGMENT_COLOURS
+from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.evaluation.metrics.fidelity import Colour
+from visualcloze_deft.grids.cell_sizes import Cells
+from visualcloze_deft.images.reading import folders_in, images_in, read_image
+from visualcloze_deft.storage.text_files import read_text
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.task_registry.select import select
+from visualcloze_deft.task_registry.task import Task
 
 FAMILIES = (  # what the embedded base, its demo and its evaluation are about
     "canny-to-image",
@@ -50,12 +54,12 @@ PROMPT = re.compile(r"'(.*\{0\} \{1\}.*)'\.format\(unique_token, class_token\)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
+class GridSettings:
     """How grids are made.
 
     data: name -> path of a source. resolution, cells: of the model. rows: of a grid, the query
     among them. images: of each grid. limit: grids of a row of the table at most, None for the
-    suite's own number. tasks: as `registry.select` reads them, None for the suite's own. hold_out:
+    suite's own number. tasks: as `select.select` reads them, None for the suite's own. hold_out:
     every N-th item alone, 0 for all. annotate: role -> model or folder, where data lacks a role.
     """
 
@@ -73,7 +77,7 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class Query:
     """One grid, and what its answers are held to besides a truth in the example itself.
 
     unit: what it is about (a subject, an item): figures of one unit are alike. roles: of the
@@ -97,7 +101,7 @@ class Row:
 
     name: str
     count: int
-    make: Callable[[int], Question]
+    make: Callable[[int], Query]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +109,12 @@ class Suite:
     """rows: what it asks, without a picture read. data: what it needs, for people; images: of each
     grid, unless said otherwise."""
 
-    rows: Callable[[Making], list[Row]]
+    rows: Callable[[GridSettings], list[Row]]
     data: str
     images: int = 1
 
 
-def rows_of(name: str, making: Making) -> list[Row]:
+def rows_of(name: str, making: GridSettings) -> list[Row]:
     """The rows of a suite. Raises `UserError` where its data is not there, with what was expected
     where."""
     suite = SUITES[name]
@@ -136,24 +140,24 @@ def rows_of(name: str, making: Making) -> list[Row]:
 
 def check_suite(name: str) -> None:
     if name not in SUITES:
-        raise UserError(f"--suite {name!r}: no such suite; {nearest(name, SUITES)}")
+        raise UserError(f"--suite {name!r}: no such suite; {suggestion(name, SUITES)}")
 
 
-def scenes(making: Making) -> list[Row]:
+def scenes(making: GridSettings) -> list[Row]:
     """Scenes of another seed than a training run's: each task with its truth."""
     known = load_tasks(map(Path, making.task_folders))
     wanted = select(known, making.tasks or ",".join(FAMILIES))
     return by_task({n: known[n] for n in wanted}, opened("scenes", making), making, usual=SCENES)
 
 
-def graph200k(making: Making) -> list[Row]:
+def graph200k(making: GridSettings) -> list[Row]:
     """Every task that the items have all roles of."""
     known = load_tasks(map(Path, making.task_folders))
     wanted = select(known, making.tasks or "all")
     return by_task({n: known[n] for n in wanted}, opened("graph200k", making), making, usual=ITEMS)
 
 
-def opened(name: str, making: Making) -> list[Source]:
+def opened(name: str, making: GridSettings) -> list[Source]:
     """The source that a suite is about, with what is annotated."""
     place = making.data.get(name, "")
     spec = f"{name}={place}" if place else name
@@ -168,7 +172,7 @@ def opened(name: str, making: Making) -> list[Source]:
 
 
 def by_task(
-    tasks: Mapping[str, Task], sources: Sequence[Source], making: Making, *, usual: int
+    tasks: Mapping[str, Task], sources: Sequence[Source], making: GridSettings, *, usual: int
 ) -> list[Row]:
     """A row for each task that there is data for.
 
@@ -178,7 +182,7 @@ def by_task(
     parts = [part.partition("=")[0].strip() for part in (making.tasks or "").split(",")]
     for name, task in tasks.items():
         # one that is asked for by its own name must have data
-        if found := serving(task, sources) if name in parts else able(task.roles, sources):
+        if found := sources_for(task, sources) if name in parts else eligible(task.roles, sources):
             count = min(making.limit or usual, len(found[0]))
             make = partial(known, task, found[0], making, count)
             rows.append(Row(name=name, count=count, make=make))
@@ -188,7 +192,7 @@ def by_task(
     return rows
 
 
-def known(task: Task, items: Able, making: Making, count: int, index: int) -> Question:
+def known(task: Task, items: EligibleItems, making: GridSettings, count: int, index: int) -> Query:
     """Grid `index` of `count`, its queries spread evenly over all items, so that none comes
     twice."""
     rng = np.random.default_rng([making.seed, index])
@@ -198,7 +202,7 @@ def known(task: Task, items: Able, making: Making, count: int, index: int) -> Qu
     query = items.item(place)
     example = example_of(task, shown, query, making, index)
     photo = task.content == "caption" and task.targets[-1] not in MAPS
-    return Question(
+    return Query(
         example=example,
         unit=query.key,
         roles=task.roles,
@@ -208,7 +212,7 @@ def known(task: Task, items: Able, making: Making, count: int, index: int) -> Qu
 
 
 def example_of(
-    task: Task, shown: Sequence[Item], query: Item, making: Making, index: int
+    task: Task, shown: Sequence[Item], query: Item, making: GridSettings, index: int
 ) -> Example:
     """A grid as inference sees it: `shown` complete, the targets of `query` hidden, all words
     said."""
@@ -232,7 +236,7 @@ def example_of(
     )
 
 
-def dreambooth(making: Making) -> list[Row]:
+def dreambooth(making: GridSettings) -> list[Row]:
     """Every subject with every prompt of the list for its kind."""
     source = DreamBooth(Path(making.data["dreambooth"]))
     root = Path(making.data["dreambooth"])
@@ -250,7 +254,7 @@ def dreambooth(making: Making) -> list[Row]:
     total = len(asked)
     count = min(making.limit or total, total)
 
-    def make(index: int) -> Question:
+    def make(index: int) -> Query:
         place = index * total // count
         subject, photos, text = asked[place]
         rng = np.random.default_rng([making.seed, index])
@@ -263,7 +267,7 @@ def dreambooth(making: Making) -> list[Row]:
             texts={"caption": text},
         )
         shown = [source.item(int(k)) for k in chosen]
-        return Question(
+        return Query(
             example=example_of(task, shown, query, making, index),
             unit=subject.name,
             roles=task.roles,
@@ -300,16 +304,16 @@ def prompt(text: str, called: str) -> str:
     return " ".join(text.format("", called).split())
 
 
-def dreambench_plus(making: Making) -> list[Row]:
+def dreambench_plus(making: GridSettings) -> list[Row]:
     """Every subject with every prompt of its own."""
     root = Path(making.data["dreambench-plus"])
     source = DreamBenchPlus(root)
     pictures = pictures_below((root / "data" if (root / "data").is_dir() else root) / "images")
     task = load_tasks()["subject-driven"]
-    others: Able | None = None
+    others: EligibleItems | None = None
     if making.rows > 1:
         given = [name for name in SHOWING["dreambench-plus"] if name in making.data]
-        found = able(task.roles, [source_of(name, making) for name in given])
+        found = eligible(task.roles, [source_of(name, making) for name in given])
         if not found:
             raise UserError(
                 "--suite dreambench-plus: it has no picture of an answer, so the rows above a "
@@ -320,12 +324,12 @@ def dreambench_plus(making: Making) -> list[Row]:
     total = len(source)
     count = min(making.limit or total, total)
 
-    def make(index: int) -> Question:
+    def make(index: int) -> Query:
         query = source.item(index * total // count)
         rng = np.random.default_rng([making.seed, index])
         places = others.choose(making.rows - 1, rng) if others else []
         stem = query.key.rpartition(" ")[0]
-        return Question(
+        return Query(
             example=example_of(
                 task, [others.item(k) for k in places] if others else [], query, making, index
             ),
@@ -338,13 +342,13 @@ def dreambench_plus(making: Making) -> list[Row]:
     return [Row(name="dreambench-plus", count=count, make=make)]
 
 
-def source_of(name: str, making: Making) -> Source:
+def source_of(name: str, making: GridSettings) -> Source:
     place = making.data[name]
     spec = f"{name}={place}" if place else name
     return open_source(spec, size=making.resolution, seed=making.seed)
 
 
-def insdet(making: Making) -> list[Row]:
+def insdet(making: GridSettings) -> list[Row]:
     """Every box of a scene that an object with views stands in: the object is put there again."""
     root = Path(making.data["insdet"])
     if not (root / "Objects").is_dir():
@@ -360,7 +364,7 @@ def insdet(making: Making) -> list[Row]:
     total = len(places)
     count = min(making.limit or total, total)
 
-    def make(index: int) -> Question:
+    def make(index: int) -> Query:
         return inserted(task, places, index * total // count, views, making, index)
 
     return [Row(name="insdet", count=count, make=make)]
@@ -371,9 +375,9 @@ def inserted(
     places: Sequence[Place],
     chosen: int,
     views: Mapping[str, Sequence[View]],
-    making: Making,
+    making: GridSettings,
     index: int,
-) -> Question:
+) -> Query:
     """The object of `places[chosen]` into its box; the rows above show other objects first."""
     place, size = places[chosen], making.resolution
     rng = np.random.default_rng([making.seed, index])
@@ -382,7 +386,7 @@ def inserted(
     shown = [placed(places[k], size=size) for k in order[: making.rows - 1]]
     query = placed(place, size=size)
     *_, box = row_of(query, (*task.roles, "box"), size, making.cells, np.random.default_rng(index))
-    return Question(
+    return Query(
         example=example_of(task, shown, query, making, index),
         unit=place.name,
         roles=task.roles,

@@ -1,0 +1,266 @@
+"""What `vcdeft export` and `vcdeft import` do: adapters to and from what other tools read.
+
+A DEFT or PaRa adapter is a LoRA with B = Q and A = s R - right^T W, so nothing is approximated.
+What was written is read again, by the target's own loader where it is a dependency, and must give
+the live adapter's output.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import FluxTransformer2DModel as Transformer
+from diffusers.loaders import FluxLoraLoaderMixin
+from peft import DeftConfig, PeftConfig, PeftModel
+
+from visualcloze_deft.adapters import files, injection, methods
+from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.adapters.verify import (
+    NOISE,
+    ROUNDING,
+    TOLERANCE,
+    Report,
+    answer,
+    change_error,
+    check,
+    frozen,
+    output_error,
+    probe,
+)
+from visualcloze_deft.backbones import lora_files, lora_names, tensor_files
+from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.lora_names import Change
+from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
+from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
+from visualcloze_deft.config.run import is_strength
+from visualcloze_deft.errors import UserError, writing
+from visualcloze_deft.paths import BASE
+from visualcloze_deft.storage.atomic import output_folder
+
+Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
+FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
+LARGE = 4 << 30  # bytes of weight files
+
+
+def export(
+    run: Path,
+    output: Path,
+    kind: Format,
+    *,
+    strength: float = 1.0,
+    dtype: torch.dtype | None = None,
+    model: str | None = None,
+    lora: str | None = None,
+    verify: bool = True,
+) -> Report:
+    """Write the adapter of a run folder, or an adapter folder, to `output`.
+
+    kind: "peft" and "merged" write a folder, the others a .safetensors file. strength: what the
+    change counts, folded into it; 1 is the trained adapter. dtype: of the written LoRA (float32 by
+    default) or merged transformer (the base's). model, lora: the base; those it was trained on
+    where not named.
+    Raises `UserError` where the adapter does not fit, something is in the way, or what was written
+    is not the adapter; no file is left then.
+    """
+    if not is_strength(strength) or strength == 0:
+        raise UserError(f"--strength {strength}: give a number other than 0 up to 1e6, e.g. 1")
+    folder = run / "adapter" if (run / "adapter").is_dir() else run
+    config, told = files.read_config(folder), read_metadata(folder)
+    model = model or named(folder, "--model", told.get("base_model"), config) or TINY
+    lora = lora or named(folder, "--lora", told.get("base_lora")) or None
+    check_base(folder, model, lora=lora)
+    if kind == "peft" and (strength, dtype) != (1.0, None):
+        raise UserError("--format peft keeps P and R as they are: leave --strength and --dtype")
+    path = target(output, kind)
+    precision = base_precision(model)
+    written = dtype or (precision if kind == "merged" else torch.float32)
+
+    def base() -> Transformer:
+        return load_transformer(model, dtype=precision, lora=lora)
+
+    transformer = base()
+    files.load(transformer, folder)
+    shapes, changes = (
+        lora_names.layer_shapes(transformer),
+        injection.changes_of(transformer, strength),
+    )
+    check_names(kind, changes, shapes)
+    live = answer(transformer, strength) if verify else None
+    transformer.disable_adapters()
+    plain = answer(transformer, 1.0) if verify else None
+    weights = {name: frozen(transformer, name) @ probe(name, a) for name, (a, _) in changes.items()}
+    del transformer  # FLUX takes 24 GB: one at a time
+    about = told | header(config, kind, strength, model=model, lora=lora)
+    staged = path.with_name(f".{path.stem}.part{path.suffix}")
+    clear(staged)
+    report = Report(path=path, notes=notes_on(told, kind))
+    try:
+        with writing(path):
+            if kind == "peft":
+                staged.mkdir()
+                for name in (CONFIG, WEIGHTS):
+                    shutil.copy(folder / name, staged)
+            elif kind == "merged":
+                merge(base(), changes, written).save_pretrained(staged)
+                tensor_files.open_to(staged)
+                (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            else:
+                cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
+                check_finite(cast, path)
+                lora_names.write(staged, cast, kind, shapes=shapes, metadata=about)
+        if live is not None and plain is not None:
+            reader, read, in_weights = reader_of(kind, shapes, written)
+            try:
+                loaded = read(staged, base)
+                found = answer(loaded, 1.0)
+            except (ValueError, RuntimeError, KeyError, AssertionError) as error:
+                raise UserError(f"export {path}: {reader} cannot read it: {error}") from None
+            rounding = ROUNDING[written if kind == "merged" else precision] if in_weights else 0
+            weights_off, beyond = change_error(loaded, changes, weights, rounding)
+            noise = max(NOISE[precision], NOISE[written] if kind == "merged" else 0)
+            output_off = output_error(found, live, plain, noise)
+            report = replace(report, reader=reader, weights=weights_off, output=output_off)
+            held = (written,) if kind == "merged" else (written, precision)  # in what it is read
+            check(report, beyond, max(TOLERANCE[one] for one in held))
+        with writing(path):
+            staged.rename(path)
+    finally:
+        clear(staged)
+    return report
+
+
+def named(
+    folder: Path, option: str, told: str | None, config: PeftConfig | None = None
+) -> str | None:
+    """What an adapter names as its base. Nothing is downloaded for it: raises `UserError` where
+    that is not on this machine."""
+    name = told or (config.base_model_name_or_path if config else None)
+    if name and on_hub(name) and folder_here(name) is None:
+        raise UserError(
+            f"adapter {folder}: trained on {name!r}, which is not on this machine; give {option} "
+            f"{name} to have it downloaded, or name where it lies"
+        )
+    return name
+
+
+def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
+    """What the file cannot say to the tool that reads it."""
+    notes = []
+    if kind != "merged" and (lora := told.get("base_lora")):
+        notes.append(f"trained on a base with the LoRA {lora} merged: load that one, too")
+    if (bits := told.get("quantise", "none")) != "none":
+        notes.append(f"trained on a base in {bits}, written for the one in full precision")
+    return tuple(notes)
+
+
+def header(
+    config: PeftConfig, kind: Format, strength: float, *, model: str, lora: str | None
+) -> dict[str, str]:
+    """What an exported file says of itself, beside what the adapter's own file says."""
+    alpha = config.alpha if isinstance(config, DeftConfig) else config.lora_alpha
+    return {
+        "method": methods.method_of(config),
+        "rank": str(config.r),
+        "alpha": str(alpha or ""),
+        "base_model": model,
+        "base_lora": lora or "",
+        "exported_as": kind,
+        "exported_by": f"visualcloze-deft {version('visualcloze-deft')}",
+        "strength": str(strength),
+    }
+
+
+def check_names(kind: Format, changes: dict[str, Change], shapes: lora_names.Shapes) -> None:
+    """Raise `UserError` where kohya's names would lose a layer in diffusers."""
+    outside = [name for name in changes if "transformer_blocks." not in name]
+    if kind == "kohya" and outside:
+        raise UserError(
+            f"--format kohya: diffusers drops {outside[0]}, which lies outside the blocks, from "
+            "such files; give --format diffusers or comfyui"
+        )
+
+
+def check_finite(changes: dict[str, Change], path: Path) -> None:
+    """Raise `UserError` where a number is too large for the precision that it is written in."""
+    for name, (a, b) in changes.items():
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(
+                f"export {path}: {name} is too large for {a.dtype}; give a smaller --strength, or "
+                "--dtype float32"
+            )
+
+
+def base_precision(model: str) -> torch.dtype:
+    """float32 for a model on disk that is small in it, else bfloat16: FLUX then takes 24 GB."""
+    folder = (BASE if model == TINY else Path(model)) / "transformer"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return torch.float32 if 0 < size < LARGE else torch.bfloat16
+
+
+def target(output: Path, kind: Format) -> Path:
+    """Where to write, checked: a folder, or a file in one."""
+    path = output.absolute() if output == Path() else output  # "." has no name to stage beside
+    if kind not in ("peft", "merged") and output.suffix != ".safetensors":
+        path = output / "pytorch_lora_weights.safetensors"
+    output_folder(path.parent)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"--output {path}: already there; name another, or remove it")
+    return path
+
+
+def clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def merge(
+    transformer: Transformer, changes: dict[str, Change], dtype: torch.dtype | None = None
+) -> Transformer:
+    """Add `changes` in float32 to a plain transformer's weights, which become `dtype` if given."""
+    lora_names.merge(transformer, changes, dtype=dtype)
+    return transformer if dtype in (None, transformer.dtype) else transformer.to(dtype)
+
+
+Base = Callable[[], Transformer]
+Reader = Callable[[Path, Base], Transformer]
+
+
+def reader_of(
+    kind: Format, shapes: lora_names.Shapes, written: torch.dtype
+) -> tuple[str, Reader, bool]:
+    """Who reads a written file again, by name, how, and whether the change is in weights then."""
+
+    def through_peft(path: Path, base: Base) -> Transformer:
+        return PeftModel.from_pretrained(base(), path).get_base_model()
+
+    def through_diffusers(path: Path, base: Base) -> Transformer:
+        transformer = base()
+        tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(str(path), return_alphas=True)
+        FluxLoraLoaderMixin.load_lora_into_transformer(tensors, alphas, transformer)
+        return transformer
+
+    def ourselves(path: Path, base: Base) -> Transformer:
+        return merge(base(), lora_files.read(path, shapes=shapes))
+
+    def as_model(path: Path, base: Base) -> Transformer:
+        return Transformer.from_pretrained(path, torch_dtype=written)
+
+    inner = shapes["single_transformer_blocks.0.proj_out"][0]
+    if kind == "kohya" and inner == FLUX_WIDTH:
+        return "diffusers", through_diffusers, False
+    us = "this package"
+    return {
+        "peft": ("peft", through_peft, False),
+        "diffusers": ("diffusers", through_diffusers, False),
+        "merged": ("diffusers", as_model, True),
+        "kohya": (f"{us} (diffusers reads kohya's names at FLUX's width only)", ourselves, True),
+        "comfyui": (f"{us} (ComfyUI is no dependency)", ourselves, True),
+    }[kind]

@@ -1,0 +1,55 @@
+"""DEFT, PaRa and LoRA as peft's settings, and which of their parameters learn how fast."""
+
+from __future__ import annotations
+
+from peft import DeftConfig, LoraConfig, PeftConfig
+
+from visualcloze_deft.backbones.model_size import FLUX_LAYERS
+from visualcloze_deft.config.run import Adapter
+
+NAME = "default"  # peft's name for the adapter inside the model
+
+
+def layers(settings: Adapter) -> str:
+    return FLUX_LAYERS if settings.layers == "flux" else settings.layers
+
+
+def peft_config(settings: Adapter) -> PeftConfig:
+    if settings.method == "lora":
+        return LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha or settings.rank,
+            lora_dropout=settings.dropout,
+            target_modules=layers(settings),
+        )
+    return DeftConfig(
+        r=settings.rank,
+        alpha=settings.alpha,
+        deft_dropout=settings.dropout,
+        target_modules=layers(settings),
+        decomposition_method="relu" if settings.method == "deft-relaxed" else "qr",
+        para=settings.method == "para",
+    )
+
+
+def kind(name: str) -> str:
+    """Which part of its layer the adapter parameter `name` is.
+
+    >>> kind("transformer_blocks.0.ff.net.2.deft_P.default"), kind("proj_out.lora_A.default.weight")
+    ('P', 'A')
+    """
+    return name.partition(f".{NAME}")[0][-1]
+
+
+def method_of(config: PeftConfig) -> str:
+    """What `adapter.method` is for an adapter of this kind."""
+    if not isinstance(config, DeftConfig):
+        return "lora"
+    if config.para:
+        return "para"
+    return "deft-relaxed" if config.decomposition_method == "relu" else "deft"
+
+
+def file_name(name: str) -> str:
+    """The name in peft's file of the adapter parameter `name` of the model."""
+    return f"base_model.model.{name.replace(f'.{NAME}', '')}"

@@ -1,0 +1,412 @@
+"""Attention kernels: their names, the test of their results, the choice, and the switch.
+
+A fused kernel can be wrong for some lengths, some strides or one of both passes, and returns its
+numbers as if nothing had happened. So the kernel of a GPU is chosen by comparing its results with
+plain attention in float32, for the shapes of the work ahead.
+
+Axes: b batch, s tokens, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from visualcloze_deft.errors import UserError, suggestion
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (b s h d) to (b s h d)."""
+Passes = Literal["forward", "both"]
+"""What is used of a kernel: inference the forward pass alone, training the backward pass, too."""
+Shared = Callable[[str | None], str | None]
+"""The first fault that any process found, the same in all; None where none found one."""
+
+AUTO, NATIVE = "auto", "native"
+OURS = {
+    "native": AttentionBackendName.NATIVE,
+    "cudnn": AttentionBackendName._NATIVE_CUDNN,
+    "flash": AttentionBackendName._NATIVE_FLASH,
+    "efficient": AttentionBackendName._NATIVE_EFFICIENT,
+    "math": AttentionBackendName._NATIVE_MATH,
+    "flash_attn": AttentionBackendName.FLASH,
+}
+BACKENDS: dict[str, AttentionBackendName] = {
+    **{name.value: name for name in AttentionBackendName},
+    **OURS,
+}
+"""Name -> diffusers' backend. native is torch's own choice; cudnn, flash, efficient and math are
+torch's kernels, each by itself. All others are named as in diffusers, but for the package
+flash-attn, whose name there is "flash": it is flash_attn here."""
+
+CANDIDATES = ("cudnn", "flash", "efficient", "math")
+"""What "auto" tries, fastest first (measured on an H100)."""
+
+MAY_BE_CUDNN = frozenset({"cudnn", NATIVE})  # on GPUs torch's own choice may be cuDNN, too
+
+UNTESTED = frozenset({"cpu"})  # kinds of device where "auto" is torch's own choice, without a test
+REPEATS = 3  # of each case: what a kernel finds in memory differs from call to call
+BATCH = 2  # of the test: a kernel may mistake where the next sample begins
+TILE = 64  # tokens whose error is judged together: a fault may lie in a kernel's last tile alone
+AROUND = 128  # tokens of NaN before and behind an input: the longest tile of a kernel
+WIDER = 5  # times h d: the row of a single block's output, of which attention's gradient is a part
+RESULTS = ("the output", "the gradient of queries", "the gradient of keys", "that of values")
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The work ahead. lengths: tokens of the grids, text and image, in ascending order. compiled:
+    whether torch.compile makes the blocks."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        lengths = " and ".join(f"{length:,}" for length in self.lengths)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} at {lengths} tokens, {self.heads} heads of {self.width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The backend to use, and the line that says why; "" where nothing was tested."""
+
+    backend: str
+    line: str = ""
+
+
+def alone(fault: str | None) -> str | None:
+    """What one process by itself finds."""
+    return fault
+
+
+def decide(
+    wanted: str, shapes: Shapes, *, passes: Passes, before: str = "", shared: Shared = alone
+) -> Choice:
+    """The backend for `wanted`: itself, or where that is "auto" the fastest one that is right.
+
+    before: the backend that the run used until now, which "auto" tries first; "" for a new run.
+    Not "native", which a run has that began on a CPU: on a GPU that may be any kernel.
+    shared: agrees with other processes, which then all choose the same backend.
+    Raises `UserError` where this machine lacks `wanted`, or no candidate is right.
+    """
+    if wanted != AUTO:
+        require(wanted, shapes, passes=passes, shared=shared)
+        return Choice(backend=wanted)
+    if shapes.device.type in UNTESTED:
+        usable = bool(before) and shared(lack(before, shapes, passes=passes)) is None
+        return Choice(backend=before if usable else NATIVE)
+    first = [before] if before not in ("", NATIVE) else []
+    others = [name for name in candidates(shapes, passes=passes) if name not in first]
+    return choose([*first, *others], shapes, passes=passes, shared=shared)
+
+
+def candidates(shapes: Shapes, *, passes: Passes) -> tuple[str, ...]:
+    """What "auto" tries for this work, fastest first.
+
+    The layout of a gradient in a compiled block is the compiler's, so cuDNN's backward pass cannot
+    be relied on there, see `dense_gradients`.
+    """
+    unsure = MAY_BE_CUDNN if shapes.compiled and passes == "both" else ()
+    return tuple(name for name in CANDIDATES if name not in unsure)
+
+
+def choose(
+    names: Sequence[str], shapes: Shapes, *, passes: Passes, shared: Shared = alone
+) -> Choice:
+    """The first of `names` whose results agree with plain attention in float32.
+
+    Raises `UserError` where none does.
+    """
+    refused: dict[str, str] = {}
+    for name in names:
+        fault = shared(fault_of(attend_as_used(name), shapes, passes=passes))
+        if fault is None:
+            said = "".join(f"; refused: {other}: {why}" for other, why in refused.items())
+            return Choice(backend=name, line=f"attention: {name} (checked in {shapes}{said})")
+        refused[name] = fault
+    why = "; ".join(f"{name}: {fault}" for name, fault in refused.items())
+    raise UserError(
+        f"--attention auto: no kernel agrees with plain attention in {shapes} ({why}); name one, "
+        "e.g. --attention native"
+    )
+
+
+def check_known(name: str) -> None:
+    """Raise `UserError` unless `name` is "auto" or one of `BACKENDS`."""
+    known = [AUTO, *BACKENDS]
+    if name not in known:
+        raise UserError(f"--attention {name}: {suggestion(name, known)}")
+
+
+def require(name: str, shapes: Shapes, *, passes: Passes, shared: Shared = alone) -> None:
+    """Raise `UserError` unless `name` is known and computes on this device in this precision."""
+    check_known(name)
+    why = shared(lack(name, shapes, passes=passes))
+    if why is not None:
+        dtype = str(shapes.dtype).removeprefix("torch.")
+        here = ", ".join(one for one in OURS if lack(one, shapes, passes=passes) is None)
+        raise UserError(
+            f"--attention {name}: does not work here, on {shapes.device.type} in {dtype} ({why}); "
+            f"give auto, or one of {here}"
+        )
+
+
+def lack(name: str, shapes: Shapes, *, passes: Passes) -> str | None:
+    """Why the backend `name` computes nothing here; None where it does. Its numbers are not looked
+    at."""
+    case = inputs(replace(shapes, lengths=(AROUND,)), AROUND, layout="whole")
+    try:
+        results(attend_with(name), case, passes=passes)
+    except FAILURES as error:
+        return first_line(error)
+    return None
+
+
+def attend_with(name: str) -> Attend:
+    """A backend as a function; it raises where a package of the backend is missing."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with attention_backend(BACKENDS[name]):
+            attended: Tensor = dispatch_attention_fn(q, k, v)
+        return attended
+
+    return attend
+
+
+def attend_as_used(name: str) -> Attend:
+    """`attend_with(name)` as `use` has a transformer attend: cuDNN gets dense gradients."""
+    attend = attend_with(name)
+    return (lambda q, k, v: _densely_of(attend(q, k, v))) if name in MAY_BE_CUDNN else attend
+
+
+# The test
+
+Layout = Literal["whole", "part"]
+LAYOUTS: tuple[Layout, ...] = ("whole", "part")
+"""Of the gradient of attention's output: contiguous, as in double blocks, or part of a wider row,
+as in single blocks, which join it with the feed-forward layer's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Random queries, keys and values, and a gradient of the output: each (b s h d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gradient: Tensor
+
+    def head(self, number: int) -> Case:
+        """One head (b s 1 d) in float32."""
+        parts = {name: part[:, :, number : number + 1] for name, part in vars(self).items()}
+        return Case(**{name: part.float() for name, part in parts.items()})
+
+
+def fault_of(attend: Attend, shapes: Shapes, *, passes: Passes) -> str | None:
+    """What is wrong with `attend` for these shapes; None where its results are right.
+
+    Every case is repeated with NaN in the memory around its inputs and in the memory that its
+    results get, so that a kernel which reads what is not its own shows it. Raises `UserError`
+    where the kernel leaves the device unusable.
+    """
+    try:
+        for length, layout in product(shapes.lengths, LAYOUTS if passes == "both" else ("whole",)):
+            fault = fault_at(attend, shapes, length, layout=layout, passes=passes)
+            if fault is not None:
+                return fault
+    except torch.AcceleratorError as error:
+        raise UserError(
+            f"--attention auto: a kernel broke the GPU's context in its test ({first_line(error)});"
+            " name another one, e.g. --attention math"
+        ) from error
+    except FAILURES as error:
+        return first_line(error)
+    return None
+
+
+def fault_at(
+    attend: Attend, shapes: Shapes, length: int, *, layout: Layout, passes: Passes
+) -> str | None:
+    """`fault_of` for one length and one layout of the gradient."""
+    case = inputs(shapes, length, layout=layout)
+    heads = [results(plain, case.head(k), passes=passes) for k in range(shapes.heads)]
+    right = [torch.cat(parts, dim=2) for parts in zip(*heads, strict=True)]
+    for _ in range(REPEATS):
+        leave_nan(case.q)
+        found = results(attend, case, passes=passes)
+        for name, one, expected in zip(RESULTS, found, right, strict=False):
+            error = relative_error(one, expected)
+            if not math.isfinite(error):
+                return f"{name} is not finite at {length:,} tokens"
+            if error > bound(shapes.dtype):
+                return f"{name} is off by {error:.1%} at {length:,} tokens"
+    return None
+
+
+def bound(dtype: torch.dtype) -> float:
+    """The largest relative error that counts as rounding.
+
+    Kernels accumulate in float32 and round inputs of their products and their results to `dtype`:
+    on CPUs that comes to 0.4 eps (0.3 % in bfloat16), at every length. 3 eps leave room for other
+    orders of summation and are far below what a fault does. In float32 products may be TF32's,
+    whose eps is 2^-10.
+
+    >>> round(bound(torch.bfloat16), 4)
+    0.0234
+    """
+    return 3 * max(torch.finfo(dtype).eps, 2**-10)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v as three operations."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # b h s d
+    weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def results(attend: Attend, case: Case, *, passes: Passes) -> list[Tensor]:
+    """The output and, of both passes, the gradients of queries, keys and values."""
+    read = [part.detach().requires_grad_(passes == "both") for part in (case.q, case.k, case.v)]
+    output = attend(*read)
+    if passes == "forward":
+        return [output]
+    return [output.detach(), *torch.autograd.grad(output, read, case.gradient)]
+
+
+def inputs(shapes: Shapes, length: int, *, layout: Layout) -> Case:
+    """Standard normal numbers, as FLUX's normed queries and keys are, with NaN around them."""
+    draw = torch.Generator(shapes.device).manual_seed(length)
+    size = (BATCH, length, shapes.heads, shapes.width)
+
+    def normal() -> Tensor:
+        drawn = torch.randn(size, generator=draw, device=shapes.device)
+        return drawn.to(shapes.dtype)
+
+    q, k, v = (surrounded(normal()) for _ in range(3))
+    gradient = surrounded(normal())
+    if layout == "part":
+        row = shapes.heads * shapes.width
+        wide = q.new_full((BATCH, length, WIDER * row), torch.nan)
+        wide[..., :row] = gradient.flatten(2)
+        gradient = surrounded(wide)[..., :row].unflatten(-1, size[2:])
+    return Case(q=q, k=k, v=v, gradient=gradient)
+
+
+def surrounded(values: Tensor) -> Tensor:
+    """`values` (b s ...) with NaN in memory before the first and behind the last one."""
+    gap = AROUND * values[0, 0].numel()
+    memory = values.new_full((values.numel() + 2 * gap,), torch.nan)
+    return memory[gap:-gap].view(values.shape).copy_(values)
+
+
+def leave_nan(like: Tensor) -> None:
+    """Leave NaN in freed memory of the sizes that a kernel asks for: results and sums like `like`
+    (b s h d), one number of a token and head. An allocator that caches gives it out next."""
+    b, s, h, _ = like.shape
+    sums = [like.new_full(like.shape, torch.nan, dtype=torch.float32) for _ in range(3)]
+    whole = [torch.full_like(like, torch.nan) for _ in range(6)]
+    rows = [like.new_full((b, h, s), torch.nan, dtype=torch.float32) for _ in range(4)]
+    del sums, whole, rows
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest relative error (Frobenius norm) of `TILE` tokens of (b s h d)."""
+    off = found.float() - expected
+    errors = [
+        part.norm() / whole.norm()
+        for part, whole in zip(off.split(TILE, dim=1), expected.split(TILE, dim=1), strict=True)
+    ]
+    return torch.stack(errors).max().item()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# The switch
+
+
+def use(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Have `transformer` attend with the backend `name`, see `switch`. On a GPU cuDNN's gets
+    gradients that it can read."""
+    switch(transformer, name)
+    if name in MAY_BE_CUDNN and transformer.device.type == "cuda":
+        dense_gradients(transformer)
+
+
+def switch(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Have `transformer` attend with the backend `name`, and nothing else in this process.
+
+    diffusers' switch also makes it the default of every model that has not been given a backend;
+    that is taken back. "native" undoes any other.
+    """
+    with without_notice(), attention_backend(AttentionBackendName.NATIVE):
+        transformer.set_attention_backend(BACKENDS[name].value)
+
+
+def dense_gradients(transformer: FluxTransformer2DModel) -> None:
+    """Make the gradient of attention's output contiguous in all blocks of `transformer`.
+
+    In single blocks it is part of a wider row, see `LAYOUTS`. torch up to 2.11 at least compiles
+    cuDNN's backward pass for the strides of the first gradient that it meets, and reads all others
+    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). On an H100 the
+    second layout then lost four fifths of its rows. The numbers stay the same; a single block pays
+    a copy.
+    """
+    for block in transformer.single_transformer_blocks:
+        if _densely not in block.attn._forward_hooks.values():
+            block.attn.register_forward_hook(_densely)
+
+
+def _densely(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return _densely_of(output)
+
+
+def _densely_of(output: Tensor) -> Tensor:
+    dense: Tensor = _Dense.apply(output)
+    return dense
+
+
+class _Dense(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+@contextmanager
+def without_notice() -> Iterator[None]:
+    """Without diffusers' notice that its switch is experimental."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,427 @@
+"""FLUX.1-Fill read from a diffusers folder or the hub, checked, in the wanted precision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from visualcloze_deft.backbones import lora_files, lora_names
+from visualcloze_deft.backbones.embedding_cache import Encodings
+from visualcloze_deft.backbones.flux_fill.model import (
+    CLIP_TOKENS,
+    LATENTS,
+    NONE,
+    SPARE,
+    Encoders,
+    Models,
+    vae_dtype,
+)
+from visualcloze_deft.backbones.layered_loading import load_quantised
+from visualcloze_deft.backbones.model_files import (
+    CHANNELS,
+    PARTS,
+    TINY,
+    TOKENIZERS,
+    check_folder,
+    check_quantise,
+    component_config,
+    folder_of,
+    has_variant,
+    resolution_of,
+    weight_files,
+)
+from visualcloze_deft.backbones.model_size import Network, settings_of
+from visualcloze_deft.config.run import Bits, Precision
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.runtime.gpus import gpus_here, precision_on, why_float32
+from visualcloze_deft.runtime.launch import say_once
+from visualcloze_deft.storage.hub import loading
+
+Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
+Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
+
+
+def load_models(
+    name: str,
+    *,
+    dtype: Dtype = torch.float32,
+    device: str = "cpu",
+    lora: str | None = None,
+    bits: Bits = "none",
+    clip_text: ClipText = "fit",
+    rest: str | None = None,
+    encodings: Encodings | None = None,
+    split: Split | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
+) -> Models:
+    """`name`: "tiny", a diffusers folder, or a hub id of FLUX.1-Fill's layout.
+
+    `lora`: a FLUX LoRA file, folder or hub id merged into the transformer (VisualCloze's own), see
+    `lora_files.read`.
+    `bits`: what the weights of its blocks are kept in. `clip_text`, `rest`, `encodings`: see
+    `load_encoders`. `split`: see `load_transformer`. `variant`: of the weight files, see diffusers.
+    `given`: parts that are there already, by name; they are moved to `device` and otherwise left.
+    None: the model is loaded without that part.
+    Raises `UserError` where the folder lacks a part or the transformer is not FLUX Fill's.
+    """
+    check_quantise(bits)
+    check_weights(name, variant=variant, but=given)
+    transformer = given.get("transformer")
+    if "transformer" not in given:
+        own = dtype_for("transformer", dtype)
+        transformer = load_transformer(
+            name, dtype=own, lora=lora, split=split, variant=variant, bits=bits, device=device
+        )
+    elif lora is not None or bits != "none":
+        raise UserError("a transformer that is given stays as it is: leave lora and quantise")
+    if transformer is not None:
+        check_grids(transformer, name)
+    scheduler = given.get("scheduler")
+    if "scheduler" not in given:
+        scheduler = load_part(name, "scheduler", FlowMatchEulerDiscreteScheduler)
+    if scheduler is not None:
+        check_scheduler(scheduler)
+    encoders = load_encoders(
+        name,
+        dtype=dtype,
+        device=device,
+        clip_text=clip_text,
+        rest=rest,
+        encodings=encodings,
+        variant=variant,
+        given=given,
+    )
+    return Models(
+        name=name,
+        resolution=resolution_of(name),
+        transformer=at(transformer, device),
+        scheduler=scheduler,
+        **vars(encoders),
+    )
+
+
+def at(network: Any, device: str | torch.device) -> Any:
+    """A part on a device; None, of a model without it, stays None."""
+    return network if network is None else network.to(device)
+
+
+def dtype_for(part: str, dtype: Dtype) -> torch.dtype:
+    """That of one part; float32 where neither it nor "default" is named, as in diffusers."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return dtype.get(part, dtype.get("default", torch.float32))
+
+
+def load_encoders(
+    name: str,
+    *,
+    dtype: Dtype = torch.float32,
+    device: str = "cpu",
+    clip_text: ClipText = "fit",
+    rest: str | None = None,
+    encodings: Encodings | None = None,
+    variant: str | None = None,
+    given: Mapping[str, Any] = NONE,
+) -> Encoders:
+    """The models of `load_models` without the transformer.
+
+    `clip_text`: what CLIP reads of a prompt. `rest`: where they lie while they do not encode or
+    decode, if not on `device`. `encodings`: where results are kept. `variant`, `given`: see
+    `load_models`.
+    """
+    check_folder(name, parts={*_NETWORKS, *TOKENIZERS} - {*given})
+    networks = {part: given[part] for part in _NETWORKS if part in given}
+    with without_bars() if name == TINY else nullcontext():  # which loads in a moment
+        for part, kind in _NETWORKS.items():
+            if part == "vae" and part not in given:
+                check_latents(name)
+            if part not in given:
+                own = dtype_for(part, dtype)
+                kept = vae_dtype(own) if part == "vae" else own
+                networks[part] = load_part(name, part, kind, torch_dtype=kept, variant=variant)
+    networks = {part: at(network, rest or device) for part, network in networks.items()}
+    for network in filter(None, networks.values()):
+        network.eval()
+    if networks["vae"] is not None:
+        networks["vae"].to(memory_format=torch.channels_last)  # faster convolutions, same numbers
+    tokenizers = {part: given[part] for part in TOKENIZERS if part in given}
+    if len(tokenizers) < len(TOKENIZERS):
+        own_tokenizers = dict(zip(TOKENIZERS, load_tokenizers(name), strict=True))
+        tokenizers = own_tokenizers | tokenizers
+    return Encoders(
+        clip_text=clip_text,
+        device=torch.device(device),
+        encodings=encodings,
+        **tokenizers,
+        **networks,
+    )
+
+
+def check_latents(name: str) -> None:
+    """Raise `UserError` unless the VAE of a model gives FLUX's latents, shifted and scaled."""
+    told = component_config(name, "vae")
+    latents, shift = told.get("latent_channels"), told.get("shift_factor")
+    if latents != LATENTS or shift is None:
+        raise UserError(
+            f"model {name!r}: its VAE has latent_channels {latents} and shift_factor {shift}; "
+            f"FLUX's has {LATENTS} and a number"
+        )
+
+
+def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """The tokenizers of `load_models` alone: CLIP's and T5's.
+
+    Raises `UserError` where one is not its encoder's own: of damaged files or none, transformers
+    makes one of a few tokens and says nothing.
+    """
+    check_folder(name, parts=TOKENIZERS)
+    clip = load_part(name, "tokenizer", CLIPTokenizer)
+    t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
+    encoders: tuple[tuple[Any, str, Network, int], ...] = (
+        (clip, "tokenizer", "text_encoder", 0),
+        (t5, "tokenizer_2", "text_encoder_2", SPARE),
+    )
+    for tokenizer, part, encoder, spare in encoders:
+        with built(name, part):  # also of settings that count only when a text is read
+            tokenizer([""], padding="max_length", max_length=8, truncation=True)
+        if not (folder_of(name) / encoder).is_dir():  # of a model that was saved without it
+            continue
+        told = settings_of(name, encoder)
+        known = told.get("vocab_size", len(tokenizer))
+        if not known - spare <= len(tokenizer) <= known:
+            raise UserError(
+                f"model {name!r}: {part}/ has {len(tokenizer)} tokens, {encoder}/ knows {known}; "
+                "copy or download it again"
+            )
+        most = told.get("max_position_embeddings", CLIP_TOKENS)
+        if tokenizer is clip and clip.model_max_length > most:
+            raise UserError(
+                f"model {name!r}: {part}/ gives texts of {clip.model_max_length} tokens, "
+                f"{encoder}/ reads {most}; set model_max_length in its tokenizer_config.json"
+            )
+    return clip, t5
+
+
+def load_part(name: str, part: str, kind: Any, **options: Any) -> Any:
+    """A component of a model, by its name in diffusers' layout and its class."""
+    if part in _NETWORKS or part == "transformer":
+        options["use_safetensors"] = True
+    if not has_variant(folder_of(name) / part, options.get("variant")):
+        options.pop("variant", None)
+    with built(name, part):
+        return kind.from_pretrained(folder_of(name), subfolder=part, **options)
+
+
+def built(name: str, part: str) -> AbstractContextManager[None]:
+    """See `loading`."""
+    return loading(f"model {name!r}: {part}/", "copy or download it again")
+
+
+FURTHER = re.compile(r"(?:text_model\.)?encoder\.(?:block|layers)\.\d")  # not a whole T5's decoder
+
+
+def check_weights(name: str, *, variant: str | None = None, but: Collection[str] = ()) -> None:
+    """Raise `UserError` unless the tensors of every network are those that its settings ask for.
+
+    What is missing would be drawn at random, and blocks beyond the settings left out, without a
+    word. Names and shapes alone are read. variant: of the weight files, as in diffusers. but: parts
+    that are not looked at.
+    """
+    check_folder(name, parts={*PARTS} - {*but})
+    networks = {"transformer": FluxTransformer2DModel, **_NETWORKS}
+    if variant and not any(has_variant(folder_of(name) / part, variant) for part in networks):
+        raise UserError(f"model {name!r}: no weight files of the variant {variant!r}")
+    for part, kind in networks.items():
+        if part in but:
+            continue
+        if not weight_files(folder_of(name) / part, variant):
+            one = min((folder_of(name) / part).glob("*.safetensors")).name
+            raise UserError(
+                f"model {name!r}: {part}/ has weight files of a variant alone, e.g. {one}; say "
+                "which with variant= (Python), or rename them"
+            )
+        if issubclass(kind, ModelMixin):
+            missing, odd = compared_tensors(name, part, kind, variant)
+        else:
+            with without_report():
+                _, found = load_part(
+                    *(name, part, kind),
+                    device_map="meta",
+                    variant=variant,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+            odd = [key for key in found["unexpected_keys"] if FURTHER.match(key)]
+        where = f"model {name!r}: the weight files of {part}/"
+        if missing:
+            raise UserError(
+                f"{where} lack {len(missing)} tensors that its config.json asks for, "
+                f"{sorted(missing)[0]} among them; copy or download it again"
+            )
+        if odd:
+            raise UserError(
+                f"{where} hold {len(odd)} tensors that its config.json has no place for, "
+                f"{sorted(odd)[0]} among them; its config.json is another model's"
+            )
+
+
+def compared_tensors(
+    name: str, part: str, kind: type[ModelMixin], variant: str | None
+) -> tuple[list[str], list[str]]:
+    """The names of tensors that weight files lack or have in another shape, and of those that
+    settings have no place for."""
+    folder = folder_of(name) / part
+    with built(name, part), torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder))
+    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder, variant):
+        try:
+            with safe_open(path, "pt") as file:
+                stored |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model {name!r}: {path}: damaged or truncated ({error})") from None
+    missing = [key for key, shape in expected.items() if stored.get(key) != shape]
+    return missing, [key for key in stored if key not in expected]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' bars for loading weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Without transformers' bars, and its table of tensors that did not fit."""
+    shown = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(shown)
+
+
+def load_transformer(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    lora: str | None = None,
+    split: Split | None = None,
+    variant: str | None = None,
+    bits: Bits = "none",
+    device: str = "cpu",
+) -> FluxTransformer2DModel:
+    """The transformer of `load_models` alone.
+
+    split: called on all that has weights, one layer after the other where `lora` is merged. They
+    are views of their mapped files until then, in the files' precision, which `lora` is merged in.
+    device: where one in `bits` is built, layer by layer; others are read into main memory.
+    """
+    check_folder(name, parts=("transformer",))
+    changes = {} if lora is None else lora_files.changes_of(name, lora)
+    if bits != "none":
+        return load_quantised(
+            folder_of(name), bits, dtype=dtype, device=device, changes=changes, variant=variant
+        )
+    kept_as = stored_dtype(name) if split else dtype
+    transformer = load_part(
+        name, "transformer", FluxTransformer2DModel, torch_dtype=kept_as, variant=variant
+    ).eval()
+    check_grids(transformer, name)
+    lora_names.merge(transformer, changes, merged=split)
+    if split is not None:
+        split(transformer)
+    return transformer
+
+
+def check_grids(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Raise `UserError` unless a transformer has FLUX.1-Fill's inputs and outputs."""
+    channels = transformer.config.in_channels, transformer.config.out_channels
+    if channels != CHANNELS:
+        raise UserError(
+            f"model {name!r}: its transformer has {channels[0]} input and {channels[1]} output "
+            f"channels; FLUX.1-Fill has {CHANNELS[0]} and {CHANNELS[1]}"
+        )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `UserError` unless `Models.times` are the times that a scheduler would give: Euler
+    steps, shifted by the length of the sequence as FLUX's."""
+    config = dict(scheduler.config)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UserError(
+            f"scheduler {type(scheduler).__name__}: grids are made with "
+            "FlowMatchEulerDiscreteScheduler alone; give that one"
+        )
+    for name, value in TIMES.items():
+        if config[name] != value:
+            raise UserError(
+                f"scheduler: {name} = {config[name]!r} is not computed here; {value!r} is, as in "
+                "FLUX.1-Fill"
+            )
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
+    with safe_open(weight_files(folder_of(name) / "transformer")[0], "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+TIMES: Mapping[str, Any] = MappingProxyType(  # settings of schedulers that times are made for
+    {
+        "use_dynamic_shifting": True,
+        "time_shift_type": "exponential",
+        "shift_terminal": None,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+    }
+)
+_NETWORKS = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": T5EncoderModel,
+}
+
+
+def dtype_of(precision: Precision, device: str) -> torch.dtype:
+    """What `precision` is on a device, see `gpus.precision_on`; where "auto" is float32 on a GPU, a
+    warning says why, once. Raises `UserError` for bfloat16 on a GPU without it."""
+    place = torch.device(device)
+    gpu = gpus_here()[place.index or 0] if place.type == "cuda" else None
+    if precision == "auto" and gpu is not None and (why := why_float32(gpu)):
+        say_once(why)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision_on(precision, gpu)]
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, float32 elsewhere, see `dtype_of`."""
+    return dtype_of("auto", device)

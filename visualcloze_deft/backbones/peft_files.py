@@ -1,0 +1,34 @@
+"""An adapter's files in peft's format: what they say, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from visualcloze_deft.backbones.settings_files import AdapterFile
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.settings_files import checked
+from visualcloze_deft.storage.text_files import check_file
+
+CONFIG = "adapter_config.json"  # peft's names for an adapter's settings and tensors
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What the settings file of the adapter in a folder says, see `settings_files.checked`."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
+    return checked(path, AdapterFile, "no settings of an adapter")
+
+
+def read_metadata(adapter: Path) -> dict[str, str]:
+    """What the adapter in a folder says of itself."""
+    check_file(adapter / WEIGHTS)
+    try:
+        with safe_open(adapter / WEIGHTS, "np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from None

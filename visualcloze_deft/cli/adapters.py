@@ -1,0 +1,117 @@
+"""`vcdeft export` and `import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from visualcloze_deft.cli.app import CONTEXT, cli
+from visualcloze_deft.cli.options import REVISION
+
+if TYPE_CHECKING:
+    from visualcloze_deft.adapters.export import Format
+
+
+@cli.command("export", context_settings=CONTEXT)
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--format",
+    "kind",
+    required=True,
+    type=click.Choice(["peft", "diffusers", "comfyui", "kohya", "merged"]),
+    help="Who is to read it; merged: a transformer folder with the adapter in its weights.",
+)
+@click.option("--output", required=True, metavar="PATH", help="A .safetensors file, or a folder.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Folded in.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of a LoRA file, default float32; of a merged transformer, default its base's.",
+)
+@click.option("--model", help="The base; default: the one the adapter was trained on.")
+@REVISION
+@click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Read what was written and compare the outputs.",
+)
+def export_adapter(
+    run: str,
+    kind: Format,
+    output: str,
+    strength: float,
+    dtype: str | None,
+    model: str | None,
+    revision: str | None,
+    lora: str | None,
+    verify: bool,
+) -> None:
+    """Write the adapter of RUN (a run or adapter folder) for another tool. DEFT and PaRa become
+    plain LoRA, exactly.
+
+    \b
+    vcdeft export runs/demo --format diffusers --output deft-lora.safetensors
+    vcdeft export runs/demo --format comfyui --dtype bfloat16 --output my.safetensors
+    vcdeft export runs/demo --format merged --output my-transformer
+    """
+    import torch
+
+    from visualcloze_deft.adapters.export import export
+    from visualcloze_deft.backbones.model_files import pinned
+
+    report = export(
+        Path(run),
+        Path(output),
+        kind,
+        strength=strength,
+        dtype=getattr(torch, dtype) if dtype else None,
+        model=pinned(model, revision),
+        lora=lora,
+        verify=verify,
+    )
+    click.echo(report.path)
+    for note in report.notes:
+        click.echo(note)
+    if report.reader:
+        click.echo(f"read again by {report.reader}; errors relative to what the adapter changes:")
+        if report.weights is not None:
+            click.echo(f"  weights {report.weights:.1e}, the worst layer")
+        lost = "lost in the base's rounding, not compared"
+        click.echo(f"  output  {lost if report.output is None else f'{report.output:.1e}'}")
+
+
+@cli.command("import", context_settings=CONTEXT)
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="The adapter folder to write.")
+@click.option("--model", default="tiny", show_default=True, help="The base that the LoRA changes.")
+@REVISION
+@click.option(
+    "--without-text-encoders",
+    is_flag=True,
+    help="Leave out tensors for text encoders, which stay as they are here.",
+)
+def import_adapter(
+    file: str, output: str, model: str, revision: str | None, without_text_encoders: bool
+) -> None:
+    """Turn a FLUX LoRA file (named as by diffusers, kohya or FLUX itself) into an adapter folder.
+
+    \b
+    vcdeft import my-lora.safetensors --model black-forest-labs/FLUX.1-Fill-dev --output my-lora
+    vcdeft train --method lora --rank 16 --set adapter.start=my-lora ...
+    """
+    from visualcloze_deft.adapters.import_lora import import_lora
+    from visualcloze_deft.backbones.model_files import pinned
+
+    base = pinned(model, revision)
+    assert base is not None
+    written = import_lora(
+        Path(file),
+        Path(output),
+        model=base,
+        text_encoders="left out" if without_text_encoders else "refused",
+    )
+    click.echo(written)

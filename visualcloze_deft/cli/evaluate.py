@@ -1,0 +1,213 @@
+"""`vcdeft eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from visualcloze_deft.cli.app import CONTEXT, cli
+from visualcloze_deft.cli.options import (
+    MOST_IMAGES,
+    REVISION,
+    SEED,
+    given_but,
+    places,
+    sources_named,
+    with_strengths,
+)
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.runtime.open_files import check_handles
+
+
+@cli.command("eval", context_settings=CONTEXT)
+@click.argument("adapter", required=False, metavar="[ADAPTER[=STRENGTH]|none]")
+@click.option("--suite", help="scenes, graph200k, dreambooth, dreambench-plus or insdet.")
+@click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="The suite's data; scenes need none."
+)
+@click.option("--images", metavar="DIR", help="Score these images, made elsewhere, instead.")
+@click.option("--against", metavar="DIR", help="What --images are held to: pairs by name.")
+@click.option("--unpaired", is_flag=True, help="Compare --images and --against as two sets.")
+@click.option("--prompts", metavar="FILE", help='Of --images: JSON, {"NAME": "prompt", ...}.')
+@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 10**6),
+    metavar="N",
+    help="Grids of each row of the table. Default: 64 of a task of scenes, 100 of graph200k's, all "
+    "of the others.",
+)
+@click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
+@click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1, MOST_IMAGES),
+    metavar="N",
+    help="Images of each grid; dreambooth: 4.",
+)
+@click.option(
+    "--hold-out",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Of graph200k, the items that training with data.hold_out=N never sees.",
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=1,
+    show_default=True,
+    help="Of grids; not training's.",
+)
+@click.option(
+    "--encoder",
+    "encoders",
+    multiple=True,
+    metavar="NAME[=PLACE]",
+    help="clip, dino, dinov2, each also NAME=FOLDER; efficientnet-lite0; OTHER=FOLDER; or none. "
+    "Repeatable. Default: efficientnet-lite0 where it is installed.",
+)
+@click.option(
+    "--annotate",
+    multiple=True,
+    metavar="ROLE=MODEL",
+    help="Extract depth, normal, segmentation or uniformer from images by this model of "
+    "transformers, to see how well such a condition was followed. Repeatable.",
+)
+@click.option(
+    "--edge-tolerance",
+    type=click.IntRange(0, 1000),
+    metavar="PIXELS",
+    help="How far apart edges may lie that count as the same. Default: 0; with --images, edges are "
+    "compared only where it is given.",
+)
+@click.option("--lpips", is_flag=True, help="Also LPIPS, which needs torchvision.")
+@click.option(
+    "--against-base", is_flag=True, help="The same grids without the adapter: what was lost."
+)
+@click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@REVISION
+@click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base.")
+@click.option(
+    "--quantise",
+    type=click.Choice(["none", "int8", "nf4", "fp8"]),
+    default="none",
+    show_default=True,
+)
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
+@click.option("--guidance", type=float, default=30.0, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--processes", type=click.IntRange(1), help="That generate; default: one per GPU.")
+@click.option("--tasks-from", multiple=True, metavar="DIR", help="Your own task files.")
+@click.option("--dry-run", is_flag=True, help="Check all and say what would be made.")
+def evaluate(
+    adapter: str | None,
+    suite: str | None,
+    data: tuple[str, ...],
+    images: str | None,
+    against: str | None,
+    unpaired: bool,
+    prompts: str | None,
+    output: str,
+    limit: int | None,
+    tasks: str | None,
+    rows: int,
+    samples: int | None,
+    hold_out: int | None,
+    seed: int,
+    encoders: tuple[str, ...],
+    annotate: tuple[str, ...],
+    edge_tolerance: int | None,
+    lpips: bool,
+    against_base: bool,
+    processes: int | None,
+    tasks_from: tuple[str, ...],
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Measure an adapter on a suite, or the base alone (ADAPTER is none): generate, score, report.
+
+    Writes into --output: results.jsonl (a line for each image), table.md, table.csv, report.html
+    (figures, bars, sheets) and settings.json. A call that was interrupted goes on where it stopped:
+    the same command, the same --output. More encoders may be added to a finished one.
+
+    \b
+    vcdeft eval runs/demo/adapter --suite scenes --limit 8 --steps 10 --batch 8 --output look
+    vcdeft eval runs/demo/adapter --suite scenes --against-base --output retention
+    vcdeft eval runs/mine/adapter --model black-forest-labs/FLUX.1-Fill-dev --suite dreambooth \\
+        --data dreambooth=PATH --encoder clip --encoder dino=models/dino --output subjects
+    vcdeft eval --images made/ --against truth/ --output compared
+    """
+    check_handles()
+    from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.evaluation.evaluate import evaluate_suite
+    from visualcloze_deft.evaluation.folders import evaluate_folders
+    from visualcloze_deft.evaluation.settings import EvaluationRequest, Scoring
+    from visualcloze_deft.evaluation.suites import GridSettings
+    from visualcloze_deft.inference.settings import InferenceSettings
+
+    revision = options.pop("revision")
+    scoring = Scoring(
+        encoders=encoders or None,
+        annotate=places(annotate),
+        tolerance=edge_tolerance,
+        lpips=lpips,
+    )
+    if images is not None or against is not None:
+        if images is None or against is None:
+            raise UserError("--images and --against go together: what was made, and its truth")
+        if vain := given_but(OF_FOLDERS):
+            raise UserError(f"--images scores what is there: leave {', '.join(vain)}")
+        written = evaluate_folders(
+            Path(images),
+            Path(against),
+            Path(output),
+            scoring,
+            unpaired=unpaired,
+            prompts=Path(prompts) if prompts else None,
+            dry_run=dry_run,
+        )
+    else:
+        if not adapter or not suite:
+            raise UserError(
+                "give an ADAPTER folder (or none) and --suite, or --images and --against; "
+                "'vcdeft eval --help' shows examples"
+            )
+        if unpaired or prompts:
+            raise UserError("--unpaired and --prompts go with --images")
+        options["model"] = pinned(options["model"], revision)
+        written = evaluate_suite(
+            EvaluationRequest(
+                suite=suite,
+                settings=InferenceSettings(
+                    adapters={} if adapter == "none" else with_strengths([adapter]),
+                    task_folders=tasks_from,
+                    **options,
+                ),
+                scoring=scoring,
+                making=GridSettings(
+                    data=sources_named(data),
+                    seed=seed,
+                    rows=rows,
+                    limit=limit,
+                    tasks=tasks,
+                    hold_out=hold_out or 0,
+                    annotate=places(annotate),
+                    task_folders=tasks_from,
+                ),
+                images=samples,
+                against_base=against_base,
+                processes=processes or 0,
+            ),
+            Path(output),
+            dry_run=dry_run,
+        )
+    if written:
+        click.echo((written.parent / "table.md").read_text(encoding="utf-8"))
+        click.echo(f"report: {written}")
+
+
+OF_FOLDERS = frozenset(  # what of `vcdeft eval` goes with --images
+    "images against unpaired prompts output encoders annotate edge_tolerance lpips dry_run".split()
+)

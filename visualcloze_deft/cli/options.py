@@ -1,0 +1,255 @@
+"""Options that several commands share, and what their values mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from visualcloze_deft.errors import UserError
+
+if TYPE_CHECKING:
+    from visualcloze_deft.config.run import Run
+
+MOST_IMAGES = 10_000  # of a grid, and of a task
+SEED = click.IntRange(0, 2**63 - 1)
+
+DATA = click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
+)
+
+
+ANNOTATE = click.option(
+    "--annotate",
+    multiple=True,
+    metavar="ROLE=PLACE",
+    help="Where data lacks a role, compute it from the target: by a model of transformers, or from "
+    "what 'vcdeft data annotate' wrote. Repeatable.",
+)
+
+
+def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
+    number = text is not None and text.isdecimal() and len(text) < 10
+    return int(text) if number and text is not None else text
+
+
+REVISION = click.option(
+    "--revision", metavar="REV", help="Of --model on the hub: a branch, tag or commit."
+)
+
+RUN_OPTIONS = [
+    click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one."),
+    click.option(
+        "--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill."
+    ),
+    REVISION,
+    DATA,
+    ANNOTATE,
+    click.option(
+        "--tasks",
+        help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more "
+        "often.",
+    ),
+    click.option("--method", help="deft, deft-relaxed, para or lora."),
+    click.option("--rank", type=int, help="Rank of the adapter."),
+    click.option(
+        "--zero",
+        callback=number_or_word,
+        help="DeepSpeed ZeRO stage: 0, 1, 2, 3, or 'auto', the lowest that fits.",
+    ),
+    click.option(
+        "--checkpoint-blocks",
+        callback=number_or_word,
+        help="Blocks to recompute in the backward pass: a number, 'all', 'none', or 'auto', as "
+        "many as memory needs.",
+    ),
+    click.option("--steps", type=int, help="Optimiser steps in all."),
+    click.option("--batch", type=int, help="Grids per process and step."),
+    click.option("--resolution", type=int, help="Side of a square cell in pixels."),
+    click.option("--lr", type=float, help="Learning rate."),
+    click.option("--seed", type=int, help="Seed of everything random."),
+    click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo."),
+    click.option(
+        "--processes", type=int, help="Default: one per GPU; two on a machine without GPU."
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting."
+    ),
+]  # of `train` and `plan`
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run_of(
+    config: str | None,
+    data: Sequence[str],
+    annotate: Sequence[str],
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+) -> Run:
+    """The settings that `RUN_OPTIONS` say, over a run file."""
+    from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.config.run import config_for, load_run
+
+    options = dict(options)
+    options["model"] = pinned(options["model"], options.pop("revision", None))
+    names = {
+        "tasks": "data.tasks",
+        "method": "adapter.method",
+        "rank": "adapter.rank",
+        "resolution": "data.resolution",
+        "lr": "optimiser.lr",
+    }
+    given = [
+        f"{names.get(name, name)}="
+        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+        for name, value in options.items()
+        if value is not None
+    ]
+    if data:
+        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
+    for role, place in places(annotate).items():
+        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
+    return load_run(config or config_for(options["model"], data), [*given, *overrides])
+
+
+def with_strengths(given: Sequence[str]) -> dict[Path, float]:
+    """The folders and strengths that `--adapter` names.
+
+    >>> with_strengths(["a", "b=0.5"])
+    {PosixPath('a'): 1.0, PosixPath('b'): 0.5}
+    """
+    from visualcloze_deft.config.run import is_strength
+
+    found: dict[Path, float] = {}
+    for text in given:
+        folder, equals, number = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            folder, number = text, "1"
+        try:
+            strength = float(number)
+        except ValueError:
+            raise UserError(f"--adapter {text!r}: {number!r} is no number") from None
+        if not is_strength(strength):
+            raise UserError(f"--adapter {text!r}: give a number up to 1e6 as its strength, e.g. 1")
+        if Path(folder) in found:
+            raise UserError(f"--adapter {folder}: named twice; give it one strength")
+        found[Path(folder)] = strength
+    return found
+
+
+def given_but(known: frozenset[str]) -> list[str]:
+    """What the command line names of this command beside `known`, as it is written there."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name).upper()
+        for parameter in context.command.params
+        if parameter.name not in known
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+
+
+def sources_named(data: Sequence[str]) -> dict[str, str]:
+    """What --data says: name -> path.
+
+    >>> sources_named(["dreambooth=data/dreambooth", "scenes"])
+    {'dreambooth': 'data/dreambooth', 'scenes': ''}
+    """
+    found: dict[str, str] = {}
+    for told in data:
+        name, _, place = told.partition("=")
+        if name in found:
+            raise UserError(f"--data {told}: {name} is given twice")
+        found[name] = place
+    return found
+
+
+FOLDERS = click.option(
+    "--from",
+    "folders",
+    multiple=True,
+    metavar="DIR",
+    help="Your own task files, beside the shipped.",
+)
+
+
+RESOLUTION = click.option(
+    "--resolution",
+    type=click.IntRange(32, 2048),
+    help="Side of a square cell in pixels; default: the embedded base's for scenes, 384 "
+    "for pictures.",
+)
+
+
+HOLD_OUT = click.option(
+    "--hold-out",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Only every N-th item of the data: those that training with data.hold_out=N never sees.",
+)
+
+
+OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Also a file at --output that is no preview of vcdeft."
+)
+
+
+def places(annotate: Sequence[str]) -> dict[str, str]:
+    """What --annotate says: role -> place. Only roles that a model computes, each once."""
+    from visualcloze_deft.data.annotation.models import check_role
+
+    found: dict[str, str] = {}
+    for pair in annotate:
+        role, _, place = pair.partition("=")
+        if not place:
+            raise UserError(f"--annotate {pair!r}: expected ROLE=PLACE, e.g. depth=MODEL")
+        if role in found:
+            raise UserError(f"--annotate {pair!r}: {role} is given twice")
+        check_role(role)
+        found[role] = place
+    return found
+
+
+def png_path(output: str, *, overwrite: bool) -> Path:
+    """`output`, if a picture can be written there. overwrite: also over one of somebody else."""
+    from visualcloze_deft.reporting.contact_sheet import check_replaceable
+    from visualcloze_deft.storage.atomic import output_folder
+
+    path = Path(output)
+    if path.suffix != ".png" or path.is_dir():
+        raise UserError(f"--output {path}: give a file that ends in .png")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: no folder {path.parent}")
+    if not overwrite:
+        check_replaceable(path, way_out="give --overwrite, or another --output")
+    output_folder(path.parent)
+    return path
+
+
+def preview_run(
+    name: str,
+    folders: tuple[str, ...],
+    data: tuple[str, ...],
+    annotate: tuple[str, ...],
+    hold_out: int | None,
+    seed: int,
+    resolution: int | None,
+) -> Run:
+    from visualcloze_deft.backbones.model_files import FLUX_RESOLUTION, TINY, resolution_of
+    from visualcloze_deft.config.run import parse_run
+
+    made = all(source.startswith("scenes") for source in data)
+    wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}
+    wanted["resolution"] = resolution or (resolution_of(TINY) if made else FLUX_RESOLUTION)
+    wanted |= {"hold_out": hold_out or 0, "annotate": places(annotate)}
+    if data:
+        wanted["sources"] = data
+    return parse_run({"data": wanted, "seed": seed}, where="command line")

@@ -1,0 +1,205 @@
+"""`vcdeft train`, `plan` and `report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from visualcloze_deft.cli.app import CONTEXT, cli
+from visualcloze_deft.cli.options import run_of, run_options
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.training.open_files import check_run
+
+if TYPE_CHECKING:
+    from visualcloze_deft.config.run import Run
+    from visualcloze_deft.data.mixture import Mixture
+
+
+@cli.command(context_settings=CONTEXT)
+@run_options
+@click.option(
+    "--attention",
+    metavar="NAME",
+    help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
+    "diffusers; auto (default): on a GPU the fastest whose gradients are right there.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
+@click.option("--dry-run", is_flag=True, help="One step, one save, one sheet; then say the rest.")
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="NAME",
+    help="With --resume: a setting that may differ from before, e.g. optimiser.lr.",
+)
+@click.pass_obj
+def train(
+    arguments: Sequence[str],
+    /,
+    config: str | None,
+    data: tuple[str, ...],
+    annotate: tuple[str, ...],
+    overrides: tuple[str, ...],
+    allowed: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Train one adapter for all tasks. Starts its own processes; also runs under torchrun,
+    accelerate launch and deepspeed.
+
+    \b
+    vcdeft train --tasks all --zero 2
+    vcdeft train --config flux-8gpu --data graph200k=/data/graph200k
+    vcdeft train --tasks depth-to-image --method lora --rank 8 --set optimiser.warmup=100
+    vcdeft train --data folder=photos --annotate depth=depth-anything/Depth-Anything-V2-Small-hf
+    """
+    from visualcloze_deft.runtime.launch import (
+        already_launched,
+        launch,
+        prepared,
+        process_count,
+        rank,
+    )
+    from visualcloze_deft.training.dry_run import dry_run_of, report
+    from visualcloze_deft.training.preparation import as_decided, prepare
+    from visualcloze_deft.training.run_folder import SETTINGS, run_lock
+
+    if resume and config is None:
+        saved = Path(options["output"] or "runs/demo") / SETTINGS
+        config = str(saved) if saved.is_file() else None
+    wanted = run_of(config, data, annotate, overrides, options)
+    check_run(wanted)
+    if allowed and not resume:
+        raise UserError("--allow-change goes with --resume")
+    if dry_run and resume:
+        raise UserError("--dry-run starts a run of its own: leave --resume")
+    named = options["batch"] or any(o.startswith(("batch", "accumulate")) for o in overrides)
+    divide = resume and not named
+    with ExitStack() as held:
+        run = held.enter_context(dry_run_of(wanted)) if dry_run and rank() == 0 else wanted
+        if already_launched():
+            from visualcloze_deft.training.loop import train as train_here
+
+            train_here(run, resume=resume, prepared=prepared(), allowed=allowed, divide=divide)
+        else:
+            processes = process_count(run.processes)
+            held.enter_context(run_lock(Path(run.output)))
+            mixture = prepare(
+                run, processes=processes, resume=resume, allowed=allowed, divide=divide
+            )
+            run = as_decided(run)
+            describe_run(run, mixture, processes)
+            words = ["train", "--config", f"{run.output}/{SETTINGS}"] if dry_run else arguments
+            if status := launch(words, processes=processes):
+                raise SystemExit(status)
+        if dry_run and rank() == 0:
+            click.echo("\n".join(report(wanted, run)))
+    if not dry_run and not already_launched():
+        click.echo(f"adapter: {run.output}/adapter   report: {run.output}/report.html")
+
+
+NOT_OF_A_RUN = ("output", "resume", "allowed", "dry_run")
+
+
+def of_a_run() -> list[click.Parameter]:
+    """The options of `vcdeft train` that say what its run is."""
+    return [option for option in train.params if option.name not in NOT_OF_A_RUN]
+
+
+@cli.command("report", context_settings=CONTEXT)
+@click.argument("run", metavar="RUN")
+def report_on(run: str) -> None:
+    """Draw how training in the folder RUN goes, or went, into RUN/report.html.
+
+    Curves, losses on held-out grids, the last sheet and the settings, in one file that opens
+    without a server. A run writes it at its end; this makes it of one that is under way.
+
+    \b
+    vcdeft report runs/demo
+    """
+    from visualcloze_deft.training.report import write_report
+
+    click.echo(write_report(Path(run)))
+
+
+def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
+    """The first lines of a run: what, on what, how."""
+    from visualcloze_deft.data.eligible import unused_sources
+    from visualcloze_deft.planning.memory import memory_here, plan_here
+    from visualcloze_deft.task_registry.files import load_tasks
+    from visualcloze_deft.training.memory_report import in_short
+    from visualcloze_deft.training.mixtures import weights_of
+    from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
+
+    weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
+    by_group: dict[str, list[float]] = {}
+    for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
+        by_group.setdefault(task.group, []).append(float(share))
+    click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
+    click.echo(f"data     {', '.join(run.data.sources)}")
+    for source in unused_sources(mixture.tasks, mixture.sources):
+        click.echo(f"         {source.name} has nothing that these tasks are trained on")
+    click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")
+    for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
+        many = f", {len(shares)} tasks" if len(shares) > 1 else ""
+        click.echo(f"         {sum(shares):6.1%} {group}{many}")
+    if unweighted := sum(not weight for weight in weights.values()):
+        click.echo(f"         {unweighted} more have weight 0 here; --tasks NAME trains one")
+    if left_out := len(weights) - unweighted - len(mixture.tasks):
+        click.echo(f"         {left_out} more are left out: no data has their roles")
+    part = f"{run.batch_tokens} tokens" if run.batch_tokens else f"{run.batch} grids"
+    click.echo(
+        f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
+        f"ZeRO-{run.zero}, into {run.output}"
+    )
+    memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
+    for line in in_short(memory, memory_here(processes)):
+        click.echo(line)
+    if run.batch_tokens:
+        steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
+        grids = [step.examples / len(step.parts) for step in steps]
+        waiting = sum(step.idle for step in steps) / len(steps)
+        span = f"{min(grids):.1f} to {max(grids):.1f}"
+        click.echo(
+            f"         {span} grids a batch, {waiting:.1%} of the time waiting for the largest"
+        )
+
+
+@cli.command(context_settings=CONTEXT)
+@run_options
+@click.option("--memory", metavar="SIZE", help="Of a GPU, e.g. 80GB; default: what is here.")
+@click.option("--grid", metavar="ROWSxCOLUMNS", help="The largest grid; default: that of the data.")
+@click.option("--run", "before", metavar="DIR", help="An earlier run, for its steps an hour.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan(
+    config: str | None,
+    data: tuple[str, ...],
+    annotate: tuple[str, ...],
+    overrides: tuple[str, ...],
+    memory: str | None,
+    grid: str | None,
+    before: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """What `vcdeft train` with the same options needs of each GPU, before a weight is read: for
+    every ZeRO stage, with blocks recomputed or not. Needs of a model its config.json files alone.
+
+    \b
+    vcdeft plan --config flux-8gpu --data graph200k=/data/graph200k
+    vcdeft plan --config flux-1gpu --grid 3x3 --memory 24GB --processes 1 --set quantise=nf4
+    """
+    from visualcloze_deft.training import memory_report
+
+    run = run_of(config, data, annotate, overrides, options)
+    found = memory_report.memory_report_of(
+        run, memory=memory, grid=grid, before=Path(before) if before else None
+    )
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_table())

@@ -1,0 +1,362 @@
+"""What `vcdeft compare` measures of an adapter: its error on held-out grids of each task.
+
+OUTPUT/evaluations/NAME/TASK.json   figures of every grid, and what they were measured with; "base"
+                                    is the model without adapter
+
+Axes: g grids, the same ones for every adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+from PIL import Image
+from pydantic import ConfigDict, Field
+
+from visualcloze_deft.backbones.flux_fill.loading import dtype_of
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.model_files import fingerprint, lora_file
+from visualcloze_deft.backbones.peft_files import WEIGHTS
+from visualcloze_deft.comparison.trainings import Training
+from visualcloze_deft.config import seeds
+from visualcloze_deft.config.comparison import SEED, Comparison, Evaluate, Group
+from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.specs import PROCEDURAL, place_and_split
+from visualcloze_deft.data.annotation.models import fastest
+from visualcloze_deft.data.base import units_of
+from visualcloze_deft.data.eligible import EligibleItems
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.queries import query_at
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.evaluation.metrics import fidelity
+from visualcloze_deft.grids import grid
+from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.sampling.encoding import PixelExample, in_pixels
+from visualcloze_deft.sampling.sampling import GUIDANCE, generate
+from visualcloze_deft.storage.atomic import write_text
+from visualcloze_deft.storage.hashing import digest_of
+from visualcloze_deft.storage.settings_files import SettingsFile, checked
+from visualcloze_deft.task_registry.task import Task
+from visualcloze_deft.training import mixtures, validation
+from visualcloze_deft.training.objective import GridLoss
+
+BASE = "base"  # the name of the model without adapter
+ROWS = 2  # one in-context example, and the query
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuerySet:
+    """One task as it is asked of every adapter, in so many grids. group: "new" or "old"."""
+
+    group: str
+    grids: int
+    task: Task
+    mixture: Mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Figures of one task's grids, in order. errors: velocity error of what is generated, mean over
+    five times. psnr: in dB, of what is generated. seconds: what measuring took."""
+
+    errors: tuple[float, ...]
+    psnr: tuple[float, ...]
+    seconds: float
+
+
+def query_sets(comparison: Comparison, run: Run, *, cache: Path | None = None) -> list[QuerySet]:
+    """All tasks that are asked, the new ones first. run: any of the trainings'; cache: a folder
+    for indexes.
+
+    Raises `UserError` where an old task is trained or a new one is not, and where there is no data
+    that is not trained on, or less than is asked for.
+    """
+    trained = mixtures.mixture_of(run, cache=cache).tasks
+    found = [
+        QuerySet(
+            group=name,
+            grids=group.grids or comparison.evaluate.grids,
+            task=task,
+            mixture=mixture,
+        )
+        for name, group in comparison.groups.items()
+        for mixture in [held_out(name, group, run, cache=cache)]
+        for task in mixture.tasks.values()
+    ]
+    names = [one.task.name for one in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice and comparison.new.sources == comparison.old.sources:
+        raise UserError(f"{twice[0]} is both new and old; name it once, or give new.sources")
+    for one in found:
+        if (one.task.name in trained) != (one.group == "new"):
+            what = "is trained" if one.group == "old" else "is not trained"
+            raise UserError(
+                f"{one.group}.tasks names {one.task.name}, which {what} by run.data.tasks = "
+                f"{run.data.tasks!r}; change one of the two"
+            )
+        check_enough(one)
+    return found
+
+
+def check_enough(one: QuerySet) -> None:
+    """Raise `UserError` where a task cannot be asked so many different questions."""
+    able = one.mixture.serving[one.task.name][0]
+    there = len(able)
+    if there >= max(one.grids, ROWS) and units_of(able.source) is not None:
+        there = len(questions(one.mixture, one.task, one.grids))
+    if there < max(one.grids, ROWS):
+        raise UserError(
+            f"evaluate.grids = {one.grids}: {able.source.name} has {there} held-out items for "
+            f"{one.task.name}; ask for fewer ({one.group}.grids), or give {one.group}.sources more"
+        )
+
+
+def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixture:
+    """The mixture of a group's tasks over data that is never trained on."""
+    trained = {place_of(spec) for spec in run.data.sources} - {None}
+    if shared := [spec for spec in group.sources if place_of(spec) in trained]:
+        raise UserError(f"{name}.sources names {shared[0]}, which is trained on")
+    update: dict[str, Any] = {"tasks": group.tasks, "weights": {}}
+    if group.sources:
+        update |= {"sources": group.sources, "hold_out": 0}
+    data = run.data.model_copy(update=update)
+    asked = run.model_copy(update={"seed": SEED, "data": data})
+    finite = [spec for spec in data.sources if spec.partition("=")[0] != "scenes"]
+    if finite and not (group.sources or data.hold_out):
+        raise UserError(
+            f"{name}: nothing of {finite[0]} is held out; set run.data.hold_out, or give "
+            f"{name}.sources"
+        )
+    if group.sources:  # as a whole, its scenes of another seed
+        other = asked.model_copy(update={"seed": SEED + seeds.OTHER_SCENES})
+        return mixtures.mixture_of(other, cache=cache)
+    return mixtures.held_out_of(asked, cache=cache)
+
+
+def place_of(spec: str) -> tuple[str, str] | None:
+    """What a source reads, however it is spelled; None of scenes, which another seed makes anew.
+
+    >>> place_of("subject"), place_of("subject=0"), place_of("scenes=9")
+    (('subject', '0'), ('subject', '0'), None)
+    """
+    name, _, argument = spec.partition("=")
+    if name == "scenes":
+        return None
+    if name in PROCEDURAL:
+        return name, argument or "0"
+    folder, split = place_and_split(argument)
+    whole = str(Path(folder).resolve()) if Path(folder).exists() else folder
+    return name, whole if split == "train" else f"{whole}@{split}"
+
+
+def folder_of(comparison: Comparison, name: str) -> Path:
+    return Path(comparison.output) / "evaluations" / name
+
+
+def file_of(comparison: Comparison, name: str, one: QuerySet) -> Path:
+    return folder_of(comparison, name) / f"{one.group}-{one.task.name}.json"
+
+
+def asked_with(
+    comparison: Comparison, run: Run, one: QuerySet, adapter: Path | None
+) -> dict[str, Any]:
+    """All that decides what is measured: figures of other settings are not taken for these."""
+    return {
+        "adapter_sha256": digest_of(adapter / WEIGHTS) if adapter else None,
+        "model": fingerprint(run.model) or run.model,
+        "model_lora": run.model_lora,
+        "model_lora_sha256": run.model_lora and digest_of(lora_file(run.model_lora)),
+        "quantise": run.quantise,
+        "computed": [fastest(), str(dtype_of(run.precision, fastest())), *versions()],
+        "clip_text": run.clip_text,
+        "cells": run.data.cells,
+        "resolution": one.mixture.resolution,
+        "times": [run.times, run.time_shift],
+        "guidance": [run.guidance, GUIDANCE],
+        "task": one.task.as_file(),
+        "sources": comparison.groups[one.group].sources or run.data.sources,
+        "annotate": run.data.annotate,
+        "hold_out": run.data.hold_out,
+        "grids": one.grids,
+        "steps": comparison.evaluate.steps,
+    }
+
+
+@cache
+def versions() -> tuple[str, ...]:
+    return tuple(f"{name} {version(name)}" for name in ("visualcloze-deft", "torch"))
+
+
+class MeasuredFile(SettingsFile):
+    """What `write_measured` wrote; figures of a training that went astray may be no numbers."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    asked: dict[str, Any]
+    errors: list[float]
+    psnr: list[float]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
+    """What was measured with these settings before; None where nothing was."""
+    if not path.exists():
+        return None
+    try:
+        fields = checked(path, MeasuredFile, "no figures of a comparison")
+    except UserError as error:
+        raise UserError(f"{error}; remove it") from None
+    if fields["asked"] != json.loads(json.dumps(wanted)):
+        return None
+    errors, psnr = tuple(fields["errors"]), tuple(fields["psnr"])
+    if not len(errors) == len(psnr) == wanted["grids"]:
+        raise UserError(
+            f"{path}: figures of {len(errors)} grids, not of {wanted['grids']}; remove it"
+        )
+    return Measured(errors=errors, psnr=psnr, seconds=fields["seconds"])
+
+
+def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**vars(measured), "asked": wanted}, indent=1))
+
+
+def load(run: Run) -> InContextPipeline:
+    """The base that a run trains on, for any of its adapters, which stay beside it as in training:
+    merged into bfloat16 weights, small changes would be rounded away."""
+    return InContextPipeline.from_pretrained(
+        run.model,
+        lora=run.model_lora,
+        torch_dtype=dtype_of(run.precision, fastest()),
+        quantise=run.quantise,
+        clip_text=run.clip_text,
+        cells=run.data.cells,
+        merge=False,
+    )
+
+
+def use(pipe: InContextPipeline, training: Training | None) -> None:
+    """Have the pipeline use this adapter alone, or none."""
+    pipe.delete_adapters(pipe.get_active_adapters())
+    if training is not None:
+        pipe.load_adapter(training.folder / "adapter", training.name)
+
+
+def measure(pipe: InContextPipeline, run: Run, one: QuerySet, settings: Evaluate) -> Measured:
+    """Velocity errors and PSNR of the pipeline on held-out grids of a task."""
+    began = time.monotonic()
+    examples = questions(one.mixture, one.task, one.grids)
+    errors = errors_of(pipe.models, run, examples)
+    made = completed(pipe.models, examples, steps=settings.steps, batch=settings.batch)
+    pairs = zip(made, examples, strict=True)
+    return Measured(
+        errors=tuple(errors),
+        psnr=tuple(psnr(images, truths_of(example)) for images, example in pairs),
+        seconds=time.monotonic() - began,
+    )
+
+
+def questions(mixture: Mixture, task: Task, count: int) -> list[Example]:
+    """`count` grids of `task` as inference sees them, no two with the same query: an item of the
+    first source that serves the task, below another one of its own.
+
+    Where items share pictures, no two ask for the same picture, and none shows what it asks for;
+    there may be fewer then.
+    """
+    able = mixture.serving[task.name][0]
+    rng = np.random.default_rng([mixture.seed, *task.name.encode()])
+    if units_of(able.source) is not None:
+        return distinct(mixture, task, able, count, rng)
+    queries = able.choose(count, rng)
+    shown = [(place + 1 + int(rng.integers(len(able) - 1))) % len(able) for place in queries]
+    return [
+        query_at(mixture, task, places, index=index)
+        for index, places in enumerate(zip(shown, queries, strict=True), validation.FIRST)
+    ]
+
+
+def distinct(
+    mixture: Mixture, task: Task, able: EligibleItems, count: int, rng: np.random.Generator
+) -> list[Example]:
+    """`questions` about items that share pictures."""
+    found: list[Example] = []
+    asked: set[bytes] = set()
+    for query in able.choose(len(able), rng):
+        for shown in able.others([query], rng):
+            one = query_at(mixture, task, (shown, query), index=validation.FIRST + len(found))
+            own = {picture.tobytes() for picture in truths_of(one)}
+            above = {picture.tobytes() for picture in one.complete[0]}
+            if own & asked or not own & above:
+                break
+        if not own & (asked | above):
+            found.append(one)
+            asked |= own
+        if len(found) == count:
+            break
+    return found
+
+
+def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:
+    """The held-out loss of `heldout`, of tokens that are generated alone, for each grid."""
+    loss_of = GridLoss(models.transformer, context_weight=0.0, guidance=run.guidance).eval()
+    found = validation.losses(
+        loss_of,
+        models,
+        {example.index: in_pixels(example) for example in examples},
+        run.model_copy(update={"seed": SEED}),
+        own=[example.index for example in examples],
+        agreed=lambda drawn: cast(Sequence[PixelExample], drawn),
+    )
+    return [found[example.index].error for example in examples]
+
+
+def completed(
+    models: Models, examples: Sequence[Example], *, steps: int, batch: int
+) -> list[list[Image.Image]]:
+    """The pictures generated for each grid; its index is the seed of its noise."""
+    built = [grid.join(example.complete, hidden=example.hidden) for example in examples]
+    made: dict[int, list[Image.Image]] = {}
+    for places in chunks(built, batch):
+        images = generate(
+            models,
+            [built[k] for k in places],
+            [examples[k].prompt for k in places],
+            seeds=[examples[k].index for k in places],
+            steps=steps,
+        )
+        made |= dict(zip(places, images, strict=True))
+    return [made[k] for k in range(len(examples))]
+
+
+def chunks(built: Sequence[grid.Grid], size: int) -> Iterator[list[int]]:
+    """Places of grids of one shape, at most `size` at a time."""
+    by_shape: dict[Any, list[int]] = {}
+    for place, one in enumerate(built):
+        by_shape.setdefault(one.shape, []).append(place)
+    for places in by_shape.values():
+        for first in range(0, len(places), size):
+            yield places[first : first + size]
+
+
+def truths_of(example: Example) -> list[Image.Image]:
+    cells = zip(example.complete[-1], example.hidden, strict=True)
+    return [image for image, hidden in cells if hidden]
+
+
+def psnr(made: Sequence[Image.Image], truths: Sequence[Image.Image]) -> float:
+    """`metrics.psnr` over the pixels of several pictures together, each as high as its truth."""
+    one, other = (
+        np.concatenate([np.asarray(p).reshape(1, -1, 3) for p in several], axis=1)
+        for several in (made, truths)
+    )
+    return fidelity.psnr(one, other)

@@ -1,0 +1,65 @@
+"""What `vcdeft compare` writes of its measurements: lines, tables, pictures, a page.
+
+OUTPUT/results.jsonl          a line for each training and task, with the figures of every grid
+                              before and after; all else is made from it
+OUTPUT/table.md, table.csv    gain, retention and the methods in pairs
+OUTPUT/gain-retention.svg, learning-curves.svg
+OUTPUT/report.html            all of it, in a file that opens without a server
+
+Axes: s seeds, g grids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from visualcloze_deft.comparison.plots import draw_curves, draw_scatter
+from visualcloze_deft.comparison.tables import Compared, Section, as_csv, line_of, markdown, tables
+from visualcloze_deft.reporting.html import PAGE, table
+from visualcloze_deft.reporting.plots import svg_of
+from visualcloze_deft.storage.atomic import write_text
+from visualcloze_deft.storage.jsonl import StepLine, read_lines
+from visualcloze_deft.training import run_folder
+
+RESULTS, TABLE, CSV, REPORT = "results.jsonl", "table.md", "table.csv", "report.html"
+SCATTER, CURVES = "gain-retention.svg", "learning-curves.svg"
+
+
+def write_reports(found: Sequence[Compared], output: Path) -> Path:
+    """Write all files; each appears whole. Returns the path of the table."""
+    lines = [line_of(one) for one in found]
+    texts = [json.dumps(run_folder.finite(line), ensure_ascii=False) for line in lines]
+    write_text(output / RESULTS, "".join(f"{text}\n" for text in texts))
+    told = read_results(output / RESULTS)
+    steps = {
+        line["run"]: read_lines(Path(line["run"]) / run_folder.METRICS, StepLine) for line in told
+    }
+    sections = list(tables(told, steps))
+    write_text(output / TABLE, "\n".join(markdown(*section) for section in sections))
+    write_text(output / CSV, as_csv(told))
+    scatter, curves = svg_of(draw_scatter(told)), svg_of(draw_curves(told, steps))
+    write_text(output / SCATTER, scatter)
+    write_text(output / CURVES, curves)
+    settings = (output / "compare.toml").read_text(encoding="utf-8")
+    write_text(output / REPORT, page(output, sections, [scatter, curves], settings))
+    return output / TABLE
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:
+    """The HTML page."""
+    name = output.resolve().name
+    parts = [f"<h1>{escape(name)}</h1>"]
+    for number, (title, note, head, rows) in enumerate(sections):
+        parts += [f"<h2>{title}</h2><p>{escape(note)}</p>", table(rows, head=head)]
+        if not number:
+            parts += [f"<div>{svg}</div>" for svg in drawn]
+    parts.append(f"<h2>Settings</h2><pre>{escape(settings)}</pre>")
+    return PAGE.format(title=escape(name), body="\n".join(parts))

@@ -1,0 +1,62 @@
+"""Grids as inference sees them: rows of examples, and a query whose targets are hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from visualcloze_deft.data.example import Example
+from visualcloze_deft.data.mixture import Mixture, content
+from visualcloze_deft.task_registry.task import Task
+
+SHEETS = 10_000_019  # index offset: sheets show combinations that training does not draw
+Each = Literal["task", "group"]
+
+
+def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Example:
+    """A grid of `task` as inference sees it: its own targets hidden, all words said.
+
+    From the first source that has items for it.
+    """
+    able = mixture.serving[task.name][0]
+    places = able.choose(rows, np.random.default_rng([mixture.seed, SHEETS + index]))
+    return query_at(mixture, task, places, index=index)
+
+
+def query_at(mixture: Mixture, task: Task, places: Sequence[int], *, index: int) -> Example:
+    """`query_of` with the items at `places` of the first source that serves the task."""
+    able = mixture.serving[task.name][0]
+    items, cells, skipped = mixture.read(able, places, task.roles, SHEETS + index)
+    return Example(
+        index=index,
+        task=task.name,
+        keys=tuple(item.key for item in items),
+        rows=cells,
+        hidden=tuple(role in task.targets for role in task.roles),
+        task_sentence=task.sentence(),
+        content=content(task, items[-1]),
+        skipped=skipped,
+    )
+
+
+def queries(
+    mixture: Mixture, *, count: int = 1, rows: int = 2, tasks: int | None = None
+) -> list[Example]:
+    """`count` grids of every task, or of the `tasks` tasks drawn most often."""
+    heaviest = np.argsort(-mixture.proportions, kind="stable")[:tasks]
+    return [
+        query_of(mixture, task, index=index, rows=rows)
+        for place, task in enumerate(mixture.tasks.values())
+        if place in heaviest
+        for index in range(count)
+    ]
+
+
+def one_of_each(mixture: Mixture, each: Each) -> list[Example]:
+    """A grid of every task, or of the first task of every group, as inference sees it."""
+    first: dict[str, Task] = {}
+    for task in mixture.tasks.values():
+        first.setdefault(task.group if each == "group" else task.name, task)
+    return [query_of(mixture, task, index=k) for k, task in enumerate(first.values())]

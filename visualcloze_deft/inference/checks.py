@@ -1,0 +1,96 @@
+"""What can be said of an inference before it starts: mistakes, cut texts, what will be made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from visualcloze_deft.adapters import files
+from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
+from visualcloze_deft.backbones import lora_files
+from visualcloze_deft.backbones.flux_fill.loading import default_dtype, load_tokenizers
+from visualcloze_deft.backbones.flux_fill.model import text_length
+from visualcloze_deft.backbones.model_files import check_folder, check_quantise
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids.cell_sizes import CELL_STEP
+from visualcloze_deft.grids.prompt import ClipText, clip_text, fits, unread
+from visualcloze_deft.inference import acceleration
+from visualcloze_deft.inference.pipeline import check_attention
+from visualcloze_deft.inference.records import GridJob
+from visualcloze_deft.inference.settings import InferenceSettings
+
+
+def check(settings: InferenceSettings) -> None:
+    """Raise `UserError` for what can be known to be wrong before anything is loaded."""
+    if not math.isfinite(settings.guidance):
+        raise UserError(f"--guidance {settings.guidance}: give a number, e.g. 30")
+    if settings.resolution is not None and settings.resolution % CELL_STEP:
+        raise UserError(f"--resolution {settings.resolution}: give a multiple of {CELL_STEP}")
+    check_folder(settings.model)
+    check_quantise(settings.quantise)
+    acceleration.check(
+        offload=settings.offload,
+        cache=settings.cache,
+        attention=settings.attention,
+        quantise=settings.quantise,
+        batch=settings.batch,
+    )
+    if not torch.cuda.is_available():  # on a GPU each process that generates tries it
+        dtype = default_dtype("cpu")
+        check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
+    if settings.lora is not None:
+        lora_files.changes_of(settings.model, settings.lora)  # read whole, or refused
+    for folder in settings.adapters:
+        files.read_config(folder)
+        files.read_weights(folder)
+        check_base(folder, settings.model, lora=settings.lora)
+
+
+def described(
+    plans: Sequence[GridJob], waiting: Sequence[GridJob], shared: Mapping[str, Any]
+) -> list[str]:
+    """What a run would do."""
+    lines = []
+    for plan in plans:
+        strips = ", ".join(f"{w}x{h}" for h, w in plan.shape)
+        state = "to do" if plan in waiting else "finished"
+        lines.append(
+            f"{plan.entry.name}  {plan.record['task'] or '-':24} rows of {strips}  "
+            f"{plan.tokens} tokens  {', '.join(plan.names)}  {state}"
+        )
+    steps = sum(plan.steps for plan in waiting)
+    lines.append(
+        f"{len(waiting)} of {len(plans)} grids to do, {steps} calls of the transformer, "
+        f"{shared['model']} in {shared['dtype']} on {shared['device']}"
+    )
+    return lines
+
+
+def unread_words(plans: Sequence[GridJob], model: str, order: ClipText) -> list[str]:
+    """A line for every grid and encoder whose text is cut, with the words that are not read."""
+    clip, t5 = load_tokenizers(model)
+    lines = []
+    for plan in plans:
+        for prompt in plan.prompts:
+            own = isinstance(prompt, str)  # of an upsampling
+            for_clip = prompt if isinstance(prompt, str) else clip_text(prompt, fits(clip), order)
+            cut = {
+                "T5": unread(t5, str(prompt), text_length(t5)),
+                "CLIP": unread(clip, for_clip, clip.model_max_length),
+            }
+            lines += [
+                f"grid {plan.entry.name}: {encoder} does not read the end of its "
+                f"{'upsampling prompt' if own else 'text'}: {words}"
+                for encoder, words in cut.items()
+                if words
+            ]
+    return lines
+
+
+def other_bases(settings: InferenceSettings) -> list[str]:
+    """A line for every adapter that was trained on a base with another LoRA merged."""
+    found = [lora_mismatch(folder, settings.lora) for folder in settings.adapters]
+    return [f"{line}; see --lora" for line in found if line]

@@ -1,0 +1,332 @@
+"""What `vcdeft infer --examples` reads: a JSON file of one grid or a list of them, or a folder of
+such files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.prompt import Prompt
+from visualcloze_deft.images.depth import Depth, declared
+from visualcloze_deft.images.maps import as_role, read_role
+from visualcloze_deft.images.reading import read_image
+from visualcloze_deft.sampling.upsampling import Upsampling, each
+from visualcloze_deft.storage.text_files import read_json, sound
+from visualcloze_deft.task_registry.task import Task
+
+_KEYS: dict[str, tuple[type, ...]] = {
+    "task": (str, type(None)),
+    "task_prompt": (str, type(None)),
+    "content_prompt": (str, type(None)),
+    "rows": (list,),
+    "seed": (int, list, type(None)),
+    "upsampling": (dict, list, type(None)),
+}
+_UPSAMPLING_KEYS: dict[str, tuple[type, ...]] = {
+    "scale": (int, float),
+    "width": (int, type(None)),
+    "height": (int, type(None)),
+    "strength": (int, float),
+    "prompt": (str, type(None)),
+}
+MOST_SEED = 2**63 - 1
+RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say more than a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One grid to complete, checked: rows end in the query, None marks what to generate.
+
+    paths: where each image of `rows` was read; digests: SHA-256 of what was read there; both ()
+    where images were given. seeds: one for each image to make of it. upsampling: one for each
+    target, or () for none.
+    """
+
+    rows: tuple[tuple[Image.Image | None, ...], ...]
+    paths: tuple[tuple[Path | None, ...], ...] = ()
+    digests: tuple[tuple[str | None, ...], ...] = ()
+    task: str | None = None
+    task_prompt: str
+    content_prompt: str
+    seeds: tuple[int, ...] = (0,)
+    upsampling: tuple[Upsampling | None, ...] = ()
+
+    @property
+    def prompt(self) -> Prompt:
+        rows, columns = len(self.rows), len(self.rows[0])
+        return Prompt(
+            rows=rows, columns=columns, task=self.task_prompt, content=self.content_prompt
+        )
+
+    @property
+    def sizes(self) -> list[list[tuple[int, int] | None]]:
+        """(width, height) of every image, row by row."""
+        return [[image.size if image else None for image in row] for row in self.rows]
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The columns of the last row that are generated."""
+        return tuple(c for c, image in enumerate(self.rows[-1]) if image is None)
+
+
+def request(
+    rows: list[list[Image.Image | None]],
+    tasks: Mapping[str, Task],
+    *,
+    task: str | None = None,
+    task_prompt: str | None = None,
+    content_prompt: str | None = None,
+    seed: int | Sequence[int] = 0,
+    images: int = 1,
+    upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
+) -> Request:
+    """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself.
+
+    seed: one for each image to make of it, or the first of `images` that follow one another.
+
+    Images of any mode become 8-bit RGB as files do, masks and depth maps in the sense of their
+    role where `task` tells it: see `maps.as_role`.
+    """
+    grid.check_rows(rows)
+    for r, row in enumerate(rows, 1):
+        for image in row:
+            if not isinstance(image, Image.Image | None):
+                raise UserError(f"row {r}: a cell is a PIL image or None, not {image!r}")
+    seeds = seeds_of(seed, images)
+    if task is not None:
+        if task not in tasks:
+            raise UserError(f"unknown task {task!r}; {suggestion(task, tasks)}")
+        roles = tasks[task].roles
+        if len(roles) != len(rows[0]):
+            raise UserError(
+                f"task {task} has {len(roles)} columns ({', '.join(roles)}), the rows have "
+                f"{len(rows[0])}"
+            )
+        task_prompt = task_prompt if task_prompt is not None else tasks[task].sentence()
+    roles = roles_of(task, tasks, len(rows[0]))
+    return Request(
+        rows=tuple(
+            tuple(
+                image and as_role(role, f"row {r}, {role or 'an image'}", image)
+                for role, image in zip(roles, row, strict=True)
+            )
+            for r, row in enumerate(rows, 1)
+        ),
+        task=task,
+        task_prompt=sound(task_prompt or ""),
+        content_prompt=sound(content_prompt or ""),
+        seeds=seeds,
+        upsampling=each(upsampling, sum(image is None for image in rows[-1])) if upsampling else (),
+    )
+
+
+def roles_of(task: object, tasks: Mapping[str, Task], columns: int) -> tuple[str, ...]:
+    """The role of each column; "" where no task that has as many columns tells it."""
+    roles = tasks[task].roles if isinstance(task, str) and task in tasks else ()
+    return roles if len(roles) == columns else ("",) * columns
+
+
+def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
+    """The seeds of a grid's images, checked.
+
+    >>> seeds_of(7, 3), seeds_of([2, 9])
+    ((7, 8, 9), (2, 9))
+    """
+    if images < 1:
+        raise UserError(f"images of a grid: give 1 or more, not {images}")
+    if isinstance(seed, int):
+        seeds = tuple(range(seed, seed + images))
+    elif images > 1:
+        raise UserError("seeds are listed, one for each image: leave the number of images")
+    else:
+        seeds = tuple(seed)
+    for one in seeds:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= MOST_SEED:
+            raise UserError(f"a seed is a whole number from 0 to 2**63 - 1, not {one!r}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds {list(seeds)}: give one or more, each once")
+    return seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One grid of a file, its pictures not read yet. name: of what is made of it; where: in words.
+    folder: that its paths start from."""
+
+    name: str
+    where: str
+    folder: Path
+    value: Any
+
+    def request(
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        seed: int | None = None,
+        images: int = 1,
+        upsampling: Upsampling | None = None,
+    ) -> Request:
+        """The grid with its pictures. seed: replaces its own; images: see `request`; upsampling:
+        where it names none. Errors name file, grid and key."""
+        with self.errors():
+            return _read_entry(self, tasks, seed=seed, images=images, upsampling=upsampling)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Put the grid's place before what is wrong with it."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """All grids of a file, or of every .json file in a folder but for records of `vcdeft infer`."""
+    if not path.is_dir():
+        return _entries_of(path, "")
+    files = sorted(file for file in path.glob("*.json") if file.is_file())
+    every = [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
+    entries = [e for e in every if not (isinstance(e.value, dict) and RECORDED in e.value)]
+    if not entries:
+        raise UserError(f"examples {path}: no .json file of grids in this folder")
+    return entries
+
+
+def read_requests(
+    path: Path,
+    tasks: Mapping[str, Task],
+    *,
+    seed: int | None = None,
+    images: int = 1,
+    upsampling: Upsampling | None = None,
+) -> list[Request]:
+    """All grids of a file or folder with their pictures, see `Entry.request`."""
+    return [
+        entry.request(tasks, seed=seed, images=images, upsampling=upsampling)
+        for entry in read_entries(path)
+    ]
+
+
+def _entries_of(path: Path, prefix: str) -> list[Entry]:
+    try:
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"examples {error}") from None
+    values = content if isinstance(content, list) else [content]
+    if not values:
+        raise UserError(f"{path}: the list of grids is empty")
+    return [
+        Entry(
+            name=f"{prefix}{number:03d}",
+            where=f"{path}, grid {number}" if isinstance(content, list) else str(path),
+            folder=path.parent,
+            value=value,
+        )
+        for number, value in enumerate(values, 1)
+    ]
+
+
+def check_keys(value: Any, known: Mapping[str, tuple[type, ...]], what: str) -> None:
+    """Raise `UserError` unless `value` is an object of these keys and types."""
+    if not isinstance(value, dict):
+        raise UserError(f"expected {what}, found {value!r}")
+    for key, found in value.items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r}; {suggestion(key, known)}")
+        if not isinstance(found, known[key]) or isinstance(found, bool):
+            kinds = " or ".join(dict.fromkeys(_WORDS[kind] for kind in known[key]))
+            raise UserError(f"{key} must be {kinds}, not {found!r}")
+
+
+def _read_entry(
+    entry: Entry,
+    tasks: Mapping[str, Task],
+    *,
+    seed: int | None,
+    images: int,
+    upsampling: Upsampling | None,
+) -> Request:
+    value = entry.value
+    if isinstance(value, dict) and RECORDED in value:  # what `vcdeft infer` wrote of a grid
+        value = {key: value[key] for key in _KEYS if key in value}
+    check_keys(value, _KEYS, "an object with the key 'rows'")
+    if "rows" not in value:
+        raise UserError("the key 'rows' is missing")
+    paths: list[tuple[Path | None, ...]] = []
+    for r, row in enumerate(value["rows"], 1):
+        if not isinstance(row, list):
+            raise UserError(f"row {r} must be a list of paths, not {row!r}")
+        for cell in row:
+            if not isinstance(cell, str | None):
+                raise UserError(f"row {r}: a cell is a path or null, not {cell!r}")
+        paths.append(
+            tuple(None if cell is None else (entry.folder / cell).absolute() for cell in row)
+        )
+    own = value.get("seed")
+    depth = declared(entry.folder)
+    task = value.get("task")
+    read = [
+        [
+            (None, None) if path is None else read_once(role, path, depth)
+            for role, path in zip(roles_of(task, tasks, len(row)), row, strict=True)
+        ]
+        for row in paths
+    ]
+    asked = request(
+        [[image for image, _ in row] for row in read],
+        tasks,
+        task=task,
+        task_prompt=value.get("task_prompt"),
+        content_prompt=value.get("content_prompt"),
+        seed=seed if seed is not None else own if own is not None else 0,
+        images=images,
+        upsampling=_upsampling(value.get("upsampling"), upsampling),
+    )
+    digests = tuple(tuple(digest for _, digest in row) for row in read)
+    return replace(asked, paths=tuple(paths), digests=digests)
+
+
+def read_once(role: str, path: Path, depth: Depth | None) -> tuple[Image.Image, str]:
+    """The picture in a file, in the sense of its role, and the SHA-256 of the bytes that it was
+    made of."""
+    try:
+        data = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
+    except (OSError, ValueError):
+        data = b""
+    if not data:
+        read_image(path)  # says in words what is wrong
+    return read_role(role, path, depth, data), hashlib.sha256(data).hexdigest()
+
+
+def _upsampling(
+    told: Any, otherwise: Upsampling | None
+) -> Upsampling | list[Upsampling | None] | None:
+    if told is None:
+        return otherwise
+    if isinstance(told, list):
+        return [None if one is None else _one_upsampling(one) for one in told]
+    return _one_upsampling(told)
+
+
+def _one_upsampling(told: Any) -> Upsampling:
+    check_keys(told, _UPSAMPLING_KEYS, "an object or null for upsampling")
+    prompt = told.get("prompt")
+    return Upsampling(**told | {"prompt": None if prompt is None else sound(prompt)})
+
+
+_WORDS = {
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+}

@@ -1,0 +1,41 @@
+"""What `vcdeft infer` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from visualcloze_deft.backbones.attention import AUTO
+from visualcloze_deft.config.run import Bits
+from visualcloze_deft.grids.cell_sizes import Cells
+from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.inference import acceleration
+from visualcloze_deft.sampling.upsampling import Upsampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceSettings:
+    """How grids are completed: what `vcdeft infer` is told beside the grids. None: as the adapter
+    was trained, or as the model says."""
+
+    model: str
+    lora: str | None = None
+    adapters: Mapping[Path, float]
+    quantise: Bits = "none"
+    clip_text: ClipText | None = None
+    cells: Cells | None = None
+    seed: int | None = None
+    images: int = 1
+    steps: int
+    guidance: float
+    resolution: int | None = None
+    upsampling: Upsampling | None = None
+    task_folders: tuple[str, ...] = ()
+    batch: int = 1
+    encodings: Path | None = None
+    offload: acceleration.Offload = "none"
+    cache: str | None = None
+    attention: str = AUTO
+    vae_tiling: bool = False
+    compile_blocks: bool = False

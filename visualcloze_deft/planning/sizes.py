@@ -1,0 +1,80 @@
+"""Bytes of frozen weights, and the layers that an adapter sits on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from visualcloze_deft.backbones.model_size import BLOCK, FLUX_LAYERS, Flux
+from visualcloze_deft.backbones.peft_files import WEIGHTS
+from visualcloze_deft.config.patterns import matching
+from visualcloze_deft.config.run import Adapter, Bits
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.planning.outside_steps import SINGLE
+
+FP8_ROWS = 512  # quantise.ROWS
+
+
+def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
+    """The linear layers that get an adapter."""
+    if settings.start is None:
+        if settings.layers == "flux":
+            return [name for name in model.linear if re.fullmatch(FLUX_LAYERS, name)]
+        return matching("adapter.layers", settings.layers, model.linear)
+    path = Path(settings.start) / WEIGHTS
+    try:
+        with safe_open(path, "np") as file:
+            tensors = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter.start: {path} cannot be read: {error}") from None
+    names = {re.sub(r"(base_model\.model\.)?(.*)\.(deft|lora)_.*", r"\2", t) for t in tensors}
+    return [name for name in model.linear if name in names]
+
+
+def adapter_tensors(model: Flux, settings: Adapter) -> list[int]:
+    """Values in each tensor of the adapter."""
+    found = []
+    for name in adapted_layers(model, settings):
+        inputs, outputs = model.linear[name]
+        found.append(settings.rank * outputs)
+        if settings.method != "para":
+            found.append(settings.rank * inputs)
+    return found
+
+
+def stored(model: Flux, bits: Bits, size: int) -> int:
+    """Bytes of the frozen transformer; `bits` is what the blocks' linear layers are kept in."""
+    total = model.parameters * size
+    if bits == "none":
+        return total
+    for name, (inputs, outputs) in model.linear.items():
+        if BLOCK.fullmatch(name):
+            values = inputs * outputs
+            if bits == "nf4":  # scales of 64 values in a byte, and of 256 scales in float32
+                small = values // 2 + values // 64 + values // 64 // 256 * SINGLE
+            else:
+                small = values + outputs * SINGLE
+            total += small - values * size
+    return total
+
+
+def quantising_bytes(model: Flux, bits: Bits, size: int) -> int:
+    """The most that is held while one layer of a block is quantised, beside the layers that are
+    done: its weight as it was, and what its values become on the way.
+
+    fp8 is made of `FP8_ROWS` rows at once, which are there twice in float32. bitsandbytes has whole
+    weights in float16 and twice in float32 (int8), thrice in float32 and once in bytes (nf4): read
+    in its code for CPUs, version 0.50; GPUs take less.
+    """
+    if bits == "none":
+        return 0
+
+    def beside(inputs: int, outputs: int) -> int:
+        if bits == "fp8":
+            return 2 * SINGLE * min(FP8_ROWS, outputs) * inputs
+        return (2 + 2 * SINGLE if bits == "int8" else 1 + 3 * SINGLE) * outputs * inputs
+
+    layers = [sides for name, sides in model.linear.items() if BLOCK.fullmatch(name)]
+    return max((size * i * o + beside(i, o) for i, o in layers), default=0)

@@ -1,0 +1,160 @@
+"""From drawn examples to what the transformer reads: encoded, noised, grouped by grid shape.
+
+Axes: b batch, n tokens, l text tokens, d text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visualcloze_deft.backbones.flux_fill.model import Encoders
+from visualcloze_deft.config.run import Times
+from visualcloze_deft.data.example import Example, Skipped
+from visualcloze_deft.diffusion import flow
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.prompt import Prompt
+
+NEAREST = 0.1  # time below which no sample is a rollout: an error there would be divided by t
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelExample:
+    """One example in pixels, ready to be encoded."""
+
+    index: int
+    task: str
+    grid: grid.Grid
+    prompt: Prompt
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Samples of one grid shape. noise: (b, n, 64); t, start: (b,); text: (b, l, d);
+    pooled: (b, d). Where start is above t, the sample is a step of the model's own from there."""
+
+    indices: tuple[int, ...]
+    tasks: tuple[str, ...]
+    latents: grid.Latents
+    noise: Tensor
+    t: Tensor
+    start: Tensor
+    text: Tensor
+    pooled: Tensor
+
+    def some(self, places: Tensor) -> TokenBatch:
+        """The samples at `places`, a tensor of whole numbers."""
+        chosen = places.tolist()
+        return TokenBatch(
+            indices=tuple(self.indices[k] for k in chosen),
+            tasks=tuple(self.tasks[k] for k in chosen),
+            latents=self.latents.some(chosen),
+            noise=self.noise[places],
+            t=self.t[places],
+            start=self.start[places],
+            text=self.text[places],
+            pooled=self.pooled[places],
+        )
+
+
+def in_pixels(example: Example) -> PixelExample:
+    """An example in pixels."""
+    return PixelExample(
+        index=example.index,
+        task=example.task,
+        grid=grid.join(example.complete, hidden=example.hidden),
+        prompt=example.prompt,
+        skipped=example.skipped,
+    )
+
+
+def encode_grids(
+    models: Encoders,
+    grids: Sequence[grid.Grid],
+    *,
+    clean: bool,
+    draws: Sequence[torch.Generator] | None = None,
+) -> grid.Latents:
+    """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
+    they are not known (inference), `Latents.clean` is what is seen. draws: one for each grid, to
+    draw what is seen from the encoder's distribution; its mode by default."""
+    shape = grids[0].shape
+    seen, complete, mask = [], [], []
+    for row in range(len(shape)):
+        shown = torch.stack([g.seen[row] for g in grids])
+        hidden = torch.stack([g.hidden[row] for g in grids])
+        seen.append(grid.pack(models.encode_pixels(shown, draws)))
+        mask.append(grid.pack_mask(hidden.to(seen[-1])))
+        if clean and hidden.any():
+            strips = torch.stack([g.strips[row] for g in grids])
+            complete.append(grid.pack(models.encode_pixels(strips)))
+        else:
+            complete.append(seen[-1])
+    return grid.Latents(
+        clean=torch.cat(complete, dim=1),
+        seen=torch.cat(seen, dim=1),
+        mask=torch.cat(mask, dim=1),
+        ids=grid.position_ids(shape).to(seen[0].device),
+    )
+
+
+def encode(
+    models: Encoders,
+    drawn: Sequence[PixelExample],
+    *,
+    seed: int,
+    times: Times = "logit-normal",
+    time_shift: float = 1.0,
+    rollout: float = 0.0,
+) -> list[TokenBatch]:
+    """Encode a batch. Noise and times of example i are a function of (seed, i) alone.
+
+    rollout: how often a sample starts as a step of the model's own, see `run.Run`.
+    """
+    text, pooled = models.encode_text([d.prompt for d in drawn])
+    places: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for place, d in enumerate(drawn):
+        places.setdefault(d.grid.shape, []).append(place)
+    groups = []
+    for members in places.values():
+        latents = encode_grids(models, [drawn[k].grid for k in members], clean=True)
+        noise, t, uniform = zip(
+            *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
+            strict=True,
+        )
+        at, ways = flow.shift(torch.stack(t), time_shift), torch.stack(uniform)
+        own = (ways[:, 0] < rollout) & (at > NEAREST)
+        start = torch.where(own, flow.earlier(at, ways[:, 1:]), at)
+        groups.append(
+            TokenBatch(
+                indices=tuple(drawn[k].index for k in members),
+                tasks=tuple(drawn[k].task for k in members),
+                latents=latents,
+                noise=torch.stack(noise).to(latents.clean),
+                t=at.to(latents.clean.device),
+                start=start.to(latents.clean.device),
+                text=text[members],
+                pooled=pooled[members],
+            )
+        )
+    return groups
+
+
+def draw_noise(
+    shape: Sequence[int], seed: int, index: int, times: Times
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal noise of `shape`, a time in 0..1 and three draws from 0..1 for `rollout`,
+    from (seed, index) alone."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> 1))
+    noise = torch.randn(tuple(shape), generator=generator)
+    if times == "uniform":
+        t = torch.rand((), generator=generator)
+    else:
+        t = flow.logit_normal(torch.randn((), generator=generator))
+    return noise, t, torch.rand(3, generator=generator)

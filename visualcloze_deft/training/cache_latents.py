@@ -1,0 +1,94 @@
+"""What a run will draw, encoded before it: `vcdeft data encode`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from visualcloze_deft.backbones.embedding_cache import Encodings, entries
+from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_encoders
+from visualcloze_deft.backbones.flux_fill.model import Encoders
+from visualcloze_deft.backbones.model_files import check_folder
+from visualcloze_deft.config.run import Run
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.sampling.encoding import PixelExample, encode_grids
+from visualcloze_deft.storage.atomic import check_foreign, output_folder
+from visualcloze_deft.training import mixtures, preparation, run_folder
+from visualcloze_deft.training.datasets import PixelDataset
+
+HEX = "[0-9a-f]" * 2  # the names of the folders that `Encodings` stores in
+
+
+def prepare(run: Run, folder: Path) -> Mixture:
+    """What `run` draws from; raises `UserError` where it or the folder cannot be used."""
+    check_folder(run.model)
+    check_foreign(folder, (run_folder.INDEX, HEX), what="encodings of vcdeft")
+    with run_folder.undone_on_failure(folder, fresh=not folder.exists()):
+        output_folder(folder)
+        return mixtures.mixture_of(run, cache=folder / run_folder.INDEX)
+
+
+def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool) -> None:
+    """Encode this process's share of the first examples of `run` into `folder`, and what it came
+    to in all processes, if it is the first of them.
+
+    examples: None: all of a run with as many processes as this group has.
+    """
+    process = PartialState(cpu=not torch.cuda.is_available())
+    mixture = prepare(run, folder)
+    count = examples or length_of(run, mixture, processes=process.num_processes)
+    encodings = Encodings(folder)
+    encoders = load_encoders(
+        run.model,
+        dtype=dtype_of(run.precision, process.device.type),
+        device=str(process.device),
+        clip_text=run.clip_text,
+        encodings=encodings,
+    )
+    loader = DataLoader(
+        PixelDataset(mixture),
+        sampler=range(process.process_index, count, process.num_processes),
+        batch_size=1,
+        collate_fn=list,
+        num_workers=run.data.workers,
+    )
+    first = process.is_main_process
+    bar = tqdm(loader, desc="encoding", unit="example", disable=not first)
+    encode_all(encoders, (drawn for (drawn,) in bar), text_only=text_only)
+    used = encodings.used_by_all()
+    process.destroy_process_group()
+    if first:
+        sizes = [path.stat().st_size for path in entries(folder)]
+        tqdm.write(f"encodings {folder}: {used}")
+        tqdm.write(f"{count} examples; {len(sizes)} entries, {sum(sizes) / 1e6:.1f} MB")
+
+
+def encode_all(
+    encoders: Encoders, examples: Iterable[PixelExample | UserError], *, text_only: bool
+) -> None:
+    """Encode examples for `encoders.encodings` alone, whatever it has already."""
+    assert encoders.encodings is not None
+    for drawn in examples:
+        if isinstance(drawn, UserError):
+            raise drawn
+        encoders.encode_text([drawn.prompt])
+        if not text_only:
+            encode_grids(encoders, [drawn.grid], clean=True)
+        if not encoders.encodings.storing:
+            raise UserError(
+                f"--output {encoders.encodings.folder}: nothing more can be stored there; make "
+                "room and give the same again, it goes on where it stopped"
+            )
+
+
+def length_of(run: Run, mixture: Mixture, *, processes: int) -> int:
+    """How many examples `run` draws in all its steps."""
+    plan = preparation.plan_of(run, mixture, processes=processes)
+    return sum(step.examples for step in islice(plan.steps(0), run.steps))

@@ -1,0 +1,229 @@
+"""A run on one page: curves, the last sheet and the settings, in a file that needs no server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.errors import UserError, printable
+from visualcloze_deft.images.reading import read_image
+from visualcloze_deft.reporting.html import PAGE, jpeg, table
+from visualcloze_deft.reporting.plots import (
+    Lines,
+    Numbers,
+    draw,
+    keep_in_view,
+    picture,
+    smooth,
+    thinned,
+    values,
+)
+from visualcloze_deft.storage.atomic import write_text
+from visualcloze_deft.storage.jsonl import EvaluationLine, SkippedLine, StepLine, read_lines
+from visualcloze_deft.storage.text_files import read_text
+from visualcloze_deft.training import run_folder
+
+REPORT = "report.html"
+TASKS = 10  # curves in one picture, those with most examples; the table has all tasks
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of the run in `folder`, also of one under way; the file appears whole.
+
+    Raises `UserError` where `folder` holds no run, or one that has not taken a step.
+    """
+    settings = folder / run_folder.SETTINGS
+    if not settings.is_file():
+        raise UserError(f"{folder}: no run there; name a folder that 'vcdeft train' wrote")
+    steps = read_lines(folder / run_folder.METRICS, StepLine)
+    if not steps:
+        raise UserError(f"{folder}: the run has not taken a step yet")
+    evaluations = read_lines(folder / run_folder.EVALUATION, EvaluationLine)
+    skipped = read_lines(folder / run_folder.SKIPPED, SkippedLine)
+    parts = [
+        f"<h1>{escape(folder.resolve().name)}</h1>",
+        table([*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]),
+        f'<div class="curves">{"".join(pictures(steps, evaluations))}</div>',
+        "<h2>Tasks</h2>" + task_rows(steps, evaluations),
+        last_sheet(folder),
+        skipped_part(skipped),
+        f"<h2>Settings</h2><pre>{escape(read_text(settings))}</pre>",
+    ]
+    path = folder / REPORT
+    write_text(path, PAGE.format(title=escape(folder.name), body="\n".join(parts)))
+    return path
+
+
+def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
+    """What stands at the top of the page."""
+    last, spent = steps[-1], sum(line["seconds"] for line in steps)
+    before, now = ends(values(steps, "loss"))
+    found = [
+        ("model", run.model + (f" with {run.model_lora}" if run.model_lora else "")),
+        ("adapter", f"{run.adapter.method}, rank {run.adapter.rank}"),
+        ("data", ", ".join(run.data.sources)),
+        ("steps", f"{last['step']} of {run.steps}, {last['examples']} examples"),
+        (
+            "time in steps",
+            f"{spent / 60:.1f} minutes, {last['examples'] / (spent or 1):.2f} examples/s",
+        ),
+        ("training loss", f"{before:.4f} in the first eighth of the steps, {now:.4f} in the last"),
+    ]
+    if evaluations:
+        first, last_one = evaluations[0], evaluations[-1]
+        text = ", ".join(
+            f"{loss_text(line['loss'])} at step {line['step']}" for line in (first, last_one)
+        )
+        found.append(("held-out loss", text))
+    if last.get("memory") is not None:
+        found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
+    return found
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def kernels(folder: Path) -> list[tuple[str, str]]:
+    """The attention that the run computes with, why, and where another one failed."""
+    recorded = run_folder.recorded(folder)
+    if "attention" not in recorded:  # a run of before it was chosen
+        return []
+    versions = run_folder.VersionsFile(**recorded)
+    why = versions.attention_check.removeprefix("attention: ") or versions.attention
+    failed = [f"not finite after {where}" for where in versions.not_finite.values()]
+    changed = f"now {versions.attention}, norms {versions.norms}"
+    return [("attention", "; ".join([why, *failed, changed] if failed else [why]))]
+
+
+def ends(y: Numbers) -> tuple[float, float]:
+    """The means of the first and of the last eighth of the finite values."""
+    y = y[np.isfinite(y)]
+    part = -(-len(y) // 8)
+    return (float(y[:part].mean()), float(y[-part:].mean())) if part else (np.nan, np.nan)
+
+
+def pictures(steps: Lines, evaluations: Lines) -> list[str]:
+    """The curves as SVG; those that the run has no numbers for are left out."""
+    drawn: list[tuple[str, str, Callable[[Axes], None]]] = [
+        ("Loss", "mean squared error", lambda axes: draw_loss(axes, steps, evaluations)),
+        ("Loss by task, smoothed", "", lambda axes: draw_tasks(axes, steps)),
+        ("Held-out loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
+        ("Learning rate", "", lambda axes: draw(axes, steps, "lr")),
+        ("Examples per second", "", lambda axes: draw(axes, rates(steps), "examples_per_second")),
+        ("Image tokens per second", "", lambda axes: draw(axes, steps, "tokens_per_second")),
+        ("Waiting", "share of a step", lambda axes: draw_waiting(axes, steps)),
+        ("Use of the GPUs' peak", "share", lambda axes: draw(axes, steps, "utilisation")),
+        ("Memory", "GiB", lambda axes: draw(axes, steps, "memory", unit=2**30)),
+        ("Gradient norm, before clipping", "", lambda axes: draw(axes, steps, "gradient_norm")),
+        ("Adapter norms, change since the first", "%", lambda axes: draw_norms(axes, steps)),
+    ]
+    return [svg for title, unit, draw_on in drawn if (svg := picture(title, unit, draw_on))]
+
+
+def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:
+    x, y = values(steps, "step"), values(steps, "loss")
+    smoothed = smooth(y)
+    axes.plot(*thinned(x, y), color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(*thinned(x, smoothed), color="C0", label="training, smoothed")
+    if evaluations:
+        x, held_out = values(evaluations, "step"), values(evaluations, "loss")
+        axes.plot(x, held_out, "o-", color="C3", markersize=4, label="held out")
+        smoothed = np.concatenate([smoothed, held_out])
+    keep_in_view(axes, y, smoothed)
+
+
+def draw_tasks(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    for task in [task for task, _ in seen_tasks(steps).most_common(TASKS)]:
+        y = values(steps, "tasks", task)
+        known = np.isfinite(y)
+        axes.plot(
+            *thinned(x[known], smooth(y[known], share=1 / 8)), linewidth=1.2, label=printable(task)
+        )
+        axes.set_yscale("log")  # a map is a tenth of a photo's loss
+
+
+def seen_tasks(steps: Lines) -> Counter[str]:
+    """In how many steps each task was seen."""
+    return Counter(task for line in steps for task in line["tasks"])
+
+
+def draw_times(axes: Axes, evaluations: Lines) -> None:
+    x = values(evaluations, "step")
+    if evaluations:
+        axes.plot(x, values(evaluations, "loss"), "o-", color="C3", linewidth=2.5, label="mean")
+    for time in evaluations[0]["times"] if evaluations else ():
+        axes.plot(x, values(evaluations, "times", time), "--", linewidth=1, label=f"t = {time}")
+
+
+def rates(steps: Lines) -> Lines:
+    """Steps with their rate in examples, also those written before it was."""
+    before = [0, *(line["examples"] for line in steps[:-1])]
+    return [
+        {"examples_per_second": (line["examples"] - seen) / (line["seconds"] or 1), **line}
+        for line, seen in zip(steps, before, strict=True)
+    ]
+
+
+def draw_waiting(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    names = {"waiting": "for data, mean", "idle": "for the largest part, planned"}
+    for name, label in names.items():
+        y = values(steps, name)
+        if np.isfinite(y).any():
+            axes.plot(*thinned(x, smooth(y)), label=label)
+    axes.set_ylim(0, None)
+
+
+def draw_norms(axes: Axes, steps: Lines) -> None:
+    x = values(steps, "step")
+    for kind in sorted({kind for line in steps for kind in line.get("norms", ())}):
+        y = values(steps, "norms", kind)
+        first = y[np.isfinite(y)][0]
+        axes.plot(
+            *thinned(x, 100 * (y / first - 1)),
+            "o-",
+            markersize=3,
+            label=f"{kind}, first {first:.3g}",
+        )
+
+
+def task_rows(steps: Lines, evaluations: Lines) -> str:
+    """Each task's losses."""
+    head = ["task", "steps", "training, first eighth", "last eighth"]
+    head += ["held out, first", "last"] if evaluations else []
+    rows = []
+    for task, count in seen_tasks(steps).most_common():
+        before, now = ends(values(steps, "tasks", task))
+        held = values(evaluations, "tasks", task)
+        held = held[np.isfinite(held)]
+        row = [task, str(count), f"{before:.4f}", f"{now:.4f}"]
+        rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else ["", ""]))
+    return table(rows, head=head)
+
+
+def last_sheet(folder: Path) -> str:
+    """The newest sample sheet, in the page itself."""
+    sheets = sorted((folder / "sheets").glob("step-*.png"))
+    if not sheets:
+        return ""
+    picture = jpeg(read_image(sheets[-1]), alt="sample sheet")
+    words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
+    return words + picture
+
+
+def skipped_part(skipped: Lines) -> str:
+    """What could not be read."""
+    if not skipped:
+        return "<h2>Skipped</h2><p>Every item drawn could be read.</p>"
+    items = Counter((line["source"], line["item"], line["why"]) for line in skipped)
+    rows = [(*item, count) for item, count in items.most_common(50)]
+    more = f"<p>and {len(items) - 50} more in {run_folder.SKIPPED}</p>" if len(items) > 50 else ""
+    return "<h2>Skipped</h2>" + table(rows, head=["source", "item", "why", "times"]) + more
