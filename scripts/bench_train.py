@@ -5,7 +5,7 @@ written below as diffusers' example trainers do it, take turns at the same grids
 in one process; medians are compared, because machines are noisy. Prints a table with the time of
 each part and writes bench.json. On a GPU `--blocks 19 38` is FLUX.1-Fill's transformer with random
 weights on a 3 x 3 grid of 384 px (tokens and text random too, nothing encoded) and reports model
-FLOP utilisation for each --checkpoint-blocks.
+FLOP utilisation for each --gradient-checkpointing.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def engine_step(run: Run, models: Models) -> tuple[Step, Any]:
         groups = batch
         if not isinstance(batch[0], TokenBatch):
             with times.measured("encode"):
-                groups = encode(models, batch, seed=run.seed, times=run.times)
+                groups = encode(models, batch, seed=run.seed, times=run.timestep_sampling)
         with times.measured("forward"):
             loss = engine(groups).mean()
         with times.measured("backward"):
@@ -141,7 +141,7 @@ def minimal_step(run: Run, models: Models) -> Step:
         with times.measured("backward"):
             accelerator.backward(loss)
         with times.measured("optimiser"):
-            accelerator.clip_grad_norm_(trained, run.optimiser.clip)
+            accelerator.clip_grad_norm_(trained, run.optimiser.max_grad_norm)
             optimiser.step()
             optimiser.zero_grad()
 
@@ -247,7 +247,7 @@ def take_turns(
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.blocks:
         return measure_flux(options)
-    base = [*BASE, f"batch={options.batch}", "checkpoint_blocks=none"]
+    base = [*BASE, f"batch={options.batch}", "gradient_checkpointing=none"]
     run = load_run(None, [*base, f"adapter.rank={options.rank}", f"data.tasks={options.tasks}"])
     batches, drawing = drawn_batches(run, options.rounds + options.warmup)
     steps: dict[str, Step] = {}
@@ -297,7 +297,9 @@ def measure_blocks(
     models: Any = argparse.Namespace(transformer=transformer, device=DEVICE)
     method = "deft" if variant.endswith("deft") else "lora"
     adapter = [f"adapter.method={method}", f"adapter.rank={options.rank}"]
-    run = load_run(None, [*BASE, f"batch={options.batch}", f"checkpoint_blocks={blocks}", *adapter])
+    run = load_run(
+        None, [*BASE, f"batch={options.batch}", f"gradient_checkpointing={blocks}", *adapter]
+    )
     if variant.startswith("accelerate"):
         if blocks == "all":
             transformer.enable_gradient_checkpointing()

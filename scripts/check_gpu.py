@@ -60,7 +60,7 @@ def gradients(model: str, method: str, backend: str, **more: Any) -> Case:
 def command(backend: str, *, small: bool) -> Case:
     name = f"vcdeft train --tasks all --zero 2 --attention {backend}"
     more = ["--batch", "1", "--set", "batch_tokens=0", "--processes", "1"] if small else []
-    more += ["--set", "watch.trackers=[]"]
+    more += ["--set", "logging.trackers=[]"]
     return case(COMMAND, name, "command", backend=backend, steps=2 if small else 8, more=more)
 
 

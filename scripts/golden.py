@@ -40,7 +40,7 @@ processes = 1
 [run.data]
 tasks = "image-to-normals,colourisation"
 resolution = {cell}
-[run.watch]
+[run.logging]
 trackers = []
 [new]
 tasks = "image-to-normals,colourisation"
@@ -125,11 +125,11 @@ def images(place: Path) -> Iterator[tuple[str, Any]]:
         "upsampled": ("--adapter", deft, "--upsample", 2),
         "fp8": ("--adapter", deft, "--quantise", "fp8"),
         "cached steps": ("--cache", "first-block=0.1"),
-        "batch": ("--batch", 2, "--images", 2),
+        "batch": ("--batch", 2, "--images-per-grid", 2),
     }
     for name, more in ways.items():
         output = place / f"images {name}"
-        words = ["--examples", grids / "grid.json", "--steps", 8, "--resolution", CELL]
+        words = ["--examples", grids / "grid.json", "--inference-steps", 8, "--resolution", CELL]
         vcdeft("infer", *words, *more, "--output", output)
         yield f"images: {name}", pictures(output)
 
@@ -146,7 +146,18 @@ def exports(place: Path) -> Iterator[tuple[str, Any]]:
 
 def evaluation(place: Path) -> Iterator[tuple[str, Any]]:
     output = place / "evaluation"
-    words = ["--suite", "scenes", "--limit", 2, "--steps", 4, "--batch", 4, "--encoder", "none"]
+    words = [
+        "--suite",
+        "scenes",
+        "--limit",
+        2,
+        "--inference-steps",
+        4,
+        "--batch",
+        4,
+        "--encoder",
+        "none",
+    ]
     vcdeft("eval", place / "deft-zero0/adapter", *words, "--against-base", "--output", output)
     yield "evaluation: table", (output / "table.csv").read_text("utf-8")
 

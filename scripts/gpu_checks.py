@@ -422,7 +422,7 @@ def found_gradients(
     net.train()
     leave_nan()
     if zero is None:
-        recompute(net, run.checkpoint_blocks)
+        recompute(net, run.gradient_checkpointing)
         GridLoss(net, context_weight=run.context_weight, guidance=run.guidance)(
             [batch]
         ).mean().backward()
@@ -449,7 +449,7 @@ def run_of(method: str, *, batch: int, zero: int, blocks: str, dtype: torch.dtyp
         "context_weight=0.1",
         f"adapter.rank={RANK}",
         f"adapter.method={method}",
-        f'checkpoint_blocks="{blocks}"',
+        f'gradient_checkpointing="{blocks}"',
     ]
     return load_run(None, given)
 

@@ -161,7 +161,7 @@ def step(
     with tempfile.TemporaryDirectory() as place:
         given = [f'model="{model_folder(Path(place), model)}"', f"compile={str(compiled).lower()}"]
         given += [f"adapter.method={method}", f"adapter.rank={rank}", f"quantise={bits}"]
-        given += [f"checkpoint_blocks={json.dumps(blocks)}", "precision=bfloat16"]
+        given += [f"gradient_checkpointing={json.dumps(blocks)}", "precision=bfloat16"]
         run = load_run(None, [*given, "zero=0", "processes=1", "batch=1"])
         try:
             planned = planned_gb(run, tokens=tokens, strip=tokens // rows, text=text)
@@ -176,7 +176,7 @@ def planned_gb(run: Run, *, tokens: int, strip: int, text: int) -> float:
     """What `vcdeft plan` says of the transformer and its training."""
     load = activations.Load(grids=1, image=tokens, text=text, strip=strip)
     plan = memory.memory_plan(run, load, processes=1, gpu=True)
-    some = run.checkpoint_blocks
+    some = run.gradient_checkpointing
     blocks = {"all": plan.blocks, "none": 0}[some] if isinstance(some, str) else some
     return (plan.parts(0, blocks).peak - plan.encoders) / 1e9
 

@@ -44,7 +44,7 @@ from gpu_rows import (
     tables,
 )
 
-METRICS = "metrics.jsonl"  # as in visualcloze_deft.rundir, which would import torch
+METRICS = "metrics.jsonl"  # as in visualcloze_deft.training.run_folder, which would import torch
 SCENES = "canny-to-image,image-to-depth"
 SAME = 0.02  # relative difference of losses whose sums a GPU may add in another order
 GROWTH = 0.5  # of memory over steps whose shapes change, that is no leak: large ones come late
@@ -136,7 +136,7 @@ class Stage:
         words: list[object] = ["--model", self.size.model, "--tasks", SCENES, "--rank", 8]
         words += ["--steps", steps or self.size.steps, "--batch", self.size.batch]
         words += ["--processes", self.size.processes]
-        return [*words, *settings("watch.trackers=[]", "rollout=0")]
+        return [*words, *settings("logging.trackers=[]", "scheduled_sampling=0")]
 
     @property
     def grids(self) -> Path:
@@ -155,7 +155,15 @@ class Stage:
         return output
 
     def inference(self, output: Path) -> list[object]:
-        words = ["infer", "--examples", self.grids, "--model", self.size.model, "--steps", 2]
+        words = [
+            "infer",
+            "--examples",
+            self.grids,
+            "--model",
+            self.size.model,
+            "--inference-steps",
+            2,
+        ]
         return [*words, "--output", output]
 
 
@@ -286,7 +294,7 @@ def float16(stage: Stage) -> Row:
 def evaluated(stage: Stage) -> Row:
     output = stage.folder / "evaluation"
     words = ["eval", stage.adapter, "--suite", "scenes", "--tasks", SCENES, "--limit", 1]
-    words += ["--steps", 2, "--encoder", "none", "--model", stage.size.model]
+    words += ["--inference-steps", 2, "--encoder", "none", "--model", stage.size.model]
     stage.run(*words, "--output", output)
     return {"images": len((output / "results.jsonl").read_text("utf-8").splitlines())}
 
@@ -303,7 +311,7 @@ batch = 1
 processes = 1
 [run.data]
 tasks = "image-to-normals"
-[run.watch]
+[run.logging]
 trackers = []
 [new]
 tasks = "image-to-normals"
@@ -339,8 +347,8 @@ def imported(stage: Stage) -> Row:
 def encoded(stage: Stage) -> Row:
     """Encodings made before a run, and the run that reads them while its encoders rest."""
     kept = stage.folder / "encodings"
-    stage.run("data", "encode", *stage.of_run(), "--output", kept)
-    more = settings(f'data.encodings="{kept}"', "offload_encoders=true")
+    stage.run("data", "cache", *stage.of_run(), "--output", kept)
+    more = settings(f'data.embedding_cache="{kept}"', "offload_encoders=true")
     return trained(stage, name="encoded", more=more)
 
 
@@ -407,7 +415,9 @@ def trainings() -> list[Job]:
         train("optimiser offloaded", "--zero", 2, *settings("offload=optimiser")),
         train("parameters offloaded", "--zero", 3, *settings("offload=parameters")),
         job("train", "dropout, killed and resumed", partial(killed, name="drop", more=dropout)),
-        train("sheets and held-out losses", *settings("sheet_every=2", "watch.evaluate_every=2")),
+        train(
+            "sheets and held-out losses", *settings("sample_every=2", "logging.validate_every=2")
+        ),
         train("para", "--method", "para"),
         train("deft-relaxed", "--method", "deft-relaxed"),
     ]

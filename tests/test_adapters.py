@@ -150,7 +150,7 @@ def test_a_pattern_that_matches_no_layer_or_no_linear_one_is_refused(
     transformer: FluxTransformer2DModel, pattern: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        injection.attach(transformer, Adapter(layers=pattern), seed=0)
+        injection.attach(transformer, Adapter(target_modules=pattern), seed=0)
 
 
 def break_truncate(folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_second_load_is_refused_and_keeps_the_first(
 
 def test_a_rank_larger_than_a_layer_names_the_layer(transformer: FluxTransformer2DModel) -> None:
     with pytest.raises(UserError, match=r"rank 33: larger than .*to_q, which has 32 inputs"):
-        injection.attach(transformer, Adapter(rank=33, layers=r".*to_q"), seed=0)
+        injection.attach(transformer, Adapter(rank=33, target_modules=r".*to_q"), seed=0)
 
 
 def test_after_a_refused_adapter_the_right_one_can_be_loaded(
@@ -254,4 +254,4 @@ def test_after_a_refused_adapter_the_right_one_can_be_loaded(
 
 def test_layers_that_match_nothing_are_refused(transformer: FluxTransformer2DModel) -> None:
     with pytest.raises(UserError, match="matches no linear layer"):
-        injection.attach(transformer, Adapter(layers="nothing"), seed=0)
+        injection.attach(transformer, Adapter(target_modules="nothing"), seed=0)

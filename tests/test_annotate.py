@@ -337,7 +337,7 @@ def test_examples_are_the_same_from_a_folder_also_where_items_are_held_out(
     found = []
     for place in (depth_model, maps):
         words = [f"data.sources=['folder={photos}']", f"data.annotate.depth={place}"]
-        words += ["data.tasks=image-to-depth", "data.hold_out=2", "data.resolution=32"]
+        words += ["data.tasks=image-to-depth", "data.validation_every=2", "data.resolution=32"]
         for held_out in (False, True):
             mixture = mixture_of(load_run(None, words), held_out=held_out)
             rows = [row for k in range(4) for row in mixture[k].rows]

@@ -274,7 +274,15 @@ def test_a_record_says_which_kernel_made_the_image_and_auto_leaves_it_finished(
 ) -> None:
     """Whichever kernel "auto" takes the next time."""
     monkeypatch.setattr(attention, "UNTESTED", frozenset())
-    words = ["infer", "--model", str(micro_model), "--examples", str(grid_file()), "--steps", "1"]
+    words = [
+        "infer",
+        "--model",
+        str(micro_model),
+        "--examples",
+        str(grid_file()),
+        "--inference-steps",
+        "1",
+    ]
     words += ["--output", str(tmp_path / "out")]
     with standing_in(cudnn=standins.right):
         main(words)

@@ -37,7 +37,7 @@ Refused = Callable[..., str]
         (["train", "--rank"], "--rank"),
         (["train", "extra"], "extra"),
         (["infer"], "--examples"),
-        (["infer", "--examples", "g.json", "--steps", "0"], "--steps"),
+        (["infer", "--examples", "g.json", "--inference-steps", "0"], "--inference-steps"),
         (["infer", "--examples", "g.json", "--resolution", "8"], "--resolution"),
         (["tasks", "preview"], "NAME"),
         (["--verison"], "--verison"),
@@ -112,9 +112,9 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
         (["--set", "save_every"], "--set 'save_every': expected NAME=VALUE"),
         (["--set", "save_every=often"], "save_every = 'often'"),
         (["--set", f"save_every={'9' * 5000}"], "save_every = '999"),
-        (["--set", "data.hold_out=1"], "data.hold_out = 1"),
-        (["--data", "scenes=3", "--set", "data.hold_out=4"], "scenes has 3 items"),
-        (["--set", "adapter.layers=("], "no regular expression"),
+        (["--set", "data.validation_every=1"], "data.validation_every = 1"),
+        (["--data", "scenes=3", "--set", "data.validation_every=4"], "scenes has 3 items"),
+        (["--set", "adapter.target_modules=("], "no regular expression"),
         (["--config", "x" * 300], "no such file, and no shipped one"),
         (["--set", "data.weights.dept=1"], "data.weights names 'dept'"),
         (["--set", "data.task_folders=['gone']"], "task folder gone: no such folder"),
@@ -325,13 +325,13 @@ def test_damaged_adapter_weights_are_named_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks-from", "gone"], "task folder gone: no such folder"),
+        (["--task-folder", "gone"], "task folder gone: no such folder"),
         (["--model", "tinny"], "unknown model 'tinny'"),
         (["--seed", str(2**70)], "seed"),
         (["--seed", "many"], "--seed"),
         (["--guidance", "nan"], "--guidance nan"),
         (["--resolution", "100"], "--resolution 100: give a multiple of 16"),
-        (["--lora", "/gone/lora.safetensors"], "LoRA '/gone/lora.safetensors'"),
+        (["--model-lora", "/gone/lora.safetensors"], "LoRA '/gone/lora.safetensors'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -368,7 +368,7 @@ def test_weights_that_are_a_pipe_are_not_waited_for(
     assert WEIGHTS in infer("--adapter", folder)
     output = tmp_path / "lora.safetensors"
     assert WEIGHTS in refused("export", folder, "--format", "kohya", "--output", output)
-    assert WEIGHTS in refused("infer", "--examples", "g", "--lora", folder / WEIGHTS)
+    assert WEIGHTS in refused("infer", "--examples", "g", "--model-lora", folder / WEIGHTS)
 
 
 def test_an_unwritable_output_is_named_before_the_model_is_loaded(
@@ -388,7 +388,7 @@ def test_an_unwritable_output_is_named_before_the_model_is_loaded(
     ("arguments", "message"),
     [
         (["dept-to-image"], "unknown task 'dept-to-image'; did you mean depth-to-image"),
-        (["novel-view", "--from", "gone"], "task folder gone: no such folder"),
+        (["novel-view", "--task-folder", "gone"], "task folder gone: no such folder"),
         (["novel-view", "--data", "graph200k=gone"], "gone: no such folder"),
         (["novel-view", "--data", "secnes"], "unknown data source 'secnes'"),
         (["novel-view", "--seed", "-1"], "seed"),
@@ -454,7 +454,7 @@ def test_grids_that_were_written_are_left_alone(refused: Refused, tmp_path: Path
 
 
 def test_a_listing_with_a_missing_folder_is_refused(refused: Refused) -> None:
-    assert "task folder gone: no such folder" in refused("tasks", "list", "--from", "gone")
+    assert "task folder gone: no such folder" in refused("tasks", "list", "--task-folder", "gone")
 
 
 def test_a_written_example_is_a_good_grid_file(

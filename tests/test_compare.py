@@ -58,7 +58,7 @@ def fields(model: Path, output: Path) -> dict[str, Any]:
             "processes": 1,
             "save_every": 1,
             "data": {"tasks": "image-to-normals,colourisation"},
-            "watch": {"trackers": []},
+            "logging": {"trackers": []},
         },
         "new": {"tasks": "image-to-normals,colourisation"},
         "old": {"tasks": "depth-to-image"},

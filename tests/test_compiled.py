@@ -63,7 +63,7 @@ def trained(model: FluxTransformer2DModel, *, recomputed: int = 0) -> None:
 
 def step(model: FluxTransformer2DModel, *, grids: int, length: int, grad: bool = True) -> None:
     """Both passes over grids of `length` image tokens and 3 text tokens; without `grad` the first
-    alone, as for a rollout."""
+    alone, as for a scheduled_sampling."""
     with nullcontext() if grad else torch.no_grad():
         velocity = predict_velocity(
             model,

@@ -213,7 +213,7 @@ def test_a_run_says_which_data_it_does_not_train_on(
 ) -> None:
     sources = [f"dreambench-plus={bench}", f"dreambooth={dogs}"]
     data = {"sources": sources, "tasks": "subject-driven"}
-    settings = {"data": data, "output": str(tmp_path / "run"), "checkpoint_blocks": "none"}
+    settings = {"data": data, "output": str(tmp_path / "run"), "gradient_checkpointing": "none"}
     run = parse_run(settings, where="test")
     mixture = mixture_of(run)
     assert {mixture[k].keys[-1].split()[0] for k in range(20)} == {"dog"}

@@ -254,9 +254,9 @@ def test_what_is_encoded_ahead_is_what_training_asks_for(
 ) -> None:
     of_run = ["--model", str(micro_model), "--tasks", "depth-to-image", "--steps", "3"]
     of_run += ["--batch", "2", "--processes", "1"]
-    main(["data", "encode", *of_run, "--output", str(tmp_path / "kept")])
+    main(["data", "cache", *of_run, "--output", str(tmp_path / "kept")])
     assert "6 examples" in capsys.readouterr().out
-    main(["data", "encode", *of_run, "--output", str(tmp_path / "kept")])
+    main(["data", "cache", *of_run, "--output", str(tmp_path / "kept")])
     assert ", 0 made" in capsys.readouterr().out
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "batch=2"])
     mixture = mixtures.mixture_of(run)
@@ -287,12 +287,12 @@ def test_a_file_in_place_of_the_folder_is_refused_before_weights_are_read(
 ) -> None:
     (tmp_path / "file").touch()
     words = ["train", "--model", hollow_model, "--output", tmp_path / "run"]
-    assert "no folder" in refused(*words, "--set", f"data.encodings={tmp_path / 'file'}")
+    assert "no folder" in refused(*words, "--set", f"data.embedding_cache={tmp_path / 'file'}")
     assert not (tmp_path / "run").exists()
 
 
 def test_run_names_a_folder_of_the_run(tmp_path: Path) -> None:
-    run = load_run(None, [f"output={tmp_path}", "data.encodings=run"])
+    run = load_run(None, [f"output={tmp_path}", "data.embedding_cache=run"])
     assert run_folder.encodings_folder(run) == tmp_path / run_folder.ENCODINGS
     assert run_folder.encodings_folder(load_run(None)) is None
 
@@ -300,7 +300,9 @@ def test_run_names_a_folder_of_the_run(tmp_path: Path) -> None:
 def test_a_run_may_go_on_with_encodings_or_without(tmp_path: Path) -> None:
     before = load_run(None, [f"output={tmp_path}"])
     write_run(before, tmp_path / run_folder.SETTINGS)
-    now = load_run(None, [f"output={tmp_path}", "data.encodings=run", "offload_encoders=true"])
+    now = load_run(
+        None, [f"output={tmp_path}", "data.embedding_cache=run", "offload_encoders=true"]
+    )
     plan = preparation.plan_of(now, mixtures.mixture_of(now), processes=1)
     resume.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan, ())
 

@@ -179,7 +179,8 @@ def test_pictures_and_grids_appear_whole_or_not_at_all(
 def test_an_evaluation_that_finds_no_room_leaves_nothing_half_made(
     refused: Refused, no_room: NoRoom, tmp_path: Path
 ) -> None:
-    words = "eval none --suite scenes --tasks depth-to-image --limit 1 --steps 1 --encoder none"
+    words = "eval none --suite scenes --tasks depth-to-image --limit 1 --encoder none"
+    words += " --inference-steps 1"
     with no_room():
         line = refused(*words.split(), "--output", tmp_path / "out")
     assert "cannot be written (File too large)" in line
@@ -230,7 +231,7 @@ def test_numbers_too_large_for_the_precision_of_an_export_are_refused(
 ) -> None:
     words = ["export", adapter, "--format", "diffusers", "--output", tmp_path / "x.safetensors"]
     assert "too large for torch.float16" in refused(
-        *words, "--strength", "1e6", "--dtype", "float16", "--no-verify"
+        *words, "--scale", "1e6", "--dtype", "float16", "--no-verify"
     )
 
 
@@ -242,12 +243,12 @@ def test_numbers_too_large_for_the_precision_of_an_export_are_refused(
     [
         "steps=true",
         "zero=true",
-        "checkpoint_blocks=true",
+        "gradient_checkpointing=true",
         "optimiser.lr=true",
         "optimiser.betas=[true, 0.9]",
         "data.weights={novel-view = true}",
         "data.recipe.examples=[1, true]",
-        "data.hold_out=true",
+        "data.validation_every=true",
         "model=true",
         f"steps={DIGITS}",
         "steps=0x" + "f" * 5000,
@@ -262,9 +263,9 @@ def test_numbers_too_large_for_the_precision_of_an_export_are_refused(
         "output=a\nb",
         'output="a\\u0000b"',
         f"data.weights={DEEP}",
-        "adapter.layers=(",
-        "adapter.layers=" + "(" * 5000,
-        "adapter.layers=a{99999999999}",
+        "adapter.target_modules=(",
+        "adapter.target_modules=" + "(" * 5000,
+        "adapter.target_modules=a{99999999999}",
         "deepspeed.zero_optimization=5",
         f"{DIGITS}=1",
     ],
@@ -285,13 +286,13 @@ def test_a_setting_may_still_be_switched_written_in_lines_or_large() -> None:
     "words",
     [
         ["train", "--zero", DIGITS],
-        ["train", "--checkpoint-blocks", DIGITS],
+        ["train", "--gradient-checkpointing", DIGITS],
         ["train", "--steps", DIGITS],
         ["train", "--lr", "1e400"],
         ["plan", "--memory", f"{DIGITS}GB"],
         ["plan", "--grid", f"3x{DIGITS}"],
-        ["infer", "--examples", "g.json", "--images", "1000000000000"],
-        ["infer", "--examples", "g.json", "--steps", "1000000000000"],
+        ["infer", "--examples", "g.json", "--images-per-grid", "1000000000000"],
+        ["infer", "--examples", "g.json", "--inference-steps", "1000000000000"],
         ["infer", "--examples", "g.json", "--cache", "taylorseer=inf"],
         ["tasks", "example", "depth-to-image", "--count", "1000000000000"],
         ["tasks", "preview", "depth-to-image", "--seed", "-1"],
@@ -370,10 +371,12 @@ def test_a_pattern_that_never_ends_is_given_up(
     model = memory.flux({})
     names = list(model.linear)
     assert "takes more than 1 s" in message(lambda: matching("it", endless, names))
-    settings = Adapter(layers=endless)
-    assert "adapter.layers" in message(lambda: sizes.adapted_layers(model, settings))
+    settings = Adapter(target_modules=endless)
+    assert "adapter.target_modules" in message(lambda: sizes.adapted_layers(model, settings))
     transformer = load_models("tiny").transformer
-    assert "adapter.layers" in message(lambda: injection.attach(transformer, settings, seed=0))
+    assert "adapter.target_modules" in message(
+        lambda: injection.attach(transformer, settings, seed=0)
+    )
     for folder, name, value in (
         (adapter, "target_modules", endless),
         (adapter, "exclude_modules", endless),

@@ -76,7 +76,7 @@ def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def run(model: Path, *words: object) -> None:
-    main([str(word) for word in ("eval", *words, "--model", model, "--steps", 1)])
+    main([str(word) for word in ("eval", *words, "--model", model, "--inference-steps", 1)])
 
 
 def scenes(output: Path, *more: object) -> tuple[object, ...]:
@@ -200,7 +200,7 @@ def test_a_killed_evaluation_makes_only_what_is_missing(
     assert (output / "base" / "005.png").is_file()
     (output / "images" / "003.json").write_text("{}")
     capsys.readouterr()
-    words = scenes(output, "--against-base", "--model", micro_model, "--steps", 1)
+    words = scenes(output, "--against-base", "--model", micro_model, "--inference-steps", 1)
     said = refused("eval", adapter, *words)
     assert "003.json: already there and no record of vcdeft; remove it, or give another" in said
 
@@ -211,7 +211,16 @@ def test_an_evaluation_killed_at_work_ends_as_one_that_was_not(
 ) -> None:
     output, whole = tmp_path / "out", tmp_path / "whole"
     words = ["--suite", "scenes", "--tasks", TASKS, "--limit", 6, "--encoder", "none"]
-    words = ["eval", adapter, *words, "--against-base", "--model", micro_model, "--steps", 30]
+    words = [
+        "eval",
+        adapter,
+        *words,
+        "--against-base",
+        "--model",
+        micro_model,
+        "--inference-steps",
+        30,
+    ]
     group = processes.Group([*words, "--output", output], processes=1)
     while len(list((output / "images").glob("*.json"))) < 2:
         time.sleep(0.01)
@@ -233,7 +242,7 @@ def test_another_evaluations_folder_is_refused(
     refused: Callable[..., str],
 ) -> None:
     def line(adapter: object, *words: object, model: object = micro_model) -> str:
-        return refused("eval", adapter, *words, "--model", model, "--steps", 1)
+        return refused("eval", adapter, *words, "--model", model, "--inference-steps", 1)
 
     before = (evaluated / "results.jsonl").read_bytes()
     assert "with limit 2 where now 1" in line(adapter, *scenes(evaluated, "--limit", 1))
@@ -249,7 +258,7 @@ def test_another_evaluations_folder_is_refused(
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(
     micro_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(micro_model, "none", *scenes(tmp_path / "out", "--dry-run", "--samples", 3))
+    run(micro_model, "none", *scenes(tmp_path / "out", "--dry-run", "--images-per-grid", 3))
     said = capsys.readouterr().out
     assert "8 grids, 24 images; 24 calls of the transformer" in said
     assert not (tmp_path / "out").exists()
@@ -321,15 +330,17 @@ def test_options_that_images_have_no_use_for_are_refused(
         return refused("eval", *both, "--encoder", "none", *words)
 
     vain = {
-        "--limit": 1, "--tasks": "all", "--samples": 1, "--hold-out": 2, "--model": "tiny",
-        "--steps": 30, "--data": "insdet=x", "--rows": 2, "--seed": 1, "--suite": "scenes",
-        "--processes": 1, "--batch": 1, "--lora": "x", "--tasks-from": "x", "--guidance": 30,
+        "--limit": 1, "--tasks": "all", "--images-per-grid": 1, "--validation-every": 2,
+        "--model": "tiny",
+        "--inference-steps": 30, "--data": "insdet=x", "--rows": 2, "--seed": 1,
+        "--suite": "scenes",
+        "--processes": 1, "--batch": 1, "--model-lora": "x", "--task-folder": "x", "--guidance": 30,
         "--quantise": "none",
     }  # fmt: skip
     said = line("none", "--against-base", *(word for pair in vain.items() for word in pair))
     named = said.partition("leave ")[2].split(", ")
     assert sorted(named) == sorted([*vain, "--against-base", "ADAPTER"])
-    assert "--steps" in line("--steps", 30, "--dry-run")
+    assert "--inference-steps" in line("--inference-steps", 30, "--dry-run")
     sets = ("--unpaired", "--encoder", "efficientnet-lite0")
     said = line(*sets, "--lpips", "--edge-tolerance", 0, "--annotate", "depth=x/y")
     assert "--annotate, --edge-tolerance, --lpips: for pairs" in said
@@ -462,7 +473,7 @@ def test_subjects_are_scored_against_their_own_photos(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
-    words = ("--suite", "dreambooth", "--data", f"dreambooth={subjects}", "--samples", 2)
+    words = ("--suite", "dreambooth", "--data", f"dreambooth={subjects}", "--images-per-grid", 2)
     run(micro_model, "none", *words, "--output", output)
     lines = results(output)
     assert len(lines) == 6
@@ -473,7 +484,9 @@ def test_subjects_are_scored_against_their_own_photos(
     assert "CLIP-T needs --encoder clip" in text
     write_pictures(subjects / "dataset" / "cup", "00", seed=7)
     capsys.readouterr()
-    said = refused("eval", "none", *words, "--output", output, "--model", micro_model, "--steps", 1)
+    said = refused(
+        "eval", "none", *words, "--output", output, "--model", micro_model, "--inference-steps", 1
+    )
     assert "data whose files have come, gone or been written since (dreambooth)" in said
 
 
@@ -633,7 +646,7 @@ def test_only_items_that_are_held_out_are_asked(
         for k in range(4)
     ]
     (root / "data.json").write_text(json.dumps(rows))
-    words = ("--suite", "graph200k", "--data", f"graph200k={root}", "--hold-out", 2)
+    words = ("--suite", "graph200k", "--data", f"graph200k={root}", "--validation-every", 2)
     words += ("--encoder", "none", "--output", tmp_path / "out")
     named = ("--tasks", "canny-to-image,depth-to-image", "--model", micro_model)
     assert "task depth-to-image: no data source" in refused("eval", "none", *words, *named)

@@ -33,9 +33,9 @@ def base(model: Path) -> FluxTransformer2DModel:
     return FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
 
 
-def saved_adapter(model: Path, folder: Path, method: str, layers: str = "flux") -> Path:
+def saved_adapter(model: Path, folder: Path, method: str, layers: str = "default") -> Path:
     transformer = base(model)
-    settings = Adapter(method=method, rank=3, alpha=6, layers=layers)
+    settings = Adapter(method=method, rank=3, alpha=6, target_modules=layers)
     injection.attach(transformer, settings, seed=0)
     torch.manual_seed(1)
     for parameter in injection.trainable(transformer).values():
@@ -347,12 +347,12 @@ def test_mistakes_on_the_command_line_are_one_line(
         "export", tmp_path / "no", "--format", "kohya", "--output", out
     )
     assert "'png' is not one of" in refused("export", folder, "--format", "png", "--output", out)
-    assert "--strength" in refused(
-        "export", folder, "--format", "peft", "--output", out, "--strength", "0.5"
+    assert "--scale" in refused(
+        "export", folder, "--format", "peft", "--output", out, "--scale", "0.5"
     )
     for strength in ("nan", "inf", "0", "1e300"):
         assert "give a number other than 0" in refused(
-            "export", folder, "--format", "kohya", "--output", out, "--strength", strength
+            "export", folder, "--format", "kohya", "--output", out, "--scale", strength
         )
     cut = folder / WEIGHTS
     cut.write_bytes(cut.read_bytes()[:100])
@@ -363,9 +363,9 @@ def test_mistakes_on_the_command_line_are_one_line(
     (tmp_path / "text.safetensors").write_text("no tensors")
     assert "damaged" in refused("import", tmp_path / "text.safetensors", "--output", out)
     folder = saved_adapter(micro_model, tmp_path / "again", "deft")
-    start = f"adapter.start={folder}"
+    start = f"adapter.init_from={folder}"
     assert "it is deft of rank 3" in refused("train", "--rank", "4", "--set", start)
-    assert "adapter.start" in refused("train", "--set", f"adapter.start={tmp_path}")
+    assert "adapter.init_from" in refused("train", "--set", f"adapter.init_from={tmp_path}")
 
 
 def test_scales_in_the_header_of_diffusers_files_count(micro_model: Path, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path
     )
     words = ["train", "--model", micro_model, "--method", "lora", "--rank", 3, "--steps", 1]
     words += ["--lr", "1e-9", "--tasks", "depth-to-image", "--output", tmp_path / "run"]
-    processes.run([*words, "--set", f"adapter.start={start}"], processes=1)
+    processes.run([*words, "--set", f"adapter.init_from={start}"], processes=1)
     began = load_file(start / WEIGHTS)
     for name, tensor in load_file(tmp_path / "run" / "adapter" / WEIGHTS).items():
         torch.testing.assert_close(tensor, began[name])
@@ -443,7 +443,7 @@ def test_a_base_that_an_adapter_names_is_not_downloaded_unasked(
     assert "give --model someone/their-base to have it downloaded" in refused(*words)
     save_file(tensors, folder / WEIGHTS, {"base_lora": "someone/their-lora"})
     line = refused(*words, "--model", micro_model)
-    assert "give --lora someone/their-lora to have it downloaded" in line
+    assert "give --model-lora someone/their-lora to have it downloaded" in line
     in_hub_cache(micro_model, "someone/their-base", tmp_path / "cache", monkeypatch)
     save_file(tensors, folder / WEIGHTS, {"base_model": "someone/their-base"})
     export.export(folder, file, "diffusers")

@@ -50,7 +50,7 @@ RESUME = ["train", "--resume", "--output"]
 def words(model: Path, output: Path, *more: object) -> list[object]:
     base = ["train", "--model", model, "--tasks", "depth-to-image,novel-view", "--rank", 4]
     base += ["--steps", STEPS, "--batch", 2, "--output", output, "--lr", 0.01]
-    return [*base, "--set", "save_every=1", "--set", "keep=9", *more]
+    return [*base, "--set", "save_every=1", "--set", "keep_checkpoints=9", *more]
 
 
 def lines(output: Path) -> list[dict[str, object]]:
@@ -120,7 +120,7 @@ def test_a_run_killed_between_its_first_evaluation_and_its_first_checkpoint_star
     micro_model: Path, tmp_path: Path, number: int
 ) -> None:
     output = tmp_path / "run"
-    often = ("--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=2")
+    often = ("--set", "logging.validate_every=1", "--set", "logging.validation_examples=2")
     asked = [*words(micro_model, output, *often), "--steps", 2, "--set", "save_every=100"]
     group = Group(asked)
     until(lambda: jsonl.read_lines(output / run_folder.EVALUATION))
@@ -144,7 +144,7 @@ def decide_in_two(model: str, folder: str) -> None:
         run_folder.append_line(own / run_folder.EVALUATION, {"step": 0})
         progress = Progress(step=1, examples=1, seed=0, global_batch=1)
         save(own / "checkpoints", progress, {"a": torch.zeros(1)}, lambda at: None, keep=2)
-    said = [f"model={model}", f"output={own}", "watch.trackers=[]", "data.tasks=deblurring"]
+    said = [f"model={model}", f"output={own}", "logging.trackers=[]", "data.tasks=deblurring"]
     asked = load_run(None, [*said, f'data.sources=["folder={photos}"]'])
     watched = MetricsLog(asked, load_models(model), rank=rank, world=world, start=0)
     print(f"evaluated {watched.has_evaluated(0)}")
@@ -401,7 +401,7 @@ def poisoned(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [
         *words(folder / "model", folder / "run"),
         *("--data", f"folder={folder / 'rows.jsonl'}", "--tasks", "depth-to-image"),
-        *("--set", "data.recipe.keep_content=1", "--set", "data.recipe.drop_text=0"),
+        *("--set", "data.recipe.keep_content=1", "--set", "data.recipe.caption_dropout=0"),
         *("--batch", 1, "--steps", 8, "--set", "data.recipe.examples=[1]"),
     ]
 

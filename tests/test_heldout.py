@@ -41,9 +41,11 @@ def as_drawn(drawn: Sequence[PixelExample | UserError]) -> Sequence[PixelExample
 
 
 def measured(
-    models: Models, run: Run, own: Sequence[int], *, rollout: bool = False
+    models: Models, run: Run, own: Sequence[int], *, scheduled_sampling: bool = False
 ) -> dict[int, ValidationLosses]:
-    loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0, rollout=rollout).eval()
+    loss_of = GridLoss(
+        models.transformer, context_weight=1, guidance=1.0, scheduled_sampling=scheduled_sampling
+    ).eval()
     draws = PixelDataset(mixtures.held_out_of(run))
     return validation.losses(loss_of, models, draws, run, own=own, agreed=as_drawn)
 
@@ -78,16 +80,20 @@ def test_the_loss_does_not_depend_on_how_many_times_are_taken_at_once(
 
 
 def test_the_models_own_steps_are_training_alone(models: Models, micro_model: Path) -> None:
-    run = run_on(micro_model, "rollout=0.9")
+    run = run_on(micro_model, "scheduled_sampling=0.9")
     own = validation.share(1, rank=0, world=1)
-    assert measured(models, run, own, rollout=True) == measured(models, run, own)
+    assert measured(models, run, own, scheduled_sampling=True) == measured(models, run, own)
 
 
-@pytest.mark.parametrize("settings", ["times=uniform", "times=logit-normal time_shift=3"])
+@pytest.mark.parametrize(
+    "settings", ["timestep_sampling=uniform", "timestep_sampling=logit-normal timestep_shift=3"]
+)
 def test_times_are_quantiles_of_those_that_training_draws(settings: str) -> None:
     run = load_run(None, settings.split())
-    drawn = torch.stack([draw_noise((1,), 0, index, run.times)[1] for index in range(4000)])
-    found = torch.quantile(shift(drawn, run.time_shift), torch.tensor(validation.QUANTILES))
+    drawn = torch.stack(
+        [draw_noise((1,), 0, index, run.timestep_sampling)[1] for index in range(4000)]
+    )
+    found = torch.quantile(shift(drawn, run.timestep_shift), torch.tensor(validation.QUANTILES))
     torch.testing.assert_close(validation.times_of(run), found, atol=0.02, rtol=0)
 
 
@@ -107,11 +113,11 @@ def test_pictures_are_measured_on_where_some_are_held_out_and_else_refused(
             Image.new("RGB", (32, 32)).save(tmp_path / "data" / role / f"{number}.png")
     words = ["train", "--model", micro_model, "--data", f"folder={tmp_path / 'data'}"]
     words += ["--tasks", "depth-to-image", "--output", tmp_path / "run"]
-    said = refused(*words, "--set", "watch.evaluate_every=5")
-    assert "watch.evaluate_every = 5: nothing of folder=" in said
+    said = refused(*words, "--set", "logging.validate_every=5")
+    assert "logging.validate_every = 5: nothing of folder=" in said
     assert not (tmp_path / "run").exists()
     fields = [f'data.sources=["folder={tmp_path / "data"}"]', "data.tasks=depth-to-image"]
-    held_out = mixtures.held_out_of(load_run(None, [*fields, "data.hold_out=4"]))
+    held_out = mixtures.held_out_of(load_run(None, [*fields, "data.validation_every=4"]))
     assert {key for i in range(20) for key in held_out[i].keys} == {"3", "7"}
 
 

@@ -38,7 +38,7 @@ def names(folder: Path) -> set[str]:
 
 
 def run(*words: object) -> None:
-    main([str(word) for word in ("infer", *words, "--steps", 1)])
+    main([str(word) for word in ("infer", *words, "--inference-steps", 1)])
 
 
 def test_the_record_of_an_image_makes_it_again(
@@ -104,13 +104,13 @@ def test_what_was_made_otherwise_is_only_overwritten_where_asked(
     for other, said in (
         (("--seed", 5), "made with seed 0, asked for is 5"),
         (("--guidance", 3), "made with guidance 30.0, asked for is 3.0"),
-        (("--images", 2), "made with seed 0, asked for is [0, 1]"),
+        (("--images-per-grid", 2), "made with seed 0, asked for is [0, 1]"),
     ):
-        line = refused("infer", *words, "--steps", 1, *other)
+        line = refused("infer", *words, "--inference-steps", 1, *other)
         assert said in line
         assert "--overwrite" in line
     Image.new("RGB", (32, 32), "green").save(tmp_path / "b.png")
-    assert "made with rows_sha256" in refused("infer", *words, "--steps", 1)
+    assert "made with rows_sha256" in refused("infer", *words, "--inference-steps", 1)
     assert (output / "001.png").read_bytes() == before
     run(*words, "--seed", 5, "--overwrite")
     assert (output / "001.png").read_bytes() != before
@@ -151,7 +151,7 @@ def test_files_of_others_in_the_output_folder_stay(
     output.mkdir()
     (output / name).write_bytes((tmp_path / "a.png").read_bytes())
     before = (output / name).read_bytes()
-    words = ("--examples", path, "--model", micro_model, "--output", output, "--steps", 1)
+    words = ("--examples", path, "--model", micro_model, "--output", output, "--inference-steps", 1)
     assert said in refused("infer", *words)
     assert (output / name).read_bytes() == before
 
@@ -202,7 +202,17 @@ def test_a_dry_run_makes_nothing_and_says_what_would_be(
     for part in ("tokenizer", "tokenizer_2"):  # and not a weight
         shutil.copytree(micro_model / part, hollow_model / part, dirs_exist_ok=True)
     words = ("--examples", two_grids(grid_file), "--model", hollow_model, "--dry-run")
-    run(*words, "--output", tmp_path / "out", "--images", 2, "--resolution", 64, "--upsample", 2)
+    run(
+        *words,
+        "--output",
+        tmp_path / "out",
+        "--images-per-grid",
+        2,
+        "--resolution",
+        64,
+        "--upsample",
+        2,
+    )
     said = capsys.readouterr().out
     assert "001-seed0.png, 001-seed1.png  to do" in said
     assert "rows of 128x64, 128x64  64 tokens" in said
@@ -242,7 +252,15 @@ def test_a_killed_command_goes_on_where_it_was(
 ) -> None:
     output, whole = tmp_path / "out", tmp_path / "whole"
     grids = [{"rows": [["a.png", None]], "seed": seed} for seed in range(12)]
-    words = ["infer", "--examples", grid_file(grids), "--model", micro_model, "--steps", 60]
+    words = [
+        "infer",
+        "--examples",
+        grid_file(grids),
+        "--model",
+        micro_model,
+        "--inference-steps",
+        60,
+    ]
     group = processes.Group([*words, "--output", output], processes=1)
     while len(list(output.glob("*.json"))) < 2:
         time.sleep(0.01)
@@ -344,7 +362,7 @@ def test_several_adapters_and_strengths(
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"inference_mode": not settings["inference_mode"]}))
     capsys.readouterr()
-    given = (*words, "--steps", 1, "--adapter", tmp_path / "one")
+    given = (*words, "--inference-steps", 1, "--adapter", tmp_path / "one")
     output = tmp_path / "out-one"
     assert "made with adapters_config_sha256" in refused("infer", *given, "--output", output)
 
@@ -355,7 +373,7 @@ def test_several_adapters_and_strengths(
         (("--upsample", 2, "--strength", 1.5), "strength 1.5: give a number from 0 to 1"),
         (("--strength", 0.5), "--strength goes with --upsample"),
         (("--upsample", 60), "megapixels"),
-        (("--steps", 0), "--steps"),
+        (("--inference-steps", 0), "--inference-steps"),
         (("--resolution", 100), "--resolution 100: give a multiple of 16"),
         (("--cache", "first-blok"), "did you mean first-block?"),
         (("--cache", "taylorseer=x"), "'x' is no number"),
@@ -439,7 +457,7 @@ def test_the_lora_in_the_base_of_an_adapter_is_known_by_its_hash(
     files.save(models.transformer, folder, base="micro", metadata=mark)
     given = ("--model", micro_model, "--adapter", folder)
     words = ("--examples", grid_file(), *given, "--resolution", 32)
-    run(*words, "--lora", elsewhere, "--output", tmp_path / "out")
+    run(*words, "--model-lora", elsewhere, "--output", tmp_path / "out")
     assert "was trained on" not in capsys.readouterr().out
     run(*words, "--output", tmp_path / "without")
     assert f"the LoRA {lora} merged, here it is none" in capsys.readouterr().out
@@ -449,7 +467,7 @@ def test_the_lora_in_the_base_of_an_adapter_is_known_by_its_hash(
     write_lora(micro_model, lora, seed=1)
     capsys.readouterr()
     line = "made for a base with another LoRA merged than"
-    assert line in refused("infer", *words, "--lora", lora, "--output", tmp_path / "other")
+    assert line in refused("infer", *words, "--model-lora", lora, "--output", tmp_path / "other")
     export = ("export", folder, "--format", "comfyui", "--output", tmp_path / "exported")
     assert line in refused(*export, "--model", micro_model)
     with pytest.raises(UserError, match=line):
@@ -509,13 +527,13 @@ def test_a_lora_trained_anew_under_its_name_does_not_count_as_the_one_before(
 ) -> None:
     output, path = tmp_path / "out", grid_file()
     lora = write_lora(micro_model, tmp_path / "style.safetensors", 1)
-    words = ("--examples", path, "--model", micro_model, "--lora", lora, "--output", output)
+    words = ("--examples", path, "--model", micro_model, "--model-lora", lora, "--output", output)
     run(*words)
     record = json.loads((output / "001.json").read_text())
     assert record["model_lora_sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
     made = (output / "001.png").stat().st_mtime_ns
     moved = lora.rename(tmp_path / "moved.safetensors")
-    run(*words[:4], "--lora", moved, "--output", output)  # the same LoRA elsewhere
+    run(*words[:4], "--model-lora", moved, "--output", output)  # the same LoRA elsewhere
     assert (output / "001.png").stat().st_mtime_ns == made
     write_lora(micro_model, lora, 2)
     assert "made with model_lora_sha256" in refusal(capsys, *words)
@@ -565,7 +583,7 @@ def test_a_lora_replaced_while_it_is_loaded_is_noticed(
 
     monkeypatch.setattr(infer, "load", load_slowly)
     output = tmp_path / "out"
-    words = ("--examples", grid_file(), "--model", micro_model, "--lora", lora)
+    words = ("--examples", grid_file(), "--model", micro_model, "--model-lora", lora)
     assert "a file was replaced" in refusal(capsys, *words, "--output", output)
     assert not names(output)
 

@@ -94,7 +94,7 @@ def test_what_is_left_of_a_larger_group_is_one_line(
     variables: dict[str, str],
     said: str,
 ) -> None:
-    words = {"train": ["train"], "encode": ["data", "encode", "--processes", "1"]}[command]
+    words = {"train": ["train"], "encode": ["data", "cache", "--processes", "1"]}[command]
     put(monkeypatch, variables)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # that the first process says it first
     line = refused(*words, "--model", micro_model, "--output", tmp_path / "out")
@@ -140,7 +140,7 @@ def test_a_run_starts_where_a_shell_has_a_group_of_one(
 def test_encoding_starts_where_a_shell_has_a_group_of_one(
     micro_model: Path, tmp_path: Path
 ) -> None:
-    words = ["data", "encode", *words_of(micro_model), "--examples", 2]
+    words = ["data", "cache", *words_of(micro_model), "--examples", 2]
     left_over = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}
     done = vcdeft(*words, "--output", tmp_path / "kept", **left_over)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -156,7 +156,7 @@ def test_encoding_starts_where_a_shell_has_a_group_of_one(
         (["train", "--processes", 1000], "--processes 1000: this machine has"),
         (["plan", "--processes", -1], "processes = -1"),
         (["infer", "--processes", 1000], "--processes 1000: this machine has"),
-        (["data", "encode", "--processes", 1000], "--processes 1000: this machine has"),
+        (["data", "cache", "--processes", 1000], "--processes 1000: this machine has"),
         (["train", "--set", "data.workers=100000"], "data.workers = 100000"),
         (["data", "check", "scenes=9", "--workers", 100000], "100000 is not in the range"),
     ],
@@ -172,7 +172,7 @@ def test_a_number_of_processes_that_no_machine_has_is_refused(
     output = tmp_path / "out"
     if words[1] != "check":
         words = [*words, "--model", micro_model]
-    if words[0] in ("train", "infer") or words[1] == "encode":
+    if words[0] in ("train", "infer") or words[1] == "cache":
         words = [*words, "--output", output]
     if words[0] == "infer":
         words = [*words, "--examples", grid_file()]
@@ -212,7 +212,7 @@ def limited(files: int, *words: object) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.processes,
         ),
         pytest.param(
-            ["data", "encode", "--output", "out"], "may be needed", marks=pytest.mark.processes
+            ["data", "cache", "--output", "out"], "may be needed", marks=pytest.mark.processes
         ),
         pytest.param(
             ["compare", "compare-scenes", "--output", "out", "--dry-run"],
@@ -316,7 +316,7 @@ def test_a_run_that_has_not_begun_ends_as_soon_as_it_is_asked(
 ) -> None:
     """Its evaluation before the first step would take hours."""
     output = tmp_path / "run"
-    slow = ["--set", "watch.evaluate_every=1", "--set", "watch.evaluate_examples=1000000"]
+    slow = ["--set", "logging.validate_every=1", "--set", "logging.validation_examples=1000000"]
     launcher = started(["train", *words_of(micro_model), *slow, "--output", output])
     until(lambda: (output / moment).exists())
     children = psutil.Process(launcher.pid).children(recursive=True)
@@ -327,7 +327,7 @@ def test_a_run_that_has_not_begun_ends_as_soon_as_it_is_asked(
 
 @pytest.mark.processes
 def test_encoding_ends_with_its_launcher(micro_model: Path, tmp_path: Path) -> None:
-    words = ["data", "encode", *words_of(micro_model), "--examples", 100_000]
+    words = ["data", "cache", *words_of(micro_model), "--examples", 100_000]
     launcher = started([*words, "--processes", 2, "--output", tmp_path / "kept"])
     until(lambda: list(entries(tmp_path / "kept")))
     killed(launcher, least=2)

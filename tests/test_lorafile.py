@@ -241,9 +241,9 @@ def test_tensors_for_text_encoders_are_refused_unless_they_are_to_be_left_out(
     file, tensors = tmp_path / "lora.safetensors", named(changes, str)
     save_file(tensors | {"lora_te1_x.lora_down.weight": torch.ones(2, 2)}, file)
     folder = tmp_path / "without"
-    infer = ("infer", "--examples", grid_file(), "--lora", file)
+    infer = ("infer", "--examples", grid_file(), "--model-lora", file)
     train = ("train", "--tasks", "depth-to-image", "--set", f"model_lora={file}")
-    evaluate = ("eval", "none", "--suite", "scenes", "--lora", file)
+    evaluate = ("eval", "none", "--suite", "scenes", "--model-lora", file)
     for words in (infer, train, evaluate, ("import", file)):
         line = refused(*words, "--model", micro_model, "--output", folder)
         assert "lora_te1_x.lora_down.weight is one of 1 tensors for text encoders" in line
@@ -364,19 +364,19 @@ def test_infer_and_import_decide_alike(
     lost = named(changes, *NAMINGS["diffusers"])
     del lost[f"transformer.{SINGLE}.attn.to_k.lora_B.weight"]
     save_file(lost, tmp_path / "lost.safetensors")
-    common = ["infer", "--examples", grid_file(), "--model", micro_model, "--steps", 1]
+    common = ["infer", "--examples", grid_file(), "--model", micro_model, "--inference-steps", 1]
 
     pixels = []
     for name in names:
         lora, out = tmp_path / f"{name}.safetensors", tmp_path / name
-        main([str(word) for word in (*common, "--lora", lora, "--output", out)])
+        main([str(word) for word in (*common, "--model-lora", lora, "--output", out)])
         pixels.append(Image.open(out / "001.png").tobytes())
     assert pixels[0] == pixels[1]
     capsys.readouterr()
     lora, out = tmp_path / "lost.safetensors", tmp_path / "out"
     for words in (
-        (*common, "--output", out, "--lora", lora),
-        (*common, "--output", out, "--lora", lora, "--dry-run"),
+        (*common, "--output", out, "--model-lora", lora),
+        (*common, "--output", out, "--model-lora", lora, "--dry-run"),
         ("import", lora, "--output", out / "imported", "--model", micro_model),
     ):
         assert f"{SINGLE}.attn.to_k" in refused(*words)

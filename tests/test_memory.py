@@ -143,7 +143,7 @@ WAYS = [
     Adapter(rank=4),
     Adapter(rank=4, method="para", dropout=0.1),
     Adapter(rank=4, method="lora"),
-    Adapter(rank=4, layers=r".*transformer_blocks.*(to_q|proj_out|norm1\.linear)"),
+    Adapter(rank=4, target_modules=r".*transformer_blocks.*(to_q|proj_out|norm1\.linear)"),
 ]
 
 
@@ -153,7 +153,7 @@ def adapted(name: str, settings: Adapter) -> FluxTransformer2DModel:
     return model
 
 
-@pytest.mark.parametrize("settings", WAYS, ids=lambda s: f"{s.method}-{s.layers[-5:]}")
+@pytest.mark.parametrize("settings", WAYS, ids=lambda s: f"{s.method}-{s.target_modules[-5:]}")
 @pytest.mark.parametrize("name", ["micro", "tiny"])
 def test_what_autograd_keeps_is_as_planned(micro_model: Path, name: str, settings: Adapter) -> None:
     name = str(micro_model) if name == "micro" else name
@@ -332,7 +332,7 @@ def test_auto_takes_the_lowest_stage_that_fits_and_zero_3_where_the_base_does_no
     assert plan.choose(10**9) is None
     alone = plan_of(flux_settings, "zero=auto", processes=1)
     assert alone.choose(80 * 10**9) == (0, alone.least(0, 80 * 10**9))
-    fixed = plan_of(flux_settings, "zero=2", "checkpoint_blocks=all")
+    fixed = plan_of(flux_settings, "zero=2", "gradient_checkpointing=all")
     assert fixed.choose(80 * 10**9) == (2, 57)
 
 
@@ -340,14 +340,14 @@ def test_a_run_folder_says_what_auto_became(micro_model: Path, tmp_path: Path) -
     run = load_run(None, [f"model={micro_model}", f"output={tmp_path / 'run'}", "zero=auto"])
     preparation.prepare(run, processes=2, resume=False)
     kept = load_run(str(tmp_path / "run" / run_folder.SETTINGS))
-    assert (kept.zero, kept.checkpoint_blocks) == (0, 0)
+    assert (kept.zero, kept.gradient_checkpointing) == (0, 0)
     assert preparation.as_decided(run) == kept
 
 
 def test_plan_needs_settings_alone(flux_settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--config", "flux-8gpu", "--model", str(flux_settings), "--grid", "3x3"]
     main([*words, "--memory", "48GB", "--rank", "32", "--batch", "1"])
-    assert "choose   --zero 0 --checkpoint-blocks " in capsys.readouterr().out
+    assert "choose   --zero 0 --gradient-checkpointing " in capsys.readouterr().out
     main([*words, "--memory", "24GB", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"] is None
@@ -377,11 +377,11 @@ def test_steps_an_hour_are_those_of_an_earlier_run(
         (["--memory", "much"], "--memory 'much': expected a size"),
         (["--grid", "3"], "--grid '3': expected ROWSxCOLUMNS"),
         (["--run", "nowhere"], "--run nowhere: no steps"),
-        (["--checkpoint-blocks", "9"], "the model has 5 blocks"),
+        (["--gradient-checkpointing", "9"], "the model has 5 blocks"),
         (["--zero", "3", "--set", "quantise=fp8"], "cannot be split over processes"),
         (["--model", "nowhere"], "unknown model 'nowhere'"),
         (["--model", "no/where"], "hub id 'no/where': not in the hub's cache"),
-        (["--checkpoint-blocks", "some"], "checkpoint_blocks = 'some'"),
+        (["--gradient-checkpointing", "some"], "gradient_checkpointing = 'some'"),
     ],
 )
 def test_a_mistake_is_named(refused: Callable[..., str], words: list[str], message: str) -> None:

@@ -204,9 +204,9 @@ def test_text_is_left_out_as_often_as_the_recipe_says() -> None:
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"drop_text": 1.0}, (False, False)),
-        ({"drop_text": 0.0, "keep_task": 1.0, "keep_content": 0.0}, (True, False)),
-        ({"drop_text": 0.0, "keep_task": 0.0, "keep_content": 1.0}, (False, True)),
+        ({"caption_dropout": 1.0}, (False, False)),
+        ({"caption_dropout": 0.0, "keep_task": 1.0, "keep_content": 0.0}, (True, False)),
+        ({"caption_dropout": 0.0, "keep_task": 0.0, "keep_content": 1.0}, (False, True)),
     ],
     ids=["silent", "task", "content"],
 )

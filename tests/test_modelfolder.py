@@ -183,7 +183,7 @@ def test_infer_runs_on_a_hub_id_and_records_its_weights(
     in_hub_cache(micro_model, "someone/for-infer", tmp_path / "cache", monkeypatch)
     out = tmp_path / "out"
     words = ["infer", "--examples", grid_file(), "--model", "someone/for-infer", "--output", out]
-    main([str(word) for word in (*words, "--steps", 1)])
+    main([str(word) for word in (*words, "--inference-steps", 1)])
     record = json.loads((out / "001.json").read_text())
     assert record["model_fingerprint"] == fingerprint(str(micro_model))
     assert record["resolution"] == 32  # as its model_index.json says
@@ -200,7 +200,7 @@ def test_a_revision_is_part_of_the_name(
     in_hub_cache(micro_model, "someone/revised", tmp_path / "cache", monkeypatch)
     out, grid = tmp_path / "out", grid_file()
     words = ["infer", "--examples", grid, "--model", "someone/revised", "--output", out]
-    main([str(word) for word in (*words, "--steps", 1, "--revision", COMMIT)])
+    main([str(word) for word in (*words, "--inference-steps", 1, "--revision", COMMIT)])
     assert json.loads((out / "001.json").read_text())["model"] == f"someone/revised@{COMMIT}"
     capsys.readouterr()
     assert "'someone/revised@gone': not in the hub's cache" in refused(*words, "--revision", "gone")
@@ -216,7 +216,7 @@ def test_a_revision_is_part_of_the_name(
         ("eval", "none", "--suite", "scenes"),
         ("export", "adapter", "--format", "comfyui"),
         ("import", "lora.safetensors"),
-        ("data", "encode", "--processes", 1),
+        ("data", "cache", "--processes", 1),
         ("tasks", "show", "depth-to-image"),
     ],
 )

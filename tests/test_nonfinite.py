@@ -169,7 +169,7 @@ def test_remedies_come_after_the_test_of_their_results() -> None:
 def words(model: Path, output: Path, *more: object) -> list[object]:
     base = ["train", "--model", model, "--tasks", "depth-to-image,novel-view", "--rank", 4]
     base += ["--steps", STEPS, "--batch", 2, "--output", output, "--lr", 0.01]
-    return [*base, "--set", "save_every=1", "--set", "keep=9", *more]
+    return [*base, "--set", "save_every=1", "--set", "keep_checkpoints=9", *more]
 
 
 def lines(output: Path) -> list[dict[str, object]]:
@@ -255,7 +255,7 @@ def test_all_processes_change_the_backend_where_it_fails_in_one(
     micro_model: Path, tmp_path: Path, zero: int
 ) -> None:
     """And take the same step again: its examples, its noise, its dropout."""
-    more = ["--zero", zero, "--checkpoint-blocks", "all", "--set", "rollout=0.5"]
+    more = ["--zero", zero, "--gradient-checkpointing", "all", "--set", "scheduled_sampling=0.5"]
     more += ["--set", "accumulate=2", "--set", "adapter.dropout=0.3"]
     one, other = tmp_path / "one", tmp_path / "other"
     stands = f"native=nan_backward@1,{ONLY_MATH}"

@@ -68,10 +68,10 @@ def commands(
     return [
         train,
         [*train, "--dry-run"],
-        ["infer", "--examples", grid, "--model", micro_model, "--steps", 1],
+        ["infer", "--examples", grid, "--model", micro_model, "--inference-steps", 1],
         ["eval", *measure],
         ["compare", comparison],
-        ["data", "encode", *train[1:], "--processes", 1],
+        ["data", "cache", *train[1:], "--processes", 1],
         ["tasks", "example", "depth-to-image"],
     ]
 

@@ -114,5 +114,5 @@ def test_plan_shows_what_samples_take(
 def test_the_held_out_loss_counts_where_it_takes_more_than_a_sheet(flux_settings: Path) -> None:
     load = Load(grids=4, image=5184, text=512, strip=1728)
     sheet = replace(plan_of(flux_settings), load=load)
-    both = replace(plan_of(flux_settings, "watch.evaluate_every=10"), load=load)
+    both = replace(plan_of(flux_settings, "logging.validate_every=10"), load=load)
     assert both.outside.forward > 3 * sheet.outside.forward

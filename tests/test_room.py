@@ -133,7 +133,7 @@ def test_a_sheet_that_one_process_has_no_memory_for_is_left_out_in_all(
     micro_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    words = [*arguments(micro_model, output), "--steps", "4", "--set", "sheet_every=2"]
+    words = [*arguments(micro_model, output), "--steps", "4", "--set", "sample_every=2"]
     said = run(words, function=all_fail_in_rank_1)
     for step in (2, 4):
         assert f"sheet of step {step}: no memory for" in said

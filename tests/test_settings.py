@@ -43,8 +43,8 @@ OVERRIDES = {
     "steps=20": 20,
     "optimiser.lr=1e-4": 1e-4,
     "optimiser.lr=1": 1.0,
-    "checkpoint_blocks=3": 3,
-    "checkpoint_blocks=all": "all",
+    "gradient_checkpointing=3": 3,
+    "gradient_checkpointing=all": "all",
     "zero=auto": "auto",
     "data.recipe.shuffle_columns=false": False,
     "model=/models/flux": "/models/flux",
@@ -131,8 +131,8 @@ def test_an_unknown_setting_is_met_with_the_nearest(override: str, message: str)
         ("batch=-1", "batch", "-1"),
         ("zero=5", "zero", "5"),
         ("seed=-1", "seed", "-1"),
-        ("checkpoint_blocks=perhaps", "checkpoint_blocks", "'perhaps'"),
-        ("checkpoint_blocks=-1", "checkpoint_blocks", "-1"),
+        ("gradient_checkpointing=perhaps", "gradient_checkpointing", "'perhaps'"),
+        ("gradient_checkpointing=-1", "gradient_checkpointing", "-1"),
         ("context_weight=2", "context_weight", "2"),
         ("precision=float16", "precision", "'float16'"),
         ("model=[1]", "model", "[1]"),
@@ -242,7 +242,7 @@ def test_secrets_are_not_written(tmp_path: Path) -> None:
     """Of trackers and of DeepSpeed's monitors, however deep; what only sounds alike is."""
     run = parse_run(
         {
-            "watch": {
+            "logging": {
                 "tracker_options": {
                     "wandb": {"entity": "us", "api_key": "HIDDEN", "settings": {"token": "HIDDEN"}},
                     "mlflow": {"tracking_uri": "https://me:HIDDEN@host/", "experiment": "a"},
@@ -256,7 +256,7 @@ def test_secrets_are_not_written(tmp_path: Path) -> None:
     text = (tmp_path / "settings.toml").read_text()
     assert "HIDDEN" not in text
     again = load_run(str(tmp_path / "settings.toml"))
-    assert again.watch.tracker_options == {
+    assert again.logging.tracker_options == {
         "wandb": {"entity": "us", "settings": {}},
         "mlflow": {"experiment": "a"},
     }
@@ -265,6 +265,6 @@ def test_secrets_are_not_written(tmp_path: Path) -> None:
 
 def test_options_of_a_tracker_may_be_any_number(tmp_path: Path) -> None:
     options = {"wandb": {"settings": {"longest": float("inf"), "names": ["a"]}}}
-    run = parse_run({"watch": {"tracker_options": options}}, where="test")
+    run = parse_run({"logging": {"tracker_options": options}}, where="test")
     write_run(run, tmp_path / "settings.toml")
-    assert load_run(str(tmp_path / "settings.toml")).watch.tracker_options == options
+    assert load_run(str(tmp_path / "settings.toml")).logging.tracker_options == options

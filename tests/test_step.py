@@ -46,7 +46,7 @@ def test_a_step_waits_for_the_device_at_its_end_alone(
 ) -> None:
     """Not between the passes of its batches; blocks are computed again in the backward pass."""
     fields = [f"model={micro_model}", "adapter.rank=4", f"adapter.method={method}", f"zero={zero}"]
-    run = load_run(None, [*fields, "checkpoint_blocks=all", "accumulate=2"])
+    run = load_run(None, [*fields, "gradient_checkpointing=all", "accumulate=2"])
     models = load_models(run.model)
     injection.attach(models.transformer, run.adapter, seed=0)
     draws = PixelDataset(mixtures.mixture_of(run))

@@ -159,7 +159,7 @@ def test_phrases_are_varied_in_training_and_the_usual_ones_where_asked() -> None
     task = SHIPPED["depth-to-image"]
     said = {}
     for share in (0.0, 1.0):
-        recipe = Recipe(paraphrase=share, keep_task=1, drop_text=0)
+        recipe = Recipe(paraphrase=share, keep_task=1, caption_dropout=0)
         mixture = Mixture(
             {task.name: task}, [Scenes(size=32)], seed=0, resolution=32, recipe=recipe
         )

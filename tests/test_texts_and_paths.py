@@ -379,8 +379,8 @@ def test_data_paths_of_a_run_hold_from_any_folder(
         "scenes=9",
     )
     assert run.data.annotate == {"depth": f"{here}/F"}
-    assert load_run(None, ["data.encodings=kept"]).data.encodings == f"{here}/kept"
-    assert load_run(None, ["data.encodings=run"]).data.encodings == "run"
+    assert load_run(None, ["data.embedding_cache=kept"]).data.embedding_cache == f"{here}/kept"
+    assert load_run(None, ["data.embedding_cache=run"]).data.embedding_cache == "run"
     assert from_root("depth-anything/Depth-Anything-V2-Small-hf").startswith("depth-anything")
 
 

@@ -39,7 +39,7 @@ from visualcloze_deft.training.objective import GridLoss
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
-MEASURED = "--set watch.evaluate_every=3 --set watch.evaluate_examples=2"
+MEASURED = "--set logging.validate_every=3 --set logging.validation_examples=2"
 SPLIT_ALL = f"{ZERO}.stage3_param_persistence_threshold=0 {ZERO}.stage3_max_live_parameters=0"
 
 
@@ -47,7 +47,8 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
     base = ["train", "--model", str(model), "--tasks", "depth-to-image,novel-view", "--rank", "4"]
     base += ["--steps", str(STEPS), "--batch", "2", "--output", str(output), "--lr", "0.01"]
     sets = (
-        "optimiser.warmup=2 save_every=2 context_weight=0.3 times=uniform time_shift=2 rollout=0.5 "
+        "optimiser.warmup=2 save_every=2 context_weight=0.3 timestep_sampling=uniform "
+        "timestep_shift=2 scheduled_sampling=0.5 "
         "ema=0.6"
     )
     return [*base, *(word for setting in sets.split() for word in ("--set", setting)), *more]
@@ -78,7 +79,9 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     rates_of = injection.parameter_groups(models.transformer, run.adapter, lr=run.optimiser.lr)
     optimiser = torch.optim.AdamW(rates_of, betas=run.optimiser.betas, weight_decay=0.0)
     rates = [group["lr"] for group in optimiser.param_groups]
-    loss_of = GridLoss(models.transformer, context_weight=0.3, guidance=1.0, rollout=True)
+    loss_of = GridLoss(
+        models.transformer, context_weight=0.3, guidance=1.0, scheduled_sampling=True
+    )
     draws = PixelDataset(mixtures.mixture_of(run))
     plain, trained = [], injection.trainable(models.transformer)
     average: dict[str, torch.Tensor] = {}
@@ -87,7 +90,9 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         drawn = [draws[index] for index in range(step * 4, step * 4 + 4)]
-        groups = encode(models, drawn, seed=0, times="uniform", time_shift=2, rollout=0.5)
+        groups = encode(
+            models, drawn, seed=0, times="uniform", timestep_shift=2, scheduled_sampling=0.5
+        )
         loss = loss_of(groups).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 2.0)
@@ -113,10 +118,10 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(micro_model: Path) -
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image"])
     draws = PixelDataset(mixtures.mixture_of(run))
     drawn = [draws[index] for index in range(12)]
-    groups = encode(models, drawn, seed=0, rollout=0.5)
+    groups = encode(models, drawn, seed=0, scheduled_sampling=0.5)
     led = torch.cat([group.start > group.t for group in groups])
     assert 0 < led.sum() < len(led)
-    loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0, rollout=True)
+    loss_of = GridLoss(models.transformer, context_weight=1, guidance=1.0, scheduled_sampling=True)
     alone = [group.some(torch.tensor([k])) for group in groups for k in range(len(group.t))]
     with torch.no_grad():
         torch.testing.assert_close(loss_of(groups), loss_of(alone), atol=1e-5, rtol=1e-5)
@@ -165,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(
 ) -> None:
     """Also where the loss on held-out grids is measured in between."""
     output = tmp_path / "killed"
-    measuring = "--set watch.evaluate_every=2 --set watch.evaluate_examples=3".split()
+    measuring = "--set logging.validate_every=2 --set logging.validation_examples=3".split()
     group = Group(arguments(micro_model, output, *measuring))
     while not list((output / "checkpoints").glob("step-*")) and group.ranks[0].is_alive():
         time.sleep(0.02)
@@ -205,9 +210,9 @@ def test_quantised_bases_are_trained_on(
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, f"--zero 3 --checkpoint-blocks all --set sheet_every=4 {MEASURED}"),
-        (2, f"--zero 3 --checkpoint-blocks 1 {SPLIT_ALL} --set offload=parameters {MEASURED}"),
-        (2, "--zero 1 --checkpoint-blocks none --set offload=optimiser"),
+        (2, f"--zero 3 --gradient-checkpointing all --set sample_every=4 {MEASURED}"),
+        (2, f"--zero 3 --gradient-checkpointing 1 {SPLIT_ALL} --set offload=parameters {MEASURED}"),
+        (2, "--zero 1 --gradient-checkpointing none --set offload=optimiser"),
         (2, "--zero 0"),
         (1, "--zero 0 --set accumulate=2"),
     ],
@@ -329,7 +334,9 @@ def test_what_the_first_node_refuses_every_node_says(
 def test_a_mistake_that_only_the_processes_find_is_one_line(
     micro_model: Path, tmp_path: Path
 ) -> None:
-    group = Group(arguments(micro_model, tmp_path / "run", "--set", "adapter.layers=nothing"))
+    group = Group(
+        arguments(micro_model, tmp_path / "run", "--set", "adapter.target_modules=nothing")
+    )
     assert group.wait() == 2
     assert "matches no linear layer" in group.said
     assert "Traceback" not in group.said
@@ -403,10 +410,10 @@ def test_a_run_that_finds_all_encodings_follows_one_that_encodes(
 ) -> None:
     kept = tmp_path / "kept"
     words = arguments(micro_model, kept, "--processes", "1")[1:]
-    main(["data", "encode", *words, "--examples", str(STEPS * 4)])
+    main(["data", "cache", *words, "--examples", str(STEPS * 4)])
     once = {path: path.stat().st_mtime_ns for path in entries(kept)}
     output = tmp_path / "run"
-    more = ["--set", f"data.encodings={kept}", "--set", "offload_encoders=true"]
+    more = ["--set", f"data.embedding_cache={kept}", "--set", "offload_encoders=true"]
     said = run(arguments(micro_model, output, *more))
     assert losses(output) == pytest.approx(losses(two_processes), rel=1e-5)
     found, made = re.search(r"(\d+) found, (\d+) made", said).groups()

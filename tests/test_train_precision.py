@@ -84,7 +84,7 @@ def test_dropout_after_a_resume_is_that_of_an_unbroken_run(
 ) -> None:
     """Also where blocks are computed again in the backward pass."""
     output = tmp_path / "run"
-    words = ["--method", method, "--checkpoint-blocks", "all", "--set", "adapter.dropout=0.3"]
+    words = ["--method", method, "--gradient-checkpointing", "all", "--set", "adapter.dropout=0.3"]
     run([*arguments(micro_model, output), *words])
     unbroken, trained = losses(output), adapter_of(output)
     run([*arguments(micro_model, tmp_path / "without", "--method", method)])

@@ -53,7 +53,7 @@ def group() -> Iterator[None]:
 
 def micro_run(model: Path, output: Path, *more: str) -> Run:
     fields = [f"model={model}", f"output={output}", "data.tasks=depth-to-image,novel-view"]
-    return load_run(None, [*fields, "adapter.rank=4", "checkpoint_blocks=none", *more])
+    return load_run(None, [*fields, "adapter.rank=4", "gradient_checkpointing=none", *more])
 
 
 def seen(task: str, error: float, tokens: int = 10) -> metrics.ExampleLoss:
@@ -114,11 +114,11 @@ def test_a_tracker_without_its_package_is_refused_before_the_run(
     installed = {found.name.lower().replace("-", "_") for found in distributions()}
     missing = next(name for name in get_args(Tracker) if name not in installed)
     output = tmp_path / "run"
-    words = ["train", "--output", output, "--set", f'watch.trackers=["{missing}"]']
-    assert f"watch.trackers names {missing}, whose package is not installed" in refused(*words)
+    words = ["train", "--output", output, "--set", f'logging.trackers=["{missing}"]']
+    assert f"logging.trackers names {missing}, whose package is not installed" in refused(*words)
     assert not output.exists()
-    assert "watch.trackers.0 = 'tensorbord'" in refused(
-        "train", "--output", output, "--set", 'watch.trackers=["tensorbord"]'
+    assert "logging.trackers.0 = 'tensorbord'" in refused(
+        "train", "--output", output, "--set", 'logging.trackers=["tensorbord"]'
     )
 
 
@@ -288,7 +288,9 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
 def test_options_that_a_tracker_does_not_know_are_one_line_without_their_values(
     tmp_path: Path,
 ) -> None:
-    run = load_run(None, ["watch.tracker_options.tensorboard.api_key=hush", f"output='{tmp_path}'"])
+    run = load_run(
+        None, ["logging.tracker_options.tensorboard.api_key=hush", f"output='{tmp_path}'"]
+    )
     with pytest.raises(UserError, match=r"tracker_options\.tensorboard: .* api_key") as raised:
         metrics.started("tensorboard", run, 0)
     assert "hush" not in str(raised.value)

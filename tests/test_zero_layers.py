@@ -34,7 +34,7 @@ def plain(kind: str) -> dict[str, Tensor]:
         (loss / zero_layers.ACCUMULATED).backward()
         losses.append(loss.detach())
         if number % zero_layers.ACCUMULATED == 0:
-            torch.nn.utils.clip_grad_norm_(parameters, Run().optimiser.clip)
+            torch.nn.utils.clip_grad_norm_(parameters, Run().optimiser.max_grad_norm)
             optimiser.step()
             optimiser.zero_grad()
     found = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}

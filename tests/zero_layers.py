@@ -99,7 +99,7 @@ def train(kind: str, way: dict[str, Any], *, recompute: bool) -> dict[str, Tenso
         deepspeed={"zero_optimization": more},
     )
     optimiser = optimiser_of(net, torch.optim.AdamW if stage else ClippedAdamW)
-    optimiser.clip = run.optimiser.clip
+    optimiser.clip = run.optimiser.max_grad_norm
     engine, *_ = deepspeed.initialize(
         model=net,
         optimizer=optimiser,

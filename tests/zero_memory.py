@@ -25,7 +25,7 @@ LARGEST = 1000  # values of a tensor that ZeRO-3 keeps whole
 
 def run_under(stage: int) -> Run:
     small = f"deepspeed.zero_optimization.stage3_param_persistence_threshold={LARGEST}"
-    words = ["precision=bfloat16", "adapter.rank=16", "checkpoint_blocks=none"]
+    words = ["precision=bfloat16", "adapter.rank=16", "gradient_checkpointing=none"]
     return load_run(None, [f"zero={stage}", *words, small])
 
 

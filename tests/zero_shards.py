@@ -39,7 +39,7 @@ RUN = Run(
     zero=3,
     adapter=Adapter(rank=2),
     deepspeed={"zero_optimization": NOTHING_STAYS},
-    checkpoint_blocks="none",
+    gradient_checkpointing="none",
 )
 PRECISION = torch.float32
 

@@ -26,7 +26,7 @@ ROOM = 256 << 20  # bytes of a file that it writes
 GOOD, BROKEN, MISTAKE = 0, 1, 2  # exit statuses; 1 where 'data check' and 'annotate' found damage
 TRACEBACK = "Traceback (most recent call last)"
 LAID_OUT = frozenset("\n\r\t")
-IN_A_GROUP = (["train"], ["data", "encode"])  # commands that would start processes
+IN_A_GROUP = (["train"], ["data", "cache"])  # commands that would start processes
 
 
 @dataclass(frozen=True, kw_only=True)

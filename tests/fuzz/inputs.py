@@ -45,15 +45,16 @@ class Subject:
 
 CHECK = "data check {} --workers 0"
 PREVIEW = "data preview {} --count 2 --output new.png"
-INFER = "infer --examples grids/grid.json --model micro --steps 1 --output new"
+INFER = "infer --examples grids/grid.json --model micro --inference-steps 1 --output new"
 TRAIN = "train --config run.toml --dry-run"
 RESUME = "train --resume --output run --steps 3 --allow-change steps"
 SCENES = (
-    "eval run/adapter --model micro --suite scenes --tasks depth-to-image --limit 2 --steps 1 "
+    "eval run/adapter --model micro --suite scenes --tasks depth-to-image --limit 2 "
+    "--inference-steps 1 "
     "--encoder none --output evaluated"
 )
 SIDES = "eval --images left --against right --prompts prompts.json --encoder none --output new"
-OWN = "tasks example own-task --from own --data folder=photos --resolution 32 --output new"
+OWN = "tasks example own-task --task-folder own --data folder=photos --resolution 32 --output new"
 OF_LIBRARIES = ("micro", "depth-model")  # whose files they read, without a byte order mark
 OF_RUN: dict[str, Kind] = {
     "run/settings.toml": "toml",
@@ -97,16 +98,20 @@ def subjects() -> Iterator[Subject]:
         place = source.partition("=")[2]
         files = f"{place}/**/*.png"
         yield Subject(words=PREVIEW.format(source), files=files, kind="picture", whole=False)
-    preview = "tasks preview own-task --from own --data folder=photos --resolution 32 --count 2"
+    preview = (
+        "tasks preview own-task --task-folder own --data folder=photos --resolution 32 --count 2"
+    )
     yield Subject(
         words=f"{preview} --output new.png", files="photos/*/*", kind="bytes", whole=False
     )
 
     check = "tasks check own/own-task.toml"
     yield Subject(words=check, files="own/*.toml", kind="toml", typed=WHOLE, weight=4)
-    yield Subject(words="tasks list --from own", files="own/*.toml", kind="toml", weight=2)
-    yield Subject(words="tasks list --json --from own", files="own/*.toml", kind="toml")
-    yield Subject(words="tasks show own-task --from own", files="own/*.toml", kind="toml", weight=2)
+    yield Subject(words="tasks list --task-folder own", files="own/*.toml", kind="toml", weight=2)
+    yield Subject(words="tasks list --json --task-folder own", files="own/*.toml", kind="toml")
+    yield Subject(
+        words="tasks show own-task --task-folder own", files="own/*.toml", kind="toml", weight=2
+    )
     shown = "tasks show depth-to-image --model micro --content café"
     yield Subject(words=shown, files="micro/tokenizer*/*.json", kind="json", whole=False, weight=2)
     yield Subject(words=OWN, files="own/*.toml", kind="toml", typed=WHOLE, weight=2)
@@ -129,10 +134,10 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=adapted, files=tensors, kind="weights", weight=2)
     for name in ("lora", "kohya"):
         file = f"{name}.safetensors"
-        yield Subject(words=f"{INFER} --lora {file}", files=file, kind="weights", weight=2)
+        yield Subject(words=f"{INFER} --model-lora {file}", files=file, kind="weights", weight=2)
         back = f"import {file} --model micro --output new"
         yield Subject(words=back, files=file, kind="weights", weight=2)
-    kept = f"{INFER} --encodings encodings"
+    kept = f"{INFER} --embedding-cache encodings"
     yield Subject(words=kept, files="encodings/**/*", kind="bytes", whole=False)
 
     for kind in FORMATS:
@@ -155,13 +160,13 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=TRAIN, files="own/*.toml", kind="toml", weight=2)
     yield Subject(words=TRAIN, files="photos/*/*", kind="bytes", whole=False, weight=2)
     yield Subject(words=TRAIN, files="micro/**/*.json", kind="json", whole=False, weight=2)
-    started = f"{TRAIN} --set adapter.start=run/adapter"
+    started = f"{TRAIN} --set adapter.init_from=run/adapter"
     yield Subject(words=started, files=config, kind="json", typed=ADAPTER_KEYS)
     yield Subject(words=started, files=tensors, kind="weights")
     yield Subject(words=RESUME, files="run/checkpoints/*2/*.json", kind="json", whole=False)
     for files, kind in OF_RUN.items():
         yield Subject(words=RESUME, files=files, kind=kind, whole=False)
-    encode = "data encode --config run.toml --examples 1 --output encodings"
+    encode = "data cache --config run.toml --examples 1 --output encodings"
     yield Subject(words=encode, files="encodings/**/*", kind="bytes", whole=False)
 
     report = "report run"
@@ -281,13 +286,13 @@ def renamed_folder(folder: Path, rng: random.Random) -> Input:
         ("dreambooth", CHECK.format("dreambooth={}")),
         ("insdet", CHECK.format("insdet={}")),
         ("graph", CHECK.format("graph200k={}")),
-        ("micro", "infer --examples grids/grid.json --model={} --steps 1 --output new"),
+        ("micro", "infer --examples grids/grid.json --model={} --inference-steps 1 --output new"),
         ("micro", "plan --model={} --processes 1"),
         ("run", "report {}"),
         ("run", "export {} --format diffusers --output new.safetensors"),
-        ("grids", "infer --examples={} --model micro --steps 1 --output new"),
+        ("grids", "infer --examples={} --model micro --inference-steps 1 --output new"),
         ("left", "eval --images={} --against right --encoder none --output new"),
-        ("own", "tasks list --from={}"),
+        ("own", "tasks list --task-folder={}"),
         ("new", "train --config run.toml --dry-run --output={}"),
         ("new", INFER.replace("--output new", "--output={}")),
         ("new", SIDES.replace("--output new", "--output={}")),
@@ -342,7 +347,7 @@ LONG = (
     SCENES.replace("evaluated", "new"),
     "tasks preview depth-to-image --resolution 32 --count 2 --output new.png",
     "tasks example depth-to-image --resolution 32 --output new",
-    "data encode --config run.toml --examples 1 --output new",
+    "data cache --config run.toml --examples 1 --output new",
     "data annotate folder=listed --annotate depth=depth-model --output new",
 )
 ENDS = (  # commands that write a file in the end
@@ -428,7 +433,7 @@ NO_SETTINGS = (
     "data=[]",
 )
 TWO_SETTINGS = ("steps=5\nbatch=3", "batch=1\n[data]\nresolution=64")
-OPEN = ("deepspeed", "watch.tracker_options.wandb", "data.annotate", "data.weights")
+OPEN = ("deepspeed", "logging.tracker_options.wandb", "data.annotate", "data.weights")
 
 
 def spoiled_setting(rng: random.Random) -> Input:

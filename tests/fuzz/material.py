@@ -25,7 +25,7 @@ SETTINGS = {
     "processes": 1,
     "seed": 3,
     "save_every": 1,
-    "keep": 2,
+    "keep_checkpoints": 2,
     "guidance": 1.5,
     "context_weight": 0.5,
     "timeout": 600.0,
@@ -38,8 +38,8 @@ SETTINGS = {
         "recipe": {"examples": [0.5, 0.5], "hide_target": 0.25, "run_length": 4},
     },
     "adapter": {"method": "deft", "rank": 2, "p_lr_ratio": 0.1},
-    "optimiser": {"lr": 1e-3, "betas": [0.9, 0.99], "warmup": 1, "clip": 1.0},
-    "watch": {"trackers": [], "norms_every": 1},
+    "optimiser": {"lr": 1e-3, "betas": [0.9, 0.99], "warmup": 1, "max_grad_norm": 1.0},
+    "logging": {"trackers": [], "norms_every": 1},
 }
 TASK = {
     "summary": "A task of one's own.",
@@ -61,7 +61,7 @@ COMPARISON = {
         "batch": 2,
         "processes": 1,
         "data": {"tasks": "image-to-normals,colourisation"},
-        "watch": {"trackers": []},
+        "logging": {"trackers": []},
     },
     "new": {"tasks": "image-to-normals"},
     "old": {"tasks": "depth-to-image", "grids": 2},
@@ -92,13 +92,16 @@ def make(folder: Path) -> None:
         (folder / name).write_text(tomli_w.dumps(value), encoding="utf-8")
     for words in (
         "tasks example depth-to-image --resolution 32 --output grids",
-        "infer --examples grids --model micro --steps 1 --images 2 --output made",
+        (
+            "infer --images-per-grid 2 --examples grids --model micro "
+            "--inference-steps 1 --output made"
+        ),
         "train --config run.toml --output run",
         "export run --format diffusers --output lora.safetensors --no-verify",
         "export run --format kohya --output kohya.safetensors --no-verify",
         SCENES,
         "data annotate folder=listed --annotate depth=depth-model --output annotated",
-        "data encode --config run.toml --output encodings",
+        "data cache --config run.toml --output encodings",
     ):
         done = call(words.split(), folder)
         assert done.status == 0, f"vcdeft {words}: {done.said[-2000:]}"

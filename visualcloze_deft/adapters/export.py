@@ -70,14 +70,14 @@ def export(
     is not the adapter; no file is left then.
     """
     if not is_strength(strength) or strength == 0:
-        raise UserError(f"--strength {strength}: give a number other than 0 up to 1e6, e.g. 1")
+        raise UserError(f"--scale {strength}: give a number other than 0 up to 1e6, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = files.read_config(folder), read_metadata(folder)
     model = model or named(folder, "--model", told.get("base_model"), config) or TINY
-    lora = lora or named(folder, "--lora", told.get("base_lora")) or None
+    lora = lora or named(folder, "--model-lora", told.get("base_lora")) or None
     check_base(folder, model, lora=lora)
     if kind == "peft" and (strength, dtype) != (1.0, None):
-        raise UserError("--format peft keeps P and R as they are: leave --strength and --dtype")
+        raise UserError("--format peft keeps P and R as they are: leave --scale and --dtype")
     path = target(output, kind)
     precision = base_precision(model)
     written = dtype or (precision if kind == "merged" else torch.float32)
@@ -192,7 +192,7 @@ def check_finite(changes: dict[str, Change], path: Path) -> None:
     for name, (a, b) in changes.items():
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(
-                f"export {path}: {name} is too large for {a.dtype}; give a smaller --strength, or "
+                f"export {path}: {name} is too large for {a.dtype}; give a smaller --scale, or "
                 "--dtype float32"
             )
 

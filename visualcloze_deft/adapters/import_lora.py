@@ -26,8 +26,8 @@ def import_lora(
 ) -> Path:
     """Turn a FLUX LoRA file (diffusers', kohya's or original names) into an adapter folder.
 
-    Training starts from it with `adapter.start`, `vcdeft infer --adapter` uses it, and `--lora`,
-    too. text_encoders: see `lora_files.read`.
+    Training starts from it with `adapter.init_from`, `vcdeft infer --adapter` uses it, and
+    `--model-lora`, too. text_encoders: see `lora_files.read`.
     """
     if not path.is_file():
         raise UserError(f"LoRA {path}: no such file; name the .safetensors file itself")

@@ -36,10 +36,10 @@ def attach(
 
     whole: gives a context in which a weight can be read, where it is split over processes.
 
-    Raises `UserError` where `settings.layers` matches no layer, or one that is not linear.
+    Raises `UserError` where `settings.target_modules` matches no layer, or one that is not linear.
     """
     modules = dict(transformer.named_modules())
-    matched = {n: modules[n] for n in matching("adapter.layers", layers(settings), modules)}
+    matched = {n: modules[n] for n in matching("adapter.target_modules", layers(settings), modules)}
     check_bare(transformer)
     other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
     if other or not matched:
@@ -47,7 +47,8 @@ def attach(
         shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         found = f"{shown}, which is no linear layer" if other else "no linear layer"
         raise UserError(
-            f"adapter.layers {settings.layers!r} matches {found}; names look like {linear[-2]}"
+            f"adapter.target_modules {settings.target_modules!r} matches {found}; names look like "
+            f"{linear[-2]}"
         )
     for name, layer in matched.items():
         if settings.rank > min(layer.in_features, layer.out_features):

@@ -62,20 +62,20 @@ def check_start(folder: Path, method: str, rank: int, lora: str | None) -> None:
     try:
         fields = adapter_settings(folder)
     except UserError as error:
-        raise UserError(f"adapter.start: {error}") from None
+        raise UserError(f"adapter.init_from: {error}") from None
     kind, found = str(fields.get("peft_type")), fields.get("r")
     if kind == "DEFT":
         relaxed = "deft-relaxed" if fields.get("decomposition_method") == "relu" else "deft"
         kind = "para" if fields.get("para") else relaxed
     if (kind.lower(), found) != (method, rank):
         raise UserError(
-            f"adapter.start {folder}: it is {kind.lower()} of rank {found}, this run trains "
+            f"adapter.init_from {folder}: it is {kind.lower()} of rank {found}, this run trains "
             f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
         )
     told = read_metadata(folder)
     if not has_same_lora(told, lora):
         raise UserError(
-            f"adapter.start {folder}: made for a base with the LoRA "
+            f"adapter.init_from {folder}: made for a base with the LoRA "
             f"{told.get('base_lora') or 'none'} merged, this run's has {lora or 'none'} (their "
             "hashes count where names are the same); set model_lora"
         )

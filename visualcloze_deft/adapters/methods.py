@@ -11,7 +11,7 @@ NAME = "default"  # peft's name for the adapter inside the model
 
 
 def layers(settings: Adapter) -> str:
-    return FLUX_LAYERS if settings.layers == "flux" else settings.layers
+    return FLUX_LAYERS if settings.target_modules == "default" else settings.target_modules
 
 
 def peft_config(settings: Adapter) -> PeftConfig:

@@ -35,8 +35,8 @@ def training_flops(config: Any, image_tokens: int, text_tokens: int) -> float:
     """Operations that one sample's forward and backward pass need, for a frozen base.
 
     The backward pass computes no gradients of weights: a linear layer counts twice its forward
-    pass, attention three times. What checkpointing computes again, what `rollout` adds, the adapter
-    itself and the modulation by time are not counted. config: FluxTransformer2DModel's.
+    pass, attention three times. What checkpointing computes again, what `scheduled_sampling` adds,
+    the adapter itself and the modulation by time are not counted. config: FluxTransformer2DModel's.
     """
     linear, attention = forward_flops(config, image_tokens, text_tokens)
     return 2 * linear + 3 * attention

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     help="Who is to read it; merged: a transformer folder with the adapter in its weights.",
 )
 @click.option("--output", required=True, metavar="PATH", help="A .safetensors file, or a folder.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Folded in.")
+@click.option(
+    "--scale",
+    "strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of the adapter, folded in.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -32,7 +39,9 @@ if TYPE_CHECKING:
 )
 @click.option("--model", help="The base; default: the one the adapter was trained on.")
 @REVISION
-@click.option("--lora", metavar="PATH", help="The LoRA in that base; default: as in training.")
+@click.option(
+    "--model-lora", "lora", metavar="PATH", help="The LoRA in that base; default: as in training."
+)
 @click.option(
     "--verify/--no-verify",
     default=True,
@@ -101,7 +110,7 @@ def import_adapter(
 
     \b
     vcdeft import my-lora.safetensors --model black-forest-labs/FLUX.1-Fill-dev --output my-lora
-    vcdeft train --method lora --rank 16 --set adapter.start=my-lora ...
+    vcdeft train --method lora --rank 16 --set adapter.init_from=my-lora ...
     """
     from visualcloze_deft.adapters.import_lora import import_lora
     from visualcloze_deft.backbones.model_files import pinned

@@ -119,7 +119,7 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
         raise SystemExit(1)
 
 
-@data.command("encode", context_settings=CONTEXT, params=of_a_run())
+@data.command("cache", context_settings=CONTEXT, params=of_a_run())
 @click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
 @click.option(
     "--examples",
@@ -129,7 +129,7 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
 )
 @click.option("--text-only", is_flag=True, help="Texts, which are few and large to encode.")
 @click.pass_obj
-def encode_data(
+def cache_data(
     arguments: Sequence[str],
     /,
     config: str | None,
@@ -143,11 +143,11 @@ def encode_data(
 ) -> None:
     """Encode what a run will draw, before it: give the options of 'vcdeft train'.
 
-    The run then finds it with --set data.encodings=DIR. Runs may share a folder.
+    The run then finds it with --set data.embedding_cache=DIR. Runs may share a folder.
 
     \b
-    vcdeft data encode --config flux-8gpu --data graph200k=PATH --output encodings
-    vcdeft train --config flux-8gpu --data graph200k=PATH --set data.encodings=encodings \\
+    vcdeft data cache --config flux-8gpu --data graph200k=PATH --output encodings
+    vcdeft train --config flux-8gpu --data graph200k=PATH --set data.embedding_cache=encodings \\
         --set offload_encoders=true
     """
     from visualcloze_deft.runtime.launch import (

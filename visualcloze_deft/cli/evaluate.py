@@ -42,16 +42,17 @@ from visualcloze_deft.runtime.open_files import check_handles
 @click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
 @click.option(
-    "--samples",
+    "--images-per-grid",
+    "samples",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
     help="Images of each grid; dreambooth: 4.",
 )
 @click.option(
-    "--hold-out",
+    "--validation-every",
     type=click.IntRange(2),
     metavar="N",
-    help="Of graph200k, the items that training with data.hold_out=N never sees.",
+    help="Of graph200k, the items that training with data.validation_every=N never sees.",
 )
 @click.option(
     "--seed",
@@ -88,18 +89,22 @@ from visualcloze_deft.runtime.open_files import check_handles
 )
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
 @REVISION
-@click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base.")
+@click.option("--model-lora", "lora", metavar="PATH", help="FLUX LoRA merged into the base.")
 @click.option(
     "--quantise",
     type=click.Choice(["none", "int8", "nf4", "fp8"]),
     default="none",
     show_default=True,
 )
-@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
+@click.option(
+    "--inference-steps", "steps", type=click.IntRange(1, 1000), default=30, show_default=True
+)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--processes", type=click.IntRange(1), help="That generate; default: one per GPU.")
-@click.option("--tasks-from", multiple=True, metavar="DIR", help="Your own task files.")
+@click.option(
+    "--task-folder", "tasks_from", multiple=True, metavar="DIR", help="Your own task files."
+)
 @click.option("--dry-run", is_flag=True, help="Check all and say what would be made.")
 def evaluate(
     adapter: str | None,
@@ -114,7 +119,7 @@ def evaluate(
     tasks: str | None,
     rows: int,
     samples: int | None,
-    hold_out: int | None,
+    validation_every: int | None,
     seed: int,
     encoders: tuple[str, ...],
     annotate: tuple[str, ...],
@@ -133,7 +138,7 @@ def evaluate(
     the same command, the same --output. More encoders may be added to a finished one.
 
     \b
-    vcdeft eval runs/demo/adapter --suite scenes --limit 8 --steps 10 --batch 8 --output look
+    vcdeft eval runs/demo/adapter --suite scenes --limit 8 --batch 8 --output look
     vcdeft eval runs/demo/adapter --suite scenes --against-base --output retention
     vcdeft eval runs/mine/adapter --model black-forest-labs/FLUX.1-Fill-dev --suite dreambooth \\
         --data dreambooth=PATH --encoder clip --encoder dino=models/dino --output subjects
@@ -192,7 +197,7 @@ def evaluate(
                     rows=rows,
                     limit=limit,
                     tasks=tasks,
-                    hold_out=hold_out or 0,
+                    validation_every=validation_every or 0,
                     annotate=places(annotate),
                     task_folders=tasks_from,
                 ),

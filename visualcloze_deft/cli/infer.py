@@ -18,7 +18,12 @@ from visualcloze_deft.runtime.open_files import check_handles
 @click.option("--examples", required=True, metavar="FILE", help="Grid file (JSON), or a folder.")
 @click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
 @REVISION
-@click.option("--lora", metavar="PATH", help="FLUX LoRA merged into the base, e.g. VisualCloze's.")
+@click.option(
+    "--model-lora",
+    "lora",
+    metavar="PATH",
+    help="FLUX LoRA merged into the base, e.g. VisualCloze's.",
+)
 @click.option(
     "--adapter",
     "adapter",
@@ -47,13 +52,16 @@ from visualcloze_deft.runtime.open_files import check_handles
 @click.option("--overwrite", is_flag=True, help="Make anew what --output has already.")
 @click.option("--seed", type=int, help="Replaces the seeds of the file.")
 @click.option(
-    "--images",
+    "--images-per-grid",
+    "images",
     type=click.IntRange(1, MOST_IMAGES),
     default=1,
     show_default=True,
     help="Of each grid, with seeds that follow one another.",
 )
-@click.option("--steps", type=click.IntRange(1, 1000), default=30, show_default=True)
+@click.option(
+    "--inference-steps", "steps", type=click.IntRange(1, 1000), default=30, show_default=True
+)
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--resolution", type=click.IntRange(32, 2048), help="Default: the model's.")
 @click.option("--upsample", type=float, metavar="SCALE", help="Enlarge the images by the model.")
@@ -70,7 +78,12 @@ from visualcloze_deft.runtime.open_files import check_handles
     type=click.IntRange(1),
     help="Share the list; default: one per GPU. Further calls share it, too.",
 )
-@click.option("--encodings", metavar="DIR", help="Keep encoded rows and texts for further runs.")
+@click.option(
+    "--embedding-cache",
+    "encodings",
+    metavar="DIR",
+    help="Keep encoded rows and texts for further runs.",
+)
 @click.option(
     "--offload",
     type=click.Choice(["none", "model", "group", "sequential"]),
@@ -93,7 +106,9 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
     "diffusers; auto: on a GPU the fastest that is right there.",
 )
-@click.option("--tasks-from", multiple=True, metavar="DIR", help="Your own task files.")
+@click.option(
+    "--task-folder", "tasks_from", multiple=True, metavar="DIR", help="Your own task files."
+)
 @click.option("--dry-run", is_flag=True, help="Check all grids and say what would be made.")
 @click.pass_obj
 def infer(
@@ -120,7 +135,7 @@ def infer(
     A call that was interrupted goes on where it stopped: the same command, the same --output.
 
     \b
-    vcdeft infer --examples grid.json --adapter runs/demo/adapter --images 4
+    vcdeft infer --examples grid.json --adapter runs/demo/adapter --images-per-grid 4
     vcdeft infer --examples grids/ --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.5
     """
     check_handles()

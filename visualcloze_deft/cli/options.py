@@ -62,7 +62,7 @@ RUN_OPTIONS = [
         help="DeepSpeed ZeRO stage: 0, 1, 2, 3, or 'auto', the lowest that fits.",
     ),
     click.option(
-        "--checkpoint-blocks",
+        "--gradient-checkpointing",
         callback=number_or_word,
         help="Blocks to recompute in the backward pass: a number, 'all', 'none', or 'auto', as "
         "many as memory needs.",
@@ -173,7 +173,7 @@ def sources_named(data: Sequence[str]) -> dict[str, str]:
 
 
 FOLDERS = click.option(
-    "--from",
+    "--task-folder",
     "folders",
     multiple=True,
     metavar="DIR",
@@ -190,10 +190,11 @@ RESOLUTION = click.option(
 
 
 HOLD_OUT = click.option(
-    "--hold-out",
+    "--validation-every",
     type=click.IntRange(2),
     metavar="N",
-    help="Only every N-th item of the data: those that training with data.hold_out=N never sees.",
+    help="Only every N-th item of the data: those that training with data.validation_every=N "
+    "never sees.",
 )
 
 
@@ -239,7 +240,7 @@ def preview_run(
     folders: tuple[str, ...],
     data: tuple[str, ...],
     annotate: tuple[str, ...],
-    hold_out: int | None,
+    validation_every: int | None,
     seed: int,
     resolution: int | None,
 ) -> Run:
@@ -249,7 +250,7 @@ def preview_run(
     made = all(source.startswith("scenes") for source in data)
     wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}
     wanted["resolution"] = resolution or (resolution_of(TINY) if made else FLUX_RESOLUTION)
-    wanted |= {"hold_out": hold_out or 0, "annotate": places(annotate)}
+    wanted |= {"validation_every": validation_every or 0, "annotate": places(annotate)}
     if data:
         wanted["sources"] = data
     return parse_run({"data": wanted, "seed": seed}, where="command line")

@@ -160,7 +160,7 @@ def preview(
     annotate: tuple[str, ...],
     count: int,
     each: Each | None,
-    hold_out: int | None,
+    validation_every: int | None,
     seed: int,
     resolution: int | None,
     output: str,
@@ -177,7 +177,7 @@ def preview(
     from visualcloze_deft.training.mixtures import mixture_of
     from visualcloze_deft.training.samples import example_sheet
 
-    run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
+    run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
     mixture = mixture_of(run, held_out=True)
     path = png_path(output, overwrite=overwrite)
     drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
@@ -205,7 +205,7 @@ def example(
     annotate: tuple[str, ...],
     count: int,
     rows: int,
-    hold_out: int | None,
+    validation_every: int | None,
     seed: int,
     resolution: int | None,
     output: str,
@@ -222,7 +222,7 @@ def example(
     from visualcloze_deft.training.mixtures import resolution_of, sources_of, tasks_of
     from visualcloze_deft.training.samples import grids_to_try
 
-    run = preview_run(name, folders, data, annotate, hold_out, seed, resolution)
+    run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
     _, tasks = tasks_of(run)
     grids = grids_to_try(
         tasks,

@@ -151,7 +151,7 @@ def check_before(training: Training, mixture: Mixture) -> None:
         for run in (load_run(str(settings)), training.run)
     )
     for name in sorted({*before, *now} - FREE):
-        free = name.startswith(("deepspeed.", "watch."))
+        free = name.startswith(("deepspeed.", "logging."))
         if not free and before.get(name) != now.get(name):
             raise UserError(
                 f"{training.folder} was trained with {name} = {before.get(name)!r}, now it is "

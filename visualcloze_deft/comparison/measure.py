@@ -127,13 +127,13 @@ def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixtur
         raise UserError(f"{name}.sources names {shared[0]}, which is trained on")
     update: dict[str, Any] = {"tasks": group.tasks, "weights": {}}
     if group.sources:
-        update |= {"sources": group.sources, "hold_out": 0}
+        update |= {"sources": group.sources, "validation_every": 0}
     data = run.data.model_copy(update=update)
     asked = run.model_copy(update={"seed": SEED, "data": data})
     finite = [spec for spec in data.sources if spec.partition("=")[0] != "scenes"]
-    if finite and not (group.sources or data.hold_out):
+    if finite and not (group.sources or data.validation_every):
         raise UserError(
-            f"{name}: nothing of {finite[0]} is held out; set run.data.hold_out, or give "
+            f"{name}: nothing of {finite[0]} is held out; set run.data.validation_every, or give "
             f"{name}.sources"
         )
     if group.sources:  # as a whole, its scenes of another seed
@@ -180,12 +180,12 @@ def asked_with(
         "clip_text": run.clip_text,
         "cells": run.data.cells,
         "resolution": one.mixture.resolution,
-        "times": [run.times, run.time_shift],
+        "times": [run.timestep_sampling, run.timestep_shift],
         "guidance": [run.guidance, GUIDANCE],
         "task": one.task.as_file(),
         "sources": comparison.groups[one.group].sources or run.data.sources,
         "annotate": run.data.annotate,
-        "hold_out": run.data.hold_out,
+        "validation_every": run.data.validation_every,
         "grids": one.grids,
         "steps": comparison.evaluate.steps,
     }

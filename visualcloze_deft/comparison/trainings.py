@@ -111,8 +111,8 @@ def method_run(
             )
     decided = {"adapter": {"method": method, "rank": rank}}
     run = parse_run(deep_merge(deep_merge(shared, own), decided), where=f"run of {method}")
-    if run.adapter.start is not None:
-        raise UserError(f"adapter.start = {run.adapter.start!r}: every method starts anew")
+    if run.adapter.init_from is not None:
+        raise UserError(f"adapter.init_from = {run.adapter.init_from!r}: every method starts anew")
     return run
 
 
@@ -132,7 +132,9 @@ def check_rank(model: Flux, adapter: Adapter) -> None:
     """Raise `UserError` where the rank is larger than a layer, or no layer gets an adapter."""
     names = adapted_layers(model, adapter)
     if not names:
-        raise UserError(f"adapter.layers {adapter.layers!r} matches no layer of the model")
+        raise UserError(
+            f"adapter.target_modules {adapter.target_modules!r} matches no layer of the model"
+        )
     least = min(names, key=lambda name: min(model.linear[name]))
     if adapter.rank > min(model.linear[least]):
         raise UserError(

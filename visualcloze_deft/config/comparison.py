@@ -53,8 +53,8 @@ class Group(Section):
     tasks: str
     """Names, groups and patterns, as `data.tasks` of a run."""
     sources: tuple[str, ...] = ()
-    """Data of its own, never trained on; without, what the run holds out (`data.hold_out`, or
-    scenes of another seed)."""
+    """Data of its own, never trained on; without, what the run holds out (`data.validation_every`,
+    or scenes of another seed)."""
     grids: Annotated[int, AfterValidator(_none_or_several)] = 0
     """Held-out grids of each task, two at least; 0: `evaluate.grids`."""
 

@@ -138,7 +138,7 @@ class Recipe(Section):
     """How often the task sentence is said."""
     keep_content: Probability = 0.8
     """How often the content sentence is said."""
-    drop_text: Probability = 0.1
+    caption_dropout: Probability = 0.1
     """How often both are left out."""
     paraphrase: Probability = 1.0
     """How often phrases and sentences are drawn among all that mean the same, not the usual ones.
@@ -175,7 +175,7 @@ class Data(Section):
     annotate: dict[str, _Place] = {}
     """Role -> what computes it from the target where a source lacks it: a model of transformers (a
     folder or hub id), or a folder that `vcdeft data annotate` wrote."""
-    hold_out: Annotated[int, AfterValidator(_none_or_some)] = 0
+    validation_every: Annotated[int, AfterValidator(_none_or_some)] = 0
     """Every n-th item of each source is never trained on, and is what sheets show; 0: none. Where
     items share pictures, every n-th unit: of DreamBooth a subject, of InsDet an object or place."""
     skip_at_most: Probability = 0.02
@@ -183,7 +183,7 @@ class Data(Section):
     are a larger share than this of at least 100 drawn, the run stops."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Reading processes per training process."""
-    encodings: Annotated[str, AfterValidator(_folder_or_word)] = ""
+    embedding_cache: Annotated[str, AfterValidator(_folder_or_word)] = ""
     """Folder in which encodings of strips and texts are kept and looked up, of this run and others;
     "run": in the run folder; "": none are kept."""
     recipe: Recipe = Recipe()
@@ -198,11 +198,11 @@ class Adapter(Section):
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    layers: Annotated[str, AfterValidator(sound_pattern)] = "flux"
-    """Regular expression for whole layer names; "flux": attention and feed-forward layers."""
-    start: str | None = None
+    target_modules: Annotated[str, AfterValidator(sound_pattern)] = "default"
+    """Regular expression for whole layer names; "default": attention and feed-forward layers."""
+    init_from: str | None = None
     """An adapter folder of the same method and rank that training starts from. Its layers and its
-    scale are kept: `alpha` and `layers` must not be set beside it."""
+    scale are kept: `alpha` and `target_modules` must not be set beside it."""
     p_lr_ratio: Factor = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 
@@ -216,7 +216,7 @@ class Optimiser(Section):
     warmup: Count | Literal["auto"] = "auto"
     """Steps until the learning rate is reached; "auto": 50, or a tenth of a short run."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    clip: Factor = 2.0
+    max_grad_norm: Factor = 2.0
     """Largest gradient norm."""
 
     def warmup_of(self, steps: int) -> int:
@@ -224,7 +224,7 @@ class Optimiser(Section):
         return min(50, steps // 10) if self.warmup == "auto" else self.warmup
 
 
-class Watch(Section):
+class Logging(Section):
     """What is written while a run trains, for a person to look at; nothing here changes it."""
 
     trackers: tuple[Tracker, ...] = ("tensorboard",)
@@ -234,15 +234,15 @@ class Watch(Section):
     """What trackers other than TensorBoard, which writes into the run folder, file the run under.
     """
     tracker_options: dict[Tracker, dict[str, Any]] = {}
-    """Tracker -> what else it is started with, e.g. watch.tracker_options.wandb.entity=us. Keys,
+    """Tracker -> what else it is started with, e.g. logging.tracker_options.wandb.entity=us. Keys,
     tokens and passwords are not written into the run folder: give them again with --resume, or in
     the tracker's environment variable."""
     norms_every: Count = 50
     """Steps between measurements of the adapter's norms; 0: never."""
-    evaluate_every: Count = 0
+    validate_every: Count = 0
     """Steps between losses on held-out grids, also before the first step and after the last; 0:
-    never. Needs `data.hold_out` where data is more than scenes."""
-    evaluate_examples: Positive = 64
+    never. Needs `data.validation_every` where data is more than scenes."""
+    validation_examples: Positive = 64
     """Held-out grids, the same each time, each at five times."""
 
 
@@ -251,7 +251,7 @@ OWNED = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "accumulate",
-    "gradient_clipping": "optimiser.clip",
+    "gradient_clipping": "optimiser.max_grad_norm",
     "optimizer": "optimiser",
     "scheduler": "optimiser.schedule",
 }  # DeepSpeed's settings that one of ours decides
@@ -313,8 +313,8 @@ class Run(Section):
     """What the frozen blocks are kept in; int8 and nf4 (4 bits) need bitsandbytes, fp8 does not."""
     offload_encoders: bool = False
     """Text encoders and VAE rest in main memory and come to the GPU while they encode or decode:
-    worth it where `data.encodings` has most of what is asked."""
-    checkpoint_blocks: Count | Literal["auto", "none", "all"] = "auto"
+    worth it where `data.embedding_cache` has most of what is asked."""
+    gradient_checkpointing: Count | Literal["auto", "none", "all"] = "auto"
     """How many blocks, from the first on, are recomputed in the backward pass: less memory, all of
     them about a third more time. "auto": as many as memory needs; on CPU none."""
     attention: str = "auto"
@@ -333,12 +333,12 @@ class Run(Section):
     first; "original" keeps the beginning, as VisualCloze's released weights were trained."""
     guidance: Annotated[float, Field(ge=-HEAVIEST, le=HEAVIEST)] = 1.0
     """Guidance the model is told in training; VisualCloze's 1."""
-    times: Times = "logit-normal"
+    timestep_sampling: Times = "logit-normal"
     """How training times are drawn; "uniform" sees more of the noisiest ones."""
-    time_shift: Factor = 1.0
+    timestep_shift: Factor = 1.0
     """Times t become s t / (1 + (s - 1) t): more than 1 trains more on noise, where layout and
     colours are decided."""
-    rollout: Probability = 0.0
+    scheduled_sampling: Probability = 0.0
     """How often a sample is not on the straight line from picture to noise but where a sampling
     step of the model's own leads: it learns to mend its errors and, where the answer is open, the
     mean of what fits. One more forward pass a batch."""
@@ -348,7 +348,7 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     save_every: Positive = 200
     """Steps between checkpoints."""
-    keep: Positive = 2
+    keep_checkpoints: Positive = 2
     """Checkpoints that stay; older ones go."""
     timeout: Annotated[float, Field(ge=1, le=LARGEST)] = 1800.0
     """Seconds without progress after which a process that hangs, or waits for one, ends the run
@@ -356,12 +356,12 @@ class Run(Section):
     On GPUs NCCL gives up by itself after 10 minutes in a collective operation of DeepSpeed's."""
     not_finite_at_most: Count = 5
     """Steps in a row without a finite gradient, each skipped by all processes, that a run bears."""
-    sheet_every: Count = 0
+    sample_every: Count = 0
     """Steps between sample sheets; 0: only at the end."""
     data: Data = Data()
     adapter: Adapter = Adapter()
     optimiser: Optimiser = Optimiser()
-    watch: Watch = Watch()
+    logging: Logging = Logging()
 
 
 def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
@@ -372,7 +372,27 @@ def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
     return parse_run(fields, where=file or "command line")
 
 
-EITHER = (["data", "resolution"], ["checkpoint_blocks"])  # settings that are a number or a word
+RENAMED = {
+    "sheet_every": "sample_every",
+    "checkpoint_blocks": "gradient_checkpointing",
+    "times": "timestep_sampling",
+    "time_shift": "timestep_shift",
+    "rollout": "scheduled_sampling",
+    "keep": "keep_checkpoints",
+    "watch": "logging",
+    "logging.evaluate_every": "logging.validate_every",
+    "logging.evaluate_examples": "logging.validation_examples",
+    "adapter.layers": "adapter.target_modules",
+    "adapter.start": "adapter.init_from",
+    "optimiser.clip": "optimiser.max_grad_norm",
+    "data.hold_out": "data.validation_every",
+    "data.encodings": "data.embedding_cache",
+    "data.recipe.drop_text": "data.recipe.caption_dropout",
+}  # settings of before 0.1.0
+EITHER = (
+    ["data", "resolution"],
+    ["gradient_checkpointing"],
+)  # settings that are a number or a word
 
 
 def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
@@ -384,6 +404,10 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
         one_of = next((p for p in EITHER if loc[: len(p)] == p), loc)  # without the kind tried
         place = ".".join(one_of)
         if first["type"] == "extra_forbidden":
+            if place in RENAMED:
+                raise UserError(
+                    f"{where}: the setting {place} is called {RENAMED[place]} now"
+                ) from None
             raise UserError(
                 f"{where}: unknown setting {place!r}; {suggestion(place, setting_names())}"
             ) from None

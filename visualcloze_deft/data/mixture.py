@@ -101,7 +101,7 @@ class Mixture:
         else:
             hidden = tuple(np.arange(len(order)) == rng.integers(len(order)))
         say_task, say_content = rng.random(2) < (recipe.keep_task, recipe.keep_content)
-        silent = rng.random() < recipe.drop_text
+        silent = rng.random() < recipe.caption_dropout
         varied = rng.random() < recipe.paraphrase
 
         def words(phrases: Sequence[str]) -> str:

@@ -216,16 +216,23 @@ def complete(
 def command(settings: InferenceSettings, output: Path, name: str) -> list[str]:
     """The `vcdeft infer` that makes the same images, for further processes."""
     words: list[object] = ["infer", "--examples", output / GRIDS / GRID_FILE]
-    words += ["--output", output / name, "--model", settings.model, "--steps", settings.steps]
+    words += [
+        "--output",
+        output / name,
+        "--model",
+        settings.model,
+        "--inference-steps",
+        settings.steps,
+    ]
     words += ["--guidance", settings.guidance, "--batch", settings.batch]
     words += ["--quantise", settings.quantise]
     for folder, strength in settings.adapters.items():
         words += ["--adapter", f"{folder}={strength!r}"]
     for option, value in (
-        ("--lora", settings.lora),
+        ("--model-lora", settings.lora),
         ("--clip-text", settings.clip_text),
         ("--cells", settings.cells),
-        *(("--tasks-from", folder) for folder in settings.task_folders),
+        *(("--task-folder", folder) for folder in settings.task_folders),
     ):
         words += [option, value] if value else []
     return [str(word) for word in words]

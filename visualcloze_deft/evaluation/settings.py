@@ -79,7 +79,7 @@ def request_facts(
         "limit": making.limit,
         "images": images,
         "seed": making.seed,
-        "hold_out": making.hold_out,
+        "validation_every": making.validation_every,
         # where data may lack roles, they are part of the grids
         "annotate": annotate,
     }

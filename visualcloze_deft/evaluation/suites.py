@@ -59,8 +59,9 @@ class GridSettings:
 
     data: name -> path of a source. resolution, cells: of the model. rows: of a grid, the query
     among them. images: of each grid. limit: grids of a row of the table at most, None for the
-    suite's own number. tasks: as `select.select` reads them, None for the suite's own. hold_out:
-    every N-th item alone, 0 for all. annotate: role -> model or folder, where data lacks a role.
+    suite's own number. tasks: as `select.select` reads them, None for the suite's own.
+    validation_every: every N-th item alone, 0 for all. annotate: role -> model or folder, where
+    data lacks a role.
     """
 
     data: Mapping[str, str]
@@ -71,7 +72,7 @@ class GridSettings:
     images: int = 1
     limit: int | None = None
     tasks: str | None = None
-    hold_out: int = 0
+    validation_every: int = 0
     annotate: Mapping[str, str] = field(default_factory=dict)
     task_folders: tuple[str, ...] = ()
 
@@ -126,8 +127,10 @@ def rows_of(name: str, making: GridSettings) -> list[Row]:
         )
     if name not in making.data and name != "scenes":
         raise UserError(f"--suite {name}: needs --data {name}=PATH, {suite.data}")
-    if making.hold_out and name not in ("scenes", "graph200k"):
-        raise UserError(f"--hold-out goes with --suite graph200k; {name} is all for testing")
+    if making.validation_every and name not in ("scenes", "graph200k"):
+        raise UserError(
+            f"--validation-every goes with --suite graph200k; {name} is all for testing"
+        )
     if making.tasks and name not in ("scenes", "graph200k"):
         raise UserError(f"--tasks goes with --suite scenes or graph200k, not {name}")
     if making.annotate and name not in ("scenes", "graph200k"):
@@ -165,9 +168,11 @@ def opened(name: str, making: GridSettings) -> list[Source]:
     check_places(making.annotate)
     lacks = {role: making.annotate[role] for role in lacking(source, making.annotate)}
     sources = annotated([source], lacks)
-    every = making.hold_out
+    every = making.validation_every
     if every and len(source) < every:
-        raise UserError(f"--hold-out {every}: {name} has {len(source)} items; give a smaller one")
+        raise UserError(
+            f"--validation-every {every}: {name} has {len(source)} items; give a smaller one"
+        )
     return [Part(s, every=every, held_out=True) for s in sources] if every else sources
 
 

@@ -93,4 +93,4 @@ def unread_words(plans: Sequence[GridJob], model: str, order: ClipText) -> list[
 def other_bases(settings: InferenceSettings) -> list[str]:
     """A line for every adapter that was trained on a base with another LoRA merged."""
     found = [lora_mismatch(folder, settings.lora) for folder in settings.adapters]
-    return [f"{line}; see --lora" for line in found if line]
+    return [f"{line}; see --model-lora" for line in found if line]

@@ -159,9 +159,9 @@ class MemoryPlan:
         strips are encoded one by one."""
         run, load, strip = self.run, self.load, self.load.widest
         sheet = SHEET_ROWS * strip + load.text
-        tokens = max(sheet, load.tokens) if run.watch.evaluate_every else sheet
+        tokens = max(sheet, load.tokens) if run.logging.validate_every else sheet
         values = forward_values(run.adapter.method, self.size) * self.model.width * tokens
-        together = 1 if run.data.encodings else load.grids
+        together = 1 if run.data.embedding_cache else load.grids
         vae, pixels = self.moved.get("vae", 0), self.pixels
         texts = [size for part, size in self.moved.items() if part != "vae"]
         return Outside(
@@ -226,7 +226,7 @@ class MemoryPlan:
     @property
     def recomputed(self) -> int | None:
         """How many blocks the run says to recompute; None for "auto"."""
-        said = self.run.checkpoint_blocks
+        said = self.run.gradient_checkpointing
         if isinstance(said, int):
             return said
         return {"none": 0, "all": self.blocks, "auto": None}[said]
@@ -243,13 +243,13 @@ class MemoryPlan:
         stage, blocks = self.smallest()
         return (
             f"the least is about {gigabytes(self.peak(stage, blocks))} with --zero {stage} "
-            f"--checkpoint-blocks {blocks}, and {RESERVE:.0%} are left free: lower --batch or "
+            f"--gradient-checkpointing {blocks}, and {RESERVE:.0%} are left free: lower --batch or "
             "--resolution, set quantise, or give both options to try it all the same"
         )
 
     def left_open(self) -> MemoryPlan:
         """The same with stage and recomputed blocks to be chosen."""
-        run = self.run.model_copy(update={"zero": "auto", "checkpoint_blocks": "auto"})
+        run = self.run.model_copy(update={"zero": "auto", "gradient_checkpointing": "auto"})
         return replace(self, run=run)
 
 
@@ -289,9 +289,11 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
 
 def check_blocks(run: Run, model: Flux) -> None:
     """Raise `UserError` where more blocks are to be recomputed than there are."""
-    said, there = run.checkpoint_blocks, len(model.blocks)
+    said, there = run.gradient_checkpointing, len(model.blocks)
     if isinstance(said, int) and said > there:
-        raise UserError(f"checkpoint_blocks = {said}: the model has {there} blocks; give fewer")
+        raise UserError(
+            f"gradient_checkpointing = {said}: the model has {there} blocks; give fewer"
+        )
 
 
 def plan_here(run: Run, load: Load, *, processes: int) -> MemoryPlan:
@@ -330,16 +332,16 @@ def main_memory() -> int:
 
 
 def decided(run: Run, load: Load, *, processes: int) -> Run:
-    """`run` with `zero` and `checkpoint_blocks` chosen where they are "auto".
+    """`run` with `zero` and `gradient_checkpointing` chosen where they are "auto".
 
     On CPU no block is recomputed. Raises `UserError` where nothing fits.
     """
     gpu = bool(gpus_here())
-    if isinstance(run.checkpoint_blocks, int):
+    if isinstance(run.gradient_checkpointing, int):
         check_blocks(run, flux(settings_of(run.model, "transformer")))
-    if run.zero != "auto" and (run.checkpoint_blocks != "auto" or not gpu):
-        blocks = 0 if run.checkpoint_blocks == "auto" else run.checkpoint_blocks
-        chosen = run.model_copy(update={"checkpoint_blocks": blocks})
+    if run.zero != "auto" and (run.gradient_checkpointing != "auto" or not gpu):
+        blocks = 0 if run.gradient_checkpointing == "auto" else run.gradient_checkpointing
+        chosen = run.model_copy(update={"gradient_checkpointing": blocks})
         if run.quantise != "none" and not gpu:
             check_quantised(plan_here(chosen, load, processes=processes), memory_here(processes))
         return chosen
@@ -348,7 +350,7 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
     way = plan.choose(memory, recompute=gpu)
     if way is None:
         raise UserError(f"nothing fits into {gigabytes(memory)} a process; {plan.way_out()}")
-    return run.model_copy(update={"zero": way[0], "checkpoint_blocks": way[1]})
+    return run.model_copy(update={"zero": way[0], "gradient_checkpointing": way[1]})
 
 
 def gigabytes(size: int) -> str:
@@ -373,7 +375,7 @@ def check_quantised(plan: MemoryPlan, memory: int) -> None:
         raise UserError(
             f"quantise = {plan.run.quantise!r}: about {gigabytes(needed)} a process, encoders left "
             f"out, and there are {gigabytes(memory)}; lower --batch or --resolution, or raise "
-            "--checkpoint-blocks; vcdeft plan shows the parts"
+            "--gradient-checkpointing; vcdeft plan shows the parts"
         )
 
 

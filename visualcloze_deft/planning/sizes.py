@@ -19,16 +19,16 @@ FP8_ROWS = 512  # quantise.ROWS
 
 def adapted_layers(model: Flux, settings: Adapter) -> list[str]:
     """The linear layers that get an adapter."""
-    if settings.start is None:
-        if settings.layers == "flux":
+    if settings.init_from is None:
+        if settings.target_modules == "default":
             return [name for name in model.linear if re.fullmatch(FLUX_LAYERS, name)]
-        return matching("adapter.layers", settings.layers, model.linear)
-    path = Path(settings.start) / WEIGHTS
+        return matching("adapter.target_modules", settings.target_modules, model.linear)
+    path = Path(settings.init_from) / WEIGHTS
     try:
         with safe_open(path, "np") as file:
             tensors = list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"adapter.start: {path} cannot be read: {error}") from None
+        raise UserError(f"adapter.init_from: {path} cannot be read: {error}") from None
     names = {re.sub(r"(base_model\.model\.)?(.*)\.(deft|lora)_.*", r"\2", t) for t in tensors}
     return [name for name in model.linear if name in names]
 

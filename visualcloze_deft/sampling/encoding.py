@@ -19,7 +19,9 @@ from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
 
-NEAREST = 0.1  # time below which no sample is a rollout: an error there would be divided by t
+NEAREST = (
+    0.1  # time below which no sample is a scheduled_sampling: an error there would be divided by t
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +111,12 @@ def encode(
     *,
     seed: int,
     times: Times = "logit-normal",
-    time_shift: float = 1.0,
-    rollout: float = 0.0,
+    timestep_shift: float = 1.0,
+    scheduled_sampling: float = 0.0,
 ) -> list[TokenBatch]:
     """Encode a batch. Noise and times of example i are a function of (seed, i) alone.
 
-    rollout: how often a sample starts as a step of the model's own, see `run.Run`.
+    scheduled_sampling: how often a sample starts as a step of the model's own, see `run.Run`.
     """
     text, pooled = models.encode_text([d.prompt for d in drawn])
     places: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -127,8 +129,8 @@ def encode(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
             strict=True,
         )
-        at, ways = flow.shift(torch.stack(t), time_shift), torch.stack(uniform)
-        own = (ways[:, 0] < rollout) & (at > NEAREST)
+        at, ways = flow.shift(torch.stack(t), timestep_shift), torch.stack(uniform)
+        own = (ways[:, 0] < scheduled_sampling) & (at > NEAREST)
         start = torch.where(own, flow.earlier(at, ways[:, 1:]), at)
         groups.append(
             TokenBatch(
@@ -148,8 +150,8 @@ def encode(
 def draw_noise(
     shape: Sequence[int], seed: int, index: int, times: Times
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal noise of `shape`, a time in 0..1 and three draws from 0..1 for `rollout`,
-    from (seed, index) alone."""
+    """Standard normal noise of `shape`, a time in 0..1 and three draws from 0..1 for
+    `scheduled_sampling`, from (seed, index) alone."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> 1))
     noise = torch.randn(tuple(shape), generator=generator)

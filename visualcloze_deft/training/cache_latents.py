@@ -1,4 +1,4 @@
-"""What a run will draw, encoded before it: `vcdeft data encode`."""
+"""What a run will draw, encoded before it: `vcdeft data cache`."""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ def dry_run_of(run: Run) -> Iterator[Run]:
         )
     preparation.check_settings(run)  # of which the first step needs only some
     optimiser = run.optimiser.model_copy(update={"warmup": 0})
-    watch = run.watch.model_copy(update={"trackers": ()})
+    logging = run.logging.model_copy(update={"trackers": ()})
     check_replaceable(sheet_of(output), way_out="move it, or choose another --output")
     if output.exists() and not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"output {output}: not writable")
     with temporary_in(nearest_folder(output.parent)) as folder:
-        fields = {"output": folder, "steps": 1, "sheet_every": 0}
-        yield run.model_copy(update=fields | {"optimiser": optimiser, "watch": watch})
+        fields = {"output": folder, "steps": 1, "sample_every": 0}
+        yield run.model_copy(update=fields | {"optimiser": optimiser, "logging": logging})
 
 
 def sheet_of(output: Path) -> Path:
@@ -77,12 +77,13 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     drawn = read_image(max((folder / "sheets").glob("*.png")))
     write_preview(drawn, sheet, of=f"a dry run of {run.output}")
     hours = run.steps * step["seconds"] / 3600
+    size = f"{each / 1e6:,.1f} MB"
     found = [
         f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",
         f"         {run.steps} such steps: {hours:.1f} hours (a first step is slower)",
-        f"         checkpoint {each / 1e6:,.1f} MB, {run.keep} are kept; {free / 1e6:,.0f} MB free",
+        f"         checkpoint {size}; {run.keep_checkpoints} are kept; {free / 1e6:,.0f} MB free",
         f"         sheet {sheet}",
     ]
-    if warning := checkpoint.short_of_room(folder.parent, (run.keep + 1) * each):
+    if warning := checkpoint.short_of_room(folder.parent, (run.keep_checkpoints + 1) * each):
         found.append(f"         {warning}")
     return found

@@ -40,7 +40,7 @@ AVERAGE = "average"  # ours, in the same place
 
 def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
     """DeepSpeed's engine around the transformer and AdamW over the adapter."""
-    recompute(transformer, run.checkpoint_blocks)
+    recompute(transformer, run.gradient_checkpointing)
     if run.zero == 3:
         register_for_zero3(transformer)
     if run.compile:
@@ -49,7 +49,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         transformer,
         context_weight=run.context_weight,
         guidance=run.guidance,
-        rollout=run.rollout > 0,
+        scheduled_sampling=run.scheduled_sampling > 0,
     )
     deft_linear.share_factors(
         module
@@ -62,7 +62,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         foreach=True,
     )
     if isinstance(optimiser, ClippedAdamW):
-        optimiser.clip = settings.clip
+        optimiser.clip = settings.max_grad_norm
     for group in optimiser.param_groups:
         group["full_lr"] = group["lr"]
     trained = injection.trainable(transformer).values()
@@ -136,7 +136,7 @@ def deepspeed_config(run: Run, *, values: int = BUCKET) -> dict[str, Any]:
     ours = {
         "train_micro_batch_size_per_gpu": run.batch,
         "gradient_accumulation_steps": run.accumulate,
-        "gradient_clipping": run.optimiser.clip if run.zero else 0.0,  # see `ClippedAdamW`
+        "gradient_clipping": run.optimiser.max_grad_norm if run.zero else 0.0,  # see `ClippedAdamW`
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": run.zero, "reduce_bucket_size": min(BUCKET, values)}

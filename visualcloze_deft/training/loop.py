@@ -220,10 +220,10 @@ def train_here(
     watchdog.doing("attaching the adapter")
     if start is not None:
         files.load(models.transformer, start.folder, trainable=True)
-    elif run.adapter.start is not None:
+    elif run.adapter.init_from is not None:
         files.load(
             models.transformer,
-            Path(run.adapter.start),
+            Path(run.adapter.init_from),
             trainable=True,
             dropout=run.adapter.dropout,
         )
@@ -313,9 +313,9 @@ class Loop:
         self.mixture = mixture
         self.shown = mixture
         cache = Path(run.output) / run_folder.INDEX
-        if run.data.hold_out:
+        if run.data.validation_every:
             self.shown = mixtures.mixture_of(run, held_out=True, cache=cache)
-        if run.watch.evaluate_every:
+        if run.logging.validate_every:
             self.held_out = PixelDataset(mixtures.held_out_of(run, cache=cache))
         self.models = models
         self.engine = engine
@@ -380,7 +380,7 @@ class Loop:
                     self.save()
                 if leaving:
                     self.leave()
-                if run.sheet_every and done % run.sheet_every == 0 and done < run.steps:
+                if run.sample_every and done % run.sample_every == 0 and done < run.steps:
                     self.sheet()
 
     def take_step(
@@ -436,9 +436,9 @@ class Loop:
                 self.models,
                 part,
                 seed=run.seed,
-                times=run.times,
-                time_shift=run.time_shift,
-                rollout=run.rollout,
+                times=run.timestep_sampling,
+                timestep_shift=run.timestep_shift,
+                scheduled_sampling=run.scheduled_sampling,
             )
             for part in drawn
         ]
@@ -478,11 +478,11 @@ class Loop:
 
     def evaluate(self) -> None:
         """Where it is time, the loss on held-out grids; every process measures a share."""
-        run, every = self.run, self.run.watch.evaluate_every
+        run, every = self.run, self.run.logging.validate_every
         if not every or (self.step % every and self.step < run.steps):
             return
         self.watchdog.doing(f"the held-out loss of step {self.step}")
-        own = validation.share(run.watch.evaluate_examples, rank=self.rank, world=self.world)
+        own = validation.share(run.logging.validation_examples, rank=self.rank, world=self.world)
         with published(self.engine, averaged=self.has_average):
             found = validation.losses(
                 self.engine.module, self.models, self.held_out, run, own=own, agreed=self.agreed
@@ -563,7 +563,7 @@ class Loop:
                     progress,
                     moments,
                     lambda folder: self.write_adapter(folder, tensors, self.step),
-                    keep=self.run.keep,
+                    keep=self.run.keep_checkpoints,
                     average=averaged,
                 )
                 self.warn_of_room(checkpoint.size(saved))

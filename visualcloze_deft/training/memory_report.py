@@ -36,8 +36,8 @@ from visualcloze_deft.training.run_folder import METRICS, SETTINGS
 TIMED = 100  # last steps of an earlier run whose median counts
 # What leaves a step's time as it is.
 WITHOUT_TIME = re.compile(
-    r"output|steps|seed|save_every|sheet_every|keep|timeout|not_finite_at_most|watch\..*|context_weight|guidance|clip_text|times|time_shift|"
-    r"optimiser\..*|adapter\.(alpha|start|p_lr_ratio)|model_lora|data\.(hold_out|skip_at_most)"
+    r"output|steps|seed|save_every|sample_every|keep|timeout|not_finite_at_most|watch\..*|context_weight|guidance|clip_text|times|timestep_shift|"
+    r"optimiser\..*|adapter\.(alpha|start|p_lr_ratio)|model_lora|data\.(validation_every|skip_at_most)"
 )
 
 
@@ -116,7 +116,7 @@ class MemoryReport:
         yield "GB of each process at its peak; blocks: how many are recomputed in the backward pass"
         yield ""
         if found := self.chosen:
-            options = f"--zero {found.stage} --checkpoint-blocks {found.recomputed}"
+            options = f"--zero {found.stage} --gradient-checkpointing {found.recomputed}"
             yield f"choose   {options}: about {gigabytes(found.peak)}"
         else:
             yield f"choose   nothing fits; {plan.left_open().way_out()}"
@@ -139,7 +139,7 @@ class MemoryReport:
         def one(found: Way) -> dict[str, Any]:
             return {
                 "zero": found.stage,
-                "checkpoint_blocks": found.recomputed,
+                "gradient_checkpointing": found.recomputed,
                 "parts": vars(found.parts),
                 "between": plan.between(found.stage),
                 "peak": found.peak,

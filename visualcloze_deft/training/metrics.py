@@ -75,7 +75,7 @@ class MetricsLog:
         self.trackers: list[GeneralTracker] = []
         if self.first:
             resume.keep_lines_until(self.output, start)
-            self.trackers = [started(name, run, start) for name in run.watch.trackers]
+            self.trackers = [started(name, run, start) for name in run.logging.trackers]
 
     def timed(self, batches: Iterator[T]) -> Generator[T, None, None]:
         """`batches`; what each takes to come counts as waiting for data."""
@@ -98,7 +98,7 @@ class MetricsLog:
         )
 
     def norms_due(self, step: int) -> bool:
-        every = self.run.watch.norms_every
+        every = self.run.logging.norms_every
         return every > 0 and step % every == 0
 
     def step(
@@ -259,10 +259,10 @@ def started(name: Tracker, run: Run, start: int) -> GeneralTracker:
     if name == "wandb":  # which goes on with what it finds in `dir`
         options |= {"name": output.name, "dir": str(output)}
         options |= {"resume": "auto"} if start >= 0 else {}
-    called = "tensorboard" if name == "tensorboard" else run.watch.project
-    own = run.watch.tracker_options.get(name, {})
+    called = "tensorboard" if name == "tensorboard" else run.logging.project
+    own = run.logging.tracker_options.get(name, {})
     with reading(
-        f"watch.tracker_options.{name}",
+        f"logging.tracker_options.{name}",
         f"{name} does not start with {', '.join(own) or 'its defaults'}",
     ):
         tracker = kind(called, *place, **(options | own))

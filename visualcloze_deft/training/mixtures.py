@@ -23,8 +23,8 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
     """The run's tasks over its sources: those of a weight above 0, and of "all" and patterns those
     that the sources can serve.
 
-    held_out: over the items that `data.hold_out` keeps out of training, if it keeps any. cache: a
-    folder for the sources' indexes.
+    held_out: over the items that `data.validation_every` keeps out of training, if it keeps any.
+    cache: a folder for the sources' indexes.
     """
     sources = sources_of(run, held_out=held_out, cache=cache)
     weights, tasks = tasks_of(run)
@@ -49,15 +49,16 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
 
 
 def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
-    """The mixture over what is never trained on: the items that `data.hold_out` keeps or, of scenes
-    alone, which have no end, those of another seed. Raises `UserError` where there is nothing."""
-    if run.data.hold_out:
+    """The mixture over what is never trained on: the items that `data.validation_every` keeps or,
+    of scenes alone, which have no end, those of another seed. Raises `UserError` where there is
+    nothing."""
+    if run.data.validation_every:
         return mixture_of(run, held_out=True, cache=cache)
     finite = [spec for spec in run.data.sources if spec.partition("=")[0] != "scenes"]
     if finite:
         raise UserError(
-            f"watch.evaluate_every = {run.watch.evaluate_every}: nothing of {finite[0]} is held "
-            "out; set data.hold_out, e.g. to 10, or watch.evaluate_every to 0"
+            f"logging.validate_every = {run.logging.validate_every}: nothing of {finite[0]} is "
+            "held out; set data.validation_every, e.g. to 10, or logging.validate_every to 0"
         )
     return mixture_of(run.model_copy(update={"seed": run.seed + OTHER_SCENES}), cache=cache)
 
@@ -70,10 +71,10 @@ def tasks_of(run: Run) -> tuple[dict[str, float], dict[str, Task]]:
 
 
 def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[Source]:
-    """The run's sources, with what is annotated: the items that `data.hold_out` leaves to training,
-    or those it keeps. cache: a folder for their indexes."""
+    """The run's sources, with what is annotated: the items that `data.validation_every` leaves to
+    training, or those it keeps. cache: a folder for their indexes."""
     check_places(run.data.annotate)
-    size, every = resolution_of(run), run.data.hold_out
+    size, every = resolution_of(run), run.data.validation_every
     opened = [open_source(spec, size=size, seed=run.seed, cache=cache) for spec in run.data.sources]
     sources = annotated(opened, run.data.annotate)
     for source in sources if every else ():
@@ -81,7 +82,7 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
             units = units_of(source)
             of = "" if units is None else f" of {max(units) + 1} units"
             raise UserError(
-                f"data.hold_out = {every}: {source.name} has {len(source)} items{of}; "
+                f"data.validation_every = {every}: {source.name} has {len(source)} items{of}; "
                 "give a smaller one"
             )
     return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources

@@ -25,14 +25,15 @@ class GridLoss(nn.Module):
         *,
         context_weight: float,
         guidance: float,
-        rollout: bool = False,
+        scheduled_sampling: bool = False,
     ) -> None:
-        """rollout: whether, in training, groups may hold samples whose `start` is above `t`."""
+        """scheduled_sampling: whether, in training, groups may hold samples whose `start` is above
+        `t`."""
         super().__init__()
         self.transformer = transformer
         self.context_weight = context_weight
         self.guidance = guidance
-        self.rollout = rollout
+        self.scheduled_sampling = scheduled_sampling
 
     def forward(self, groups: Sequence[TokenBatch]) -> Tensor:
         """(b,) the loss of each sample, group after group."""
@@ -42,7 +43,7 @@ class GridLoss(nn.Module):
         latents, t, start = group.latents, group.t, group.start
         noisy = flow.interpolate(latents.clean, group.noise, start)
         target = flow.velocity(latents.clean, group.noise)
-        if self.rollout and self.training:
+        if self.scheduled_sampling and self.training:
             noisy = noisy + (t - start)[:, None, None] * self.guess(group, noisy)
             led = flow.velocity_to(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)

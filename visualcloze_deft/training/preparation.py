@@ -71,10 +71,12 @@ def prepare(
     encodings_folder(run)
     if run.model_lora is not None:
         lora_files.changes_of(run.model, run.model_lora)  # read whole, or refused
-    if run.adapter.start is not None and not resume:
-        folder, wanted = Path(run.adapter.start), run.adapter
-        if (wanted.alpha, wanted.layers) != (None, "flux"):
-            raise UserError("adapter.start keeps its own scale and layers: leave alpha and layers")
+    if run.adapter.init_from is not None and not resume:
+        folder, wanted = Path(run.adapter.init_from), run.adapter
+        if (wanted.alpha, wanted.target_modules) != (None, "default"):
+            raise UserError(
+                "adapter.init_from keeps its own scale and layers: leave alpha and target_modules"
+            )
         check_start(folder, wanted.method, wanted.rank, run.model_lora)
         check_base(folder, run.model, lora=run.model_lora)
     output = Path(run.output)
@@ -86,7 +88,7 @@ def prepare(
         run = divided(run, processes=processes)
     mixture = mixture_of(run, cache=output / INDEX)
     plan = plan_of(run, mixture, processes=processes)
-    if run.watch.evaluate_every:
+    if run.logging.validate_every:
         held_out_of(run, cache=output / INDEX)
     items = sum(len(source) for source in mixture.sources)
     if items < processes:
@@ -125,11 +127,11 @@ def check_settings(run: Run) -> None:
         precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:
         raise UserError("compile is not for ZeRO-3, which gathers weights inside a block; --zero 2")
-    for name in run.watch.trackers:
+    for name in run.logging.trackers:
         if _version(name) == MISSING:
             raise UserError(
-                f"watch.trackers names {name}, whose package is not installed; 'pip install {name}'"
-                " or take it out"
+                f"logging.trackers names {name}, whose package is not installed; "
+                f"'pip install {name}' or take it out"
             )
 
 
@@ -162,9 +164,9 @@ def to_plan(run: Run) -> Run:
     """`run` as its memory is planned: an adapter that it started from lies in its own checkpoint,
     once there is one, whatever became of the first folder."""
     saved = sorted((Path(run.output) / "checkpoints").glob("step-*"))
-    if run.adapter.start is None or not saved:
+    if run.adapter.init_from is None or not saved:
         return run
-    adapter = run.adapter.model_copy(update={"start": str(saved[-1])})
+    adapter = run.adapter.model_copy(update={"init_from": str(saved[-1])})
     return run.model_copy(update={"adapter": adapter})
 
 

@@ -24,18 +24,18 @@ FREE_ON_RESUME = {
     "accumulate",
     "processes",
     "zero",
-    "checkpoint_blocks",
+    "gradient_checkpointing",
     "attention",
     "offload",
     "save_every",
-    "keep",
+    "keep_checkpoints",
     "compile",
     "timeout",
     "not_finite_at_most",
-    "sheet_every",
+    "sample_every",
     "data.workers",
     "data.skip_at_most",
-    "data.encodings",
+    "data.embedding_cache",
     "offload_encoders",
 }
 """Settings that may change when a run goes on: they leave the examples of every step as they were.
@@ -43,7 +43,10 @@ FREE_ON_RESUME = {
 Another `steps` stretches a cosine schedule and the "auto" warm-up of a run of less than 500 steps,
 so the learning rate goes on from where the new one is.
 """
-DECIDED = ("zero", "checkpoint_blocks")  # settings that `prepare` chooses where they are "auto"
+DECIDED = (
+    "zero",
+    "gradient_checkpointing",
+)  # settings that `prepare` chooses where they are "auto"
 DIVIDED = ("batch", "batch_tokens")  # settings that it may divide anew among processes
 FIXED = ("model", "adapter.", "seed", "ema")  # what may never change: it is in the checkpoint
 
@@ -60,11 +63,11 @@ def check_resumed(
         if name.startswith(FIXED):
             raise UserError(
                 f"--allow-change {name}: what was trained so far is for one model, adapter and "
-                "order of examples; start another --output, with adapter.start to go on from it"
+                "order of examples; start another --output, with adapter.init_from to go on from it"
             )
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
-    may = ("deepspeed.", "watch.", *(f"{name}." for name in allowed))
+    may = ("deepspeed.", "logging.", *(f"{name}." for name in allowed))
     for name in sorted({*before, *now} - FREE_ON_RESUME - {*allowed}):
         if before.get(name) != now.get(name) and not name.startswith(may):
             raise UserError(

@@ -50,12 +50,12 @@ PACKAGES = [
 
 def encodings_folder(run: Run) -> Path | None:
     """Where the run keeps encodings, if it does. Raises `UserError` where that is no folder."""
-    if not run.data.encodings:
+    if not run.data.embedding_cache:
         return None
-    own = run.data.encodings == "run"
-    folder = Path(run.output) / ENCODINGS if own else Path(run.data.encodings)
+    own = run.data.embedding_cache == "run"
+    folder = Path(run.output) / ENCODINGS if own else Path(run.data.embedding_cache)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"data.encodings {folder}: no folder; give one, or a path yet free")
+        raise UserError(f"data.embedding_cache {folder}: no folder; give one, or a path yet free")
     return folder
 
 
@@ -172,9 +172,9 @@ def adapter_metadata(
     """What the adapter file says of itself (safetensors metadata: text values only). An adapter
     that training started from keeps its own scale and layers, which its settings file tells.
     attention: the backend that it was trained with last. base: see `base_of`."""
-    alpha, layers = run.adapter.alpha, run.adapter.layers
-    if run.adapter.start is not None:
-        alpha, layers = None, f"those of {run.adapter.start}"
+    alpha, layers = run.adapter.alpha, run.adapter.target_modules
+    if run.adapter.init_from is not None:
+        alpha, layers = None, f"those of {run.adapter.init_from}"
     return {
         "visualcloze_deft": _version("visualcloze-deft"),
         "method": run.adapter.method,

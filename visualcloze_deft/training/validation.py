@@ -38,13 +38,13 @@ class ValidationLosses:
 def times_of(run: Run) -> Tensor:
     """(5,) the `QUANTILES` of the times that training draws: their mean loss is near that over all.
 
-    >>> times_of(Run(times="uniform"))
+    >>> times_of(Run(timestep_sampling="uniform"))
     tensor([0.1000, 0.3000, 0.5000, 0.7000, 0.9000])
     """
     drawn = torch.tensor(QUANTILES)
-    if run.times == "logit-normal":
+    if run.timestep_sampling == "logit-normal":
         drawn = flow.logit_normal(torch.tensor([NormalDist().inv_cdf(q) for q in QUANTILES]))
-    return flow.shift(drawn, run.time_shift)
+    return flow.shift(drawn, run.timestep_shift)
 
 
 def share(count: int, *, rank: int, world: int) -> list[int]:
