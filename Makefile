@@ -49,6 +49,7 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/vulture
 	$(BIN)/codespell
+	$(BIN)/python scripts/prose.py README.md CONTRIBUTING.md docs/*.md --check
 
 # The next script also runs where the one before it found a fault.
 gpu:

@@ -70,7 +70,10 @@ def test_equal_pictures_are_equal_in_every_measure() -> None:
     assert fidelity.psnr(one, one) == pytest.approx(68.13, abs=0.01)
     assert fidelity.ssim(one, one) == pytest.approx(1)
     assert fidelity.mean_error(one, one) == 0
-    assert fidelity.canny_f1(one, scene(role="canny"), tolerance=0) == 1
+    assert (
+        fidelity.edge_f1(canny(Image.fromarray(np.asarray(one))), scene(role="canny"), tolerance=0)
+        == 1
+    )
     assert fidelity.depth_rmse(scene(role="depth"), scene(role="depth")) == 0
     assert fidelity.normals_angle(scene(role="normal"), scene(role="normal")) < 1e-5
     assert fidelity.segmentation_miou(scene(role="segmentation"), scene(role="segmentation")) == 1
@@ -105,7 +108,10 @@ def test_more_noise_and_more_blur_are_worse() -> None:
             assert found == sorted(found, reverse=True)
         errors = [fidelity.mean_error(x, one) for x in series]
         assert errors == sorted(errors)
-    edges = [fidelity.canny_f1(x, scene(role="canny"), tolerance=1) for x in noise]
+    edges = [
+        fidelity.edge_f1(canny(Image.fromarray(np.asarray(x))), scene(role="canny"), tolerance=1)
+        for x in noise
+    ]
     assert edges == sorted(edges, reverse=True)
     assert edges[-1] < 0.7 < edges[0]
 

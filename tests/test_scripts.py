@@ -205,6 +205,17 @@ def test_golden_values_are_the_same_twice_and_a_difference_is_found(
 
 
 @pytest.mark.scripts
+def test_prose_is_measured_by_its_sentences(script: Script, tmp_path: Path) -> None:
+    long = " ".join(["word"] * 31)
+    text = (
+        f"# A heading that is long\n\nOne two three. Four what.\n\n```\n{long}\n```\n\n- {long}.\n"
+    )
+    (tmp_path / "page.md").write_text(text)
+    ((_, words, share, what),) = rows(script("prose.py", "page.md"))[2:]
+    assert (words, share, what) == ("12.0", "33%", "27.8")
+
+
+@pytest.mark.scripts
 def test_rates_are_swept_and_a_comparison_comes_into_its_page(
     script: Script, micro_model: Path, tmp_path: Path
 ) -> None:

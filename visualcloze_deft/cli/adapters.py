@@ -21,32 +21,42 @@ if TYPE_CHECKING:
     "kind",
     required=True,
     type=click.Choice(["peft", "diffusers", "comfyui", "kohya", "merged"]),
-    help="Who is to read it; merged: a transformer folder with the adapter in its weights.",
+    help="The tool that reads the file. 'merged' writes a transformer folder with the adapter in "
+    "its weights.",
 )
-@click.option("--output", required=True, metavar="PATH", help="A .safetensors file, or a folder.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="PATH",
+    help="The .safetensors file, or the folder, to write.",
+)
 @click.option(
     "--scale",
     "strength",
     type=float,
     default=1.0,
     show_default=True,
-    help="Of the adapter, folded in.",
+    help="The scale of the adapter, folded into the file.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of a LoRA file, default float32; of a merged transformer, default its base's.",
+    help="The precision of the file. A LoRA is float32 by default, a merged transformer as its "
+    "base.",
 )
-@click.option("--model", help="The base; default: the one the adapter was trained on.")
+@click.option("--model", help="The base. By default it is the one that the adapter was trained on.")
 @REVISION
 @click.option(
-    "--model-lora", "lora", metavar="PATH", help="The LoRA in that base; default: as in training."
+    "--model-lora",
+    "lora",
+    metavar="PATH",
+    help="The LoRA in that base. By default it is the one of the training.",
 )
 @click.option(
     "--verify/--no-verify",
     default=True,
     show_default=True,
-    help="Read what was written and compare the outputs.",
+    help="Reads the written file and compares its output with the adapter's.",
 )
 def export_adapter(
     run: str,
@@ -101,7 +111,7 @@ def export_adapter(
 @click.option(
     "--without-text-encoders",
     is_flag=True,
-    help="Leave out tensors for text encoders, which stay as they are here.",
+    help="Leaves out tensors for text encoders. The text encoders are not changed here.",
 )
 def import_adapter(
     file: str, output: str, model: str, revision: str | None, without_text_encoders: bool

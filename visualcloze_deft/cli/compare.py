@@ -11,10 +11,22 @@ from visualcloze_deft.cli.app import CONTEXT, cli
 
 @cli.command("compare", context_settings=CONTEXT)
 @click.argument("config", metavar="CONFIG")
-@click.option("--output", metavar="DIR", help="Default: the comparison file's.")
-@click.option("--dry-run", is_flag=True, help="Check all; list trainings, ranks, what is done.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any setting of the file."
+    "--output",
+    metavar="DIR",
+    help="The folder of the comparison. By default the comparison file names it.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Checks everything and lists the trainings, their ranks and their state.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Sets any setting of the comparison file. Repeatable.",
 )
 def compare_methods(
     config: str, output: str | None, dry_run: bool, overrides: tuple[str, ...]

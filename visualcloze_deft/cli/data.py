@@ -28,7 +28,9 @@ CHECKED_SCENES = 8  # are a few seconds of one processor
 @click.argument("source", metavar="NAME=PATH")
 @FOLDERS
 @click.option(
-    "--workers", type=click.IntRange(0, 256), help="Reading processes; default: one per core."
+    "--workers",
+    type=click.IntRange(0, 256),
+    help="The number of reading processes. The default is one per core.",
 )
 def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
     """Read all pictures of a source: what it has, how masks and depth were read, which tasks it
@@ -88,9 +90,18 @@ def preview_data(source: str, count: int, seed: int, output: str, overwrite: boo
 @data.command("annotate", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
 @click.option(
-    "--annotate", required=True, multiple=True, metavar="ROLE=MODEL", help="Repeat for more roles."
+    "--annotate",
+    required=True,
+    multiple=True,
+    metavar="ROLE=MODEL",
+    help="The role to compute and the model that computes it. Repeatable.",
 )
-@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="The folder to write. The same command continues an interrupted one.",
+)
 def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
     """Compute roles that a source lacks from its targets, once, for training to read.
 
@@ -120,14 +131,23 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
 
 
 @data.command("cache", context_settings=CONTEXT, params=of_a_run())
-@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="The folder to write. The same command continues an interrupted one.",
+)
 @click.option(
     "--examples",
     type=click.IntRange(1, 10**9),
     metavar="N",
-    help="Default: as many as the run will draw.",
+    help="The number of examples. By default the cache covers the whole run.",
 )
-@click.option("--text-only", is_flag=True, help="Texts, which are few and large to encode.")
+@click.option(
+    "--text-only",
+    is_flag=True,
+    help="Caches text embeddings alone: texts are few and take long to encode.",
+)
 @click.pass_obj
 def cache_data(
     arguments: Sequence[str],

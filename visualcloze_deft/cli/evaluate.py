@@ -23,73 +23,110 @@ from visualcloze_deft.runtime.open_files import check_handles
 
 @cli.command("eval", context_settings=CONTEXT)
 @click.argument("adapter", required=False, metavar="[ADAPTER[=STRENGTH]|none]")
-@click.option("--suite", help="scenes, graph200k, dreambooth, dreambench-plus or insdet.")
 @click.option(
-    "--data", multiple=True, metavar="NAME=PATH", help="The suite's data; scenes need none."
+    "--suite", help="The suite: scenes, graph200k, dreambooth, dreambench-plus or insdet."
 )
-@click.option("--images", metavar="DIR", help="Score these images, made elsewhere, instead.")
-@click.option("--against", metavar="DIR", help="What --images are held to: pairs by name.")
-@click.option("--unpaired", is_flag=True, help="Compare --images and --against as two sets.")
-@click.option("--prompts", metavar="FILE", help='Of --images: JSON, {"NAME": "prompt", ...}.')
-@click.option("--output", required=True, metavar="DIR", help="Given again, it goes on there.")
+@click.option(
+    "--data", multiple=True, metavar="NAME=PATH", help="The data of the suite. Scenes need none."
+)
+@click.option(
+    "--images",
+    metavar="DIR",
+    help="Scores the images of this folder instead. Any tool may have made them.",
+)
+@click.option(
+    "--against", metavar="DIR", help="The folder of ground truth for --images, paired by file name."
+)
+@click.option(
+    "--unpaired", is_flag=True, help="Compares --images and --against as two sets, without pairs."
+)
+@click.option(
+    "--prompts", metavar="FILE", help='The prompts of --images, as JSON: {"NAME": "prompt", ...}.'
+)
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="The folder to write. The same command continues an interrupted one.",
+)
 @click.option(
     "--limit",
     type=click.IntRange(1, 10**6),
     metavar="N",
-    help="Grids of each row of the table. Default: 64 of a task of scenes, 100 of graph200k's, all "
-    "of the others.",
+    help="The number of grids for each row of the table. The default is 64 for a task of scenes, "
+    "100 "
+    "for one of graph200k, and all grids of the other suites.",
 )
-@click.option("--tasks", help="Of scenes or graph200k, as 'vcdeft train --tasks' reads them.")
-@click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True, help="Of a grid.")
+@click.option("--tasks", help="The tasks of scenes or graph200k, as in 'vcdeft train --tasks'.")
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 4),
+    default=2,
+    show_default=True,
+    help="The number of rows of a grid, the query among them.",
+)
 @click.option(
     "--images-per-grid",
     "samples",
     type=click.IntRange(1, MOST_IMAGES),
     metavar="N",
-    help="Images of each grid; dreambooth: 4.",
+    help="The number of images for each grid. The default is 1, for dreambooth 4.",
 )
 @click.option(
     "--validation-every",
     type=click.IntRange(2),
     metavar="N",
-    help="Of graph200k, the items that training with data.validation_every=N never sees.",
+    help="Takes from graph200k only the items that training with data.validation_every=N never "
+    "sees.",
 )
 @click.option(
     "--seed",
     type=SEED,
     default=1,
     show_default=True,
-    help="Of grids; not training's.",
+    help="The seed of the grids. It is independent of the training's seed.",
 )
 @click.option(
     "--encoder",
     "encoders",
     multiple=True,
     metavar="NAME[=PLACE]",
-    help="clip, dino, dinov2, each also NAME=FOLDER; efficientnet-lite0; OTHER=FOLDER; or none. "
-    "Repeatable. Default: efficientnet-lite0 where it is installed.",
+    help="An image encoder: clip, dino, dinov2 (each also NAME=FOLDER), efficientnet-lite0, "
+    "another "
+    "NAME=FOLDER, or none. Repeatable. The default is efficientnet-lite0 where it is installed.",
 )
 @click.option(
     "--annotate",
     multiple=True,
     metavar="ROLE=MODEL",
-    help="Extract depth, normal, segmentation or uniformer from images by this model of "
-    "transformers, to see how well such a condition was followed. Repeatable.",
+    help="Extracts depth, normal, segmentation or uniformer maps from the images with this model "
+    "of "
+    "transformers, to measure how well the condition was followed. Repeatable.",
 )
 @click.option(
     "--edge-tolerance",
     type=click.IntRange(0, 1000),
     metavar="PIXELS",
-    help="How far apart edges may lie that count as the same. Default: 0; with --images, edges are "
-    "compared only where it is given.",
+    help="The distance at which two edges still count as the same. The default is 0. With "
+    "--images, "
+    "edges are compared only if this option is given.",
 )
-@click.option("--lpips", is_flag=True, help="Also LPIPS, which needs torchvision.")
+@click.option("--lpips", is_flag=True, help="Measures LPIPS too. It needs torchvision.")
 @click.option(
-    "--against-base", is_flag=True, help="The same grids without the adapter: what was lost."
+    "--against-base",
+    is_flag=True,
+    help="Completes the same grids without the adapter too, to measure gain and forgetting.",
 )
-@click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="A diffusers folder or a hub id of FLUX.1-Fill, or 'tiny'.",
+)
 @REVISION
-@click.option("--model-lora", "lora", metavar="PATH", help="FLUX LoRA merged into the base.")
+@click.option(
+    "--model-lora", "lora", metavar="PATH", help="A FLUX LoRA that is merged into the base."
+)
 @click.option(
     "--quantise",
     type=click.Choice(["none", "int8", "nf4", "fp8"]),
@@ -101,11 +138,19 @@ from visualcloze_deft.runtime.open_files import check_handles
 )
 @click.option("--guidance", type=float, default=30.0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--processes", type=click.IntRange(1), help="That generate; default: one per GPU.")
 @click.option(
-    "--task-folder", "tasks_from", multiple=True, metavar="DIR", help="Your own task files."
+    "--processes",
+    type=click.IntRange(1),
+    help="The number of generating processes. The default is one per GPU.",
 )
-@click.option("--dry-run", is_flag=True, help="Check all and say what would be made.")
+@click.option(
+    "--task-folder",
+    "tasks_from",
+    multiple=True,
+    metavar="DIR",
+    help="A folder with your own task files. Repeatable.",
+)
+@click.option("--dry-run", is_flag=True, help="Checks everything and lists the images to make.")
 def evaluate(
     adapter: str | None,
     suite: str | None,

@@ -15,101 +15,142 @@ from visualcloze_deft.runtime.open_files import check_handles
 
 
 @cli.command(context_settings=CONTEXT)
-@click.option("--examples", required=True, metavar="FILE", help="Grid file (JSON), or a folder.")
-@click.option("--model", default="tiny", show_default=True, help="Folder or hub id of FLUX.1-Fill.")
+@click.option(
+    "--examples",
+    required=True,
+    metavar="FILE",
+    help="A grid file (JSON), or a folder of grid files.",
+)
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="A diffusers folder or a hub id of FLUX.1-Fill, or 'tiny'.",
+)
 @REVISION
 @click.option(
     "--model-lora",
     "lora",
     metavar="PATH",
-    help="FLUX LoRA merged into the base, e.g. VisualCloze's.",
+    help="A FLUX LoRA that is merged into the base, e.g. VisualCloze's.",
 )
 @click.option(
     "--adapter",
     "adapter",
     multiple=True,
-    metavar="DIR[=STRENGTH]",
-    help="Adapter folder, e.g. runs/demo/adapter. Repeatable: they add up.",
+    metavar="DIR[=SCALE]",
+    help="An adapter folder, e.g. runs/demo/adapter, and its scale. Repeatable: adapters add up.",
 )
 @click.option(
     "--quantise",
     type=click.Choice(["none", "int8", "nf4", "fp8"]),
     default="none",
     show_default=True,
-    help="What the blocks are kept in; int8 and nf4 need bitsandbytes.",
+    help="The precision of the frozen blocks. int8 and nf4 need bitsandbytes.",
 )
 @click.option(
     "--clip-text",
     type=click.Choice(["fit", "original"]),
-    help="Which part of a long text CLIP reads; default: as the adapter was trained.",
+    help="The part of a long text that CLIP reads. By default it is that of the adapter's "
+    "training.",
 )
 @click.option(
     "--cells",
     type=click.Choice(["row", "own", "square"]),
-    help="Shape of cells: their row's first picture's, their own; default: as the adapter's.",
+    help="The shape of cells: that of the first image of the row, their own, or square. By "
+    "default it is that of the adapter's training.",
 )
-@click.option("--output", default="outputs", show_default=True, metavar="DIR")
-@click.option("--overwrite", is_flag=True, help="Make anew what --output has already.")
-@click.option("--seed", type=int, help="Replaces the seeds of the file.")
+@click.option(
+    "--output", default="outputs", show_default=True, metavar="DIR", help="The folder to write."
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Generates again the images that --output already holds."
+)
+@click.option("--seed", type=int, help="The seed. It replaces the seeds of the grid file.")
 @click.option(
     "--images-per-grid",
     "images",
     type=click.IntRange(1, MOST_IMAGES),
     default=1,
     show_default=True,
-    help="Of each grid, with seeds that follow one another.",
+    help="The number of images for each grid, with consecutive seeds.",
 )
 @click.option(
     "--inference-steps", "steps", type=click.IntRange(1, 1000), default=30, show_default=True
 )
 @click.option("--guidance", type=float, default=30.0, show_default=True)
-@click.option("--resolution", type=click.IntRange(32, 2048), help="Default: the model's.")
-@click.option("--upsample", type=float, metavar="SCALE", help="Enlarge the images by the model.")
-@click.option("--strength", type=float, help="How much of --upsample is made anew, 0..1: 0.4.")
+@click.option(
+    "--resolution",
+    type=click.IntRange(32, 2048),
+    help="The side of a square cell in pixels. By default it is the model's.",
+)
+@click.option(
+    "--upsample",
+    type=float,
+    metavar="SCALE",
+    help="Enlarges the images this many times with the model.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    help="The share of noise that --upsample adds, 0 to 1. The default is 0.4.",
+)
 @click.option(
     "--batch",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Images of grids of one shape that are made together.",
+    help="The number of images of one shape that are generated together.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="Share the list; default: one per GPU. Further calls share it, too.",
+    help="The number of processes that share the list. The default is one per GPU. Further "
+    "commands share it too.",
 )
 @click.option(
     "--embedding-cache",
     "encodings",
     metavar="DIR",
-    help="Keep encoded rows and texts for further runs.",
+    help="A folder that keeps latents and text embeddings for further commands.",
 )
 @click.option(
     "--offload",
     type=click.Choice(["none", "model", "group", "sequential"]),
     default="none",
     show_default=True,
-    help="Keep weights that are not at work out of the GPU.",
+    help="Moves weights out of the GPU while they are not used.",
 )
-@click.option("--vae-tiling", is_flag=True, help="Encode and decode in tiles, in less memory.")
-@click.option("--compile", "compile_blocks", is_flag=True, help="Compile the blocks (torch).")
+@click.option(
+    "--vae-tiling", is_flag=True, help="Encodes and decodes in tiles, which takes less memory."
+)
+@click.option(
+    "--compile",
+    "compile_blocks",
+    is_flag=True,
+    help="Compiles the blocks of the transformer with torch.",
+)
 @click.option(
     "--cache",
     metavar="NAME[=NUMBER]",
-    help="Skip steps that change little: first-block or taylorseer. Changes the images.",
+    help="Skips parts of steps: first-block or taylorseer. The images change a little.",
 )
 @click.option(
     "--attention",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
-    "diffusers; auto: on a GPU the fastest that is right there.",
+    help="The attention kernel: native, cudnn, flash, efficient, math or another backend of "
+    "diffusers. auto takes the fastest kernel of the GPU whose results are right.",
 )
 @click.option(
-    "--task-folder", "tasks_from", multiple=True, metavar="DIR", help="Your own task files."
+    "--task-folder",
+    "tasks_from",
+    multiple=True,
+    metavar="DIR",
+    help="A folder with your own task files. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Check all grids and say what would be made.")
+@click.option("--dry-run", is_flag=True, help="Checks all grids and lists the images to make.")
 @click.pass_obj
 def infer(
     arguments: Sequence[str],

@@ -19,7 +19,10 @@ MOST_IMAGES = 10_000  # of a grid, and of a task
 SEED = click.IntRange(0, 2**63 - 1)
 
 DATA = click.option(
-    "--data", multiple=True, metavar="NAME=PATH", help="Source; repeatable. Default: scenes."
+    "--data",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A source of data, e.g. folder=PATH. Repeatable. The default is scenes.",
 )
 
 
@@ -27,8 +30,9 @@ ANNOTATE = click.option(
     "--annotate",
     multiple=True,
     metavar="ROLE=PLACE",
-    help="Where data lacks a role, compute it from the target: by a model of transformers, or from "
-    "what 'vcdeft data annotate' wrote. Repeatable.",
+    help="Computes a role that the data lacks from the target, with a model of transformers or "
+    "from "
+    "a folder of 'vcdeft data annotate'. Repeatable.",
 )
 
 
@@ -38,46 +42,54 @@ def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> i
 
 
 REVISION = click.option(
-    "--revision", metavar="REV", help="Of --model on the hub: a branch, tag or commit."
+    "--revision", metavar="REV", help="The branch, tag or commit of --model on the hub."
 )
 
+
+class Setting(click.Option):
+    """An option that sets a setting of a run; the docstring of the setting is its help."""
+
+    def __init__(self, *words: Any, setting: str, **more: Any) -> None:
+        super().__init__(*words, **more)
+        self.setting = setting
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from visualcloze_deft.config.run import description  # here: it takes a tenth of a second
+
+        self.help = description(self.setting)
+        return super().get_help_record(ctx)
+
+
+def setting(option: str, name: str, **more: Any) -> Callable[[Any], Any]:
+    return click.option(option, cls=Setting, setting=name, **more)
+
+
 RUN_OPTIONS = [
-    click.option("--config", metavar="FILE", help="Run file (TOML), or the name of a shipped one."),
     click.option(
-        "--model", help="'tiny' (default), a diffusers folder, or a hub id of FLUX.1-Fill."
+        "--config", metavar="FILE", help="A run file (TOML), or the name of a shipped one."
     ),
+    setting("--model", "model"),
     REVISION,
     DATA,
     ANNOTATE,
+    setting("--tasks", "data.tasks"),
+    setting("--method", "adapter.method"),
+    setting("--rank", "adapter.rank", type=int),
+    setting("--zero", "zero", callback=number_or_word),
+    setting("--gradient-checkpointing", "gradient_checkpointing", callback=number_or_word),
+    setting("--steps", "steps", type=int),
+    setting("--batch", "batch", type=int),
+    setting("--resolution", "data.resolution", type=int),
+    setting("--lr", "optimiser.lr", type=float),
+    setting("--seed", "seed", type=int),
+    setting("--output", "output", metavar="DIR"),
+    setting("--processes", "processes", type=int),
     click.option(
-        "--tasks",
-        help="'all', names, groups, patterns; '-restoration/*' takes out, 'NAME=2' draws more "
-        "often.",
-    ),
-    click.option("--method", help="deft, deft-relaxed, para or lora."),
-    click.option("--rank", type=int, help="Rank of the adapter."),
-    click.option(
-        "--zero",
-        callback=number_or_word,
-        help="DeepSpeed ZeRO stage: 0, 1, 2, 3, or 'auto', the lowest that fits.",
-    ),
-    click.option(
-        "--gradient-checkpointing",
-        callback=number_or_word,
-        help="Blocks to recompute in the backward pass: a number, 'all', 'none', or 'auto', as "
-        "many as memory needs.",
-    ),
-    click.option("--steps", type=int, help="Optimiser steps in all."),
-    click.option("--batch", type=int, help="Grids per process and step."),
-    click.option("--resolution", type=int, help="Side of a square cell in pixels."),
-    click.option("--lr", type=float, help="Learning rate."),
-    click.option("--seed", type=int, help="Seed of everything random."),
-    click.option("--output", metavar="DIR", help="Run folder; default: the run file's, runs/demo."),
-    click.option(
-        "--processes", type=int, help="Default: one per GPU; two on a machine without GPU."
-    ),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any other setting."
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Sets any other setting of the run file. Repeatable.",
     ),
 ]  # of `train` and `plan`
 
@@ -177,15 +189,15 @@ FOLDERS = click.option(
     "folders",
     multiple=True,
     metavar="DIR",
-    help="Your own task files, beside the shipped.",
+    help="A folder with your own task files, beside the shipped ones. Repeatable.",
 )
 
 
 RESOLUTION = click.option(
     "--resolution",
     type=click.IntRange(32, 2048),
-    help="Side of a square cell in pixels; default: the embedded base's for scenes, 384 "
-    "for pictures.",
+    help="The side of a square cell in pixels. The default is the built-in model's for scenes, 384 "
+    "for images.",
 )
 
 
@@ -193,13 +205,15 @@ HOLD_OUT = click.option(
     "--validation-every",
     type=click.IntRange(2),
     metavar="N",
-    help="Only every N-th item of the data: those that training with data.validation_every=N "
-    "never sees.",
+    help="Takes only every N-th item of the data: those that training with "
+    "data.validation_every=N never sees.",
 )
 
 
 OVERWRITE = click.option(
-    "--overwrite", is_flag=True, help="Also a file at --output that is no preview of vcdeft."
+    "--overwrite",
+    is_flag=True,
+    help="Replaces a file at --output that is no preview of vcdeft, too.",
 )
 
 

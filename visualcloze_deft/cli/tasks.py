@@ -36,7 +36,7 @@ def tasks() -> None:
 
 @tasks.command("list", context_settings=CONTEXT)
 @FOLDERS
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
     """All tasks by group: what is shown -> what is generated, in the roles that data must have."""
     from visualcloze_deft.task_registry.files import load_tasks
@@ -61,10 +61,10 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 @click.argument("name")
 @FOLDERS
 @click.option(
-    "--model", help="Also what this model's text encoders read and lose of a grid's text."
+    "--model", help="Shows how much of a grid's text the text encoders of this model read."
 )
 @REVISION
-@click.option("--content", default="", metavar="TEXT", help="A content sentence, with --model.")
+@click.option("--content", default="", metavar="TEXT", help="A content sentence for --model.")
 def show_task(
     name: str, folders: tuple[str, ...], model: str | None, revision: str | None, content: str
 ) -> None:
@@ -146,7 +146,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @click.option(
     "--each",
     type=click.Choice(["task", "group"]),
-    help="One grid of each, as 'vcdeft infer' would be asked, instead of --count drawn ones.",
+    help="Draws one grid of each, as 'vcdeft infer' gets it, instead of --count examples.",
 )
 @HOLD_OUT
 @click.option("--seed", type=SEED, default=0, show_default=True)
@@ -191,7 +191,11 @@ def preview(
 @DATA
 @ANNOTATE
 @click.option(
-    "--count", type=click.IntRange(1, MOST_IMAGES), default=1, show_default=True, help="Per task."
+    "--count",
+    type=click.IntRange(1, MOST_IMAGES),
+    default=1,
+    show_default=True,
+    help="The number of grids for each task.",
 )
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
 @HOLD_OUT

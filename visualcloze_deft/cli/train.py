@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, cli
-from visualcloze_deft.cli.options import run_of, run_options
+from visualcloze_deft.cli.options import run_of, run_options, setting
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.training.open_files import check_run
 
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 
 @cli.command(context_settings=CONTEXT)
 @run_options
+@setting("--attention", "attention", metavar="NAME")
+@click.option("--resume", is_flag=True, help="Continues from the newest checkpoint in --output.")
 @click.option(
-    "--attention",
-    metavar="NAME",
-    help="Kernel of attention: native, cudnn, flash, efficient, math or another backend of "
-    "diffusers; auto (default): on a GPU the fastest whose gradients are right there.",
+    "--dry-run",
+    is_flag=True,
+    help="Runs one step, one save and one sample sheet, then prints the cost of the run.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
-@click.option("--dry-run", is_flag=True, help="One step, one save, one sheet; then say the rest.")
 @click.option(
     "--allow-change",
     "allowed",
     multiple=True,
     metavar="NAME",
-    help="With --resume: a setting that may differ from before, e.g. optimiser.lr.",
+    help="A setting that may differ from before with --resume, e.g. optimiser.lr. Repeatable.",
 )
 @click.pass_obj
 def train(
@@ -174,10 +173,21 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
 
 @cli.command(context_settings=CONTEXT)
 @run_options
-@click.option("--memory", metavar="SIZE", help="Of a GPU, e.g. 80GB; default: what is here.")
-@click.option("--grid", metavar="ROWSxCOLUMNS", help="The largest grid; default: that of the data.")
-@click.option("--run", "before", metavar="DIR", help="An earlier run, for its steps an hour.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="The memory of a GPU, e.g. 80GB. The default is that of this machine.",
+)
+@click.option(
+    "--grid", metavar="ROWSxCOLUMNS", help="The largest grid. By default it is that of the data."
+)
+@click.option(
+    "--run",
+    "before",
+    metavar="DIR",
+    help="An earlier run, whose speed gives the hours of this one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 def plan(
     config: str | None,
     data: tuple[str, ...],

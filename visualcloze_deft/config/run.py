@@ -195,6 +195,7 @@ class Adapter(Section):
     method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
     """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
     rank: Positive = 32
+    """Rank of the adapter."""
     alpha: Positive | None = None
     """Scale of what is injected: s = alpha / rank, 1 where not set. PaRa has none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -211,6 +212,7 @@ class Optimiser(Section):
     """AdamW and its schedule."""
 
     lr: Factor = 1e-4
+    """Learning rate that is reached after the warm-up."""
     betas: tuple[_Momentum, _Momentum] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     warmup: Count | Literal["auto"] = "auto"
@@ -282,11 +284,13 @@ class Run(Section):
     """Everything `vcdeft train` needs; each field is `--set NAME=VALUE` on the command line."""
 
     model: str = "tiny"
-    """"tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout."""
+    """"tiny" (the built-in model), a diffusers folder, or a hub id of FLUX.1-Fill's layout."""
     model_lora: str | None = None
     """A FLUX LoRA merged into the base before training, e.g. VisualCloze's released one."""
     output: str = "runs/demo"
+    """The run folder. A run file may name another one than runs/demo."""
     steps: Positive = 1000
+    """Optimiser steps in all."""
     batch: Positive = 1
     """Grids per process and step."""
     batch_tokens: Count = 0
@@ -295,9 +299,9 @@ class Run(Section):
     accumulate: Positive = 1
     """Batches whose gradients are summed before a step."""
     processes: Count = 0
-    """0: one per GPU, or two on a machine without GPU."""
+    """Training processes. 0 starts one per GPU, or two on a machine without a GPU."""
     zero: Literal[0, 1, 2, 3, "auto"] = 2
-    """DeepSpeed ZeRO stage; "auto": the lowest whose memory fits, see `vcdeft plan`."""
+    """DeepSpeed ZeRO stage: 0, 1, 2, 3, or "auto" for the lowest whose memory fits."""
     offload: Literal["none", "optimiser", "parameters"] = "none"
     """What a GPU leaves in the computer's memory: the optimiser's state (ZeRO 1 to 3), or that and
     its share of the weights (ZeRO 3). That memory is not pinned, so that a machine with little of
@@ -346,6 +350,7 @@ class Run(Section):
     """Decay of a running average of what is trained, e.g. 0.999; the average is published as
     `adapter`, the last step's as `adapter-last`. 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random: examples, noise, times, and the start of the adapter."""
     save_every: Positive = 200
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -413,6 +418,20 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
             ) from None
         said = first["msg"].removeprefix("Value error, ").lower()
         raise UserError(f"{where}: {place} = {brief(first['input'])}: {said}") from None
+
+
+def description(setting: str) -> str:
+    """The first sentence of a setting's docstring, e.g. of "adapter.rank".
+
+    >>> description("adapter.rank")
+    'Rank of the adapter.'
+    """
+    section: Any = Run
+    *sections, last = setting.split(".")
+    for name in sections:
+        section = section.model_fields[name].annotation
+    text = " ".join((section.model_fields[last].description or "").split())
+    return text.split(". ")[0].removesuffix(".") + "."
 
 
 def setting_names(section: type[BaseModel] = Run, prefix: str = "") -> list[str]:

@@ -33,7 +33,7 @@ def figure_text(one: Figure, digits: int, *, sign: bool = False) -> str:
 def p_text(p: float) -> str:
     """A probability in words; no p is nought.
 
-    >>> p_text(0.0004), told_p(0.04)
+    >>> p_text(0.0004), p_text(0.04)
     ('< 0.001', '0.040')
     """
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

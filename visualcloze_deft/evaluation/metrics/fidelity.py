@@ -20,7 +20,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
-from visualcloze_deft.data.derive import canny
 from visualcloze_deft.errors import UserError
 
 Picture = Image.Image | NDArray[np.uint8]
@@ -109,12 +108,6 @@ def _perceptual(device: str) -> Any:
             f"LPIPS cannot be computed here ({why}); pip install 'visualcloze-deft[lpips]' beside "
             "a torchvision that fits torch, or leave LPIPS out"
         ) from None
-
-
-def canny_f1(image: Picture, condition: Picture, *, tolerance: int) -> float:
-    """`edge_f1` of the edges found in `image` as those of the role canny are (`data.derive.canny`)
-    against the edges asked for."""
-    return edge_f1(canny(Image.fromarray(_bytes(image))), condition, tolerance=tolerance)
 
 
 def edge_f1(made: Picture, truth: Picture, *, tolerance: int) -> float:
