@@ -1,0 +1,1 @@
+"""DEFT, PaRa and LoRA: attached, saved, merged, exported. peft is used here alone."""

@@ -1,0 +1,1 @@
+"""Run files and comparison files, checked, as frozen settings. No torch."""

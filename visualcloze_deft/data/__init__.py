@@ -1,0 +1,1 @@
+"""Sources of items, roles computed from others, and the mixture of examples."""

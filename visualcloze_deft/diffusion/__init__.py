@@ -1,0 +1,1 @@
+"""The process that training inverts: rectified flow."""

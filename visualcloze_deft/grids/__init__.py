@@ -1,0 +1,1 @@
+"""Rows of pictures and words, before any model: cell sizes, strips, prompts."""

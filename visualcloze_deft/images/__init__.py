@@ -1,0 +1,1 @@
+"""Reading pictures upright, in sRGB, in the sense of their role."""

@@ -1,0 +1,1 @@
+"""The pipeline, its grid files, and `vcdeft infer`."""

@@ -1,0 +1,1 @@
+"""Memory that a run needs, known before any weight is read."""

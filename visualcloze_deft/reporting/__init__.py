@@ -1,0 +1,1 @@
+"""Figures for people: statistics, tables, plots, pages, contact sheets."""

@@ -1,0 +1,1 @@
+"""Examples to tokens, and tokens to images."""

@@ -1,0 +1,1 @@
+"""Task files, and the tasks that a user means. No torch."""

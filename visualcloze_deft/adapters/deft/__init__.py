@@ -1,0 +1,1 @@
+"""The DEFT layer (arXiv 2509.22793)."""

@@ -1,0 +1,1 @@
+"""Roles that a model computes from a source's targets."""

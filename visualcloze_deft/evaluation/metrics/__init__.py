@@ -1,0 +1,1 @@
+"""Pure functions of images, features and boxes."""
