@@ -41,7 +41,7 @@ from torch.nn import functional
 
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.adapters.deft import factors, orthonormal
-from visualcloze_deft.backbones import attention
+from visualcloze_deft.backbones import attention, attention_check
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.config.run import Run, load_run
 from visualcloze_deft.training.engine import recompute, start_engine
@@ -110,8 +110,8 @@ def draw_for(seed: int) -> Callable[..., Tensor]:
 # Attention
 
 
-def shapes(tokens: int, *, heads: int, width: int) -> attention.Shapes:
-    return attention.Shapes(
+def shapes(tokens: int, *, heads: int, width: int) -> attention_check.Shapes:
+    return attention_check.Shapes(
         lengths=(tokens,),
         heads=heads,
         width=width,
@@ -210,7 +210,7 @@ def self_test(backend: str, *, tokens: int, heads: int, width: int) -> Row:
     if lack := missing(backend, heads=heads, width=width):
         return {"left out": lack}
     work = shapes(tokens, heads=heads, width=width)
-    fault = attention.fault_of(attention.attend_as_used(backend), work, passes="both")
+    fault = attention_check.fault_of(attention.attend_as_used(backend), work, passes="both")
     return {"fault": fault or ""}
 
 

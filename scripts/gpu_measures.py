@@ -35,7 +35,7 @@ from transformers import T5Config, T5EncoderModel
 
 from visualcloze_deft.adapters import injection, methods
 from visualcloze_deft.adapters.deft import factors, orthonormal
-from visualcloze_deft.backbones import attention, kernels
+from visualcloze_deft.backbones import attention, attention_check, kernels
 from visualcloze_deft.backbones.compiled import Compiling
 from visualcloze_deft.backbones.flops import peak, training_flops
 from visualcloze_deft.backbones.quantization import quantise
@@ -93,15 +93,15 @@ def bandwidth(size: int) -> Row:
 
 def attend(backend: str, *, tokens: int, heads: int, width: int) -> Row:
     """Attention forward and backward."""
-    work = attention.Shapes(
+    work = attention_check.Shapes(
         lengths=(tokens,), heads=heads, width=width, dtype=BFLOAT16, device=torch.device(DEVICE)
     )
     if lack := attention.lack(backend, work, passes="both"):
         return {"left out": lack.partition(". ")[0]}
-    case = attention.inputs(work, tokens, layout="whole")
+    case = attention_check.inputs(work, tokens, layout="whole")
     kernel = attention.attend_with(backend)
-    forward = timed(lambda: attention.results(kernel, case, passes="forward"))["ms"]
-    ms = timed(lambda: attention.results(kernel, case, passes="both"))["ms"]
+    forward = timed(lambda: attention_check.results(kernel, case, passes="forward"))["ms"]
+    ms = timed(lambda: attention_check.results(kernel, case, passes="both"))["ms"]
     flops = 4 * case.q.shape[0] * tokens**2 * width * heads
     return {"forward ms": forward, "ms": ms, "TFLOP/s": 3.5 * flops / ms / 1e9}
 
@@ -186,7 +186,7 @@ def measured(net: FluxTransformer2DModel, run: Run, group: TokenBatch, backend: 
     start_distributed()
     tokens = len(group.latents.ids) + group.text.shape[1]
     injection.attach(net, run.adapter, seed=0)
-    work = attention.Shapes(
+    work = attention_check.Shapes(
         lengths=(tokens,),
         heads=net.config.num_attention_heads,
         width=net.config.attention_head_dim,

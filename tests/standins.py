@@ -13,7 +13,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Reg
 from torch import Tensor, nn
 
 from visualcloze_deft.backbones import attention
-from visualcloze_deft.backbones.attention import BACKENDS, plain
+from visualcloze_deft.backbones.attention import BACKENDS
+from visualcloze_deft.backbones.attention_check import plain
 
 Backend = Callable[..., Tensor]
 NATIVE = Registry._backends[BACKENDS["native"]]

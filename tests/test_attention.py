@@ -18,8 +18,9 @@ from standins import standing_in
 from torch import Tensor
 
 from visualcloze_deft.adapters import injection
-from visualcloze_deft.backbones import attention
-from visualcloze_deft.backbones.attention import AUTO, BACKENDS, Choice, Passes, Shapes, plain
+from visualcloze_deft.backbones import attention, attention_check
+from visualcloze_deft.backbones.attention import AUTO, BACKENDS, Choice
+from visualcloze_deft.backbones.attention_check import Passes, Shapes, plain
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.cli import main
@@ -46,7 +47,7 @@ def test_the_four_short_names_are_torchs_kernels_and_all_of_diffusers_can_be_nam
 @pytest.mark.parametrize("name", ["native", "flash", "math"])
 def test_kernels_that_are_right_pass_the_test(name: str, dtype: torch.dtype) -> None:
     attend = attention.attend_with(name)
-    assert attention.fault_of(attend, shapes(dtype), passes="both") is None
+    assert attention_check.fault_of(attend, shapes(dtype), passes="both") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,21 +63,21 @@ def test_kernels_that_are_right_pass_the_test(name: str, dtype: torch.dtype) -> 
     ],
 )
 def test_a_kernel_that_fails_is_refused_with_its_reason(
-    attend: attention.Attend, forward: str | None, both: str | None, dtype: torch.dtype
+    attend: attention_check.Attend, forward: str | None, both: str | None, dtype: torch.dtype
 ) -> None:
     passes: tuple[Passes, ...] = ("forward", "both")
     for each, expected in zip(passes, (forward, both), strict=True):
-        fault = attention.fault_of(attend, shapes(dtype), passes=each)
+        fault = attention_check.fault_of(attend, shapes(dtype), passes=each)
         assert (fault or "none").startswith(expected or "none"), fault
         assert "\n" not in (fault or "")
 
 
 def test_a_fault_in_the_last_tokens_alone_is_found() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        good = attention.plain(q, k, v)
+        good = attention_check.plain(q, k, v)
         return torch.cat([good[:, :-2], 2 * good[:, -2:]], dim=1)
 
-    fault = attention.fault_of(attend, shapes(torch.bfloat16, 1090), passes="forward")
+    fault = attention_check.fault_of(attend, shapes(torch.bfloat16, 1090), passes="forward")
     assert fault is not None
     assert fault.startswith("the output is off by 99")
 
@@ -94,9 +95,9 @@ def test_a_kernel_that_takes_gradients_to_be_contiguous_is_refused() -> None:
             return gradient.as_strided(gradient.shape, torch.empty(gradient.shape).stride())
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return Assuming.apply(attention.plain(q, k, v))  # type: ignore[no-any-return]
+        return Assuming.apply(attention_check.plain(q, k, v))  # type: ignore[no-any-return]
 
-    fault = attention.fault_of(attend, shapes(), passes="both")
+    fault = attention_check.fault_of(attend, shapes(), passes="both")
     assert fault is not None
     assert "gradient of queries is not finite" in fault
 
@@ -156,10 +157,10 @@ def test_cudnn_is_tested_with_the_dense_gradients_that_a_transformer_gives_it() 
         attended: Tensor = Attend.apply(query, key, value)
         return attended
 
-    case = attention.inputs(shapes(), 9, layout="part")
+    case = attention_check.inputs(shapes(), 9, layout="part")
     with standing_in(cudnn=attend, flash=attend):
         for name in ("cudnn", "flash"):
-            attention.results(attention.attend_as_used(name), case, passes="both")
+            attention_check.results(attention.attend_as_used(name), case, passes="both")
     assert met == [True, False]
 
 

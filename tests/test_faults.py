@@ -38,7 +38,7 @@ from visualcloze_deft.storage import jsonl
 from visualcloze_deft.training import mixtures, run_folder
 from visualcloze_deft.training.checkpoint import Progress, newest, save
 from visualcloze_deft.training.engine import ClippedAdamW
-from visualcloze_deft.training.loop import check_same_data, latest
+from visualcloze_deft.training.joining import check_same_data, latest
 from visualcloze_deft.training.metrics import MetricsLog
 
 pytestmark = pytest.mark.processes

@@ -13,8 +13,8 @@ from hub_cache import COMMIT, in_hub_cache
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.backbones.flux_fill.checks import check_weights
 from visualcloze_deft.backbones.flux_fill.loading import (
-    check_weights,
     load_models,
     load_tokenizers,
     load_transformer,

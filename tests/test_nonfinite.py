@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones import kernels
-from visualcloze_deft.backbones.attention import Shapes
+from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.kernels import ComposedLayerNorm, ComposedRMSNorm, Kernels
 from visualcloze_deft.config.run import load_run

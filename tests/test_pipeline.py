@@ -23,7 +23,7 @@ from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import cell_size
 from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
 from visualcloze_deft.inference import acceleration
-from visualcloze_deft.inference.pipeline import enough_memory
+from visualcloze_deft.inference.arguments import enough_memory
 from visualcloze_deft.inference.request import request
 from visualcloze_deft.sampling import sampling
 from visualcloze_deft.sampling.encoding import encode_grids

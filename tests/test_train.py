@@ -34,8 +34,8 @@ from visualcloze_deft.sampling.encoding import encode
 from visualcloze_deft.storage.locks import only_writer
 from visualcloze_deft.training import mixtures, preparation, resume, run_folder
 from visualcloze_deft.training.datasets import PixelDataset
-from visualcloze_deft.training.loop import learning_rate_factor
 from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.schedules import learning_rate_factor
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"

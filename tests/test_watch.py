@@ -30,7 +30,7 @@ from visualcloze_deft.sampling.encoding import PixelExample, encode
 from visualcloze_deft.training import checkpoint, engine, metrics, mixtures, report, run_folder
 from visualcloze_deft.training.batch_schedule import StepPlan
 from visualcloze_deft.training.datasets import PixelDataset
-from visualcloze_deft.training.loop import averaging_factor
+from visualcloze_deft.training.schedules import averaging_factor
 from visualcloze_deft.training.validation import ValidationLosses
 
 

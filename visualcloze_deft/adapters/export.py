@@ -39,7 +39,7 @@ from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
-from visualcloze_deft.config.run import is_strength
+from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
 from visualcloze_deft.storage.atomic import output_folder

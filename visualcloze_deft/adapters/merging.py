@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.quantization import is_quantised
-from visualcloze_deft.config.run import is_strength
+from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, suggestion
 
 

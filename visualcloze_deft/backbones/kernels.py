@@ -11,8 +11,9 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from visualcloze_deft.backbones import attention
-from visualcloze_deft.backbones.attention import Shapes, Shared
+from visualcloze_deft.backbones import attention, attention_check
+from visualcloze_deft.backbones.attention import Shared
+from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of
 from visualcloze_deft.backbones.model_size import flux, settings_of, text_tokens_of
 from visualcloze_deft.config.run import Run
@@ -78,7 +79,7 @@ def remedies(
             if name == kernels.attention:
                 continue
             attend = attention.attend_as_used(name)
-            if shared(attention.fault_of(attend, shapes, passes="both")) is None:
+            if shared(attention_check.fault_of(attend, shapes, passes="both")) is None:
                 yield replace(kernels, attention=name)
 
 

@@ -139,7 +139,7 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
     >>> with_strengths(["a", "b=0.5"])
     {PosixPath('a'): 1.0, PosixPath('b'): 0.5}
     """
-    from visualcloze_deft.config.run import is_strength
+    from visualcloze_deft.config.numbers import is_strength
 
     found: dict[Path, float] = {}
     for text in given:

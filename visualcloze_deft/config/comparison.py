@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
+from visualcloze_deft.config.numbers import LARGEST, Positive
 from visualcloze_deft.config.overrides import apply_override, find_config
-from visualcloze_deft.config.run import LARGEST, Positive, Section, setting_names, without_secrets
+from visualcloze_deft.config.run import Section, setting_names
+from visualcloze_deft.config.secrets import without_secrets
 from visualcloze_deft.config.seeds import OTHER_SCENES
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.storage.atomic import write_text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,8 +18,19 @@ from pydantic import (
     field_validator,
 )
 
+from visualcloze_deft.config.numbers import (
+    HEAVIEST,
+    LARGEST,
+    Count,
+    Factor,
+    Positive,
+    Probability,
+    Weight,
+    _Momentum,
+)
 from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.patterns import sound_pattern
+from visualcloze_deft.config.secrets import without_secrets
 from visualcloze_deft.config.specs import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import Cells
@@ -28,16 +38,6 @@ from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.storage.toml_files import read_toml
-
-LARGEST = 10**9  # of whole numbers that count something: computing with them does not overflow
-HEAVIEST = 1e6  # of weights and factors
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-Weight = Annotated[float, Field(ge=0, le=HEAVIEST)]
-Factor = Annotated[float, Field(gt=0, le=HEAVIEST)]
-_Momentum = Annotated[float, Field(ge=0, lt=1)]
-
 
 Times = Literal["logit-normal", "uniform"]
 Tracker = Literal[
@@ -54,15 +54,6 @@ Tracker = Literal[
 
 Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
-
-
-def is_strength(value: float) -> bool:
-    """Whether an adapter can be used at `value`: at most `HEAVIEST`, either way.
-
-    >>> [is_strength(x) for x in (-0.5, 1e300, float("nan"))]
-    [True, False, False]
-    """
-    return abs(value) <= HEAVIEST
 
 
 class Section(BaseModel):
@@ -451,31 +442,6 @@ def write_run(run: Run, path: Path) -> None:
     at all."""
     fields = without_secrets(run.model_dump(mode="json", exclude_none=True))
     write_text(path, tomli_w.dumps(fields))
-
-
-FOREIGN = ("tracker_options", "deepspeed")  # sections handed on to other packages
-SECRET = re.compile(
-    r"(.*_)?((api|access|auth|private|secret)_?key|token|secret|pass(word|wd|phrase)|credentials?"
-    r"|auth)",
-    re.IGNORECASE,
-)
-WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
-
-
-def without_secrets(fields: Mapping[str, Any], *, foreign: bool = False) -> dict[str, Any]:
-    """`fields` without the keys, tokens and passwords of the sections `FOREIGN`, at any depth.
-
-    >>> without_secrets({"deepspeed": {"comet": {"api_key": "x", "project": "p"}}, "seed": 1})
-    {'deepspeed': {'comet': {'project': 'p'}}, 'seed': 1}
-    """
-    found = {}
-    for name, value in fields.items():
-        inside = foreign or name in FOREIGN
-        if isinstance(value, Mapping):
-            found[name] = without_secrets(value, foreign=inside)
-        elif not (foreign and (SECRET.fullmatch(name) or WITH_PASSWORD.search(str(value)))):
-            found[name] = value
-    return found
 
 
 def config_for(model: str | None, sources: Sequence[str] = ()) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
-from visualcloze_deft.backbones import attention as kernels
 from visualcloze_deft.backbones import compiled
+from visualcloze_deft.backbones.attention import check_known
 from visualcloze_deft.config.run import Bits
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.inference.pipeline import InContextPipeline
@@ -77,7 +77,7 @@ def check(
                 "an image would depend on the others; give --batch 1"
             )
     if attention is not None:
-        kernels.check_known(attention)
+        check_known(attention)
 
 
 def enable(

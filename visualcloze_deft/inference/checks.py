@@ -18,7 +18,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.grids.prompt import ClipText, clip_text, fits, unread
 from visualcloze_deft.inference import acceleration
-from visualcloze_deft.inference.pipeline import check_attention
+from visualcloze_deft.inference.arguments import check_attention
 from visualcloze_deft.inference.records import GridJob
 from visualcloze_deft.inference.settings import InferenceSettings
 

@@ -27,7 +27,8 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import grid_cells, strip_shapes
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.checks import check, described, other_bases, unread_words
-from visualcloze_deft.inference.pipeline import InContextPipeline, NotFinite
+from visualcloze_deft.inference.output import NotFinite
+from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.inference.records import (
     GridJob,
     check_inputs_stay,

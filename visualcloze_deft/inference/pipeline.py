@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -28,21 +26,13 @@ from visualcloze_deft.adapters import files
 from visualcloze_deft.adapters.merging import ActiveAdapters
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import tensor_files
-from visualcloze_deft.backbones.attention import (
-    AUTO,
-    NATIVE,
-    Choice,
-    Shapes,
-    check_known,
-    decide,
-    require,
-)
+from visualcloze_deft.backbones.attention import AUTO, NATIVE, Choice, decide
 from visualcloze_deft.backbones.attention import use as use_attention
+from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.embedding_cache import Recent
+from visualcloze_deft.backbones.flux_fill.checks import check_grids, check_scheduler
 from visualcloze_deft.backbones.flux_fill.loading import (
     Dtype,
-    check_grids,
-    check_scheduler,
     default_dtype,
     dtype_for,
     load_models,
@@ -51,14 +41,11 @@ from visualcloze_deft.backbones.flux_fill.model import Models, text_length, upca
 from visualcloze_deft.backbones.model_files import (
     FLUX_RESOLUTION,
     TINY,
-    check_folder,
     check_lora,
-    folder_of,
     index_of,
-    on_hub,
     pinned,
 )
-from visualcloze_deft.backbones.model_size import MAX_TEXT_TOKENS, flux, settings_of
+from visualcloze_deft.backbones.model_size import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.run import Bits
@@ -66,9 +53,23 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
 from visualcloze_deft.grids.prompt import ClipText, Prompt
+from visualcloze_deft.inference.arguments import (
+    PARTS,
+    TEXT_PARTS,
+    Adapters,
+    check_attention,
+    device_of,
+    enough_memory,
+    here,
+    known_or_default,
+    left_out,
+    name_of,
+    strengths_of,
+)
+from visualcloze_deft.inference.batching import Job, by_shape
+from visualcloze_deft.inference.output import Answer, Completed, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request, read_requests, request
 from visualcloze_deft.sampling.encoding import encode_grids
-from visualcloze_deft.sampling.room import ran_out
 from visualcloze_deft.sampling.sampling import (
     GUIDANCE,
     STEPS,
@@ -81,65 +82,9 @@ from visualcloze_deft.sampling.upsampling import Upsampling, enlarge, upsample
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
-
-OutputType = Literal["pil", "pt", "np", "latent"]
 KnownLatents = Literal["mode", "sample"]
 KnownCells = Literal["paste", "decode"]
-Adapters = str | Path | Mapping[Path, float]
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
-
-
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-PARTS = ("scheduler", "vae", *TEXT_PARTS, "transformer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One completion of one grid.
-
-    grid: its number in the call. images: of the hidden cells, left to right. row: all cells of the
-    query row, known ones among them; () for latents.
-    """
-
-    grid: int
-    seed: int
-    images: tuple[Any, ...]
-    row: tuple[Any, ...]
-
-
-class NotFinite(UserError):
-    """An image that came out as NaN or infinity. grid: its number in the call; why: in words."""
-
-    def __init__(self, grid: int, seed: int) -> None:
-        self.grid = grid
-        self.why = (
-            f"seed {seed}: the result is not finite, so there is no image; weights that are not, a "
-            "strength or a guidance too large, or a precision too narrow do that"
-        )
-        super().__init__(f"grid {grid + 1}, {self.why}")
-
-
-class Completed(list[Any]):
-    """The generated images: by grid, then by seed, then left to right. answers: the same in
-    groups."""
-
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        super().__init__(image for answer in answers for image in answer.images)
-        self.answers = tuple(answers)
-
-    @property
-    def images(self) -> list[Any]:
-        """diffusers' name for this list."""
-        return list(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One image of a grid to make. order: its place in the call."""
-
-    order: int
-    grid: int
-    seed: int
 
 
 class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -604,7 +549,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         side, kind = resolution or models.resolution, self.config.cells
         shapes = [strip_shapes(one.sizes, side, kind) for one in asked]
         places = [(number, seed) for number, one in enumerate(asked) for seed in one.seeds]
-        jobs = [_Job(order=k, grid=g, seed=seed) for k, (g, seed) in enumerate(places)]
+        jobs = [Job(order=k, grid=g, seed=seed) for k, (g, seed) in enumerate(places)]
         draws = self._draws(jobs, generator)
         noises = self._given_noise(jobs, shapes, latents)
         texts = self._given_text(asked, prompt_embeds, pooled_prompt_embeds)
@@ -688,7 +633,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _denoised(
         self,
         models: Models,
-        jobs: Sequence[_Job],
+        jobs: Sequence[Job],
         grids: Sequence[grid.Grid],
         texts: Sequence[Any],
         draws: Sequence[torch.Generator],
@@ -733,7 +678,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _answer(
         self,
         models: Models,
-        job: _Job,
+        job: Job,
         built: grid.Grid,
         asked: Request,
         final: Tensor,
@@ -793,7 +738,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
 
     def _draws(
-        self, jobs: Sequence[_Job], generator: torch.Generator | Sequence[torch.Generator] | None
+        self, jobs: Sequence[Job], generator: torch.Generator | Sequence[torch.Generator] | None
     ) -> list[torch.Generator]:
         if generator is None:
             return [draw_of(job.seed) for job in jobs]
@@ -808,7 +753,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _given_noise(
         self,
-        jobs: Sequence[_Job],
+        jobs: Sequence[Job],
         shapes: Sequence[Shape],
         latents: Tensor | Sequence[Tensor] | None,
     ) -> list[Tensor]:
@@ -838,107 +783,3 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             (text[k % len(text)].to(place, dtype), pooled[k % len(pooled)].to(place, dtype))
             for k in range(len(asked))
         ]
-
-
-def check_finite(job: _Job, made: Tensor) -> None:
-    if not made.isfinite().all():
-        raise NotFinite(job.grid, job.seed)
-
-
-def by_shape(jobs: Sequence[_Job], shapes: Sequence[Shape]) -> list[list[_Job]]:
-    """Jobs whose grids have one shape together, which no padding does better: the time of attention
-    over padded tokens is lost, and mixed lists have many grids of each shape."""
-    groups: dict[Shape, list[_Job]] = {}
-    for job in jobs:
-        groups.setdefault(shapes[job.grid], []).append(job)
-    return list(groups.values())
-
-
-def converted(pixels: Tensor, kind: OutputType) -> Any:
-    """A cell (3, h, w) in -1..1 as diffusers' output type says."""
-    if kind == "pil":
-        return grid.to_image(pixels)
-    unit = (pixels.clamp(-1, 1) + 1) / 2
-    return unit if kind == "pt" else unit.permute(1, 2, 0).cpu().numpy()
-
-
-@contextmanager
-def enough_memory(doing: str) -> Iterator[None]:
-    """Say what to change where memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        raise UserError(
-            f"out of memory while {doing}: lower the batch, the resolution or the upsampling; "
-            "offload (--offload model, enable_model_cpu_offload); keep the base in fewer bits "
-            "(--quantise nf4); or decode in tiles (--vae-tiling, vae.enable_tiling)"
-        ) from None
-
-
-def left_out(name: str) -> dict[str, None]:
-    """The parts that a model was saved without, each as None."""
-    told = index_of(name)
-    return {part: None for part in PARTS if told.get(part) == [None, None]}
-
-
-def here(name: str, token: str | None) -> str:
-    """A model's name or, of a hub id, the folder of its snapshot, downloaded with `token`."""
-    if not on_hub(name):
-        return name
-    check_folder(name, token=token)
-    return str(folder_of(name, token=token))
-
-
-def device_of(device: str | None, device_map: str | None) -> str:
-    """Where the parts go: all to one device, a GPU where there is one."""
-    if device is not None and device_map is not None:
-        raise UserError("give device or device_map, not both")
-    wanted = device or device_map or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(wanted)
-    except RuntimeError:
-        raise UserError(
-            f"device_map {wanted!r}: name one device, e.g. 'cuda'; parts that do not fit there go "
-            "to the CPU and back with enable_model_cpu_offload()"
-        ) from None
-    return wanted
-
-
-def check_attention(attention: str, model: str, *, device: str, dtype: torch.dtype) -> None:
-    """Raise `UserError` where the kernel `attention` does not compute for `model` on `device`."""
-    check_known(attention)
-    if attention == AUTO:
-        return
-    sizes = flux(settings_of(model, "transformer"))
-    shapes = Shapes(
-        lengths=(), heads=sizes.heads, width=sizes.head, dtype=dtype, device=torch.device(device)
-    )
-    require(attention, shapes, passes="forward")
-
-
-def strengths_of(adapter: Adapters | None) -> dict[Path, float]:
-    if adapter is None:
-        return {}
-    if isinstance(adapter, Mapping):
-        return {Path(folder): strength for folder, strength in adapter.items()}
-    return {Path(adapter): 1.0}
-
-
-def name_of(folder: Path) -> str:
-    """What an adapter is called where nothing else is said: its folder's name, or its run's.
-
-    >>> name_of(Path("runs/demo/adapter")), name_of(Path("mugs"))
-    ('demo', 'mugs')
-    """
-    place = folder.absolute()
-    return place.parent.name if place.name == "adapter" else place.name
-
-
-Word = TypeVar("Word", bound=str)
-
-
-def known_or_default(told: str | None, known: tuple[Word, ...]) -> Word:
-    """What an adapter's file says, or the first of `known` where it says nothing that is known."""
-    return next((word for word in known if word == told), known[0])

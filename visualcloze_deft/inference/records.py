@@ -21,7 +21,8 @@ from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
-from visualcloze_deft.inference.pipeline import Answer, known_or_default
+from visualcloze_deft.inference.arguments import known_or_default
+from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Entry, Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text

@@ -9,9 +9,8 @@ import math
 import os
 import signal
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Any, cast
 
 import deepspeed
 import torch
-import transformers
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,12 +27,12 @@ from tqdm import tqdm
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones import compiled, kernels
-from visualcloze_deft.backbones.attention import Shapes
+from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.embedding_cache import Encodings
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.kernels import Kernels, shapes_in
-from visualcloze_deft.config.run import Optimiser, Run
+from visualcloze_deft.config.run import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import device_environment
@@ -43,7 +41,6 @@ from visualcloze_deft.runtime.watchdog import Watchdog
 from visualcloze_deft.sampling.encoding import PixelExample, encode
 from visualcloze_deft.sampling.room import Room, put_back, short_of_memory
 from visualcloze_deft.storage.atomic import write_png
-from visualcloze_deft.storage.locks import only_writer
 from visualcloze_deft.training import (
     checkpoint,
     mixtures,
@@ -53,7 +50,7 @@ from visualcloze_deft.training import (
     zero3,
 )
 from visualcloze_deft.training.batch_schedule import StepPlan
-from visualcloze_deft.training.checkpoint import Checkpoint, Progress
+from visualcloze_deft.training.checkpoint import Progress
 from visualcloze_deft.training.datasets import PixelDataset, RankBatchSampler
 from visualcloze_deft.training.engine import (
     adapter_norms,
@@ -68,44 +65,21 @@ from visualcloze_deft.training.engine import (
     start_engine,
     torch_optimiser,
 )
-from visualcloze_deft.training.metrics import (
-    ExampleLoss,
-    MetricsLog,
-    from_first,
-    gathered,
-    mean_error,
+from visualcloze_deft.training.joining import (
+    begun,
+    check_same_data,
+    joined,
+    latest,
+    quiet,
+    quiet_exit_if_peer_died,
 )
+from visualcloze_deft.training.metrics import ExampleLoss, MetricsLog, from_first, mean_error
 from visualcloze_deft.training.report import write_report
 from visualcloze_deft.training.samples import sample_sheet
+from visualcloze_deft.training.schedules import averaging_factor, learning_rate_factor
 from visualcloze_deft.training.step import Batch, Stepper, first_said, kernels_at_start, seen_in
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
-LAUNCHER_NOTICES = 5.0  # seconds in which a launcher has seen that a process died
-
-
-def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
-    """Linear warm-up, then constant or a cosine down to zero at the last step.
-
-    >>> from visualcloze_deft.config.run import Optimiser
-    >>> [round(learning_rate_factor(s, 100, Optimiser(warmup=10)), 2) for s in (0, 9, 55, 99)]
-    [0.1, 1.0, 0.5, 0.0]
-    """
-    warmup = settings.warmup_of(steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def averaging_factor(step: int, ema: float) -> float:
-    """How much of the running average stays at a step: `ema`, and less of the first steps.
-
-    >>> [round(averaging_factor(step, 0.99), 2) for step in (1, 10, 1000)]
-    [0.18, 0.55, 0.99]
-    """
-    return min(ema, (1 + step) / (10 + step))
 
 
 def train(
@@ -151,39 +125,6 @@ def train(
             train_here(run, process, resume=resume, asked=asked, watchdog=watchdog)
     process.wait_for_everyone()
     process.destroy_process_group()
-
-
-def begun(run: Run, held: ExitStack, prepare: Callable[[], Mixture]) -> Run:
-    """The run in its folder, which is this process's own from before `prepare` until `held` ends:
-    no launcher of ours has made it."""
-    output = Path(run.output)
-    held.enter_context(run_folder.run_lock(output))
-    held.enter_context(only_writer(output, name=run_folder.WRITING))
-    prepare()
-    return preparation.as_decided(run)
-
-
-def joined(run: Run, held: ExitStack) -> Run:
-    """The run that our launcher has made the folder of, whose own it stays."""
-    held.enter_context(only_writer(Path(run.output), name=run_folder.WRITING))
-    return preparation.as_decided(run)
-
-
-@contextmanager
-def quiet_exit_if_peer_died(asked: StopRequest) -> Iterator[None]:
-    """Where another process dies, collective operations fail here before the launcher ends this
-    one too: it goes without a traceback, which would hide the reason."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        until = time.monotonic() + LAUNCHER_NOTICES
-        while not asked and time.monotonic() < until:
-            time.sleep(0.1)
-        if asked:
-            raise SystemExit(exit_status(asked.signal)) from None
-        raise
 
 
 def train_here(
@@ -254,39 +195,6 @@ def train_here(
         used = models.encodings.used_by_all()
         if process.is_main_process:
             tqdm.write(f"encodings {models.encodings.folder}: {used}")
-
-
-def check_same_data(mixture: Mixture, process: PartialState) -> None:
-    """Raise `UserError` in all processes where one of them reads other data than the first: a file
-    that came or went while they started would give them other steps, and they would wait for each
-    other without end."""
-    everyone = gathered([len(source) for source in mixture.sources], process.num_processes)
-    for rank, sizes in enumerate(everyone):
-        for source, first, size in zip(mixture.sources, everyone[0], sizes, strict=True):
-            if first != size:
-                raise UserError(
-                    f"{source.name}: process 0 finds {first} items, process {rank} {size}; have "
-                    "all processes see the same files, and change none while a run starts"
-                )
-
-
-def quiet() -> None:
-    """Keep the libraries' own bars and deprecation notices out of the training output."""
-    transformers.utils.logging.disable_progress_bar()
-    deepspeed.utils.logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-
-
-def latest(output: Path, process: PartialState) -> Checkpoint:
-    """The newest good checkpoint, as the first process finds it."""
-
-    def found() -> Checkpoint:
-        good, damaged = checkpoint.newest(output / "checkpoints")
-        for line in damaged:
-            tqdm.write(line)
-        return good
-
-    return from_first(found, rank=process.process_index, world=process.num_processes)
 
 
 class Loop:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones import attention, kernels
-from visualcloze_deft.backbones.attention import Shapes
+from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.kernels import Kernels, Suspect
 from visualcloze_deft.config.run import Run
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch
