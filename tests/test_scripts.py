@@ -216,6 +216,13 @@ def test_prose_is_measured_by_its_sentences(script: Script, tmp_path: Path) -> N
 
 
 @pytest.mark.scripts
+def test_code_that_runs_is_counted(script: Script) -> None:
+    (_, files, functions), (_, before, _) = rows(script("trace_flow.py"))[2:]
+    assert 1 < int(files) < int(functions)
+    assert int(before) > 1
+
+
+@pytest.mark.scripts
 def test_rates_are_swept_and_a_comparison_comes_into_its_page(
     script: Script, micro_model: Path, tmp_path: Path
 ) -> None:
