@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from visualcloze_deft.adapters import injection, methods
 from visualcloze_deft.adapters.deft import deft_linear
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 
 SHAPES = ((3072, 3072), (3072, 12288), (15360, 3072), (12288, 3072))  # i, o of FLUX's layers
 TOKENS = 5696  # a 3 x 3 grid of 384 px cells and 512 of text

@@ -30,7 +30,7 @@ import datasets
 import torch
 from PIL import Image
 
-from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.config.run_settings import Recipe
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.grids import grid

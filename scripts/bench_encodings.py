@@ -29,9 +29,9 @@ from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.embedding_cache import Encodings, digest, entries
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.sampling.encoding import PixelExample, encode
-from visualcloze_deft.training import mixtures
+from visualcloze_deft.training import run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
 
@@ -53,7 +53,7 @@ AT_FLUX = {
 
 
 def examples(run: Run, count: int) -> list[PixelExample]:
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     return [one for one in map(draws.__getitem__, range(count)) if isinstance(one, PixelExample)]
 
 
@@ -71,7 +71,7 @@ def show_hits(run_of: Callable[[list[str]], Run]) -> None:
     print("\n| drawn | epochs | strips found | texts found |\n|---|---|---|---|")
     for name, settings in DRAWN.items():
         run = run_of(settings)
-        items = sum(map(len, mixtures.mixture_of(run).sources))
+        items = sum(map(len, run_data.mixture_of(run).sources))
         asked = [
             {"strips": list(strips_of(one)), "texts": [str(one.prompt)]}
             for one in examples(run, ENDS[-1] * items)

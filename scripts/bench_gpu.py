@@ -132,7 +132,7 @@ def with_paper(rows: Sequence[Row]) -> list[Row]:
     """Rows whose full-size training steps also have their milliseconds by cost_model.py."""
     from cost_model import step_cost
 
-    from visualcloze_deft.config.run import Adapter
+    from visualcloze_deft.config.run_settings import Adapter
 
     steps = {one.name: one.given for one in cases(small=False) if one.work == "step"}
     found = []

@@ -37,11 +37,11 @@ from visualcloze_deft.backbones.flops import peak as device_peak
 from visualcloze_deft.backbones.flops import training_flops
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, predict_velocity
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids.grid import Latents, position_ids
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode, encode_grids
-from visualcloze_deft.training import checkpoint, mixtures
+from visualcloze_deft.training import checkpoint, run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.engine import gather_adapter, gather_moments, start_engine
 
@@ -150,7 +150,7 @@ def minimal_step(run: Run, models: Models) -> Step:
 
 def drawn_batches(run: Run, count: int) -> tuple[list[list[PixelExample]], float]:
     """Batches of one grid shape each, and the median seconds to draw one."""
-    draws, batches, seconds, index = PixelDataset(mixtures.mixture_of(run)), [], [], 0
+    draws, batches, seconds, index = PixelDataset(run_data.mixture_of(run)), [], [], 0
     while len(batches) < count:
         began, by_shape = time.perf_counter(), {}
         for one in (draws[k] for k in range(index, index + run.batch)):

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from visualcloze_deft.adapters import injection
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.grids.grid import Latents, position_ids
 from visualcloze_deft.sampling.encoding import TokenBatch
 from visualcloze_deft.training.engine import recompute

@@ -30,7 +30,7 @@ from visualcloze_deft.evaluation.metrics.fidelity import psnr
 from visualcloze_deft.grids import grid
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
-from visualcloze_deft.sampling.sampling import generate
+from visualcloze_deft.sampling.denoising import generate
 
 SEED = 1  # training uses scenes of seed 0
 BATCH = 16

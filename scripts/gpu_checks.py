@@ -43,7 +43,7 @@ from visualcloze_deft.adapters import injection
 from visualcloze_deft.adapters.deft import factors, orthonormal
 from visualcloze_deft.backbones import attention, attention_check
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.training.engine import recompute, start_engine
 from visualcloze_deft.training.objective import GridLoss
 from visualcloze_deft.training.run_folder import METRICS

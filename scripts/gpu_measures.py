@@ -39,7 +39,7 @@ from visualcloze_deft.backbones import attention, attention_check, kernels
 from visualcloze_deft.backbones.compiled import Compiling
 from visualcloze_deft.backbones.flops import peak, training_flops
 from visualcloze_deft.backbones.quantization import quantise
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import BASE
 from visualcloze_deft.planning import activations, memory

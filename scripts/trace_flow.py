@@ -20,11 +20,11 @@ import torch
 
 import visualcloze_deft
 from visualcloze_deft.cli import main as vcdeft
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.sampling.encoding import encode
 from visualcloze_deft.training.datasets import PixelDataset
-from visualcloze_deft.training.mixtures import mixture_of
 from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.run_data import mixture_of
 
 ROOT = Path(visualcloze_deft.__file__).parent
 CELL = 32  # pixels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection, methods
 from visualcloze_deft.backbones.peft_files import read_metadata
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
 
 METHODS = ["deft", "deft-relaxed", "para", "lora"]

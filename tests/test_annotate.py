@@ -33,7 +33,7 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.data.annotation.models import (
     ANNOTATORS,
     check_model,
@@ -46,7 +46,7 @@ from visualcloze_deft.data.annotation.source import Annotated, annotate
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.training.mixtures import mixture_of
+from visualcloze_deft.training.run_data import mixture_of
 
 Refused = Callable[..., str]
 LABELS = ("Background", "cat", "dog")

@@ -33,14 +33,14 @@ def test_every_import_keeps_to_the_layers() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "contract"),
     [
-        ("storage/hashing.py", "from visualcloze_deft.config import run", "Layers"),
+        ("storage/hashing.py", "from visualcloze_deft.config import run_settings", "Layers"),
         ("inference/infer.py", "from visualcloze_deft.training import loop", "Layers"),
         ("data/sources/folder.py", "from visualcloze_deft.data.sources import insdet", "Sources"),
         ("data/base.py", "import peft", "peft"),
         ("inference/infer.py", "import deepspeed", "DeepSpeed"),
-        ("evaluation/figures.py", "import matplotlib", "matplotlib"),
+        ("evaluation/report_tables.py", "import matplotlib", "matplotlib"),
         ("training/loop.py", "import click", "click"),
-        ("config/run.py", "import torch", "torch"),
+        ("config/run_settings.py", "import torch", "torch"),
     ],
 )
 def test_a_broken_wall_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:

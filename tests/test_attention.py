@@ -24,7 +24,7 @@ from visualcloze_deft.backbones.attention_check import Passes, Shapes, plain
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.training.engine import recompute

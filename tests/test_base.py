@@ -18,8 +18,8 @@ from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid
 from visualcloze_deft.paths import BASE
+from visualcloze_deft.sampling.denoising import Conditions, generate, velocity_of
 from visualcloze_deft.sampling.encoding import encode_grids
-from visualcloze_deft.sampling.sampling import Conditions, generate, velocity_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.merging import ActiveAdapters
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.config.run import Adapter, Bits
+from visualcloze_deft.config.run_settings import Adapter, Bits
 from visualcloze_deft.errors import UserError
 
 METHODS = ("deft", "deft-relaxed", "para", "lora")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from visualcloze_deft.adapters.files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Run, write_run
+from visualcloze_deft.config.run_settings import Run, write_run
 from visualcloze_deft.reporting.contact_sheet import metadata_text
 
 GridFile = Callable[..., Path]

@@ -35,11 +35,11 @@ from visualcloze_deft.comparison.report import (
 from visualcloze_deft.comparison.tables import Compared
 from visualcloze_deft.comparison.trainings import Training, trainings
 from visualcloze_deft.config.comparison import Comparison, load_comparison
-from visualcloze_deft.config.run import load_run, write_run
+from visualcloze_deft.config.run_settings import load_run, write_run
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.reporting.random_effects import estimate, holm
 from visualcloze_deft.storage import jsonl
-from visualcloze_deft.training import mixtures, run_folder
+from visualcloze_deft.training import run_data, run_folder
 
 Refused = Callable[..., str]
 METHODS = ("deft", "deft-relaxed", "para", "lora")
@@ -128,7 +128,7 @@ def test_every_method_sees_the_same_examples_in_the_same_order(
 ) -> None:
     seen: dict[int, set[str]] = {}
     for training in planned(comparison_file()):
-        mixture = mixtures.mixture_of(training.run)
+        mixture = run_data.mixture_of(training.run)
         drawn = [mixture[k] for k in range(6)]
         told = [(one.task, one.keys, one.hidden, one.task_sentence, one.content) for one in drawn]
         shown = [cell.tobytes() for cell in drawn[0].complete[-1]]
@@ -143,7 +143,7 @@ def test_what_is_asked_is_never_trained_on_and_no_query_twice(
 ) -> None:
     comparison = load_comparison(str(comparison_file()))
     found = trainings(comparison)
-    seeds = {source.seed for one in found for source in mixtures.mixture_of(one.run).sources}
+    seeds = {source.seed for one in found for source in run_data.mixture_of(one.run).sources}
     assert seeds == {0, 1}
     for one in query_sets(comparison, found[0].run):
         assert seeds.isdisjoint({source.seed for source in one.mixture.sources})
@@ -173,7 +173,7 @@ def test_new_tasks_are_trained_and_old_ones_are_not(
 
 def test_where_items_share_pictures_none_is_asked_twice_or_shown_above_its_question() -> None:
     run = load_run(None, ['data.sources=["subject=1"]', "data.tasks=subject-driven"])
-    mixture = mixtures.mixture_of(run)
+    mixture = run_data.mixture_of(run)
     grids = questions(mixture, mixture.tasks["subject-driven"], 12)
     targets = [grid.complete[-1][-1].tobytes() for grid in grids]
     assert len(grids) == len(set(targets)) == 4  # pictures, of which 12 pairs are made
@@ -184,7 +184,7 @@ def test_where_items_share_pictures_none_is_asked_twice_or_shown_above_its_quest
 def test_a_new_subject_is_asked_in_other_pictures_than_it_is_learned_from() -> None:
     comparison = load_comparison("compare-subject")
     run_of = trainings(comparison)[0].run
-    mixture = mixtures.mixture_of(run_of)
+    mixture = run_data.mixture_of(run_of)
     assert sum(len(source) for source in mixture.sources) == 12  # ordered pairs of four pictures
     (new,) = (one for one in query_sets(comparison, run_of) if one.group == "new")
     shown = [mixture[k].rows for k in range(12)]

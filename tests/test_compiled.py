@@ -20,7 +20,7 @@ from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones.compiled import VARIANTS, Compiling, compile_blocks, explained
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import Logged, UserError
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.engine import recompute

@@ -7,7 +7,7 @@ import torch
 from cost_model import FLUX, H100, Cost, step_cost
 
 from visualcloze_deft.backbones.flops import training_flops
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 
 FEW = FLUX | {"num_layers": 1, "num_single_layers": 2}
 

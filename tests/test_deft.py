@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.deft import deft_linear, factors
 from visualcloze_deft.backbones.quantization import dense, quantised
-from visualcloze_deft.config.run import Adapter, Bits
+from visualcloze_deft.config.run_settings import Adapter, Bits
 
 KINDS: dict[str, dict[str, Any]] = {
     "deft": {"decomposition_method": "qr", "alpha": 6},

@@ -13,14 +13,14 @@ from PIL import Image
 
 from visualcloze_deft.cli import main
 from visualcloze_deft.cli.train import describe_run
-from visualcloze_deft.config.run import parse_run
+from visualcloze_deft.config.run_settings import parse_run
 from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.request import read_requests
 from visualcloze_deft.task_registry.files import load_tasks
-from visualcloze_deft.training.mixtures import mixture_of
+from visualcloze_deft.training.run_data import mixture_of
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))
 real_data = pytest.mark.skipif(

@@ -19,10 +19,10 @@ from visualcloze_deft.backbones.embedding_cache import Encodings, Used, digest, 
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Run, load_run, write_run
+from visualcloze_deft.config.run_settings import Run, load_run, write_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode
-from visualcloze_deft.training import mixtures, preparation, resume, run_folder
+from visualcloze_deft.training import preparation, resume, run_data, run_folder
 from visualcloze_deft.training.cache_latents import encode_all, length_of
 from visualcloze_deft.training.checkpoint import Progress
 from visualcloze_deft.training.datasets import PixelDataset
@@ -44,7 +44,7 @@ def run(micro_model: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def drawn(run: Run) -> list[PixelExample]:
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     found = [draws[index] for index in range(6)]
     return [one for one in found if isinstance(one, PixelExample)]
 
@@ -259,7 +259,7 @@ def test_what_is_encoded_ahead_is_what_training_asks_for(
     main(["data", "cache", *of_run, "--output", str(tmp_path / "kept")])
     assert ", 0 made" in capsys.readouterr().out
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "batch=2"])
-    mixture = mixtures.mixture_of(run)
+    mixture = run_data.mixture_of(run)
     assert length_of(run.model_copy(update={"steps": 3}), mixture, processes=1) == 6
     draws = PixelDataset(mixture)
     keeper, encodings = keeping(models, tmp_path / "kept")
@@ -303,7 +303,7 @@ def test_a_run_may_go_on_with_encodings_or_without(tmp_path: Path) -> None:
     now = load_run(
         None, [f"output={tmp_path}", "data.embedding_cache=run", "offload_encoders=true"]
     )
-    plan = preparation.plan_of(now, mixtures.mixture_of(now), processes=1)
+    plan = preparation.plan_of(now, run_data.mixture_of(now), processes=1)
     resume.check_resumed(now, Progress(step=2, examples=2, seed=0, global_batch=1), plan, ())
 
 

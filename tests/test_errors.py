@@ -31,13 +31,13 @@ from visualcloze_deft.cli.app import cli
 from visualcloze_deft.comparison.measure import Measured, read_measured, write_measured
 from visualcloze_deft.config import patterns
 from visualcloze_deft.config.patterns import matching
-from visualcloze_deft.config.run import Adapter, Run, load_run, write_run
+from visualcloze_deft.config.run_settings import Adapter, Run, load_run, write_run
 from visualcloze_deft.data.index import Indexed, Row, index
 from visualcloze_deft.errors import MOST, UserError, reading
 from visualcloze_deft.inference.request import read_requests
 from visualcloze_deft.planning import memory, sizes
 from visualcloze_deft.reporting import plots
-from visualcloze_deft.reporting.bars import draw_bars
+from visualcloze_deft.reporting.bar_charts import draw_bars
 from visualcloze_deft.reporting.contact_sheet import image_metadata
 from visualcloze_deft.reporting.plots import svg_of
 from visualcloze_deft.reporting.statistics import Figure

@@ -66,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def adapter(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from visualcloze_deft.adapters import files, injection
     from visualcloze_deft.backbones.flux_fill.loading import load_models
-    from visualcloze_deft.config.run import Adapter
+    from visualcloze_deft.config.run_settings import Adapter
 
     folder = tmp_path_factory.mktemp("adapter")
     models = load_models(str(micro_model))

@@ -22,7 +22,7 @@ from visualcloze_deft.adapters import export, files, import_lora, injection, ver
 from visualcloze_deft.backbones import lora_files, lora_names
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
 
 METHODS = ["deft", "deft-relaxed", "para", "lora"]

@@ -30,16 +30,16 @@ from transformers import T5TokenizerFast
 
 from visualcloze_deft.adapters import files
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime import signals
 from visualcloze_deft.runtime.watchdog import STUCK
 from visualcloze_deft.storage import jsonl
-from visualcloze_deft.training import mixtures, run_folder
+from visualcloze_deft.training import run_data, run_folder
 from visualcloze_deft.training.checkpoint import Progress, newest, save
 from visualcloze_deft.training.engine import ClippedAdamW
 from visualcloze_deft.training.joining import check_same_data, latest
-from visualcloze_deft.training.metrics import MetricsLog
+from visualcloze_deft.training.metrics_log import MetricsLog
 
 pytestmark = pytest.mark.processes
 KILLS = int(os.environ.get("VCDEFT_KILLS", "20"))  # runs killed at random times
@@ -151,7 +151,7 @@ def decide_in_two(model: str, folder: str) -> None:
     with pytest.raises(UserError, match="no checkpoint in"):
         latest(own, process)
     with pytest.raises(UserError, match=r"process 0 finds 2 items, process 1 3"):
-        check_same_data(mixtures.mixture_of(asked), process)
+        check_same_data(run_data.mixture_of(asked), process)
     process.wait_for_everyone()
     process.destroy_process_group()
 

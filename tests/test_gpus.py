@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of
-from visualcloze_deft.config.run import OFFLOADED, load_run
+from visualcloze_deft.config.run_settings import OFFLOADED, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.activations import Load
 from visualcloze_deft.planning.memory import memory_here, plan_here

@@ -14,15 +14,15 @@ from PIL import Image
 
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.diffusion.flow import shift
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, draw_noise
 from visualcloze_deft.sampling.room import Room
-from visualcloze_deft.training import mixtures, validation
+from visualcloze_deft.training import run_data, validation
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
-from visualcloze_deft.training.samples import sample_sheet
+from visualcloze_deft.training.sample_sheets import sample_sheet
 from visualcloze_deft.training.validation import ValidationLosses
 
 
@@ -46,7 +46,7 @@ def measured(
     loss_of = GridLoss(
         models.transformer, context_weight=1, guidance=1.0, scheduled_sampling=scheduled_sampling
     ).eval()
-    draws = PixelDataset(mixtures.held_out_of(run))
+    draws = PixelDataset(run_data.held_out_of(run))
     return validation.losses(loss_of, models, draws, run, own=own, agreed=as_drawn)
 
 
@@ -99,7 +99,7 @@ def test_times_are_quantiles_of_those_that_training_draws(settings: str) -> None
 
 def test_held_out_scenes_are_not_trained_on(micro_model: Path) -> None:
     run = run_on(micro_model)
-    training, held_out = mixtures.mixture_of(run), mixtures.held_out_of(run)
+    training, held_out = run_data.mixture_of(run), run_data.held_out_of(run)
     trained = {key for index in range(10) for key in training[index].keys}
     assert trained.isdisjoint({k for i in range(10) for k in held_out[validation.FIRST + i].keys})
 
@@ -117,7 +117,7 @@ def test_pictures_are_measured_on_where_some_are_held_out_and_else_refused(
     assert "logging.validate_every = 5: nothing of folder=" in said
     assert not (tmp_path / "run").exists()
     fields = [f'data.sources=["folder={tmp_path / "data"}"]', "data.tasks=depth-to-image"]
-    held_out = mixtures.held_out_of(load_run(None, [*fields, "data.validation_every=4"]))
+    held_out = run_data.held_out_of(load_run(None, [*fields, "data.validation_every=4"]))
     assert {key for i in range(20) for key in held_out[i].keys} == {"3", "7"}
 
 
@@ -125,9 +125,9 @@ def test_a_sheet_shows_the_same_grids_from_the_same_noise_each_time(
     models: Models, micro_model: Path
 ) -> None:
     run = run_on(micro_model)
-    first, _ = sample_sheet(models, mixtures.mixture_of(run), Room(models))
+    first, _ = sample_sheet(models, run_data.mixture_of(run), Room(models))
     torch.rand(3)  # whatever training draws in between
-    second, _ = sample_sheet(models, mixtures.mixture_of(run), Room(models))
+    second, _ = sample_sheet(models, run_data.mixture_of(run), Room(models))
     assert first is not None
     assert second is not None
     assert first.tobytes() == second.tobytes()

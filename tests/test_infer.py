@@ -27,7 +27,7 @@ from visualcloze_deft.backbones.lora_files import shapes_of
 from visualcloze_deft.backbones.model_files import fingerprint
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Adapter, load_run
+from visualcloze_deft.config.run_settings import Adapter, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference import infer, pipeline, settings
 from visualcloze_deft.training import run_folder

@@ -20,7 +20,7 @@ from PIL import Image
 
 import visualcloze_deft
 from visualcloze_deft.backbones.embedding_cache import entries
-from visualcloze_deft.config.run import parse_run
+from visualcloze_deft.config.run_settings import parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import GROUP, already_launched, check_processes, forget_group
 from visualcloze_deft.runtime.open_files import ENOUGH, check_handles, raise_limit
@@ -29,7 +29,7 @@ from visualcloze_deft.runtime.watchdog import SIGNS
 from visualcloze_deft.storage import jsonl
 from visualcloze_deft.storage.locks import CLAIMS
 from visualcloze_deft.training import run_folder
-from visualcloze_deft.training.open_files import received
+from visualcloze_deft.training.files_needed import received
 
 Refused = Callable[..., str]
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

@@ -17,7 +17,7 @@ from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.layered_loading import load_quantised
 from visualcloze_deft.backbones.model_size import flux
 from visualcloze_deft.backbones.quantization import dense, is_in_block, is_quantised, quantise
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.sizes import quantising_bytes, stored
 

@@ -31,7 +31,7 @@ from visualcloze_deft.backbones.model_size import (
     vae_parameters,
 )
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Adapter, Bits, load_run, write_run
+from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
 from visualcloze_deft.planning.activations import Load, activations_of
 from visualcloze_deft.planning.memory import (
     RESERVE,

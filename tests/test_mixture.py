@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.config.run_settings import Recipe
 from visualcloze_deft.data.base import Item, Part
 from visualcloze_deft.data.example import Example
 from visualcloze_deft.data.mixture import Mixture, row_of

@@ -19,10 +19,10 @@ from visualcloze_deft.backbones import kernels
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.kernels import ComposedLayerNorm, ComposedRMSNorm, Kernels
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.sampling.encoding import TokenBatch as Samples
 from visualcloze_deft.sampling.encoding import encode
-from visualcloze_deft.training import mixtures, run_folder
+from visualcloze_deft.training import run_data, run_folder
 from visualcloze_deft.training.checkpoint import newest
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.engine import recompute
@@ -42,7 +42,7 @@ def batch(micro_model: Path) -> tuple[GridLoss, list[Samples]]:
     settings = load_run(None, [f"model={micro_model}", "adapter.rank=4"])
     models = load_models(settings.model)
     injection.attach(models.transformer, settings.adapter, seed=0)
-    draws = PixelDataset(mixtures.mixture_of(settings))
+    draws = PixelDataset(run_data.mixture_of(settings))
     groups = encode(models, [draws[index] for index in range(2)], seed=0)
     return GridLoss(models.transformer, context_weight=1, guidance=1.0), groups
 

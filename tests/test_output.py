@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from processes import Group, forked, run
 
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.locks import LOCK, WorkLocks, only_writer
 from visualcloze_deft.training import preparation, run_folder

@@ -16,7 +16,7 @@ from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.backbones.model_size import settings_of
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Adapter, load_run
+from visualcloze_deft.config.run_settings import Adapter, load_run
 from visualcloze_deft.planning.activations import Load
 from visualcloze_deft.planning.memory import RESERVE, memory_plan
 from visualcloze_deft.planning.outside_steps import picture_bytes, pixel_values

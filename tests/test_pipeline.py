@@ -25,7 +25,7 @@ from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.arguments import enough_memory
 from visualcloze_deft.inference.request import request
-from visualcloze_deft.sampling import sampling
+from visualcloze_deft.sampling import denoising
 from visualcloze_deft.sampling.encoding import encode_grids
 from visualcloze_deft.sampling.upsampling import Upsampling
 
@@ -79,12 +79,12 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
     noise = torch.randn(latents.seen.shape, generator=generator)
     layout = (layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
     text, pooled = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
-    given = sampling.Conditions(latents=latents, text=text, pooled=pooled)
-    velocity = sampling.velocity_of(models, given, guidance=30.0)
+    given = denoising.Conditions(latents=latents, text=text, pooled=pooled)
+    velocity = denoising.velocity_of(models, given, guidance=30.0)
     times, x = models.times(STEPS, noise.shape[1]), noise
     with torch.no_grad():
         for k in range(STEPS):
-            x = sampling.denoise(velocity, x, times[k : k + 2])
+            x = denoising.denoise(velocity, x, times[k : k + 2])
             torch.testing.assert_close(x, seen_by_them[k], atol=1e-4, rtol=1e-4)
 
 
@@ -117,8 +117,8 @@ def test_the_same_seed_gives_the_same_image_whatever_else_is_asked(
 def test_a_grid_in_a_batch_equals_the_grid_alone(pipe: InContextPipeline) -> None:
     grids = [grid.build(scene_rows(2), resolution=32) for _ in range(2)]
     prompts = ["one", "two"]
-    together = sampling.generate(pipe.models, grids, prompts, seeds=[1, 2], steps=2)
-    alone = sampling.generate(pipe.models, grids[1:], prompts[1:], seeds=[2], steps=2)
+    together = denoising.generate(pipe.models, grids, prompts, seeds=[1, 2], steps=2)
+    alone = denoising.generate(pipe.models, grids[1:], prompts[1:], seeds=[2], steps=2)
     difference = torch.tensor(list(together[1][0].tobytes())).int() - torch.tensor(
         list(alone[0][0].tobytes())
     )
@@ -148,7 +148,7 @@ def test_an_adapter_trained_on_one_model_works_in_the_pipeline(
     micro_model: Path, tmp_path: Path
 ) -> None:
     from visualcloze_deft.adapters import files, injection
-    from visualcloze_deft.config.run import Adapter
+    from visualcloze_deft.config.run_settings import Adapter
 
     models = load_models(str(micro_model))
     injection.attach(models.transformer, Adapter(rank=2, method="para"), seed=0)
@@ -196,7 +196,7 @@ def test_a_lora_of_another_model_is_refused(micro_model: Path, tmp_path: Path) -
 
 def test_an_adapter_of_ours_is_no_lora_to_merge(micro_model: Path, tmp_path: Path) -> None:
     from visualcloze_deft.adapters import files, injection
-    from visualcloze_deft.config.run import Adapter
+    from visualcloze_deft.config.run_settings import Adapter
 
     models = load_models(str(micro_model))
     injection.attach(models.transformer, Adapter(rank=2), seed=0)

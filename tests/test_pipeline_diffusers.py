@@ -33,7 +33,7 @@ from PIL import Image
 import visualcloze_deft.inference.pipeline
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import files, injection
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
 
 ROWS = [[Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")]]

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from visualcloze_deft.config.run import parse_run
+from visualcloze_deft.config.run_settings import parse_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.batch_schedule import BatchSchedule, StepPlan, pack
 from visualcloze_deft.training.datasets import PixelDataset, RankBatchSampler
-from visualcloze_deft.training.mixtures import mixture_of
 from visualcloze_deft.training.preparation import plan_of
+from visualcloze_deft.training.run_data import mixture_of
 
 SIZES = [32, 96, 64, 32, 128, 48]  # in turn
 

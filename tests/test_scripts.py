@@ -23,7 +23,7 @@ from test_compare import fields
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

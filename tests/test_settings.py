@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from visualcloze_deft.config.run import (
+from visualcloze_deft.config.run_settings import (
     Run,
     config_for,
     load_run,
@@ -17,7 +17,7 @@ from visualcloze_deft.config.run import (
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.task_registry.files import load_tasks
-from visualcloze_deft.training.mixtures import mixture_of, weights_of
+from visualcloze_deft.training.run_data import mixture_of, weights_of
 
 
 def test_without_file_and_overrides_all_is_default() -> None:

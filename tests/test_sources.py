@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageChops, ImageColor
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.specs import PROCEDURAL
+from visualcloze_deft.config.source_specs import PROCEDURAL
 from visualcloze_deft.data.base import Part, units_of
 from visualcloze_deft.data.sources import SOURCES, graph200k_hub, open_source
 from visualcloze_deft.data.sources.dreambooth import DreamBooth

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.kernels import Kernels, shapes_in
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.sampling.encoding import encode
-from visualcloze_deft.training import mixtures
+from visualcloze_deft.training import run_data
 from visualcloze_deft.training.checkpoint import Progress
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.engine import start_engine
@@ -49,7 +49,7 @@ def test_a_step_waits_for_the_device_at_its_end_alone(
     run = load_run(None, [*fields, "gradient_checkpointing=all", "accumulate=2"])
     models = load_models(run.model)
     injection.attach(models.transformer, run.adapter, seed=0)
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     drawn = [[draws[0], draws[1]], [draws[2], draws[3]]]
     step = [Batch(drawn=part, groups=encode(models, part, seed=0)) for part in drawn]
     engine = start_engine(models.transformer, run)

@@ -15,7 +15,7 @@ import tomli_w
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.config.run_settings import Recipe
 from visualcloze_deft.data.degrade import DEGRADATIONS
 from visualcloze_deft.data.derive import missing
 from visualcloze_deft.data.mixture import Mixture

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import load_run
-from visualcloze_deft.config.specs import from_root, place_and_split
+from visualcloze_deft.config.run_settings import load_run
+from visualcloze_deft.config.source_specs import from_root, place_and_split
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.dreambooth import DreamBooth
 from visualcloze_deft.data.sources.folder import Folder

@@ -28,14 +28,14 @@ from visualcloze_deft.backbones.compiled import compile_blocks
 from visualcloze_deft.backbones.embedding_cache import entries
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import encode
 from visualcloze_deft.storage.locks import only_writer
-from visualcloze_deft.training import mixtures, preparation, resume, run_folder
+from visualcloze_deft.training import preparation, resume, run_data, run_folder
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
-from visualcloze_deft.training.schedules import learning_rate_factor
+from visualcloze_deft.training.rate_schedules import learning_rate_factor
 
 STEPS = 6
 ZERO = "--set deepspeed.zero_optimization"
@@ -82,7 +82,7 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     loss_of = GridLoss(
         models.transformer, context_weight=0.3, guidance=1.0, scheduled_sampling=True
     )
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     plain, trained = [], injection.trainable(models.transformer)
     average: dict[str, torch.Tensor] = {}
     for step in range(run.steps):
@@ -116,7 +116,7 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(micro_model: Path) -
     """Of those that are led, whose loss takes a step of the model's own, and those that are not."""
     models = load_models(str(micro_model))
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image"])
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     drawn = [draws[index] for index in range(12)]
     groups = encode(models, drawn, seed=0, scheduled_sampling=0.5)
     led = torch.cat([group.start > group.t for group in groups])
@@ -243,7 +243,7 @@ def test_zero3_follows_plain_training_where_ranks_have_different_numbers_of_shap
     output = tmp_path / "run"
     words = arguments(micro_model, output, "--zero", "3", "--steps", "3")
     run([*words, "--tasks", "depth-to-image,object-insertion"])
-    mixture = mixtures.mixture_of(load_run(str(output / run_folder.SETTINGS)))
+    mixture = run_data.mixture_of(load_run(str(output / run_folder.SETTINGS)))
     wide = [len(mixture[i].rows[0]) > 2 for i in range(12)]  # a step: 2 of rank 0, 2 of rank 1
     mixed = [wide[k] != wide[k + 1] for k in range(0, 12, 2)]
     assert any(first != second for first, second in zip(mixed[::2], mixed[1::2], strict=True))
@@ -363,7 +363,7 @@ def test_what_cannot_be_read_is_replaced_and_listed(micro_model: Path, tmp_path:
     assert {json.loads(line)["item"] for line in listed} == {"0"}
     assert "0.png" in json.loads(listed[0])["why"]
     assert f"{len(listed)} items could not be read and were replaced" in said
-    mixture = mixtures.mixture_of(load_run(str(tmp_path / "run" / run_folder.SETTINGS)))
+    mixture = run_data.mixture_of(load_run(str(tmp_path / "run" / run_folder.SETTINGS)))
     skipped = [i for i in range(STEPS * 4) for _ in mixture[i].skipped]
     assert sorted(json.loads(line)["example"] for line in listed) == skipped
 
@@ -536,7 +536,7 @@ def test_a_dry_run_says_what_the_run_will_take_and_leaves_a_sheet(
 @pytest.mark.processes
 def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model: Path) -> None:
     run = load_run(None, [f"model={micro_model}", "data.tasks=depth-to-image", "adapter.rank=4"])
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     models = load_models(run.model)
     groups = encode(models, [draws[index] for index in range(2)], seed=0)
     injection.attach(models.transformer, run.adapter, seed=0)

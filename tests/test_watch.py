@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones import flops
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.config.run import Run, Tracker, load_run, write_run
+from visualcloze_deft.config.run_settings import Run, Tracker, load_run, write_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.reporting import plots
 from visualcloze_deft.sampling.encoding import PixelExample, encode
-from visualcloze_deft.training import checkpoint, engine, metrics, mixtures, report, run_folder
+from visualcloze_deft.training import checkpoint, engine, metrics_log, report, run_data, run_folder
 from visualcloze_deft.training.batch_schedule import StepPlan
 from visualcloze_deft.training.datasets import PixelDataset
-from visualcloze_deft.training.schedules import averaging_factor
+from visualcloze_deft.training.rate_schedules import averaging_factor
 from visualcloze_deft.training.validation import ValidationLosses
 
 
@@ -56,8 +56,8 @@ def micro_run(model: Path, output: Path, *more: str) -> Run:
     return load_run(None, [*fields, "adapter.rank=4", "gradient_checkpointing=none", *more])
 
 
-def seen(task: str, error: float, tokens: int = 10) -> metrics.ExampleLoss:
-    return metrics.ExampleLoss(task=task, error=error, tokens=tokens, items=2, skipped=())
+def seen(task: str, error: float, tokens: int = 10) -> metrics_log.ExampleLoss:
+    return metrics_log.ExampleLoss(task=task, error=error, tokens=tokens, items=2, skipped=())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def test_a_line_a_step_says_what_happened_and_trackers_the_same(
     micro_model: Path, tmp_path: Path
 ) -> None:
     run = micro_run(micro_model, tmp_path)
-    watched = metrics.MetricsLog(run, load_models(run.model), rank=0, world=1, start=-1)
+    watched = metrics_log.MetricsLog(run, load_models(run.model), rank=0, world=1, start=-1)
     assert list(watched.timed(iter([1, 2]))) == [1, 2]
     planned = StepPlan(first=0, parts=((0, 1, 2),), tokens=(30,))
     told = {2: seen("b", 4.0), 0: seen("a", 1.0), 1: seen("a", 2.0, tokens=20)}
@@ -100,7 +100,7 @@ def test_a_line_a_step_says_what_happened_and_trackers_the_same(
 def test_tensorboard_shows_no_step_twice_after_a_resumed_run(tmp_path: Path) -> None:
     run = Run(output=str(tmp_path))
     for start, value in ((-1, 1.0), (2, 2.0)):  # the first one is killed: never finished
-        tracker = metrics.started("tensorboard", run, start)
+        tracker = metrics_log.started("tensorboard", run, start)
         for step in range(start + 1, 5):
             tracker.log({"loss": value}, step=step)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -168,7 +168,7 @@ def averaged(model: str, folder: str, zero: str) -> None:
     models = load_models(run.model)
     injection.attach(models.transformer, run.adapter, seed=0)
     trained = engine.start_engine(models.transformer, run)
-    draws = PixelDataset(mixtures.mixture_of(run))
+    draws = PixelDataset(run_data.mixture_of(run))
     plain: dict[str, torch.Tensor] = {}
     for step in range(1, 4):
         drawn = [one for one in [draws[step]] if isinstance(one, PixelExample)]
@@ -292,5 +292,5 @@ def test_options_that_a_tracker_does_not_know_are_one_line_without_their_values(
         None, ["logging.tracker_options.tensorboard.api_key=hush", f"output='{tmp_path}'"]
     )
     with pytest.raises(UserError, match=r"tracker_options\.tensorboard: .* api_key") as raised:
-        metrics.started("tensorboard", run, 0)
+        metrics_log.started("tensorboard", run, 0)
     assert "hush" not in str(raised.value)

@@ -12,7 +12,7 @@ import zero_layers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 
 
 @pytest.fixture(scope="module")

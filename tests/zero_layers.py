@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visualcloze_deft.adapters.deft import deft_linear
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.training.engine import ClippedAdamW, deepspeed_config, register_for_zero3
 
 KINDS: dict[str, dict[str, Any]] = {

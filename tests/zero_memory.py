@@ -15,7 +15,7 @@ import torch
 
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.grids import grid
 from visualcloze_deft.sampling.encoding import TokenBatch
 from visualcloze_deft.training.engine import start_engine

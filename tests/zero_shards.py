@@ -26,7 +26,7 @@ from torch import Tensor
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
-from visualcloze_deft.config.run import Adapter, Run
+from visualcloze_deft.config.run_settings import Adapter, Run
 from visualcloze_deft.training import zero3
 from visualcloze_deft.training.engine import deepspeed_config, start_engine
 

@@ -44,8 +44,8 @@ from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
+from visualcloze_deft.sampling.denoising import denoise
 from visualcloze_deft.sampling.encoding import NEAREST
-from visualcloze_deft.sampling.sampling import denoise
 
 STAGE = "transformer"
 WIDTH, HEADS = 256, 4

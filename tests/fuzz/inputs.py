@@ -15,7 +15,7 @@ from mutations import PLACES, Expected, Kind, Typed, copied, spoil
 from parts import in_copy, parts_in
 
 from visualcloze_deft.cli.app import cli
-from visualcloze_deft.config.run import Run, setting_names
+from visualcloze_deft.config.run_settings import Run, setting_names
 
 WHOLE = ("*",)
 DEPTH_KEYS = ("meaning", "near", "far")  # unit may be a number, too

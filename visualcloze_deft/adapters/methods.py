@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import DeftConfig, LoraConfig, PeftConfig
 
 from visualcloze_deft.backbones.model_size import FLUX_LAYERS
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
 

@@ -16,7 +16,7 @@ from visualcloze_deft.backbones.attention import Shared
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of
 from visualcloze_deft.backbones.model_size import flux, settings_of, text_tokens_of
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 
 Norms = Literal["fused", "composed"]
 Suspect = Literal["attention", "norm", "none"]

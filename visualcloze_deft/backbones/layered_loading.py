@@ -19,7 +19,7 @@ from visualcloze_deft.backbones import lora_names
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import weight_files
 from visualcloze_deft.backbones.quantization import is_in_block, quantised
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 
 

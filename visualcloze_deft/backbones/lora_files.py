@@ -21,9 +21,9 @@ from visualcloze_deft.backbones.lora_names import (
     swap_halves,
 )
 from visualcloze_deft.backbones.model_files import CHANNELS, check_folder, lora_file
+from visualcloze_deft.backbones.model_settings import AdapterFile
 from visualcloze_deft.backbones.model_size import flux, settings_of
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, adapter_settings
-from visualcloze_deft.backbones.settings_files import AdapterFile
 from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.runtime.launch import say_once

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
+from visualcloze_deft.backbones.model_settings import KINDS, IndexFile, ShardsFile, TransformerFile
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
-from visualcloze_deft.backbones.settings_files import KINDS, IndexFile, ShardsFile, TransformerFile
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import BASE
 from visualcloze_deft.storage.hub import HUB_ID, UNREACHED, hub_errors, hub_id

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visualcloze_deft.backbones.model_files import TINY, component_config
-from visualcloze_deft.backbones.settings_files import TokenizerFile
+from visualcloze_deft.backbones.model_settings import TokenizerFile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import BASE
 from visualcloze_deft.storage.settings_files import checked

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from visualcloze_deft.backbones.settings_files import AdapterFile
+from visualcloze_deft.backbones.model_settings import AdapterFile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.settings_files import checked
 from visualcloze_deft.storage.text_files import check_file

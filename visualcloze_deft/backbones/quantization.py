@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 
 LAYERS = re.compile(r"(single_)?transformer_blocks\..*")
 ROWS = 512  # of a weight that are divided in float32 together

@@ -13,7 +13,7 @@ from visualcloze_deft.cli.app import CONTEXT, Commands, cli
 from visualcloze_deft.cli.options import FOLDERS, OVERWRITE, SEED, places, png_path, run_of
 from visualcloze_deft.cli.train import of_a_run
 from visualcloze_deft.runtime.open_files import check_handles
-from visualcloze_deft.training.open_files import check_run
+from visualcloze_deft.training.files_needed import check_run
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -79,7 +79,7 @@ def preview_data(source: str, count: int, seed: int, output: str, overwrite: boo
     """Draw some items of a source, all their roles side by side, into a PNG."""
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.reporting.contact_sheet import write_preview
-    from visualcloze_deft.training.samples import item_sheet
+    from visualcloze_deft.training.sample_sheets import item_sheet
 
     path = png_path(output, overwrite=overwrite)
     sheet = item_sheet(open_source(source, size=256, seed=seed), count=count, seed=seed)

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from visualcloze_deft.errors import UserError
 
 if TYPE_CHECKING:
-    from visualcloze_deft.config.run import Run
+    from visualcloze_deft.config.run_settings import Run
 
 MOST_IMAGES = 10_000  # of a grid, and of a task
 SEED = click.IntRange(0, 2**63 - 1)
@@ -54,7 +54,7 @@ class Setting(click.Option):
         self.setting = setting
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from visualcloze_deft.config.run import description  # here: it takes a tenth of a second
+        from visualcloze_deft.config.run_settings import description
 
         self.help = description(self.setting)
         return super().get_help_record(ctx)
@@ -109,7 +109,7 @@ def run_of(
 ) -> Run:
     """The settings that `RUN_OPTIONS` say, over a run file."""
     from visualcloze_deft.backbones.model_files import pinned
-    from visualcloze_deft.config.run import config_for, load_run
+    from visualcloze_deft.config.run_settings import config_for, load_run
 
     options = dict(options)
     options["model"] = pinned(options["model"], options.pop("revision", None))
@@ -259,7 +259,7 @@ def preview_run(
     resolution: int | None,
 ) -> Run:
     from visualcloze_deft.backbones.model_files import FLUX_RESOLUTION, TINY, resolution_of
-    from visualcloze_deft.config.run import parse_run
+    from visualcloze_deft.config.run_settings import parse_run
 
     made = all(source.startswith("scenes") for source in data)
     wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}

@@ -174,8 +174,8 @@ def preview(
     """
     from visualcloze_deft.data.queries import one_of_each
     from visualcloze_deft.reporting.contact_sheet import write_preview
-    from visualcloze_deft.training.mixtures import mixture_of
-    from visualcloze_deft.training.samples import example_sheet
+    from visualcloze_deft.training.run_data import mixture_of
+    from visualcloze_deft.training.sample_sheets import example_sheet
 
     run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
     mixture = mixture_of(run, held_out=True)
@@ -223,8 +223,8 @@ def example(
     vcdeft tasks example subject-driven --data dreambench-plus=PATH --data dreambooth=PATH
     """
     from visualcloze_deft.inference.grid_files import write_grids
-    from visualcloze_deft.training.mixtures import resolution_of, sources_of, tasks_of
-    from visualcloze_deft.training.samples import grids_to_try
+    from visualcloze_deft.training.run_data import resolution_of, sources_of, tasks_of
+    from visualcloze_deft.training.sample_sheets import grids_to_try
 
     run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
     _, tasks = tasks_of(run)

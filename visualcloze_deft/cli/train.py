@@ -14,10 +14,10 @@ import click
 from visualcloze_deft.cli.app import CONTEXT, cli
 from visualcloze_deft.cli.options import run_of, run_options, setting
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.training.open_files import check_run
+from visualcloze_deft.training.files_needed import check_run
 
 if TYPE_CHECKING:
-    from visualcloze_deft.config.run import Run
+    from visualcloze_deft.config.run_settings import Run
     from visualcloze_deft.data.mixture import Mixture
 
 
@@ -134,8 +134,8 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     from visualcloze_deft.planning.memory import memory_here, plan_here
     from visualcloze_deft.task_registry.files import load_tasks
     from visualcloze_deft.training.memory_report import in_short
-    from visualcloze_deft.training.mixtures import weights_of
     from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
+    from visualcloze_deft.training.run_data import weights_of
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}

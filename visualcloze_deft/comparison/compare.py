@@ -40,7 +40,7 @@ from visualcloze_deft.comparison.tables import Compared
 from visualcloze_deft.comparison.trainings import RUNS, Training, trainings
 from visualcloze_deft.config import overrides
 from visualcloze_deft.config.comparison import Comparison, write_comparison
-from visualcloze_deft.config.run import load_run
+from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import launch, process_count
@@ -48,8 +48,8 @@ from visualcloze_deft.runtime.signals import ASKING, exit_status
 from visualcloze_deft.storage.atomic import check_foreign
 from visualcloze_deft.storage.locks import LOCK, only_writer
 from visualcloze_deft.storage.toml_files import read_toml
-from visualcloze_deft.training import mixtures, preparation, resume, run_folder
-from visualcloze_deft.training.open_files import check_run
+from visualcloze_deft.training import preparation, resume, run_data, run_folder
+from visualcloze_deft.training.files_needed import check_run
 
 State = Literal["to do", "begun", "finished"]
 
@@ -112,7 +112,7 @@ def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
     output = Path(comparison.output)
     check_output(output)
     found = trainings(comparison)
-    mixture = mixtures.mixture_of(found[0].run, cache=cache)
+    mixture = run_data.mixture_of(found[0].run, cache=cache)
     for training in found:
         check_run(training.run)
         preparation.check_settings(training.run)

@@ -28,8 +28,8 @@ from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.comparison.trainings import Training
 from visualcloze_deft.config import seeds
 from visualcloze_deft.config.comparison import SEED, Comparison, Evaluate, Group
-from visualcloze_deft.config.run import Run
-from visualcloze_deft.config.specs import PROCEDURAL, place_and_split
+from visualcloze_deft.config.run_settings import Run
+from visualcloze_deft.config.source_specs import PROCEDURAL, place_and_split
 from visualcloze_deft.data.annotation.models import fastest
 from visualcloze_deft.data.base import units_of
 from visualcloze_deft.data.eligible import EligibleItems
@@ -40,13 +40,13 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.metrics import fidelity
 from visualcloze_deft.grids import grid
 from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.sampling.denoising import GUIDANCE, generate
 from visualcloze_deft.sampling.encoding import PixelExample, in_pixels
-from visualcloze_deft.sampling.sampling import GUIDANCE, generate
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.settings_files import SettingsFile, checked
 from visualcloze_deft.task_registry.task import Task
-from visualcloze_deft.training import mixtures, validation
+from visualcloze_deft.training import run_data, validation
 from visualcloze_deft.training.objective import GridLoss
 
 BASE = "base"  # the name of the model without adapter
@@ -80,7 +80,7 @@ def query_sets(comparison: Comparison, run: Run, *, cache: Path | None = None) -
     Raises `UserError` where an old task is trained or a new one is not, and where there is no data
     that is not trained on, or less than is asked for.
     """
-    trained = mixtures.mixture_of(run, cache=cache).tasks
+    trained = run_data.mixture_of(run, cache=cache).tasks
     found = [
         QuerySet(
             group=name,
@@ -138,8 +138,8 @@ def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixtur
         )
     if group.sources:  # as a whole, its scenes of another seed
         other = asked.model_copy(update={"seed": SEED + seeds.OTHER_SCENES})
-        return mixtures.mixture_of(other, cache=cache)
-    return mixtures.held_out_of(asked, cache=cache)
+        return run_data.mixture_of(other, cache=cache)
+    return run_data.held_out_of(asked, cache=cache)
 
 
 def place_of(spec: str) -> tuple[str, str] | None:

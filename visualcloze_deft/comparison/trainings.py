@@ -11,7 +11,7 @@ from visualcloze_deft.backbones.model_files import check_folder, check_lora, che
 from visualcloze_deft.backbones.model_size import Flux, flux, settings_of
 from visualcloze_deft.config.comparison import OWN, OWNED, Comparison, Match, Method
 from visualcloze_deft.config.overrides import deep_merge, find_config, flat
-from visualcloze_deft.config.run import Adapter, Run, parse_run
+from visualcloze_deft.config.run_settings import Adapter, Run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.sizes import adapted_layers, adapter_tensors
 from visualcloze_deft.storage.toml_files import read_toml

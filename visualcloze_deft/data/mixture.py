@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from visualcloze_deft.config.run import Recipe
+from visualcloze_deft.config.run_settings import Recipe
 from visualcloze_deft.data.base import Item, Source
 from visualcloze_deft.data.derive import DERIVED, misfits
 from visualcloze_deft.data.eligible import EligibleItems, sources_for

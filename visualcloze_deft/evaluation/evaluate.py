@@ -34,7 +34,9 @@ from visualcloze_deft.evaluation.cases import (
 )
 from visualcloze_deft.evaluation.encoders.efficientnet_lite0 import PACKAGE
 from visualcloze_deft.evaluation.encoders.load import OFFLINE, Encoder, load_encoder
-from visualcloze_deft.evaluation.figures import (
+from visualcloze_deft.evaluation.notes import ceiling, facts_of, notes_of, records, unlike, unmade
+from visualcloze_deft.evaluation.report_page import Results, as_markdown, as_page
+from visualcloze_deft.evaluation.report_tables import (
     Scored,
     as_csv,
     as_jsonl,
@@ -45,8 +47,6 @@ from visualcloze_deft.evaluation.figures import (
     sets_csv,
     table_of,
 )
-from visualcloze_deft.evaluation.notes import ceiling, facts_of, notes_of, records, unlike, unmade
-from visualcloze_deft.evaluation.page import Results, as_markdown, as_page
 from visualcloze_deft.evaluation.scoring import (
     Measures,
     SetScore,

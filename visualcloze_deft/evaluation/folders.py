@@ -19,8 +19,8 @@ from visualcloze_deft.evaluation.evaluate import (
     measures_of,
     report,
 )
-from visualcloze_deft.evaluation.figures import Scored
 from visualcloze_deft.evaluation.notes import notes_of, told_encoders
+from visualcloze_deft.evaluation.report_tables import Scored
 from visualcloze_deft.evaluation.scoring import (
     COMPARED,
     FeatureCache,

@@ -9,8 +9,8 @@ from typing import Any
 
 from visualcloze_deft.evaluation.cases import Case, record_of
 from visualcloze_deft.evaluation.encoders.load import OFFLINE, Encoder
-from visualcloze_deft.evaluation.figures import Scored
 from visualcloze_deft.evaluation.metrics import similarity
+from visualcloze_deft.evaluation.report_tables import Scored
 from visualcloze_deft.evaluation.scoring import FeatureCache, SetScore
 from visualcloze_deft.evaluation.settings import EvaluationRequest, name_of
 from visualcloze_deft.evaluation.suites import GridSettings

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visualcloze_deft.config.specs import from_root, place_and_split
+from visualcloze_deft.config.source_specs import from_root, place_and_split
 from visualcloze_deft.data.annotation.store import RECORD
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.encoders.load import Encoder

@@ -12,7 +12,7 @@ from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from visualcloze_deft.backbones import compiled
 from visualcloze_deft.backbones.attention import check_known
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.inference.pipeline import InContextPipeline
 

@@ -48,7 +48,7 @@ from visualcloze_deft.backbones.model_files import (
 from visualcloze_deft.backbones.model_size import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.quantization import is_quantised
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
@@ -69,8 +69,7 @@ from visualcloze_deft.inference.arguments import (
 from visualcloze_deft.inference.batching import Job, by_shape
 from visualcloze_deft.inference.output import Answer, Completed, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request, read_requests, request
-from visualcloze_deft.sampling.encoding import encode_grids
-from visualcloze_deft.sampling.sampling import (
+from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
     Conditions,
@@ -78,6 +77,7 @@ from visualcloze_deft.sampling.sampling import (
     draw_of,
     velocity_of,
 )
+from visualcloze_deft.sampling.encoding import encode_grids
 from visualcloze_deft.sampling.upsampling import Upsampling, enlarge, upsample
 from visualcloze_deft.task_registry.files import load_tasks
 

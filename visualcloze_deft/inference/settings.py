@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visualcloze_deft.backbones.attention import AUTO
-from visualcloze_deft.config.run import Bits
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference import acceleration

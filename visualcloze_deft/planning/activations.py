@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visualcloze_deft.backbones.model_size import BLOCK, Flux
-from visualcloze_deft.config.run import Adapter
+from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.planning.outside_steps import SINGLE
 from visualcloze_deft.planning.sizes import adapted_layers
 

@@ -27,7 +27,7 @@ from visualcloze_deft.backbones.model_size import (
     single_block,
     text_tokens_of,
 )
-from visualcloze_deft.config.run import OFFLOADED, Run
+from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.activations import Activations, Load, activations_of
 from visualcloze_deft.planning.outside_steps import (

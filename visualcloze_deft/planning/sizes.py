@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from visualcloze_deft.backbones.model_size import BLOCK, FLUX_LAYERS, Flux
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.config.patterns import matching
-from visualcloze_deft.config.run import Adapter, Bits
+from visualcloze_deft.config.run_settings import Adapter, Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.outside_steps import SINGLE
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from visualcloze_deft.config.run import Precision
+from visualcloze_deft.config.run_settings import Precision
 from visualcloze_deft.errors import UserError
 
 ALIKE = 0.05  # largest difference in memory, of the larger one: cards of one kind vary by less

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visualcloze_deft.backbones.flux_fill.model import Encoders
-from visualcloze_deft.config.run import Times
+from visualcloze_deft.config.run_settings import Times
 from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid

@@ -19,7 +19,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.images.reading import LIMIT
-from visualcloze_deft.sampling.sampling import AfterStep, Conditions, denoise, go_on, velocity_of
+from visualcloze_deft.sampling.denoising import AfterStep, Conditions, denoise, go_on, velocity_of
 from visualcloze_deft.storage.text_files import brief
 
 STRENGTH = 0.4  # VisualCloze's

@@ -15,12 +15,12 @@ from visualcloze_deft.backbones.embedding_cache import Encodings, entries
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_encoders
 from visualcloze_deft.backbones.flux_fill.model import Encoders
 from visualcloze_deft.backbones.model_files import check_folder
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, encode_grids
 from visualcloze_deft.storage.atomic import check_foreign, output_folder
-from visualcloze_deft.training import mixtures, preparation, run_folder
+from visualcloze_deft.training import preparation, run_data, run_folder
 from visualcloze_deft.training.datasets import PixelDataset
 
 HEX = "[0-9a-f]" * 2  # the names of the folders that `Encodings` stores in
@@ -32,7 +32,7 @@ def prepare(run: Run, folder: Path) -> Mixture:
     check_foreign(folder, (run_folder.INDEX, HEX), what="encodings of vcdeft")
     with run_folder.undone_on_failure(folder, fresh=not folder.exists()):
         output_folder(folder)
-        return mixtures.mixture_of(run, cache=folder / run_folder.INDEX)
+        return run_data.mixture_of(run, cache=folder / run_folder.INDEX)
 
 
 def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from visualcloze_deft.config.overrides import deep_merge
-from visualcloze_deft.config.run import OWNED, Run, kinds_in, leaves
+from visualcloze_deft.config.run_settings import OWNED, Run, kinds_in, leaves
 from visualcloze_deft.errors import PARSED, UserError, suggestion, why
 from visualcloze_deft.runtime.launch import device_environment
 from visualcloze_deft.storage.text_files import brief

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting.contact_sheet import check_replaceable, write_preview

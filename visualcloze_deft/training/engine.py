@@ -29,7 +29,7 @@ from visualcloze_deft.adapters import injection, methods
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones.compiled import compile_blocks
 from visualcloze_deft.config.overrides import deep_merge
-from visualcloze_deft.config.run import OFFLOADED, Run
+from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.planning.memory import BUCKET
 from visualcloze_deft.training.checkpoint import Checkpoint
 from visualcloze_deft.training.objective import GridLoss

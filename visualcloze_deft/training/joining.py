@@ -14,14 +14,14 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.signals import StopRequest, exit_status
 from visualcloze_deft.storage.locks import only_writer
 from visualcloze_deft.training import checkpoint, preparation, run_folder
 from visualcloze_deft.training.checkpoint import Checkpoint
-from visualcloze_deft.training.metrics import from_first, gathered
+from visualcloze_deft.training.metrics_log import from_first, gathered
 
 LAUNCHER_NOTICES = 5.0  # seconds in which a launcher has seen that a process died
 

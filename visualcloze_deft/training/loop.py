@@ -32,7 +32,7 @@ from visualcloze_deft.backbones.embedding_cache import Encodings
 from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.kernels import Kernels, shapes_in
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import device_environment
@@ -43,8 +43,8 @@ from visualcloze_deft.sampling.room import Room, put_back, short_of_memory
 from visualcloze_deft.storage.atomic import write_png
 from visualcloze_deft.training import (
     checkpoint,
-    mixtures,
     preparation,
+    run_data,
     run_folder,
     validation,
     zero3,
@@ -73,10 +73,10 @@ from visualcloze_deft.training.joining import (
     quiet,
     quiet_exit_if_peer_died,
 )
-from visualcloze_deft.training.metrics import ExampleLoss, MetricsLog, from_first, mean_error
+from visualcloze_deft.training.metrics_log import ExampleLoss, MetricsLog, from_first, mean_error
+from visualcloze_deft.training.rate_schedules import averaging_factor, learning_rate_factor
 from visualcloze_deft.training.report import write_report
-from visualcloze_deft.training.samples import sample_sheet
-from visualcloze_deft.training.schedules import averaging_factor, learning_rate_factor
+from visualcloze_deft.training.sample_sheets import sample_sheet
 from visualcloze_deft.training.step import Batch, Stepper, first_said, kernels_at_start, seen_in
 
 ENOUGH_ITEMS = 100  # drawn before their unreadable share is judged
@@ -132,7 +132,7 @@ def train_here(
 ) -> None:
     """This process's part of the run, in a folder that is ready."""
     output = Path(run.output)
-    mixture = mixtures.mixture_of(run, cache=output / run_folder.INDEX)
+    mixture = run_data.mixture_of(run, cache=output / run_folder.INDEX)
     check_same_data(mixture, process)
     kept = run_folder.encodings_folder(run)
     dtype = dtype_of(run.precision, process.device.type)
@@ -222,9 +222,9 @@ class Loop:
         self.shown = mixture
         cache = Path(run.output) / run_folder.INDEX
         if run.data.validation_every:
-            self.shown = mixtures.mixture_of(run, held_out=True, cache=cache)
+            self.shown = run_data.mixture_of(run, held_out=True, cache=cache)
         if run.logging.validate_every:
-            self.held_out = PixelDataset(mixtures.held_out_of(run, cache=cache))
+            self.held_out = PixelDataset(run_data.held_out_of(run, cache=cache))
         self.models = models
         self.engine = engine
         self.rank = rank

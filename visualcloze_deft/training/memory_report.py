@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from visualcloze_deft.config.overrides import flat
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.planning.activations import Load
@@ -29,8 +29,8 @@ from visualcloze_deft.planning.memory import (
 from visualcloze_deft.runtime.launch import CPU_PROCESSES
 from visualcloze_deft.storage.jsonl import StepLine, read_lines
 from visualcloze_deft.training import deepspeed_settings
-from visualcloze_deft.training.mixtures import mixture_of, resolution_of
 from visualcloze_deft.training.preparation import load_in
+from visualcloze_deft.training.run_data import mixture_of, resolution_of
 from visualcloze_deft.training.run_folder import METRICS, SETTINGS
 
 TIMED = 100  # last steps of an earlier run whose median counts

@@ -10,7 +10,7 @@ from visualcloze_deft.adapters.metadata import check_base, check_start
 from visualcloze_deft.backbones import lora_files
 from visualcloze_deft.backbones.model_files import check_folder, check_quantise
 from visualcloze_deft.config.overrides import flat
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.activations import Load
@@ -19,8 +19,8 @@ from visualcloze_deft.runtime.gpus import check_alike, gpus_here, precision_on
 from visualcloze_deft.training import deepspeed_settings
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import newest
-from visualcloze_deft.training.mixtures import held_out_of, mixture_of
 from visualcloze_deft.training.resume import DECIDED, DIVIDED, check_resumed, check_tasks, divided
+from visualcloze_deft.training.run_data import held_out_of, mixture_of
 from visualcloze_deft.training.run_folder import (
     INDEX,
     MISSING,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from visualcloze_deft.config.run import Run, load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting.html import PAGE, jpeg, table

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from visualcloze_deft.config.overrides import flat
-from visualcloze_deft.config.run import Run, load_run, setting_names
+from visualcloze_deft.config.run_settings import Run, load_run, setting_names
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.storage.atomic import write_text

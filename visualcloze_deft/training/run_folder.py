@@ -18,7 +18,7 @@ from pydantic import Field
 
 from visualcloze_deft.adapters.metadata import LORA_DIGEST
 from visualcloze_deft.backbones.model_files import fingerprint, lora_file
-from visualcloze_deft.config.run import Run, write_run
+from visualcloze_deft.config.run_settings import Run, write_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.atomic import check_foreign, write_text

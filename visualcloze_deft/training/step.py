@@ -18,11 +18,11 @@ from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones import attention, kernels
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.kernels import Kernels, Suspect
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.checkpoint import Progress
-from visualcloze_deft.training.metrics import ExampleLoss, gathered
+from visualcloze_deft.training.metrics_log import ExampleLoss, gathered
 from visualcloze_deft.training.nonfinite import SUM, traced
 
 FINITE, NOT_FINITE = "finite", "not finite"

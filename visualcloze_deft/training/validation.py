@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visualcloze_deft.backbones.flux_fill.model import Models
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode

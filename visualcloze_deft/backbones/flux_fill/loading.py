@@ -43,7 +43,7 @@ from visualcloze_deft.backbones.model_files import (
     weight_files,
 )
 from visualcloze_deft.backbones.model_size import Network, settings_of
-from visualcloze_deft.config.run import Bits, Precision
+from visualcloze_deft.config.run_settings import Bits, Precision
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.runtime.gpus import gpus_here, precision_on, why_float32

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualcloze_deft.config.specs import PROCEDURAL
+from visualcloze_deft.config.source_specs import PROCEDURAL
 from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.data.sources.dreambooth import DreamBooth

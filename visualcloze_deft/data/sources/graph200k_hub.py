@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute
 from PIL import Image
 
-from visualcloze_deft.config.specs import place_and_split
+from visualcloze_deft.config.source_specs import place_and_split
 from visualcloze_deft.data.base import Item
 from visualcloze_deft.data.sources.graph200k import CONSISTENT, ROLES, texts
 from visualcloze_deft.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from visualcloze_deft.backbones.model_files import resolution_of as model_resolution
-from visualcloze_deft.config.run import Run
+from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.config.seeds import OTHER_SCENES
 from visualcloze_deft.data.annotation.source import annotated, check_places
 from visualcloze_deft.data.base import Part, Source, units_of

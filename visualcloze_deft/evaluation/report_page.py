@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from visualcloze_deft.evaluation import figures
+from visualcloze_deft.evaluation import report_tables
 from visualcloze_deft.evaluation.cases import GRIDS, Case
-from visualcloze_deft.evaluation.figures import BeforeAfter, Scored, Table
+from visualcloze_deft.evaluation.report_tables import BeforeAfter, Scored, Table
 from visualcloze_deft.evaluation.scoring import SetScore
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting import tables
-from visualcloze_deft.reporting.bars import draw_bars
+from visualcloze_deft.reporting.bar_charts import draw_bars
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
 from visualcloze_deft.reporting.html import PAGE, jpeg, table
 from visualcloze_deft.reporting.plots import svg_of
@@ -43,7 +43,7 @@ def as_markdown(results: Results) -> str:
     """`table.md`."""
     parts = [
         f"# {tables.as_text(results.title)}",
-        tables.markdown(*figures.cells_of(results.table)),
+        tables.markdown(*report_tables.cells_of(results.table)),
     ]
     for heading, (head, rows) in further(results):
         parts.append(f"## {heading}")
@@ -58,17 +58,17 @@ def further(results: Results) -> list[tuple[str, tuple[list[str], list[list[str]
     drawn = [
         (
             "Before and after, on the same grids and seeds",
-            figures.before_after_cells(results.kept, results.table.metrics),
+            report_tables.before_after_cells(results.kept, results.table.metrics),
         ),
-        ("Drift from the base", figures.cells_of(results.drift)),
-        ("Distances of sets", figures.set_cells(results.sets)),
+        ("Drift from the base", report_tables.cells_of(results.drift)),
+        ("Distances of sets", report_tables.set_cells(results.sets)),
     ]
     return [(heading, cells) for heading, cells in drawn if cells[1]]
 
 
 def as_page(results: Results, output: Path, cases: Sequence[Case]) -> str:
     """`report.html`."""
-    head, rows = figures.cells_of(results.table)
+    head, rows = report_tables.cells_of(results.table)
     parts = [f"<h1>{escape(results.title)}</h1>", table(results.facts)]
     parts += [f"<h2>Figures</h2>{table(rows, head=head)}"]
     for heading, (head, rows) in further(results):

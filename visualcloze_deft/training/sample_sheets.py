@@ -17,8 +17,8 @@ from visualcloze_deft.data.queries import queries
 from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.grids import grid
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
+from visualcloze_deft.sampling.denoising import GUIDANCE, conditions_of, pictures_of, tokens_of
 from visualcloze_deft.sampling.room import NoRoom, Room
-from visualcloze_deft.sampling.sampling import GUIDANCE, conditions_of, pictures_of, tokens_of
 from visualcloze_deft.task_registry.task import Task
 
 SHOWN = 12

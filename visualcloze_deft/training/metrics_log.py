@@ -17,7 +17,7 @@ from visualcloze_deft.backbones.compiled import Compiling
 from visualcloze_deft.backbones.flops import peak, training_flops
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.config import overrides
-from visualcloze_deft.config.run import Run, Tracker
+from visualcloze_deft.config.run_settings import Run, Tracker
 from visualcloze_deft.data.example import Skipped
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.storage import jsonl

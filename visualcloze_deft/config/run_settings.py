@@ -31,7 +31,7 @@ from visualcloze_deft.config.numbers import (
 from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.patterns import sound_pattern
 from visualcloze_deft.config.secrets import without_secrets
-from visualcloze_deft.config.specs import from_root, spec_from_root
+from visualcloze_deft.config.source_specs import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText

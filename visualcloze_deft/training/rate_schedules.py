@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from visualcloze_deft.config.run import Optimiser
+from visualcloze_deft.config.run_settings import Optimiser
 
 
 def learning_rate_factor(step: int, steps: int, settings: Optimiser) -> float:
     """Linear warm-up, then constant or a cosine down to zero at the last step.
 
-    >>> from visualcloze_deft.config.run import Optimiser
+    >>> from visualcloze_deft.config.run_settings import Optimiser
     >>> [round(learning_rate_factor(s, 100, Optimiser(warmup=10)), 2) for s in (0, 9, 55, 99)]
     [0.1, 1.0, 0.5, 0.0]
     """

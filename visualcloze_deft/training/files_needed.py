@@ -8,7 +8,7 @@ from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.runtime.open_files import OWN, PIPES, check_allowed
 
 if TYPE_CHECKING:
-    from visualcloze_deft.config.run import Run
+    from visualcloze_deft.config.run_settings import Run
 
 AHEAD = 2  # batches that a reading process prepares: torch's prefetch_factor
 TENSORS = 8  # of a grid of four rows; each that comes from a reading process has a file of its own
@@ -26,7 +26,7 @@ def received(run: Run) -> int:
     if not run.data.workers:
         return 0
     if run.batch_tokens:
-        from visualcloze_deft.training.mixtures import resolution_of
+        from visualcloze_deft.training.run_data import resolution_of
 
         cell = (resolution_of(run) // CELL_STEP) ** 2
         grids = -(-run.batch_tokens // (TENSORS * cell))  # two tensors a row of two cells or more
