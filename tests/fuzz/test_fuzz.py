@@ -41,8 +41,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import deepspeed.runtime.engine  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch
-    import visualcloze_deft.export
 
+    import visualcloze_deft.adapters.export
     import visualcloze_deft.comparison.compare
     import visualcloze_deft.evaluation.evaluate
     import visualcloze_deft.training.cache_latents
