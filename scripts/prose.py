@@ -27,7 +27,7 @@ def sentences(text: str) -> list[list[str]]:
     for paragraph in re.split(r"\n\s*(?:\n|(?=[-*>] |\d+\. ))", "\n".join(lines)):
         plain = re.sub(r"[*_`>]", "", " ".join(paragraph.split()))
         for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z(\"'0-9])", plain):
-            words = re.findall(r"[\w'./-]*\w[\w'./-]*", sentence)
+            words = [w.strip("./'-") for w in re.findall(r"[\w'./-]*\w[\w'./-]*", sentence)]
             if words:
                 found.append(words)
     return found
