@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
 from visualcloze_deft.config.run_settings import (
+    OWNED,
+    RENAMED,
     Run,
     config_for,
     load_run,
@@ -17,6 +20,7 @@ from visualcloze_deft.config.run_settings import (
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training import memory_report, resume
 from visualcloze_deft.training.run_data import mixture_of, weights_of
 
 
@@ -268,3 +272,35 @@ def test_options_of_a_tracker_may_be_any_number(tmp_path: Path) -> None:
     run = parse_run({"logging": {"tracker_options": options}}, where="test")
     write_run(run, tmp_path / "settings.toml")
     assert load_run(str(tmp_path / "settings.toml")).logging.tracker_options == options
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        resume.FREE_ON_RESUME,
+        resume.DECIDED,
+        resume.DIVIDED,
+        resume.FIXED,
+        memory_report.WITHOUT_TIME,
+        RENAMED.values(),
+        OWNED.values(),
+    ],
+    ids=["free", "decided", "divided", "fixed", "without time", "renamed", "owned"],
+)
+def test_lists_of_settings_name_settings(names: Collection[str]) -> None:
+    known = set(setting_names())
+    sections = {name.rpartition(".")[0] for name in known}
+    assert {name.rstrip(".") for name in names} <= known | sections
+
+
+def test_settings_that_take_no_time_do_not_tell_two_runs_apart() -> None:
+    takes = {name for name in setting_names() if not memory_report.takes_no_time(name)}
+    assert {"batch", "data.resolution", "adapter.rank", "scheduled_sampling"} <= takes
+    free = {"keep_checkpoints", "timestep_sampling", "logging.norms_every", "adapter.init_from"}
+    assert not takes & free
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_a_setting_under_an_old_name_is_told_the_new_one(old: str) -> None:
+    with pytest.raises(UserError, match=f"{old} is called {RENAMED[old]} now"):
+        load_run(None, [f"{old}=1"])

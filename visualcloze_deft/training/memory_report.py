@@ -34,10 +34,12 @@ from visualcloze_deft.training.run_data import mixture_of, resolution_of
 from visualcloze_deft.training.run_folder import METRICS, SETTINGS
 
 TIMED = 100  # last steps of an earlier run whose median counts
-# What leaves a step's time as it is.
-WITHOUT_TIME = re.compile(
-    r"output|steps|seed|save_every|sample_every|keep|timeout|not_finite_at_most|watch\..*|context_weight|guidance|clip_text|times|timestep_shift|"
-    r"optimiser\..*|adapter\.(alpha|start|p_lr_ratio)|model_lora|data\.(validation_every|skip_at_most)"
+# Settings, and sections of them, that leave the time of a step as it is.
+WITHOUT_TIME = frozenset(
+    "output steps seed save_every sample_every keep_checkpoints timeout not_finite_at_most "
+    "context_weight guidance clip_text timestep_sampling timestep_shift adapter.alpha "
+    "adapter.init_from adapter.p_lr_ratio model_lora data.validation_every data.skip_at_most "
+    "logging optimiser".split()
 )
 
 
@@ -213,9 +215,14 @@ def rate_of(folder: Path, run: Run) -> Rate:
     other = sorted(
         name
         for name in {*settings[0], *settings[1]}
-        if settings[0].get(name) != settings[1].get(name) and not WITHOUT_TIME.fullmatch(name)
+        if settings[0].get(name) != settings[1].get(name) and not takes_no_time(name)
     )
     return Rate(folder=folder, steps_per_hour=3600 / max(seconds, 1e-4), other=tuple(other))
+
+
+def takes_no_time(setting: str) -> bool:
+    """Whether a setting, or its section, leaves the time of a step as it is."""
+    return setting in WITHOUT_TIME or setting.partition(".")[0] in WITHOUT_TIME
 
 
 def samples_line(plan: MemoryPlan, stage: Stage) -> str:
