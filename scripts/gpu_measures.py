@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from visualcloze_deft.training.objective import GridLoss
 __all__ = ["machine"]  # is called by name, too
 
 BFLOAT16 = torch.bfloat16
+LONGEST = 25  # kernels of a step that the log names
 MODELS: dict[str, dict[str, Any]] = {
     "flux": FLUX,
     "small": FLUX
@@ -216,9 +219,41 @@ def clocked(one: Callable[[], None]) -> Row:
     """Time and memory of a step; out of memory is no crash."""
     reset()
     try:
-        return timed(one, rounds=3, warm_up=2) | peaks()
+        return timed(one, rounds=3, warm_up=2) | peaks() | busy(one)
     except torch.OutOfMemoryError:
         return {"left out": "out of memory"} | peaks()
+
+
+def busy(one: Callable[[], None]) -> Row:
+    """How long the device computes in a step, and how many kernels it is given: where this is
+    much less than the step's time, the device waits for the host."""
+    if not CUDA:
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        one()
+        torch.cuda.synchronize()
+    spans = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [(e.time_range.start, e.time_range.end, e.name) for e in spans]
+    found: Row = {"busy ms": union(kernels) / 1e3, "kernels": len(kernels)}
+    longest: dict[str, float] = {}
+    for start, end, name in kernels:
+        longest[name] = longest.get(name, 0.0) + (end - start) / 1e3
+    for name, ms in sorted(longest.items(), key=lambda one: -one[1])[:LONGEST]:
+        print(f"{ms:9.2f} ms {name[:120]}", file=sys.stderr)
+    return found
+
+
+def union(spans: Sequence[tuple[float, float, str]]) -> float:
+    """Length of the union of spans (start, end, name).
+
+    >>> union([(0, 2, "a"), (1, 3, "b"), (5, 6, "c")])
+    4.0
+    """
+    total, until = 0.0, -math.inf
+    for start, end, _ in sorted(spans):
+        total += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return total
 
 
 def rates(net: FluxTransformer2DModel, tokens: int, text: int, figures: Row) -> Row:
@@ -235,13 +270,16 @@ def rates(net: FluxTransformer2DModel, tokens: int, text: int, figures: Row) -> 
 def peft_step(
     *, model: str, method: str, rank: int, blocks: int | str, rows: int = 3, columns: int = 3
 ) -> Row:
-    """A step with peft's own layers under autocast, as diffusers' trainers run them."""
+    """A step with peft's own layers under autocast, as diffusers' trainers run them, and the flash
+    kernel."""
     cell, text = SIZES[model]
     net = random_flux(MODELS[model], BFLOAT16)
     group = group_of(net, grids=1, rows=rows, columns=columns, cell=cell, text=text)
     net.add_adapter(peft_config(method, rank), "default")
     injection.keep_single_precision(net)
     recompute(net, blocks)
+    # torch's own choice, cuDNN, ends in an illegal memory access here (docs/gpu.md)
+    kernels.use(net, kernels.Kernels(attention="flash" if CUDA else "native"))
     loss = GridLoss(net.train(), context_weight=1.0, guidance=1.0)
     trained = list(injection.trainable(net).values())
     optimiser = torch.optim.AdamW(trained, lr=1e-5, foreach=True)

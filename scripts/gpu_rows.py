@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def options(description: str, *, minutes: float, output: str) -> argparse.Argume
     )
     parser.add_argument("--output", type=Path, default=Path(output), help="folder for the rows")
     parser.add_argument("--minutes", type=float, default=minutes, help="stop after this time")
-    parser.add_argument("--only", default="", help="only rows whose section and name contain this")
+    parser.add_argument(
+        "--only", default="", help="only rows whose 'section: name' this regular expression matches"
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
     parser.add_argument(
         "--table", action="store_true", help="print the rows of an earlier run as Markdown"
@@ -102,8 +105,9 @@ def result(case: Case, figures: Row, seconds: float) -> Row:
 
 
 def chosen(cases: Iterable[Case], only: str) -> list[Case]:
-    """The cases that contain `only`; the machine is always described."""
-    return [c for c in cases if only in f"{c.section}: {c.name}" or c.section == "machine"]
+    """The cases that the expression `only` matches; the machine is always described."""
+    found = re.compile(only)
+    return [c for c in cases if found.search(f"{c.section}: {c.name}") or c.section == "machine"]
 
 
 def finished(sheet: Sheet, missed: int) -> int:

@@ -78,7 +78,7 @@ class Size:
     limit: float
 
 
-LARGE = Size(model="tiny", steps=6, early=10, long=60, together=4, processes=1, batch=4, limit=100)
+LARGE = Size(model="tiny", steps=6, early=10, long=60, together=4, processes=1, batch=4, limit=200)
 SMALL = Size(model="tiny", steps=2, early=2, long=6, together=1, processes=1, batch=1, limit=500)
 
 

@@ -569,6 +569,8 @@ def train(plan: Plan, trainer: Trainer, *, minutes: float) -> None:
     shapes, odds = list(ODDS), np.array(list(ODDS.values()))
 
     def note() -> None:
+        if not trainer.errors[-1]:  # no step since the last line
+            return
         facts = {"samples": trainer.grids, **trainer.take_errors(), "steps": trainer.steps}
         spent = round(minutes + sitting.spent / 60, 2)
         sitting.note(facts | {"minutes": spent, "bundles": len(bank)})
