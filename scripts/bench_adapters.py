@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from visualcloze_deft.adapters import injection, methods
 from visualcloze_deft.adapters.deft import deft_linear
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.config.run_settings import Adapter
 
 SHAPES = ((3072, 3072), (3072, 12288), (15360, 3072), (12288, 3072))  # i, o of FLUX's layers
@@ -263,7 +264,7 @@ def transformer_step(
     if variant in ATTACHED:
         injection.attach(net, ATTACHED[variant].model_copy(update={"rank": rank}), seed=0)
     else:
-        net.add_adapter(peft_config(variant, rank, methods.FLUX_LAYERS), methods.NAME)
+        net.add_adapter(peft_config(variant, rank, FLUX_LAYERS), methods.NAME)
         injection.keep_single_precision(net)
     net.enable_gradient_checkpointing()
     net.train()

@@ -37,9 +37,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.backbones.embedding_cache import Recent
-from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.backbones.flux_fill import packing
+from visualcloze_deft.backbones.flux_fill.model import predict
+from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.data.sources.scenes import Scenes
-from visualcloze_deft.grids import grid
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.paths import BASE
 
@@ -298,11 +299,11 @@ def memory_of_tokens(double: int = 1, single: int = 1) -> list[dict[str, Any]]:
                 num_single_layers=single,
                 guidance_embeds=True,
             )
-            text, pooled = torch.empty(1, 512, 4096), torch.empty(1, 768)
+            text = FluxText(torch.empty(1, 512, 4096), torch.empty(1, 768))
             for side in (2, 3, 4):
                 shape = ((384, 384 * side),) * side
-                n = len(grid.position_ids(shape))
-                latents = grid.Latents(
+                n = len(packing.position_ids(shape))
+                latents = packing.Latents(
                     clean=torch.empty(1, n, 64),
                     seen=torch.empty(1, n, 64),
                     mask=torch.empty(1, n, 256),
@@ -310,15 +311,7 @@ def memory_of_tokens(double: int = 1, single: int = 1) -> list[dict[str, Any]]:
                 )
                 noisy, t = torch.empty(1, n, 64), torch.empty(1)
                 with Living() as living:
-                    predict_velocity(
-                        transformer,
-                        latents.inputs(noisy),
-                        t,
-                        ids=latents.ids,
-                        text=text,
-                        pooled=pooled,
-                        guidance=30.0,
-                    )
+                    predict(transformer, latents, noisy, t, text=text, guidance=30.0)
                 found.append({"grid": f"{side}x{side}", "tokens": n, "memory": living.most})
     finally:
         torch.set_default_dtype(before)

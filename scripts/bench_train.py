@@ -35,12 +35,13 @@ from tqdm import tqdm
 from visualcloze_deft.adapters import files, injection, methods
 from visualcloze_deft.backbones.flops import peak as device_peak
 from visualcloze_deft.backbones.flops import training_flops
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.backbones.flux_fill.model import Models, predict_velocity
+from visualcloze_deft.backbones.flux_fill.model import Models, predict
+from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents, position_ids
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.diffusion import flow
-from visualcloze_deft.grids.grid import Latents, position_ids
-from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode, encode_grids
+from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode
 from visualcloze_deft.training import checkpoint, run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.engine import gather_adapter, gather_moments, start_engine
@@ -102,7 +103,7 @@ def minimal_step(run: Run, models: Models) -> Step:
     """One step of a plain loop: accelerate, peft's LoRA on the layers `run` adapts, torch AdamW."""
     accelerator = Accelerator(cpu=not CUDA)
     transformer = models.transformer.requires_grad_(False)
-    layers = methods.layers(run.adapter)
+    layers = methods.layers(run.adapter, FLUX_LAYERS)
     config = LoraConfig(r=run.adapter.rank, lora_alpha=run.adapter.rank, target_modules=layers)
     transformer.add_adapter(config)
     trained = [p for p in transformer.parameters() if p.requires_grad]
@@ -112,31 +113,24 @@ def minimal_step(run: Run, models: Models) -> Step:
     transformer, optimiser = accelerator.prepare(transformer, optimiser)
     transformer = accelerator.unwrap_model(transformer)  # alone, it needs no data parallelism
 
-    def inputs(batch: Any) -> tuple[Latents, torch.Tensor, torch.Tensor]:
+    def inputs(batch: Any) -> tuple[Latents, FluxText]:
         if isinstance(batch[0], TokenBatch):
-            return batch[0].latents, batch[0].text, batch[0].pooled
-        text, pooled = models.encode_text([one.prompt for one in batch])
-        return encode_grids(models, [one.grid for one in batch], clean=True), text, pooled
+            return batch[0].latents, batch[0].text
+        text = models.encode_text([one.prompt for one in batch])
+        return models.encode_grids([one.grid for one in batch], clean=True), text
 
     def step(batch: Any, times: Times) -> None:
         if isinstance(batch[0], TokenBatch):
-            latents, text, pooled = inputs(batch)
+            latents, text = inputs(batch)
         else:
             with times.measured("encode"):
-                latents, text, pooled = inputs(batch)
+                latents, text = inputs(batch)
         with times.measured("forward"):
             clean = latents.clean
             noise = torch.randn_like(clean)
             t = torch.sigmoid(torch.randn(len(clean), device=clean.device))
-            predicted = predict_velocity(
-                transformer,
-                latents.inputs(flow.interpolate(clean, noise, t)),
-                t,
-                ids=latents.ids,
-                text=text,
-                pooled=pooled,
-                guidance=run.guidance,
-            )
+            noisy = flow.interpolate(clean, noise, t)
+            predicted = predict(transformer, latents, noisy, t, text=text, guidance=run.guidance)
             loss = functional.mse_loss(predicted.float(), (noise - clean).float())
         with times.measured("backward"):
             accelerator.backward(loss)
@@ -186,8 +180,9 @@ def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[TokenB
             noise=noise(tokens, 64),
             t=t,
             start=t,
-            text=noise(TEXT, config.joint_attention_dim),
-            pooled=noise(config.pooled_projection_dim),
+            text=FluxText(
+                noise(TEXT, config.joint_attention_dim), noise(config.pooled_projection_dim)
+            ),
         )
     ]
 

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents, position_ids
 from visualcloze_deft.config.run_settings import Adapter
-from visualcloze_deft.grids.grid import Latents, position_ids
 from visualcloze_deft.sampling.encoding import TokenBatch
 from visualcloze_deft.training.engine import recompute
 from visualcloze_deft.training.objective import GridLoss
@@ -236,8 +236,10 @@ def group_of(net: FluxTransformer2DModel, *, rows: int, columns: int) -> TokenBa
         noise=torch.empty(1, n, 64, **half),
         t=t,
         start=t,
-        text=torch.empty(1, TEXT, config.joint_attention_dim, **half),
-        pooled=torch.empty(1, config.pooled_projection_dim, **half),
+        text=FluxText(
+            torch.empty(1, TEXT, config.joint_attention_dim, **half),
+            torch.empty(1, config.pooled_projection_dim, **half),
+        ),
     )
 
 

@@ -35,16 +35,18 @@ from peft import DeftConfig, LoraConfig, PeftConfig
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from visualcloze_deft.adapters import injection, methods
+from visualcloze_deft.adapters import injection
 from visualcloze_deft.adapters.deft import factors, orthonormal
 from visualcloze_deft.backbones import attention, attention_check, kernels
+from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.compiled import Compiling
 from visualcloze_deft.backbones.flops import peak, training_flops
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.quantization import quantise
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import BASE
-from visualcloze_deft.planning import activations, memory
+from visualcloze_deft.planning import memory
 from visualcloze_deft.sampling.encoding import TokenBatch
 from visualcloze_deft.training.engine import recompute, start_engine
 from visualcloze_deft.training.objective import GridLoss
@@ -177,7 +179,7 @@ def step(
 
 def planned_gb(run: Run, *, tokens: int, strip: int, text: int) -> float:
     """What `vcdeft plan` says of the transformer and its training."""
-    load = activations.Load(grids=1, image=tokens, text=text, strip=strip)
+    load = Load(grids=1, image=tokens, text=text, strip=strip)
     plan = memory.memory_plan(run, load, processes=1, gpu=True)
     some = run.gradient_checkpointing
     blocks = {"all": plan.blocks, "none": 0}[some] if isinstance(some, str) else some
@@ -187,7 +189,7 @@ def planned_gb(run: Run, *, tokens: int, strip: int, text: int) -> float:
 def measured(net: FluxTransformer2DModel, run: Run, group: TokenBatch, backend: str) -> Row:
     """A step through DeepSpeed's engine, as `vcdeft train` does it. backend: of attention."""
     start_distributed()
-    tokens = len(group.latents.ids) + group.text.shape[1]
+    tokens = len(group.latents.ids) + group.text.text.shape[1]
     injection.attach(net, run.adapter, seed=0)
     work = attention_check.Shapes(
         lengths=(tokens,),
@@ -298,10 +300,10 @@ def peft_step(
 
 def peft_config(method: str, rank: int) -> PeftConfig:
     if method == "lora":
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=methods.FLUX_LAYERS)
+        return LoraConfig(r=rank, lora_alpha=rank, target_modules=FLUX_LAYERS)
     return DeftConfig(
         r=rank,
-        target_modules=methods.FLUX_LAYERS,
+        target_modules=FLUX_LAYERS,
         decomposition_method="qr",
         init_weights=False,
     )

@@ -20,7 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from visualcloze_deft.grids.grid import Latents, position_ids
+from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents, position_ids
 from visualcloze_deft.sampling.encoding import TokenBatch
 
 CUDA = torch.cuda.is_available()
@@ -94,8 +94,10 @@ def group_of(
         noise=normal(n, 64),
         t=t,
         start=t,
-        text=normal(text, config.joint_attention_dim).bfloat16().to(net.dtype),
-        pooled=normal(config.pooled_projection_dim).bfloat16().to(net.dtype),
+        text=FluxText(
+            normal(text, config.joint_attention_dim).bfloat16().to(net.dtype),
+            normal(config.pooled_projection_dim).bfloat16().to(net.dtype),
+        ),
     )
 
 

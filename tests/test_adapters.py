@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection, methods
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
@@ -197,7 +198,7 @@ def test_a_bad_adapter_is_refused_by_name(
 def test_a_file_that_peft_wrote_is_read(
     micro_model: Path, transformer: FluxTransformer2DModel, tmp_path: Path
 ) -> None:
-    config = methods.peft_config(Adapter(rank=4))
+    config = methods.peft_config(Adapter(rank=4), FLUX_LAYERS)
     theirs = get_peft_model(transformer, config).eval()
     torch.manual_seed(2)
     with torch.no_grad():

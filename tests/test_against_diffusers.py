@@ -18,7 +18,7 @@ from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
-from visualcloze_deft.sampling.upsampling import Upsampling, upsample
+from visualcloze_deft.inference.upsampling import Upsampling, upsample
 
 TASK, CONTENT = "From depth to photo.", "a red ball"
 Rows = list[list[Image.Image | None]]
@@ -116,14 +116,13 @@ def test_upsampling_is_that_of_flux_fill(micro_model: Path) -> None:
     ).images[0]
     draw = torch.Generator().manual_seed(5)
     torch.randn(1, 16, 6, 8, generator=draw)  # what they draw the image's latents with
-    text, pooled = pipe.encode_prompt(CONTENT)
+    text = pipe.models.encode_text([CONTENT])
     with torch.no_grad():
         found = upsample(
             pipe.models,
             image,
             how,
             text=text,
-            pooled=pooled,
             draw=draw,
             steps=4,
             guidance=30.0,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import families
 
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.data.mixture import Mixture
@@ -18,8 +19,7 @@ from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid
 from visualcloze_deft.paths import BASE
-from visualcloze_deft.sampling.denoising import Conditions, generate, velocity_of
-from visualcloze_deft.sampling.encoding import encode_grids
+from visualcloze_deft.sampling.denoising import Conditions, generate, predictor
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,18 @@ def test_it_reads_the_condition_and_the_words_of_scenes_it_never_saw(
     mixture = Mixture(families(), [Scenes(size=side, seed=9)], seed=9, resolution=side)
     examples = [query_of(mixture, mixture.tasks[task], index=k) for k in range(12)]
     grids = [grid.join(e.complete, hidden=e.hidden) for e in examples]
-    right = encode_grids(models, grids, clean=True)
+    right = models.encode_grids(grids, clean=True)
     wrong = replace(right, seen=right.seen.roll(1, dims=0))
     prompts = [e.prompt for e in examples]
     noise = torch.randn(right.clean.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((len(grids),), 0.9)
     noisy = flow.interpolate(right.clean, noise, t)
 
-    def error(latents: grid.Latents, words: list[str]) -> float:
-        text, pooled = models.encode_text(words)
+    def error(latents: packing.Latents, words: list[str]) -> float:
+        text = models.encode_text(words)
         with torch.no_grad():
-            given = Conditions(latents=latents, text=text, pooled=pooled)
-            velocity = velocity_of(models, given, guidance=30.0)(noisy, t[0])
+            given = Conditions(latents=latents, text=text)
+            velocity = predictor(models, given, guidance=30.0)(noisy, t[0])
         target = flow.velocity(right.clean, noise)
         return float(flow.velocity_error(velocity, target, right.is_target).mean())
 

@@ -60,7 +60,7 @@ def strips(count: int) -> Tensor:
 
 def tensors(group: TokenBatch) -> list[Tensor]:
     latents = group.latents
-    return [latents.clean, latents.seen, latents.mask, group.noise, group.text, group.pooled]
+    return [latents.clean, latents.seen, latents.mask, group.noise, *group.text]
 
 
 def test_what_is_found_is_what_encoding_each_alone_gives(models: Models, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from safetensors import SafetensorError
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones import lora_files
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.sizes import flux
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.cli.app import cli
@@ -35,13 +37,13 @@ from visualcloze_deft.config.run_settings import Adapter, Run, load_run, write_r
 from visualcloze_deft.data.index import Indexed, Row, index
 from visualcloze_deft.errors import MOST, UserError, reading
 from visualcloze_deft.inference.request import read_requests
-from visualcloze_deft.planning import memory, sizes
+from visualcloze_deft.inference.upsampling import Upsampling
+from visualcloze_deft.planning import sizes
 from visualcloze_deft.reporting import plots
 from visualcloze_deft.reporting.bar_charts import draw_bars
 from visualcloze_deft.reporting.contact_sheet import image_metadata
 from visualcloze_deft.reporting.plots import svg_of
 from visualcloze_deft.reporting.statistics import Figure
-from visualcloze_deft.sampling.upsampling import Upsampling
 from visualcloze_deft.storage.jsonl import EvaluationLine, StepLine, read_lines
 from visualcloze_deft.storage.text_files import DEEPEST, parse_json
 from visualcloze_deft.task_registry.files import load_tasks
@@ -368,11 +370,13 @@ def test_a_pattern_that_never_ends_is_given_up(
     monkeypatch.setattr(patterns, "PATIENCE", 0.7)
     began = time.monotonic()
     endless = "(" * 3 + "[a-z_.0-9]+" + ")+" * 3 + "!"
-    model = memory.flux({})
+    model = flux({})
     names = list(model.linear)
     assert "takes more than 1 s" in message(lambda: matching("it", endless, names))
     settings = Adapter(target_modules=endless)
-    assert "adapter.target_modules" in message(lambda: sizes.adapted_layers(model, settings))
+    assert "adapter.target_modules" in message(
+        lambda: sizes.adapted_layers(model, settings, FLUX_LAYERS)
+    )
     transformer = load_models("tiny").transformer
     assert "adapter.target_modules" in message(
         lambda: injection.attach(transformer, settings, seed=0)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import cell_size, row_sizes
 from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
-from visualcloze_deft.sampling.encoding import encode_grids
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WIDE, TALL, SQUARE = (96, 64), (50, 90), (70, 70)
@@ -102,7 +102,7 @@ def test_tokens_masks_and_ids_are_those_of_diffusers_bit_for_bit(
 ) -> None:
     built = grid.build(rows, resolution=64)
     models = Models(name="vae", vae=vae, scheduler=None, resolution=64, **dict.fromkeys(PARTS))
-    ours = encode_grids(models, [built], clean=False)
+    ours = models.encode_grids([built], clean=False)
     _, seen, mask, ids = reference._prepare_latents(
         their_cells(built.seen, built),
         their_cells(built.hidden, built),
@@ -174,9 +174,9 @@ def test_the_content_is_said_in_the_words_of_diffusers() -> None:
 def test_pack_and_unpack_are_inverse() -> None:
     shape = ((32, 64), (48, 16), (16, 16))
     strips = [torch.randn(3, 16, h // 8, w // 8) for h, w in shape]
-    tokens = torch.cat([grid.pack(strip) for strip in strips], dim=1)
+    tokens = torch.cat([packing.pack(strip) for strip in strips], dim=1)
     assert tokens.shape == (3, 2 * 4 + 3 * 1 + 1, 64)
-    for strip, back in zip(strips, grid.unpack(tokens, shape), strict=True):
+    for strip, back in zip(strips, packing.unpack(tokens, shape), strict=True):
         assert torch.equal(strip, back)
 
 
@@ -289,14 +289,16 @@ def test_a_query_without_images_takes_the_size_of_the_row_above() -> None:
 
 def test_is_target_marks_the_tokens_of_hidden_cells(vae: AutoencoderKL) -> None:
     built = grid.build(rows_of(SQUARE, SQUARE), resolution=64)
-    mask = torch.cat([grid.pack_mask(hidden[None]) for hidden in built.hidden], dim=1)
-    latents = grid.Latents(clean=mask, seen=mask, mask=mask, ids=grid.position_ids(built.shape))
+    mask = torch.cat([packing.pack_mask(hidden[None]) for hidden in built.hidden], dim=1)
+    latents = packing.Latents(
+        clean=mask, seen=mask, mask=mask, ids=packing.position_ids(built.shape)
+    )
     row, _, x = latents.ids.unbind(-1)
     assert torch.equal(latents.is_target[0], ((row == 2) & (x >= 4)).float())
 
 
 def test_every_token_has_an_id_of_its_own() -> None:
-    ids = grid.position_ids(((32, 64), (64, 32), (16, 16)))
+    ids = packing.position_ids(((32, 64), (64, 32), (16, 16)))
     assert len(ids) == len(ids.unique(dim=0)) == 8 + 8 + 1
     assert ids.min(dim=0).values.tolist() == [1, 0, 0]
     assert ids.max(dim=0).values.tolist() == [3, 3, 3]

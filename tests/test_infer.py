@@ -24,8 +24,8 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.metadata import check_start
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.lora_files import shapes_of
-from visualcloze_deft.backbones.model_files import fingerprint
 from visualcloze_deft.backbones.peft_files import read_metadata
+from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, load_run
 from visualcloze_deft.errors import UserError

@@ -13,10 +13,11 @@ from micro_model import copy_model
 from safetensors.torch import save_file
 from torch import nn
 
+from visualcloze_deft.backbones.flux_fill.backbone import FLUX_FILL
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
+from visualcloze_deft.backbones.flux_fill.sizes import flux
 from visualcloze_deft.backbones.layered_loading import load_quantised
-from visualcloze_deft.backbones.model_size import flux
-from visualcloze_deft.backbones.quantization import dense, is_in_block, is_quantised, quantise
+from visualcloze_deft.backbones.quantization import dense, is_quantised, layers_of, quantise
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.sizes import quantising_bytes, stored
@@ -54,10 +55,11 @@ def test_it_is_the_whole_transformer_quantised(
     whole = load_transformer(str(sharded_model), **words)
     read = load_transformer(str(sharded_model), **words, bits=bits)
     quantise(whole, bits, device="cpu")
+    in_block = layers_of(FLUX_FILL.blocks)
     for name, layer in whole.named_modules():
         if isinstance(layer, nn.Linear):
             other = read.get_submodule(name)
-            assert is_quantised(layer) == is_quantised(other) == is_in_block(name)
+            assert is_quantised(layer) == is_quantised(other) == in_block(name)
             assert torch.equal(dense(layer), dense(other))
             assert torch.equal(layer.bias, other.bias)
     norms = [key for key in whole.state_dict() if "norm_" in key and key.endswith("weight")]

@@ -20,19 +20,21 @@ from torch.overrides import TorchFunctionMode
 
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones import quantization
+from visualcloze_deft.backbones.base import Load
+from visualcloze_deft.backbones.flux_fill.activations import activations_of
+from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
-from visualcloze_deft.backbones.model_size import (
-    clip_parameters,
+from visualcloze_deft.backbones.flux_fill.sizes import (
+    ENCODERS,
+    Flux,
+    encoder_parameters,
     flux,
-    parameters_of,
-    settings_of,
-    t5_parameters,
-    vae_parameters,
+    parameters_in,
 )
+from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
-from visualcloze_deft.planning.activations import Load, activations_of
 from visualcloze_deft.planning.memory import (
     RESERVE,
     STAGES,
@@ -41,9 +43,13 @@ from visualcloze_deft.planning.memory import (
     memory_plan,
     usable,
 )
-from visualcloze_deft.planning.sizes import FP8_ROWS, quantising_bytes, stored
+from visualcloze_deft.planning.sizes import FP8_ROWS, adapted_layers, quantising_bytes, stored
 from visualcloze_deft.training import preparation, run_folder
 from visualcloze_deft.training.engine import recompute
+
+
+def layers_of(sizes: Flux, settings: Adapter) -> list[str]:
+    return adapted_layers(sizes, settings, FLUX_LAYERS)
 
 
 def asked(model: nn.Module, load: Load) -> dict[str, Tensor]:
@@ -98,6 +104,8 @@ CLIP_L = {
     "max_position_embeddings": 77,
 }
 FLUX_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "latent_channels": 16,
@@ -124,19 +132,23 @@ def size(model: nn.Module) -> int:
 def test_networks_are_as_large_as_their_settings_say(micro_model: Path, name: str) -> None:
     name = str(micro_model) if name == "micro" else name
     models = load_models(name)
-    transformer = flux(settings_of(name, "transformer"))
+    transformer = flux(component_config(name, "transformer"))
     assert transformer.parameters == size(models.transformer)
     linear = {n: m for n, m in models.transformer.named_modules() if isinstance(m, nn.Linear)}
     assert transformer.linear == {n: (m.in_features, m.out_features) for n, m in linear.items()}
-    for part in ("text_encoder", "text_encoder_2", "vae"):
-        assert parameters_of(name, part) == size(getattr(models, part))
+    for part in ENCODERS:
+        assert encoder_parameters(name, part) == size(getattr(models, part))
 
 
 def test_flux_is_as_large_as_published() -> None:
     assert flux(FLUX).parameters / 1e9 == pytest.approx(11.9, abs=0.01)
-    assert t5_parameters(T5_XXL) / 1e9 == pytest.approx(4.76, abs=0.01)
-    assert clip_parameters(CLIP_L) / 1e6 == pytest.approx(123, abs=0.5)
-    assert vae_parameters(FLUX_VAE) / 1e6 == pytest.approx(84, abs=0.5)
+    published = {
+        "text_encoder_2": (T5_XXL, 4762),
+        "text_encoder": (CLIP_L, 123.1),
+        "vae": (FLUX_VAE, 83.8),
+    }
+    for part, (settings, millions) in published.items():
+        assert parameters_in(part, json.dumps(settings)) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 WAYS = [
@@ -158,9 +170,9 @@ def adapted(name: str, settings: Adapter) -> FluxTransformer2DModel:
 def test_what_autograd_keeps_is_as_planned(micro_model: Path, name: str, settings: Adapter) -> None:
     name = str(micro_model) if name == "micro" else name
     model = adapted(name, settings)
-    sizes = flux(settings_of(name, "transformer"))
+    sizes = flux(component_config(name, "transformer"))
     for load in (Load(grids=1, image=36, text=40), Load(grids=2, image=96, text=40)):
-        plan = activations_of(sizes, settings, load, 4)
+        plan = activations_of(sizes, settings, layers_of(sizes, settings), load, 4)
         for blocks in (0, 1, len(sizes.blocks)):
             recompute(model, blocks)
             assert bytes_saved(model, load) == pytest.approx(plan.kept(blocks), rel=0.06)
@@ -204,7 +216,7 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
             kept = bytes_saved(model, load)
             with Living() as living:
                 predict_velocity(model, **given, guidance=1.0).sum().backward()
-    plan = activations_of(flux(few), settings, load, 2)
+    plan = activations_of(flux(few), settings, layers_of(flux(few), settings), load, 2)
     assert kept == pytest.approx(plan.kept(0), rel=0.03)
     assert living.most == pytest.approx(plan.peak(0), rel=0.1)
 
@@ -230,7 +242,7 @@ def test_a_base_takes_the_bytes_that_are_planned(bits: Bits) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     scales = 0.03 if bits in ("int8", "nf4") else 0  # bitsandbytes has those beside parameters
     found = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    planned = stored(flux(settings_of("tiny", "transformer")), bits, 2)
+    planned = stored(flux(component_config("tiny", "transformer")), bits, 2)
     assert found == pytest.approx(planned, rel=0.002 + scales)
 
 

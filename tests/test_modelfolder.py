@@ -19,8 +19,9 @@ from visualcloze_deft.backbones.flux_fill.loading import (
     load_tokenizers,
     load_transformer,
 )
-from visualcloze_deft.backbones.model_files import check_folder, fingerprint, weight_files
+from visualcloze_deft.backbones.model_files import check_folder, weight_files
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError
 

@@ -57,7 +57,7 @@ def origin_in(loss_of: GridLoss, groups: list[Samples]) -> Origin | None:
 def gradients(loss_of: GridLoss, groups: list[Samples]) -> list[Tensor]:
     loss_of.zero_grad()
     loss_of(groups).sum().backward()
-    trained = injection.trainable(loss_of.transformer).values()
+    trained = injection.trainable(loss_of.denoiser).values()
     return [p.grad.clone() for p in trained if p.grad is not None]
 
 
@@ -74,14 +74,14 @@ def test_the_operation_and_the_layer_of_a_fault_are_named(
 ) -> None:
     """Also where blocks are computed again in the backward pass."""
     loss_of, groups = batch
-    recompute(loss_of.transformer, blocks)
+    recompute(loss_of.denoiser, blocks)
     loss_of.train()
     with standing_in(native=backend):
         origin = origin_in(loss_of, groups)
-    last, first = "transformer.single_transformer_blocks.0", "transformer.transformer_blocks.0"
+    last, first = "denoiser.single_transformer_blocks.0", "denoiser.transformer_blocks.0"
     layer = f"{first if backend is standins.nan_forward else last}.attn"
     assert origin == Origin(operation=operation, layer=layer, suspect="attention")
-    assert str(origin) == f"{operation} of {layer.removeprefix('transformer.')}"
+    assert str(origin) == f"{operation} of {layer.removeprefix('denoiser.')}"
 
 
 def test_watching_changes_no_number_and_finds_nothing_where_all_is_finite(
@@ -104,16 +104,16 @@ def test_a_layer_whose_weights_are_not_finite_is_named_and_inputs_that_are_not(
     batch: tuple[GridLoss, list[Samples]],
 ) -> None:
     loss_of, groups = batch
-    weight = loss_of.transformer.transformer_blocks[0].ff.net[2].base_layer.weight
+    weight = loss_of.denoiser.transformer_blocks[0].ff.net[2].base_layer.weight
     kept = weight[0, 0].item()
     weight.data[0, 0] = torch.inf
     origin = origin_in(loss_of, groups)
     assert origin is not None
     assert origin.operation == "the forward pass"
-    assert origin.layer.startswith("transformer.transformer_blocks.0.ff.net.2")
+    assert origin.layer.startswith("denoiser.transformer_blocks.0.ff.net.2")
     assert origin.suspect == "none"
     weight.data[0, 0] = kept
-    groups[0].text[0, 0, 0] = torch.nan
+    groups[0].text.text[0, 0, 0] = torch.nan
     assert origin_in(loss_of, groups) == Origin(operation=READ)
 
 
@@ -125,14 +125,14 @@ def test_a_fault_of_a_fused_norm_is_mended_by_the_same_formula_in_single_operati
     monkeypatch.setattr(nn.RMSNorm, "forward", spoiled_norm)
     origin = origin_in(loss_of, groups)
     assert origin is not None
-    assert origin.layer.startswith("transformer.single_transformer_blocks.0.attn.norm_")
+    assert origin.layer.startswith("denoiser.single_transformer_blocks.0.attn.norm_")
     (other,) = kernels.remedies(Kernels(), origin.suspect, SHAPES)
     assert str(other) == "attention native and norms composed of single operations"
     assert not list(kernels.remedies(other, origin.suspect, SHAPES))
-    kernels.use(loss_of.transformer, other)
+    kernels.use(loss_of.denoiser, other)
     for a, b in zip(gradients(loss_of, groups), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    kernels.use(loss_of.transformer, Kernels())
+    kernels.use(loss_of.denoiser, Kernels())
     assert not any(type(m) in (ComposedRMSNorm, ComposedLayerNorm) for m in loss_of.modules())
 
 

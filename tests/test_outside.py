@@ -13,11 +13,11 @@ from living import Living
 from test_memory import FLUX, FLUX_VAE, FlashAttention, asked, flux_settings, plan_of
 
 from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
-from visualcloze_deft.backbones.model_size import settings_of
+from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, load_run
-from visualcloze_deft.planning.activations import Load
 from visualcloze_deft.planning.memory import RESERVE, memory_plan
 from visualcloze_deft.planning.outside_steps import picture_bytes, pixel_values
 
@@ -38,7 +38,7 @@ def test_encoding_and_decoding_peak_as_counted(
     if name == "flux":
         settings = FLUX_VAE | BLOCKS
     else:
-        settings = settings_of(str(micro_model) if name == "micro" else name, "vae")
+        settings = component_config(str(micro_model) if name == "micro" else name, "vae")
     height, width = 384, 1152
     with torch.device("meta"), torch.no_grad():
         vae = AutoencoderKL.from_config(settings).to(dtype).eval()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.backbones.embedding_cache import Recent
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.errors import UserError
@@ -25,9 +26,8 @@ from visualcloze_deft.grids.prompt import CONTENT_PREFIX, layout_sentence
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.arguments import enough_memory
 from visualcloze_deft.inference.request import request
+from visualcloze_deft.inference.upsampling import Upsampling
 from visualcloze_deft.sampling import denoising
-from visualcloze_deft.sampling.encoding import encode_grids
-from visualcloze_deft.sampling.upsampling import Upsampling
 
 STEPS = 4
 
@@ -72,15 +72,15 @@ def test_latents_follow_diffusers_step_by_step(micro_model: Path) -> None:
         callback_on_step_end=keep,
     )
     built = grid.build(rows, resolution=32)
-    latents = encode_grids(models, [built], clean=False)
+    latents = models.encode_grids([built], clean=False)
     generator = torch.Generator().manual_seed(3)
     for height, width in built.shape:  # what diffusers drew for its known latents
         torch.randn(1, 16, height // 8, width // 8, generator=generator)
     noise = torch.randn(latents.seen.shape, generator=generator)
     layout = (layout_sentence(2, 2),)  # diffusers' prompt holds a tuple
-    text, pooled = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
-    given = denoising.Conditions(latents=latents, text=text, pooled=pooled)
-    velocity = denoising.velocity_of(models, given, guidance=30.0)
+    text = models.encode_text([f"{layout} {task} {CONTENT_PREFIX} {content}"])
+    given = denoising.Conditions(latents=latents, text=text)
+    velocity = denoising.predictor(models, given, guidance=30.0)
     times, x = models.times(STEPS, noise.shape[1]), noise
     with torch.no_grad():
         for k in range(STEPS):
@@ -320,7 +320,7 @@ def test_output_types_hold_the_same_image(pipe: InContextPipeline, kind: Any) ->
     (found,) = pipe(rows=scene_rows(), num_inference_steps=2, output_type=kind)
     if kind == "latent":
         assert found.shape == (16, 64)
-        strip = grid.unpack(found[None], ((32, 64), (32, 64)))[-1]
+        strip = packing.unpack(found[None], ((32, 64), (32, 64)))[-1]
         found = (pipe.models.decode_latents(strip)[0, :, :, 32:].clamp(-1, 1) + 1) / 2
     values = np.asarray(found if kind == "np" else found.permute(1, 2, 0))
     assert np.abs(values * 255 - np.asarray(image)).max() <= 0.51

@@ -222,7 +222,11 @@ BROKEN = {
         'columns = ["sketch", "target"]',
         "roles.toml has no phrase for 'sketch'",
     ),
-    "one column": ('sketch = "pencil sketch"\nstyle = "painting"\n', "", "at least two roles"),
+    "one column, no content": (
+        GOOD[GOOD.index("instruction") :],
+        'instruction = "A {target}."\ncontent = ""\ncolumns = { target = "photo" }',
+        "every column is a target",
+    ),
     "phrase as number": (
         '"painting"',
         "5",

@@ -14,9 +14,9 @@ import deepspeed
 import torch
 
 from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.config.run_settings import Run, load_run
-from visualcloze_deft.grids import grid
 from visualcloze_deft.sampling.encoding import TokenBatch
 from visualcloze_deft.training.engine import start_engine
 
@@ -46,12 +46,13 @@ def group() -> TokenBatch:
     return TokenBatch(
         indices=(0,),
         tasks=("a task",),
-        latents=grid.Latents(clean=clean, seen=clean, mask=mask, ids=ids),
+        latents=packing.Latents(clean=clean, seen=clean, mask=mask, ids=ids),
         noise=torch.randn(1, 16, 64, dtype=torch.bfloat16),
         t=torch.tensor([0.5]),
         start=torch.tensor([0.5]),
-        text=torch.randn(1, 8, 64, dtype=torch.bfloat16),
-        pooled=torch.randn(1, 64, dtype=torch.bfloat16),
+        text=packing.FluxText(
+            torch.randn(1, 8, 64, dtype=torch.bfloat16), torch.randn(1, 64, dtype=torch.bfloat16)
+        ),
     )
 
 

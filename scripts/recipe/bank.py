@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from recipe.bundles import MOST_ROWS, ROWS, VARIANTS, read
 from recipe.stage import Plan
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.grids import grid
 
 ROOM = {(2, 0): 0.41, (2, 1): 0.24, (3, 0): 0.22, (3, 1): 0.13}  # columns, coded: of all bundles
@@ -81,7 +82,9 @@ class Bank:
     def encode(self, pixels: Tensor) -> Tensor:
         """(b 3 h w) in -1..1 to tokens (b n 64)."""
         latents = self.vae.encode(pixels).latent_dist.mode()
-        return grid.pack((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+        return packing.pack(
+            (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        )
 
     def __len__(self) -> int:
         return sum(self.seen.values())

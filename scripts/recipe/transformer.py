@@ -39,10 +39,10 @@ from recipe.stage import (
     refuse,
 )
 from recipe.text import WIDTH as TEXT
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.data.sources.renderer import COLOURS, SHAPES
 from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES
 from visualcloze_deft.diffusion import flow
-from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.sampling.denoising import denoise
 from visualcloze_deft.sampling.encoding import NEAREST
@@ -248,7 +248,7 @@ class Trainer:
             self.matrices(self.masters), self.others(self.masters), scale=like_adamw
         )
         self.ids = {
-            (rows, kind[0]): grid.position_ids([(plan.cell, kind[0] * plan.cell)] * rows).to(
+            (rows, kind[0]): packing.position_ids([(plan.cell, kind[0] * plan.cell)] * rows).to(
                 self.device
             )
             for rows, kind in ODDS
@@ -468,7 +468,7 @@ def complete(
     mask = strips.hidden[:, column].float()
     seen = torch.where(mask[..., None] > 0, bank.blank, clean)
     hidden = mask[..., None].expand(-1, -1, 256)
-    ids = grid.position_ids([(plan.cell, 2 * plan.cell)]).to(plan.device)
+    ids = packing.position_ids([(plan.cell, 2 * plan.cell)]).to(plan.device)
     draw = torch.Generator(plan.device).manual_seed(plan.seed)
     noise = torch.randn(clean.shape, device=plan.device, generator=draw)
     one = torch.ones(size, device=plan.device)
@@ -484,7 +484,7 @@ def complete(
         flow.interpolate(clean, noise, start * one),
         torch.linspace(start, 0, 1 + steps),
     )
-    return grid.unpack(found, [(plan.cell, 2 * plan.cell)])[0]
+    return packing.unpack(found, [(plan.cell, 2 * plan.cell)])[0]
 
 
 def show(path: Path, strips: Tensor, truth: Tensor) -> None:

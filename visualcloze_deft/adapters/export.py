@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import FluxTransformer2DModel as Transformer
-from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers import AutoModel
 from peft import DeftConfig, PeftConfig, PeftModel
 
 from visualcloze_deft.adapters import files, injection, methods
@@ -35,10 +34,10 @@ from visualcloze_deft.adapters.verify import (
     probe,
 )
 from visualcloze_deft.backbones import lora_files, lora_names, tensor_files
-from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
+from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
 from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
@@ -78,12 +77,15 @@ def export(
     check_base(folder, model, lora=lora)
     if kind == "peft" and (strength, dtype) != (1.0, None):
         raise UserError("--format peft keeps P and R as they are: leave --scale and --dtype")
+    backbone = backbone_of(model)
+    if kind not in ("peft", "merged") and "lora-files" not in backbone.features:
+        raise UserError(f"--format {kind}: not for {backbone.name}; give peft or merged")
     path = target(output, kind)
-    precision = base_precision(model)
+    precision = base_precision(model, backbone.denoiser)
     written = dtype or (precision if kind == "merged" else torch.float32)
 
-    def base() -> Transformer:
-        return load_transformer(model, dtype=precision, lora=lora)
+    def base() -> Any:
+        return backbone.networks().load_denoiser(model, dtype=precision, lora=lora)
 
     transformer = base()
     files.load(transformer, folder)
@@ -197,9 +199,9 @@ def check_finite(changes: dict[str, Change], path: Path) -> None:
             )
 
 
-def base_precision(model: str) -> torch.dtype:
+def base_precision(model: str, denoiser: str) -> torch.dtype:
     """float32 for a model on disk that is small in it, else bfloat16: FLUX then takes 24 GB."""
-    folder = (BASE if model == TINY else Path(model)) / "transformer"
+    folder = (BASE if model == TINY else Path(model)) / denoiser
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return torch.float32 if 0 < size < LARGE else torch.bfloat16
 
@@ -221,16 +223,14 @@ def clear(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def merge(
-    transformer: Transformer, changes: dict[str, Change], dtype: torch.dtype | None = None
-) -> Transformer:
-    """Add `changes` in float32 to a plain transformer's weights, which become `dtype` if given."""
+def merge(transformer: Any, changes: dict[str, Change], dtype: torch.dtype | None = None) -> Any:
+    """Add `changes` in float32 to a plain denoiser's weights, which become `dtype` if given."""
     lora_names.merge(transformer, changes, dtype=dtype)
     return transformer if dtype in (None, transformer.dtype) else transformer.to(dtype)
 
 
-Base = Callable[[], Transformer]
-Reader = Callable[[Path, Base], Transformer]
+Base = Callable[[], Any]
+Reader = Callable[[Path, Base], Any]
 
 
 def reader_of(
@@ -238,23 +238,23 @@ def reader_of(
 ) -> tuple[str, Reader, bool]:
     """Who reads a written file again, by name, how, and whether the change is in weights then."""
 
-    def through_peft(path: Path, base: Base) -> Transformer:
+    def through_peft(path: Path, base: Base) -> Any:
         return PeftModel.from_pretrained(base(), path).get_base_model()
 
-    def through_diffusers(path: Path, base: Base) -> Transformer:
+    def through_diffusers(path: Path, base: Base) -> Any:
         transformer = base()
-        tensors, alphas = FluxLoraLoaderMixin.lora_state_dict(str(path), return_alphas=True)
-        FluxLoraLoaderMixin.load_lora_into_transformer(tensors, alphas, transformer)
+        load_lora = backbone_of_network(transformer).networks().load_lora
+        assert load_lora is not None  # of a family with "lora-files"
+        load_lora(path, transformer)
         return transformer
 
-    def ourselves(path: Path, base: Base) -> Transformer:
+    def ourselves(path: Path, base: Base) -> Any:
         return merge(base(), lora_files.read(path, shapes=shapes))
 
-    def as_model(path: Path, base: Base) -> Transformer:
-        return Transformer.from_pretrained(path, torch_dtype=written)
+    def as_model(path: Path, base: Base) -> Any:
+        return AutoModel.from_pretrained(str(path), torch_dtype=written)
 
-    inner = shapes["single_transformer_blocks.0.proj_out"][0]
-    if kind == "kohya" and inner == FLUX_WIDTH:
+    if kind == "kohya" and shapes["single_transformer_blocks.0.proj_out"][0] == FLUX_WIDTH:
         return "diffusers", through_diffusers, False
     us = "this package"
     return {

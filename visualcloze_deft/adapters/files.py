@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from visualcloze_deft.storage.hub import loading
 
 
 def save(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     folder: Path,
     *,
     base: str,
@@ -46,7 +46,7 @@ def save(
 
 
 def load(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     folder: Path,
     *,
     trainable: bool = False,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from visualcloze_deft.adapters.export import clear
 from visualcloze_deft.backbones import lora_files, tensor_files
-from visualcloze_deft.backbones.model_files import fingerprint
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.storage.atomic import output_folder
 

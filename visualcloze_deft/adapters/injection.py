@@ -1,4 +1,4 @@
-"""DEFT, PaRa and LoRA on a FLUX transformer, through peft: attach, group, save, load.
+"""DEFT, PaRa and LoRA on a denoiser, through peft: attach, group, save, load.
 
 Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's are `deft`'s.
 """
@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from peft import DeftConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.adapters.methods import NAME, file_name, layers, peft_config
 from visualcloze_deft.backbones.lora_names import Change
+from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
 
 
 def attach(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     settings: Adapter,
     *,
     seed: int,
@@ -38,8 +38,9 @@ def attach(
 
     Raises `UserError` where `settings.target_modules` matches no layer, or one that is not linear.
     """
+    wanted = layers(settings, backbone_of_network(transformer).target_modules)
     modules = dict(transformer.named_modules())
-    matched = {n: modules[n] for n in matching("adapter.target_modules", layers(settings), modules)}
+    matched = {n: modules[n] for n in matching("adapter.target_modules", wanted, modules)}
     check_bare(transformer)
     other = [name for name, module in matched.items() if not isinstance(module, nn.Linear)]
     if other or not matched:
@@ -59,7 +60,7 @@ def attach(
     transformer.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        add(transformer, peft_config(settings))
+        add(transformer, peft_config(settings, wanted))
     keep_single_precision(transformer)
     deft_linear.adopt(transformer)
     for layer in deft_linear.layers(transformer).values():
@@ -73,7 +74,7 @@ def check_bare(transformer: nn.Module) -> None:
         raise UserError("this transformer has an adapter already; load the base again")
 
 
-def add(transformer: FluxTransformer2DModel, config: PeftConfig) -> None:
+def add(transformer: Any, config: PeftConfig) -> None:
     """Add peft's layers without peft's start of DEFT, which fails on quantised weights."""
     if isinstance(config, DeftConfig):
         start, config.init_weights = config.init_weights, False
@@ -139,7 +140,7 @@ def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Chang
     return found
 
 
-def detach(transformer: FluxTransformer2DModel) -> None:
+def detach(transformer: Any) -> None:
     """Take the adapter off again; the layers are what they were before."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, BaseTunerLayer):

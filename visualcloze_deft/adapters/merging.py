@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,7 +30,7 @@ class ActiveAdapters:
     taking adapters off gives them back bit for bit.
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel, *, merge: bool = True) -> None:
+    def __init__(self, transformer: Any, *, merge: bool = True) -> None:
         """merge: False leaves the weights alone, as a quantised base does anyway."""
         self.transformer = transformer
         self.merge = merge

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from peft import DeftConfig, LoraConfig, PeftConfig
 
-from visualcloze_deft.backbones.model_size import FLUX_LAYERS
 from visualcloze_deft.config.run_settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
 
 
-def layers(settings: Adapter) -> str:
-    return FLUX_LAYERS if settings.target_modules == "default" else settings.target_modules
+def layers(settings: Adapter, default: str) -> str:
+    """A regular expression for the layers that get an adapter. default: the family's own."""
+    return default if settings.target_modules == "default" else settings.target_modules
 
 
-def peft_config(settings: Adapter) -> PeftConfig:
+def peft_config(settings: Adapter, layers: str) -> PeftConfig:
+    """peft's settings of an adapter on `layers`, a regular expression."""
     if settings.method == "lora":
         return LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha or settings.rank,
             lora_dropout=settings.dropout,
-            target_modules=layers(settings),
+            target_modules=layers,
         )
     return DeftConfig(
         r=settings.rank,
         alpha=settings.alpha,
         deft_dropout=settings.dropout,
-        target_modules=layers(settings),
+        target_modules=layers,
         decomposition_method="relu" if settings.method == "deft-relaxed" else "qr",
         para=settings.method == "para",
     )

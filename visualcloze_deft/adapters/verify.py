@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel as Transformer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from visualcloze_deft.adapters import methods
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones.lora_names import Change
+from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the change
@@ -106,26 +106,12 @@ def check(report: Report, weights_beyond: float, allowed: float) -> None:
 
 
 @torch.no_grad()
-def answer(transformer: Transformer, strength: float) -> Tensor:
-    """The transformer's output on random inputs, its adapter at `strength`."""
-    config = transformer.config
-    random = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(transformer.dtype)
-
+def answer(transformer: Any, strength: float) -> Tensor:
+    """The denoiser's output on random inputs, its adapter at `strength`."""
     for layer in transformer.modules():
         if isinstance(layer, deft_linear.DeftLinear | LoraLayer) and strength != 1:
             layer.set_scale(methods.NAME, strength)
-    positions = torch.cartesian_prod(torch.arange(1, 2), torch.arange(4), torch.arange(8))
-    output: Tensor = transformer.eval()(
-        hidden_states=draw(1, 32, config.in_channels),
-        timestep=torch.full((1,), 0.7, dtype=transformer.dtype),
-        guidance=torch.full((1,), 30.0, dtype=transformer.dtype),
-        pooled_projections=draw(1, config.pooled_projection_dim),
-        encoder_hidden_states=draw(1, 8, config.joint_attention_dim),
-        txt_ids=torch.zeros(8, 3),
-        img_ids=positions.float(),
-        return_dict=False,
-    )[0]
+    networks = backbone_of_network(transformer).networks()
+    inputs = networks.probe(transformer, torch.Generator().manual_seed(0))
+    output: Tensor = transformer.eval()(**inputs, return_dict=False)[0]
     return output

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     attention_backend,
@@ -182,40 +182,43 @@ def attend_as_used(name: str) -> Attend:
 # The switch
 
 
-def use(transformer: FluxTransformer2DModel, name: str) -> None:
-    """Have `transformer` attend with the backend `name`, see `switch`. On a GPU cuDNN's gets
-    gradients that it can read."""
-    switch(transformer, name)
-    if name in MAY_BE_CUDNN and transformer.device.type == "cuda":
-        dense_gradients(transformer)
+def use(denoiser: Any, name: str) -> None:
+    """Have `denoiser` attend with the backend `name`, see `switch`. On a GPU cuDNN's gets gradients
+    that it can read."""
+    switch(denoiser, name)
+    if name in MAY_BE_CUDNN and denoiser.device.type == "cuda":
+        dense_gradients(denoiser)
 
 
-def switch(transformer: FluxTransformer2DModel, name: str) -> None:
-    """Have `transformer` attend with the backend `name`, and nothing else in this process.
+def switch(denoiser: Any, name: str) -> None:
+    """Have `denoiser` attend with the backend `name`, and nothing else in this process.
 
     diffusers' switch also makes it the default of every model that has not been given a backend;
     that is taken back. "native" undoes any other.
     """
     with without_notice(), attention_backend(AttentionBackendName.NATIVE):
-        transformer.set_attention_backend(BACKENDS[name].value)
+        denoiser.set_attention_backend(BACKENDS[name].value)
 
 
-def dense_gradients(transformer: FluxTransformer2DModel) -> None:
-    """Make the gradient of attention's output contiguous in all blocks of `transformer`.
+def dense_gradients(denoiser: nn.Module) -> None:
+    """Make the gradient of attention's output contiguous in all layers of `denoiser` that give one.
 
-    In single blocks it is part of a wider row, see `LAYOUTS`. torch up to 2.11 at least compiles
-    cuDNN's backward pass for the strides of the first gradient that it meets, and reads all others
-    with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). On an H100 the
-    second layout then lost four fifths of its rows. The numbers stay the same; a single block pays
-    a copy.
+    In FLUX's single blocks it is part of a wider row, see `LAYOUTS`. torch up to 2.11 at least
+    compiles cuDNN's backward pass for the strides of the first gradient that it meets, and reads
+    all others with these (`run_cudnn_SDP_bprop` in MHA.cpp: its cache is keyed without them). On an
+    H100 the second layout then lost four fifths of its rows. The numbers stay the same; a single
+    block pays a copy.
     """
-    for block in transformer.single_transformer_blocks:
-        if _densely not in block.attn._forward_hooks.values():
-            block.attn.register_forward_hook(_densely)
+    for module in denoiser.modules():
+        if isinstance(module, AttentionModuleMixin) and (
+            _densely not in module._forward_hooks.values()
+        ):
+            module.register_forward_hook(_densely)
 
 
-def _densely(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    return _densely_of(output)
+def _densely(_: nn.Module, __: Any, output: Any) -> Any:
+    """A hook; several outputs, as of FLUX's double blocks, are cut apart and dense already."""
+    return _densely_of(output) if isinstance(output, Tensor) else output
 
 
 def _densely_of(output: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 
 import torch
 import torch._inductor.config
-from diffusers import FluxTransformer2DModel
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import calculate_time_spent
 from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
+from visualcloze_deft.backbones.table import blocks_of
 from visualcloze_deft.errors import UserError
 
 VARIANTS = 64
@@ -30,7 +31,7 @@ LIMIT = re.compile(
 SYMBOLIC = (2, 12)  # the first torch whose tiling analysis compares lengths that it does not know
 
 
-def compile_blocks(transformer: FluxTransformer2DModel) -> None:
+def compile_blocks(denoiser: nn.Module) -> None:
     """Compile every block, in place: blocks of one kind share what was compiled.
 
     The first change of a length or of a number of grids compiles a variant for all of them: ten
@@ -43,7 +44,7 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if limit_in_one_line not in logger.filters:
         logger.addFilter(limit_in_one_line)
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+    for block in blocks_of(denoiser):
         block.compile()
 
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from visualcloze_deft.backbones import attention, attention_check
 from visualcloze_deft.backbones.attention import Shared
 from visualcloze_deft.backbones.attention_check import Shapes
-from visualcloze_deft.backbones.flux_fill.loading import dtype_of
-from visualcloze_deft.backbones.model_size import flux, settings_of, text_tokens_of
+from visualcloze_deft.backbones.precision import dtype_of
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 
 Norms = Literal["fused", "composed"]
@@ -38,7 +37,8 @@ class Kernels:
 
 def shapes_in(run: Run, *, image_tokens: Collection[int], device: torch.device) -> Shapes:
     """The shapes of attention in `run` on `device`, for grids of so many tokens beside the text."""
-    model, text = flux(settings_of(run.model, "transformer")), text_tokens_of(run.model)
+    backbone = backbone_of(run.model)
+    model, text = backbone.sizes(run.model), backbone.text_tokens(run.model)
     return Shapes(
         lengths=tuple(sorted({text + tokens for tokens in image_tokens})),
         heads=model.heads,
@@ -49,10 +49,10 @@ def shapes_in(run: Run, *, image_tokens: Collection[int], device: torch.device) 
     )
 
 
-def use(transformer: FluxTransformer2DModel, kernels: Kernels) -> None:
-    """Have `transformer` compute with `kernels`; weights, names and hooks stay as they are."""
-    attention.use(transformer, kernels.attention)
-    for module in transformer.modules():
+def use(denoiser: nn.Module, kernels: Kernels) -> None:
+    """Have `denoiser` compute with `kernels`; weights, names and hooks stay as they are."""
+    attention.use(denoiser, kernels.attention)
+    for module in denoiser.modules():
         kind = NORMS[kernels.norms].get(type(module))
         if kind is not None:
             module.__class__ = kind

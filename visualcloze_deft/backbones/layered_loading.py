@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from visualcloze_deft.backbones import lora_names
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import weight_files
-from visualcloze_deft.backbones.quantization import is_in_block, quantised
+from visualcloze_deft.backbones.quantization import layers_of, quantised
+from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 
@@ -90,7 +91,8 @@ def read(network: nn.Module, name: str, files: Files, dtype: torch.dtype) -> Non
 def keep(network: nn.Module, name: str, bits: Bits, device: str) -> None:
     """Move a module that was read to `device`, in `bits` where it is a linear layer of a block."""
     module = network.get_submodule(name)
-    if isinstance(module, nn.Linear) and is_in_block(name):
+    in_block = layers_of(backbone_of_network(network).blocks)
+    if isinstance(module, nn.Linear) and in_block(name):
         network.set_submodule(name, quantised(module, bits).to(device))
     elif not any(module.children()):
         module.to(device)

@@ -22,8 +22,8 @@ from visualcloze_deft.backbones.lora_names import (
 )
 from visualcloze_deft.backbones.model_files import CHANNELS, check_folder, lora_file
 from visualcloze_deft.backbones.model_settings import AdapterFile
-from visualcloze_deft.backbones.model_size import flux, settings_of
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, adapter_settings
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.runtime.launch import say_once
@@ -118,7 +118,7 @@ def changes_of(name: str, lora: str) -> dict[str, Change]:
 def shapes_of(name: str) -> Shapes:
     """(outputs, inputs) of every linear layer of a model's transformer, without its weights."""
     check_folder(name, parts=("transformer",))
-    linear = flux(settings_of(name, "transformer")).linear
+    linear = backbone_of(name).sizes(name).linear
     return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}
 
 

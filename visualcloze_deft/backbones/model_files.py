@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Collection
 from functools import cache
@@ -28,7 +27,6 @@ from visualcloze_deft.storage.settings_files import checked
 TINY = "tiny"
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
 CHANNELS = (384, 64)  # in and out of FLUX.1-Fill's transformer
-SAMPLE = 1 << 20  # bytes of a weight file that its fingerprint reads at either end
 PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 
 
@@ -194,25 +192,6 @@ def component_config(name: str, part: str) -> dict[str, Any]:
     """What the settings file of a part of a model says, see `settings_files.checked`."""
     what = f"no settings of a {part.rpartition('_2')[0] or part}"
     return checked(file_of(name, f"{part}/{SETTINGS_OF[part]}"), KINDS[part], what)
-
-
-def fingerprint(name: str) -> str:
-    """What tells the transformer's weights from others; "" for a hub id that is not in the cache.
-
-    SHA-256 over names, sizes and both ends of the weight files: 24 GB are not read for it. It is
-    the same for a folder and for the snapshot of a hub id that hold the same files.
-    """
-    folder = folder_here(name)
-    told = hashlib.sha256()
-    files = sorted((folder / "transformer").glob("*.safetensors")) if folder else []
-    for path in files:
-        size = path.stat().st_size
-        told.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            told.update(file.read(SAMPLE))
-            file.seek(max(size - SAMPLE, 0))
-            told.update(file.read())
-    return told.hexdigest() if files else ""
 
 
 def pinned(model: str | None, revision: str | None) -> str | None:

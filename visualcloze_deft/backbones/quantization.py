@@ -9,38 +9,43 @@ scale for each output, computed with in the base's precision.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.config.run_settings import Bits
 
-LAYERS = re.compile(r"(single_)?transformer_blocks\..*")
 ROWS = 512  # of a weight that are divided in float32 together
 
 
-def quantise(transformer: nn.Module, kind: Bits, *, device: str) -> None:
+def quantise(denoiser: nn.Module, kind: Bits, *, device: str) -> None:
     """Replace the linear layers of all blocks by quantised ones on `device`, one by one.
 
     For weights that are in memory already; `layered` reads those of files so.
     """
     if kind == "none":
         return
-    for name in [name for name, _ in transformer.named_modules() if is_in_block(name)]:
-        layer = transformer.get_submodule(name)  # no list of the layers would let one go
+    in_block = layers_of(backbone_of_network(denoiser).blocks)
+    for name in [name for name, _ in denoiser.named_modules() if in_block(name)]:
+        layer = denoiser.get_submodule(name)  # no list of the layers would let one go
         if isinstance(layer, nn.Linear):
-            transformer.set_submodule(name, quantised(layer, kind).to(device))
+            denoiser.set_submodule(name, quantised(layer, kind).to(device))
 
 
-def is_in_block(name: str) -> bool:
-    """Whether a layer of a transformer is in one of its blocks, whose linear layers are quantised.
+def layers_of(blocks: str) -> Callable[[str], bool]:
+    """Whether a layer is in one of the blocks that a regular expression names, whose linear layers
+    are quantised.
 
-    >>> is_in_block("transformer_blocks.0.ff.net.2"), is_in_block("x_embedder")
+    >>> in_block = layers_of("(single_)?transformer_blocks[.][0-9]+")
+    >>> in_block("transformer_blocks.0.ff.net.2"), in_block("x_embedder")
     (True, False)
     """
-    return LAYERS.fullmatch(name) is not None
+    pattern = re.compile(rf"({blocks})\..*")
+    return lambda name: pattern.fullmatch(name) is not None
 
 
 def quantised(layer: nn.Linear, kind: Bits) -> nn.Linear:

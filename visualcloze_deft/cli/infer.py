@@ -183,7 +183,7 @@ def infer(
     from visualcloze_deft.backbones.model_files import pinned
     from visualcloze_deft.inference.infer import infer as run_infer
     from visualcloze_deft.inference.settings import InferenceSettings
-    from visualcloze_deft.sampling.upsampling import STRENGTH, Upsampling
+    from visualcloze_deft.inference.upsampling import STRENGTH, Upsampling
 
     if strength is not None and upsample is None:
         raise UserError("--strength goes with --upsample, e.g. --upsample 2")

@@ -21,10 +21,11 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, Field
 
-from visualcloze_deft.backbones.flux_fill.loading import dtype_of
-from visualcloze_deft.backbones.flux_fill.model import Models
-from visualcloze_deft.backbones.model_files import fingerprint, lora_file
+from visualcloze_deft.backbones.base import Models
+from visualcloze_deft.backbones.model_files import lora_file
 from visualcloze_deft.backbones.peft_files import WEIGHTS
+from visualcloze_deft.backbones.precision import dtype_of
+from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.comparison.trainings import Training
 from visualcloze_deft.config import seeds
 from visualcloze_deft.config.comparison import SEED, Comparison, Evaluate, Group
@@ -308,7 +309,7 @@ def distinct(
 
 def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:
     """The held-out loss of `heldout`, of tokens that are generated alone, for each grid."""
-    loss_of = GridLoss(models.transformer, context_weight=0.0, guidance=run.guidance).eval()
+    loss_of = GridLoss(models.denoiser, context_weight=0.0, guidance=run.guidance).eval()
     found = validation.losses(
         loss_of,
         models,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visualcloze_deft.backbones.model_files import check_folder, check_lora, check_quantise
-from visualcloze_deft.backbones.model_size import Flux, flux, settings_of
+from visualcloze_deft.backbones.base import Sizes
+from visualcloze_deft.backbones.model_files import check_lora, check_quantise
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.comparison import OWN, OWNED, Comparison, Match, Method
 from visualcloze_deft.config.overrides import deep_merge, find_config, flat
 from visualcloze_deft.config.run_settings import Adapter, Run, parse_run
@@ -51,21 +52,24 @@ def trainings(comparison: Comparison) -> list[Training]:
         for method in comparison.methods
     }
     first = runs[comparison.methods[0]]
-    check_folder(first.model)
+    backbone = backbone_of(first.model)
+    backbone.check(first.model)
     check_quantise(first.quantise, zero3=first.zero == 3)
     if first.model_lora is not None:
         check_lora(first.model_lora)
-    model = flux(settings_of(first.model, "transformer"))
-    budget = trained(model, first.adapter)
+    model, default = backbone.sizes(first.model), backbone.target_modules
+    budget = trained(model, first.adapter, default)
     wanted: dict[tuple[Method, int], list[Match]] = {}
     for match in comparison.match:
         for method, run in runs.items():
-            rank = comparison.rank if match == "rank" else matched(model, run.adapter, budget)
+            rank = (
+                comparison.rank if match == "rank" else matched(model, run.adapter, default, budget)
+            )
             wanted.setdefault((method, rank), []).append(match)
     found = []
     for (method, rank), matches in wanted.items():
         run = method_run(comparison, shared, method, rank=rank)
-        check_rank(model, run.adapter)
+        check_rank(model, run.adapter, default)
         for seed in comparison.seeds:
             output = Path(comparison.output) / RUNS / f"{method}-r{rank}-s{seed}"
             found.append(
@@ -74,7 +78,7 @@ def trainings(comparison: Comparison) -> list[Training]:
                     rank=rank,
                     seed=seed,
                     matches=tuple(matches),
-                    parameters=trained(model, run.adapter),
+                    parameters=trained(model, run.adapter, default),
                     run=run.model_copy(update={"seed": seed, "output": str(output)}),
                 )
             )
@@ -116,21 +120,21 @@ def method_run(
     return run
 
 
-def trained(model: Flux, adapter: Adapter) -> int:
-    """How many values an adapter trains."""
-    return sum(adapter_tensors(model, adapter))
+def trained(model: Sizes, adapter: Adapter, default: str) -> int:
+    """How many values an adapter trains. default: the family's layers."""
+    return sum(adapter_tensors(model, adapter, adapted_layers(model, adapter, default)))
 
 
-def matched(model: Flux, adapter: Adapter, budget: int) -> int:
+def matched(model: Sizes, adapter: Adapter, default: str, budget: int) -> int:
     """The rank with which an adapter of this kind trains nearest to `budget` values."""
-    each = trained(model, adapter) // adapter.rank  # a rank costs the same whatever their number
+    each = trained(model, adapter, default) // adapter.rank  # the same for any rank
     lower = max(budget // each, 1) if each else 1
     return min((lower, lower + 1), key=lambda rank: abs(rank * each - budget))
 
 
-def check_rank(model: Flux, adapter: Adapter) -> None:
+def check_rank(model: Sizes, adapter: Adapter, default: str) -> None:
     """Raise `UserError` where the rank is larger than a layer, or no layer gets an adapter."""
-    names = adapted_layers(model, adapter)
+    names = adapted_layers(model, adapter, default)
     if not names:
         raise UserError(
             f"adapter.target_modules {adapter.target_modules!r} matches no layer of the model"

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from visualcloze_deft.diffusion.process import Process
+
 
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) clean + t noise, for (b, n, c) tokens and (b,) times."""
@@ -17,9 +19,14 @@ def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * clean + t * noise
 
 
-def velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """dx/dt of the line, what the transformer predicts."""
+def velocity(clean: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
+    """dx/dt of the line, what the transformer predicts; the same at all times."""
     return noise - clean
+
+
+def step(x: Tensor, velocity: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """Euler's: x (b, n, c) at times `now` to x at times `then`, each (b,) or one time."""
+    return x + (then - now).view(-1, 1, 1) * velocity
 
 
 def earlier(t: Tensor, uniform: Tensor) -> Tensor:
@@ -34,6 +41,9 @@ def earlier(t: Tensor, uniform: Tensor) -> Tensor:
 def velocity_to(clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """dx/dt of the straight way from x (b, n, c) at times t (b,) above 0 to `clean` at time 0."""
     return (x - clean) / t[:, None, None]
+
+
+FLOW = Process(corrupt=interpolate, target=velocity, step=step, rolled_out=velocity_to)
 
 
 def logit_normal(standard_normal: Tensor) -> Tensor:

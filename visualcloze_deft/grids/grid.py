@@ -1,14 +1,13 @@
-"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips, tokens, ids, and back.
+"""The VisualCloze grid (arXiv 2504.07960): rows of images to strips of pixels, and back.
 
-A row joined side by side is a strip; every strip is encoded as one picture and stays a sequence of
-its own. Axes: b batch, c channels, h w pixels or latents, p q patch (2 x 2), i j pixels of one
-latent (8 x 8), n tokens. Pixels are in -1..1.
+A row joined side by side is a strip; every strip is encoded as one picture. Axes: c channels,
+h w pixels. Pixels are in -1..1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.grids.cell_sizes import CELL_STEP, PATCH, VAE_SCALE, Cells, row_sizes
+from visualcloze_deft.grids.cell_sizes import Cells, row_sizes
 
 MOST_ASPECT = 16  # longer side over shorter: what is longer is no picture of a cell
 BLANK = -1.0  # what a hidden cell shows: black, as in diffusers' VisualClozeProcessor
@@ -50,32 +49,6 @@ class Grid:
     def shape(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each strip; samples of one shape can share a batch."""
         return tuple((strip.shape[1], strip.shape[2]) for strip in self.strips)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """Grids of one shape as tokens. clean, seen: (b, n, 64); mask: (b, n, 256); ids: (n, 3)."""
-
-    clean: Tensor
-    seen: Tensor
-    mask: Tensor
-    ids: Tensor
-
-    def inputs(self, noisy: Tensor) -> Tensor:
-        """What the transformer reads: 64 noisy + 64 seen + 256 mask values per token."""
-        return torch.cat([noisy, self.seen, self.mask], dim=-1)  # b n 384
-
-    def some(self, places: Sequence[int]) -> Latents:
-        """The samples at `places`, which may name one several times."""
-        chosen = list(places)
-        return replace(
-            self, clean=self.clean[chosen], seen=self.seen[chosen], mask=self.mask[chosen]
-        )
-
-    @property
-    def is_target(self) -> Tensor:
-        """(b, n), 1 for tokens that are generated."""
-        return self.mask.mean(dim=-1)
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -179,38 +152,3 @@ def join(rows: Sequence[Sequence[Image.Image]], *, hidden: Sequence[bool]) -> Gr
 def cells(strip: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """A (..., h, w) strip of pixels cut into its cells."""
     return strip.split(list(widths), dim=-1)
-
-
-def pack(latent: Tensor) -> Tensor:
-    """(b, c, h, w) latents to (b, n, 4 c) tokens, FLUX's order."""
-    return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def unpack(tokens: Tensor, shape: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """The inverse of `pack` for a whole grid: (b, n, 64) to one (b, 16, h, w) latent a strip.
-
-    `shape`: (height, width) of each strip in pixels, as in `Grid.shape`.
-    """
-    sides = [(h // CELL_STEP, w // CELL_STEP) for h, w in shape]
-    parts = tokens.split([h * w for h, w in sides], dim=1)
-    return tuple(
-        rearrange(part, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=PATCH, q=PATCH)
-        for part, (h, w) in zip(parts, sides, strict=True)
-    )
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """(b, 1, h, w) pixel masks to (b, n, 256) tokens: 8 x 8 pixels become channels, then pack."""
-    folded = rearrange(mask, "b 1 (h i) (w j) -> b (i j) h w", i=VAE_SCALE, j=VAE_SCALE)
-    return pack(folded)
-
-
-def position_ids(shape: Sequence[tuple[int, int]]) -> Tensor:
-    """(n, 3) ids: row of the grid counted from 1, then y and x over the joined strip."""
-    rows = []
-    for index, (height, width) in enumerate(shape, 1):
-        y, x = torch.meshgrid(
-            torch.arange(height // CELL_STEP), torch.arange(width // CELL_STEP), indexing="ij"
-        )
-        rows.append(torch.stack([torch.full_like(y, index), y, x], dim=-1).reshape(-1, 3))
-    return torch.cat(rows).float()

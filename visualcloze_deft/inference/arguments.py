@@ -12,7 +12,7 @@ import torch
 from visualcloze_deft.backbones.attention import AUTO, check_known, require
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.model_files import check_folder, folder_of, index_of, on_hub
-from visualcloze_deft.backbones.model_size import flux, settings_of
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.room import ran_out
 
@@ -72,7 +72,7 @@ def check_attention(attention: str, model: str, *, device: str, dtype: torch.dty
     check_known(attention)
     if attention == AUTO:
         return
-    sizes = flux(settings_of(model, "transformer"))
+    sizes = backbone_of(model).sizes(model)
     shapes = Shapes(
         lengths=(), heads=sizes.heads, width=sizes.head, dtype=dtype, device=torch.device(device)
     )

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from visualcloze_deft.backbones.attention import NATIVE
-from visualcloze_deft.backbones.flux_fill.loading import default_dtype
 from visualcloze_deft.backbones.model_files import folder_of
+from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import grid_cells, strip_shapes
 from visualcloze_deft.inference import acceleration

@@ -31,13 +31,10 @@ from visualcloze_deft.backbones.attention import use as use_attention
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.embedding_cache import Recent
 from visualcloze_deft.backbones.flux_fill.checks import check_grids, check_scheduler
-from visualcloze_deft.backbones.flux_fill.loading import (
-    Dtype,
-    default_dtype,
-    dtype_for,
-    load_models,
-)
+from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
+from visualcloze_deft.backbones.flux_fill.loading import Dtype, dtype_for, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, text_length, upcast
+from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.backbones.model_files import (
     FLUX_RESOLUTION,
     TINY,
@@ -45,8 +42,8 @@ from visualcloze_deft.backbones.model_files import (
     index_of,
     pinned,
 )
-from visualcloze_deft.backbones.model_size import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.peft_files import read_metadata
+from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
@@ -69,16 +66,15 @@ from visualcloze_deft.inference.arguments import (
 from visualcloze_deft.inference.batching import Job, by_shape
 from visualcloze_deft.inference.output import Answer, Completed, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request, read_requests, request
+from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
 from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
     Conditions,
     denoise,
     draw_of,
-    velocity_of,
+    predictor,
 )
-from visualcloze_deft.sampling.encoding import encode_grids
-from visualcloze_deft.sampling.upsampling import Upsampling, enlarge, upsample
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
@@ -646,32 +642,28 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Tensor:
         """The (b, n, 64) clean tokens of grids of one shape."""
         if isinstance(texts[0], tuple):
-            text, pooled = (torch.stack(part) for part in zip(*texts, strict=True))
+            text = FluxText(*(torch.stack(part) for part in zip(*texts, strict=True)))
         else:
-            text, pooled = models.encode_text(texts)
+            text = models.encode_text(texts)
         if known_latents == "sample":
-            seen = encode_grids(models, grids, clean=False, draws=draws)
-            given = Conditions(latents=seen, text=text, pooled=pooled)
+            seen = models.encode_grids(grids, clean=False, draws=draws)
+            given = Conditions(latents=seen, text=text)
         else:  # once for all images of a grid
             numbers = list(dict.fromkeys(job.grid for job in jobs))
             first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
-            once = encode_grids(models, [grids[k] for k in first], clean=False)
+            once = models.encode_grids([grids[k] for k in first], clean=False)
             of_jobs = [numbers.index(job.grid) for job in jobs]
-            given = Conditions(
-                latents=once.some(of_jobs),
-                text=text,
-                pooled=pooled,
-            )
-        shape = given.latents.seen.shape[1:]
+            given = Conditions(latents=once.some(of_jobs), text=text)
+        shape = given.latents.clean.shape[1:]
         drawn = noises or [torch.randn(shape, generator=d, device=d.device) for d in draws]
-        place = given.latents.seen.device
+        place = given.latents.clean.device
         noise = torch.stack([one.to(place, torch.float32) for one in drawn])
-        velocity = velocity_of(models, given, guidance=guidance, steps=steps)
+        predict = predictor(models, given, guidance=guidance, steps=steps)
         times = models.times(steps, noise.shape[1]).to(place)
 
         def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
             self._current_timestep = 1000 * t
-            return torch.zeros_like(x) if self._interrupt else velocity(x, t)
+            return torch.zeros_like(x) if self._interrupt else predict(x, t)
 
         return denoise(unless_interrupted, noise, times, after=after)
 
@@ -695,7 +687,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "latent":
             return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
         with enough_memory("decoding a strip"):
-            (pixels,) = models.decode_latents(grid.unpack(final[None], built.shape)[-1])
+            (pixels,) = models.decode_query(final[None], [built])
         check_finite(job, pixels)
         made = list(grid.cells(pixels, built.widths[-1]))
         asis = grid.cells(built.strips[-1], built.widths[-1])
@@ -711,10 +703,10 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 row[column] = enlarge(image, how)
                 continue
             if text is not None and how.prompt is None:
-                words, pooled = (part[None] for part in text)
+                words = FluxText(*(part[None] for part in text))
             else:
                 said = asked.content_prompt if how.prompt is None else how.prompt
-                words, pooled = models.encode_text([said])
+                words = models.encode_text([said])
             width, height = how.size(*image.size)
             with enough_memory(f"upsampling to {width} x {height}"):
                 row[column] = upsample(
@@ -722,7 +714,6 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                     image,
                     how,
                     text=words,
-                    pooled=pooled,
                     draw=draw,
                     steps=steps,
                     guidance=guidance,

@@ -15,9 +15,10 @@ from typing import Any, get_args
 import torch
 
 from visualcloze_deft.backbones.attention import AUTO
-from visualcloze_deft.backbones.flux_fill.loading import default_dtype
-from visualcloze_deft.backbones.model_files import fingerprint, index_of, lora_file, resolution_of
+from visualcloze_deft.backbones.model_files import index_of, lora_file, resolution_of
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
+from visualcloze_deft.backbones.precision import default_dtype
+from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt

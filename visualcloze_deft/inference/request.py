@@ -18,7 +18,7 @@ from visualcloze_deft.grids.prompt import Prompt
 from visualcloze_deft.images.depth import Depth, declared
 from visualcloze_deft.images.maps import as_role, read_role
 from visualcloze_deft.images.reading import read_image
-from visualcloze_deft.sampling.upsampling import Upsampling, each
+from visualcloze_deft.inference.upsampling import Upsampling, each
 from visualcloze_deft.storage.text_files import read_json, sound
 from visualcloze_deft.task_registry.task import Task
 

@@ -11,7 +11,7 @@ from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference import acceleration
-from visualcloze_deft.sampling.upsampling import Upsampling
+from visualcloze_deft.inference.upsampling import Upsampling
 
 
 @dataclass(frozen=True, kw_only=True)

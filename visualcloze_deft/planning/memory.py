@@ -15,31 +15,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from visualcloze_deft.backbones.model_files import check_quantise
-from visualcloze_deft.backbones.model_size import (
-    PARAMETERS,
-    Flux,
-    Other,
-    double_block,
-    flux,
-    parameters_of,
-    settings_of,
-    single_block,
-    text_tokens_of,
-)
+from visualcloze_deft.backbones.base import SINGLE, Activations, Backbone, Load, Sizes
+from visualcloze_deft.backbones.model_files import check_quantise, component_config
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.planning.activations import Activations, Load, activations_of
 from visualcloze_deft.planning.outside_steps import (
     SHEET_ROWS,
-    SINGLE,
     Outside,
     PixelValues,
     forward_values,
     picture_bytes,
     pixel_values,
 )
-from visualcloze_deft.planning.sizes import adapter_tensors, quantising_bytes, stored
+from visualcloze_deft.planning.sizes import (
+    adapted_layers,
+    adapter_tensors,
+    is_in,
+    quantising_bytes,
+    stored,
+)
 from visualcloze_deft.runtime.gpus import gpus_here, precision_on
 
 RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
@@ -88,21 +83,28 @@ class MemoryPlan:
     """
 
     run: Run
-    model: Flux
+    backbone: Backbone
+    model: Sizes
     load: Load
     processes: int
     size: int
     encoders: int
     pixels: PixelValues
-    moved: Mapping[Other, int]
+    moved: Mapping[str, int]
 
     @cached_property
     def activations(self) -> Activations:
-        return activations_of(self.model, self.run.adapter, self.load, self.size)
+        settings, adapted = self.run.adapter, self.adapted
+        return self.backbone.activations(self.model, settings, adapted, self.load, self.size)
+
+    @cached_property
+    def adapted(self) -> list[str]:
+        """The linear layers that get an adapter."""
+        return adapted_layers(self.model, self.run.adapter, self.backbone.target_modules)
 
     @cached_property
     def tensors(self) -> list[int]:
-        return adapter_tensors(self.model, self.run.adapter)
+        return adapter_tensors(self.model, self.run.adapter, self.adapted)
 
     @cached_property
     def base(self) -> int:
@@ -194,8 +196,8 @@ class MemoryPlan:
         small = sum(count for count in self.tensors if count < largest) * SINGLE
         small += sum(o for _, o in self.model.linear.values() if o < largest) * self.size
         live = int(zero.get("stage3_max_live_parameters", LIVE))
-        sizes = (double_block if self.model.double else single_block)(self.model.width).values()
-        block = sum((inputs + 1) * outputs for inputs, outputs in sizes)
+        first = [s for name, s in self.model.linear.items() if is_in(self.model.blocks[:1], name)]
+        block = sum((inputs + 1) * outputs for inputs, outputs in first)
         return min(max(live, block) * self.size, self.base) + small
 
     def least(self, stage: Stage, memory: int) -> int | None:
@@ -270,24 +272,26 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
     """
     check_quantise(run.quantise, zero3=run.zero == 3)
     size = 2 if run.precision == "bfloat16" or (run.precision == "auto" and gpu) else SINGLE
-    model = flux(settings_of(run.model, "transformer"))
-    others: dict[Other, int] = {part: parameters_of(run.model, part) * size for part in PARAMETERS}
+    backbone = backbone_of(run.model)
+    model = backbone.sizes(run.model)
+    others = {part: values * size for part, values in backbone.encoders(run.model).items()}
     offloaded = run.offload_encoders and gpu
     plan = MemoryPlan(
         run=run,
+        backbone=backbone,
         model=model,
         load=load,
         processes=processes,
         size=size,
         encoders=0 if offloaded else sum(others.values()),
-        pixels=pixel_values(settings_of(run.model, "vae")),
+        pixels=pixel_values(component_config(run.model, "vae")),
         moved=others if offloaded else {},
     )
     check_blocks(run, model)
     return plan
 
 
-def check_blocks(run: Run, model: Flux) -> None:
+def check_blocks(run: Run, model: Sizes) -> None:
     """Raise `UserError` where more blocks are to be recomputed than there are."""
     said, there = run.gradient_checkpointing, len(model.blocks)
     if isinstance(said, int) and said > there:
@@ -312,7 +316,8 @@ def load_of(run: Run, *, most: int, least: int, strip: int) -> Load:
     """
     grids = max(run.batch_tokens // least, 1) if run.batch_tokens else run.batch
     image = run.batch_tokens // grids if run.batch_tokens else most
-    return Load(grids=grids, image=image, text=text_tokens_of(run.model), strip=strip)
+    text = backbone_of(run.model).text_tokens(run.model)
+    return Load(grids=grids, image=image, text=text, strip=strip)
 
 
 def memory_here(processes: int) -> int:
@@ -338,7 +343,7 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
     """
     gpu = bool(gpus_here())
     if isinstance(run.gradient_checkpointing, int):
-        check_blocks(run, flux(settings_of(run.model, "transformer")))
+        check_blocks(run, backbone_of(run.model).sizes(run.model))
     if run.zero != "auto" and (run.gradient_checkpointing != "auto" or not gpu):
         blocks = 0 if run.gradient_checkpointing == "auto" else run.gradient_checkpointing
         chosen = run.model_copy(update={"gradient_checkpointing": blocks})

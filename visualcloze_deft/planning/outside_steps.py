@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from visualcloze_deft.backbones.base import SINGLE
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 
 SHEET_ROWS = 2  # of the grids on a sample sheet: one example and the query
-SINGLE = 4  # bytes of float32
 
 
 @dataclass(frozen=True, kw_only=True)

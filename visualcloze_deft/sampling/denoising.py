@@ -1,6 +1,6 @@
 """Sampling: a grid with holes to the images that fill them.
 
-Axes: b batch, n tokens, l text tokens, d text width.
+Axes: b batch, n tokens, c channels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visualcloze_deft.backbones.flux_fill.model import Models, predict_velocity
+from visualcloze_deft.backbones.base import Latents, Models, Text
+from visualcloze_deft.diffusion.flow import FLOW
+from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
-from visualcloze_deft.sampling.encoding import encode_grids
 
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
@@ -31,63 +32,57 @@ def go_on(_: int, __: Tensor, x: Tensor) -> Tensor:
 
 
 def denoise(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     times: Tensor,
     *,
+    process: Process = FLOW,
     after: AfterStep = go_on,
 ) -> Tensor:
-    """Euler from x at times[0], 1 for pure noise, to the image at times[-1] = 0."""
+    """Steps from x at times[0], 1 for pure noise, to the image at times[-1] = 0."""
     x = noise
     for number, (now, then) in enumerate(pairwise(times)):
-        x = after(number, now, x + (then - now) * velocity(x, now))
+        x = after(number, now, process.step(x, predict(x, now), now, then))
     return x
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What samples of one shape are generated from. text: (b, l, d); pooled: (b, d)."""
+    """What samples of one shape are generated from."""
 
-    latents: grid.Latents
-    text: Tensor
-    pooled: Tensor
+    latents: Latents
+    text: Text
 
 
-def velocity_of(
+def predictor(
     models: Models, given: Conditions, *, guidance: float, steps: int = 0
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The transformer as a function of noisy tokens (b, n, 64) and one time in 0..1.
+    """The denoiser as a function of noisy tokens (b, n, c) and one time in 0..1.
 
     steps: how often it will be asked, for what diffusers' step caches do at certain steps.
     """
-    transformer, asked = models.transformer, 0
-    cached = transformer.is_cache_enabled
+    denoiser, asked = models.denoiser, 0
+    cached = getattr(denoiser, "is_cache_enabled", False)
     if cached:
-        transformer._reset_stateful_cache()  # of the sample before
+        denoiser._reset_stateful_cache()  # of the sample before
 
     def at_step(t: Tensor) -> AbstractContextManager[object]:
         if not cached:
             return nullcontext()
         where = {"step_index": asked, "num_inference_steps": steps, "sigma": float(t)}
-        context: AbstractContextManager[object] = transformer.cache_context("cond", **where)
+        context: AbstractContextManager[object] = denoiser.cache_context("cond", **where)
         return context
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
         nonlocal asked
         with at_step(t):
-            predicted = predict_velocity(
-                transformer,
-                given.latents.inputs(x),
-                t.expand(len(x)),
-                ids=given.latents.ids,
-                text=given.text,
-                pooled=given.pooled,
-                guidance=guidance,
+            predicted = models.networks.predict(
+                denoiser, given.latents, x, t.expand(len(x)), text=given.text, guidance=guidance
             )
         asked += 1
         return predicted.float()
 
-    return velocity
+    return predict
 
 
 def draw_of(seed: int) -> torch.Generator:
@@ -115,29 +110,30 @@ def generate(
 def conditions_of(
     models: Models, grids: Sequence[grid.Grid], prompts: Sequence[Prompt | str]
 ) -> Conditions:
-    """What the encoders make of grids of one shape; the transformer is not called."""
-    text, pooled = models.encode_text(prompts)
-    return Conditions(latents=encode_grids(models, grids, clean=False), text=text, pooled=pooled)
+    """What the encoders make of grids of one shape; the denoiser is not called."""
+    text = models.encode_text(prompts)
+    return Conditions(latents=models.encode_grids(grids, clean=False), text=text)
 
 
 @torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
 def tokens_of(
     models: Models, given: Conditions, *, seeds: Sequence[int], steps: int, guidance: float
 ) -> Tensor:
-    """The (b, n, 64) clean tokens that the transformer makes."""
-    seen = given.latents.seen
-    noise = torch.stack([torch.randn(seen.shape[1:], generator=draw_of(seed)) for seed in seeds])
-    noise = noise.to(seen.device)
+    """The (b, n, c) clean tokens that the denoiser makes."""
+    like = given.latents.clean
+    noise = torch.stack([torch.randn(like.shape[1:], generator=draw_of(seed)) for seed in seeds])
+    noise = noise.to(like.device)
     times = models.times(steps, noise.shape[1]).to(noise.device)
-    return denoise(velocity_of(models, given, guidance=guidance, steps=steps), noise, times)
+    predict = predictor(models, given, guidance=guidance, steps=steps)
+    return denoise(predict, noise, times, process=models.networks.process)
 
 
 def pictures_of(
     models: Models, tokens: Tensor, grids: Sequence[grid.Grid]
 ) -> list[list[Image.Image]]:
-    """The images of each grid's hidden cells in its (b, n, 64) clean tokens, left to right. Only
+    """The images of each grid's hidden cells in its (b, n, c) clean tokens, left to right. Only
     the query's strip is decoded."""
-    query = models.decode_latents(grid.unpack(tokens, grids[0].shape)[-1])
+    query = models.decode_query(tokens, grids)
     return [
         [grid.to_image(cell) for cell in hidden_cells(pixels, g)]
         for pixels, g in zip(query, grids, strict=True)

@@ -1,6 +1,6 @@
-"""From drawn examples to what the transformer reads: encoded, noised, grouped by grid shape.
+"""From drawn examples to what a denoiser reads: encoded, noised, grouped by grid shape.
 
-Axes: b batch, n tokens, l text tokens, d text width.
+Axes: b batch, n tokens, c channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visualcloze_deft.backbones.flux_fill.model import Encoders
+from visualcloze_deft.backbones.base import Encoders, Latents, Text
 from visualcloze_deft.config.run_settings import Times
 from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.diffusion import flow
@@ -37,17 +37,16 @@ class PixelExample:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Samples of one grid shape. noise: (b, n, 64); t, start: (b,); text: (b, l, d);
-    pooled: (b, d). Where start is above t, the sample is a step of the model's own from there."""
+    """Samples of one grid shape. noise: (b, n, c); t, start: (b,). Where start is above t, the
+    sample is a step of the model's own from there."""
 
     indices: tuple[int, ...]
     tasks: tuple[str, ...]
-    latents: grid.Latents
+    latents: Latents
     noise: Tensor
     t: Tensor
     start: Tensor
-    text: Tensor
-    pooled: Tensor
+    text: Text
 
     def some(self, places: Tensor) -> TokenBatch:
         """The samples at `places`, a tensor of whole numbers."""
@@ -59,8 +58,7 @@ class TokenBatch:
             noise=self.noise[places],
             t=self.t[places],
             start=self.start[places],
-            text=self.text[places],
-            pooled=self.pooled[places],
+            text=self.text.some(chosen),
         )
 
 
@@ -72,36 +70,6 @@ def in_pixels(example: Example) -> PixelExample:
         grid=grid.join(example.complete, hidden=example.hidden),
         prompt=example.prompt,
         skipped=example.skipped,
-    )
-
-
-def encode_grids(
-    models: Encoders,
-    grids: Sequence[grid.Grid],
-    *,
-    clean: bool,
-    draws: Sequence[torch.Generator] | None = None,
-) -> grid.Latents:
-    """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
-    they are not known (inference), `Latents.clean` is what is seen. draws: one for each grid, to
-    draw what is seen from the encoder's distribution; its mode by default."""
-    shape = grids[0].shape
-    seen, complete, mask = [], [], []
-    for row in range(len(shape)):
-        shown = torch.stack([g.seen[row] for g in grids])
-        hidden = torch.stack([g.hidden[row] for g in grids])
-        seen.append(grid.pack(models.encode_pixels(shown, draws)))
-        mask.append(grid.pack_mask(hidden.to(seen[-1])))
-        if clean and hidden.any():
-            strips = torch.stack([g.strips[row] for g in grids])
-            complete.append(grid.pack(models.encode_pixels(strips)))
-        else:
-            complete.append(seen[-1])
-    return grid.Latents(
-        clean=torch.cat(complete, dim=1),
-        seen=torch.cat(seen, dim=1),
-        mask=torch.cat(mask, dim=1),
-        ids=grid.position_ids(shape).to(seen[0].device),
     )
 
 
@@ -118,13 +86,13 @@ def encode(
 
     scheduled_sampling: how often a sample starts as a step of the model's own, see `run.Run`.
     """
-    text, pooled = models.encode_text([d.prompt for d in drawn])
+    text = models.encode_text([d.prompt for d in drawn])
     places: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for place, d in enumerate(drawn):
         places.setdefault(d.grid.shape, []).append(place)
     groups = []
     for members in places.values():
-        latents = encode_grids(models, [drawn[k].grid for k in members], clean=True)
+        latents = models.encode_grids([drawn[k].grid for k in members], clean=True)
         noise, t, uniform = zip(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
             strict=True,
@@ -140,8 +108,7 @@ def encode(
                 noise=torch.stack(noise).to(latents.clean),
                 t=at.to(latents.clean.device),
                 start=start.to(latents.clean.device),
-                text=text[members],
-                pooled=pooled[members],
+                text=text.some(members),
             )
         )
     return groups

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from visualcloze_deft.backbones.flux_fill.model import CPU, Encoders
+from visualcloze_deft.backbones.base import Encoders
 from visualcloze_deft.errors import UserError
 
 SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
@@ -108,8 +107,8 @@ class Room:
         """Move the encoders to main memory, from where each comes while it works, let the VAE work
         in tiles, and give back what the allocator keeps."""
         self.made = True
-        for network in self.networks:
-            network.to(CPU)
+        for network in self.models.frozen:
+            network.to("cpu")
         vae = self.models.vae
         vae.enable_tiling()
         vae.tile_sample_min_size = TILE
@@ -118,20 +117,16 @@ class Room:
         if self.models.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return self.models.text_encoder, self.models.text_encoder_2, self.models.vae
-
 
 @contextmanager
 def put_back(room: Room) -> Iterator[Room]:
     """Afterwards the encoders lie where they lay, and the VAE works as it did."""
     vae = room.models.vae
-    places = [next(network.parameters()).device for network in room.networks]
+    places = [next(network.parameters()).device for network in room.models.frozen]
     tiles = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
     try:
         yield room
     finally:
-        for network, place in zip(room.networks, places, strict=True):
+        for network, place in zip(room.models.frozen, places, strict=True):
             network.to(place)
         vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = tiles

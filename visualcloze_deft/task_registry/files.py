@@ -171,8 +171,12 @@ def _task(path: Path, name: str, fields: Mapping[str, Any], roles: Roles) -> Tas
     for role in named:
         if not isinstance(role, str) or role not in columns:
             raise UserError(f"{path}: {role!r} is no column; {suggestion(str(role), columns)}")
-    if len(targets) == len(columns):
-        raise UserError(f"{path}: every column is a target; leave at least one condition")
+    of_words = len(columns) == 1 and fields["content"]  # one picture of what its text says
+    if len(targets) == len(columns) and not of_words:
+        raise UserError(
+            f"{path}: every column is a target; leave at least one condition, or one column and "
+            "its content"
+        )
     if targets != list(columns)[-len(targets) :]:
         raise UserError(f"{path}: targets {targets!r} must be the last columns, in their order")
     return Task(
@@ -203,8 +207,8 @@ def _columns(path: Path, columns: object, roles: Roles) -> dict[str, tuple[str, 
             if role in found:
                 raise UserError(f"{path}: columns: {role!r} stands there twice")
             found[role] = roles.phrases[role]
-    if len(found) < 2:
-        raise UserError(f"{path}: [columns] needs at least two roles, found {len(found)}")
+    if not found:
+        raise UserError(f"{path}: [columns] is empty; name at least two roles")
     for role in found:
         if not ROLE.fullmatch(role):
             raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")

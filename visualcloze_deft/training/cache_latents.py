@@ -11,14 +11,14 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from visualcloze_deft.backbones.base import Encoders
 from visualcloze_deft.backbones.embedding_cache import Encodings, entries
-from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_encoders
-from visualcloze_deft.backbones.flux_fill.model import Encoders
-from visualcloze_deft.backbones.model_files import check_folder
+from visualcloze_deft.backbones.precision import dtype_of
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.sampling.encoding import PixelExample, encode_grids
+from visualcloze_deft.sampling.encoding import PixelExample
 from visualcloze_deft.storage.atomic import check_foreign, output_folder
 from visualcloze_deft.training import preparation, run_data, run_folder
 from visualcloze_deft.training.datasets import PixelDataset
@@ -28,7 +28,7 @@ HEX = "[0-9a-f]" * 2  # the names of the folders that `Encodings` stores in
 
 def prepare(run: Run, folder: Path) -> Mixture:
     """What `run` draws from; raises `UserError` where it or the folder cannot be used."""
-    check_folder(run.model)
+    backbone_of(run.model).check(run.model)
     check_foreign(folder, (run_folder.INDEX, HEX), what="encodings of vcdeft")
     with run_folder.undone_on_failure(folder, fresh=not folder.exists()):
         output_folder(folder)
@@ -45,12 +45,16 @@ def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool)
     mixture = prepare(run, folder)
     count = examples or length_of(run, mixture, processes=process.num_processes)
     encodings = Encodings(folder)
-    encoders = load_encoders(
-        run.model,
-        dtype=dtype_of(run.precision, process.device.type),
-        device=str(process.device),
-        clip_text=run.clip_text,
-        encodings=encodings,
+    encoders = (
+        backbone_of(run.model)
+        .networks()
+        .load_encoders(
+            run.model,
+            dtype=dtype_of(run.precision, process.device.type),
+            device=str(process.device),
+            clip_text=run.clip_text,
+            encodings=encodings,
+        )
     )
     loader = DataLoader(
         PixelDataset(mixture),
@@ -80,7 +84,7 @@ def encode_all(
             raise drawn
         encoders.encode_text([drawn.prompt])
         if not text_only:
-            encode_grids(encoders, [drawn.grid], clean=True)
+            encoders.encode_grids([drawn.grid], clean=True)
         if not encoders.encodings.storing:
             raise UserError(
                 f"--output {encoders.encodings.folder}: nothing more can be stored there; make "

@@ -21,13 +21,13 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visualcloze_deft.adapters import injection, methods
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones.compiled import compile_blocks
+from visualcloze_deft.backbones.table import blocks_of
 from visualcloze_deft.config.overrides import deep_merge
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.planning.memory import BUCKET
@@ -38,25 +38,23 @@ MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
 AVERAGE = "average"  # ours, in the same place
 
 
-def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
-    """DeepSpeed's engine around the transformer and AdamW over the adapter."""
-    recompute(transformer, run.gradient_checkpointing)
+def start_engine(denoiser: nn.Module, run: Run) -> Any:
+    """DeepSpeed's engine around the denoiser and AdamW over the adapter."""
+    recompute(denoiser, run.gradient_checkpointing)
     if run.zero == 3:
-        register_for_zero3(transformer)
+        register_for_zero3(denoiser)
     if run.compile:
-        compile_blocks(transformer)
+        compile_blocks(denoiser)
     module = GridLoss(
-        transformer,
+        denoiser,
         context_weight=run.context_weight,
         guidance=run.guidance,
         scheduled_sampling=run.scheduled_sampling > 0,
     )
-    deft_linear.share_factors(
-        module
-    )  # over all its calls of the transformer, one for each grid shape
+    deft_linear.share_factors(module)  # over all its calls of the denoiser, one for each grid shape
     settings = run.optimiser
     optimiser = (torch.optim.AdamW if run.zero else ClippedAdamW)(
-        injection.parameter_groups(transformer, run.adapter, lr=settings.lr),
+        injection.parameter_groups(denoiser, run.adapter, lr=settings.lr),
         betas=settings.betas,
         weight_decay=settings.weight_decay,
         foreach=True,
@@ -65,7 +63,7 @@ def start_engine(transformer: FluxTransformer2DModel, run: Run) -> Any:
         optimiser.clip = settings.max_grad_norm
     for group in optimiser.param_groups:
         group["full_lr"] = group["lr"]
-    trained = injection.trainable(transformer).values()
+    trained = injection.trainable(denoiser).values()
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimiser,
@@ -101,12 +99,12 @@ class ClippedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
+def recompute(denoiser: Any, blocks: int | str) -> None:
     """Recompute the first `blocks` blocks ("all", "none") in the backward pass.
 
     The first, because their turn in it comes when all others have given back what they kept.
     """
-    every = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    every = blocks_of(denoiser)
     chosen = {"all": every, "none": []}[blocks] if isinstance(blocks, str) else every[:blocks]
     again = set(chosen)
 
@@ -117,10 +115,10 @@ def recompute(transformer: FluxTransformer2DModel, blocks: int | str) -> None:
             block,
             *inputs,
             use_reentrant=False,
-            context_fn=lambda: deft_linear.recomputing(transformer),
+            context_fn=lambda: deft_linear.recomputing(denoiser),
         )
 
-    transformer.enable_gradient_checkpointing(call)
+    denoiser.enable_gradient_checkpointing(call)
 
 
 def register_for_zero3(root: nn.Module) -> None:
@@ -178,7 +176,7 @@ def gather_kinds(engine: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
     found = {}
-    for name, parameter in injection.trainable(engine.module.transformer).items():
+    for name, parameter in injection.trainable(engine.module.denoiser).items():
         for kind in kinds:
             if stage0:
                 state = torch_optimiser(engine).state[parameter][kind]
@@ -190,20 +188,20 @@ def gather_kinds(engine: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
 
 def gather_adapter(engine: Any) -> dict[str, Tensor]:
     """The adapter's float32 tensors under peft's file names; every process must call it."""
-    transformer = engine.module.transformer
+    denoiser = engine.module.denoiser
     if engine.zero_optimization_stage() == 0:
-        return injection.state(transformer)
+        return injection.state(denoiser)
     whole = {
         name: safe_get_full_fp32_param(parameter).detach().cpu().clone()
-        for name, parameter in injection.trainable(transformer).items()
+        for name, parameter in injection.trainable(denoiser).items()
     }
-    return injection.state_of(transformer, whole)
+    return injection.state_of(denoiser, whole)
 
 
 def adapter_of_average(engine: Any) -> dict[str, Tensor]:
     """`gather_adapter`, of the running average. Averaged is what is trained, in this process's
     signs: in peft's, R could change its sign from step to step."""
-    return injection.state_of(engine.module.transformer, by_parameter(gather_average(engine)))
+    return injection.state_of(engine.module.denoiser, by_parameter(gather_average(engine)))
 
 
 def by_parameter(average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,7 +225,7 @@ def average(engine: Any, decay: float) -> None:
 
 @contextmanager
 def published(engine: Any, *, averaged: bool) -> Iterator[None]:
-    """Inside, the transformer is as it would be published: not in training, and where `averaged`
+    """Inside, the denoiser is as it would be published: not in training, and where `averaged`
     with the running average. Afterwards all is as it was, bit for bit. Every process must enter.
     """
     training = [module for module in engine.module.modules() if module.training]
@@ -244,15 +242,15 @@ def published(engine: Any, *, averaged: bool) -> Iterator[None]:
 
 
 def whole_parameters(engine: Any) -> dict[str, Tensor]:
-    """What the transformer computes with, by name; every process must call it."""
-    named = injection.trainable(engine.module.transformer)
+    """What the denoiser computes with, by name; every process must call it."""
+    named = injection.trainable(engine.module.denoiser)
     with GatheredParameters(list(named.values())):
         return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
 
 
 def put_parameters(engine: Any, values: dict[str, Tensor]) -> None:
     """Compute with `values` and leave what is stepped alone; every process must call it."""
-    named = injection.trainable(engine.module.transformer)
+    named = injection.trainable(engine.module.denoiser)
     with GatheredParameters(list(named.values()), modifier_rank=0), torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(values[name])
@@ -260,7 +258,7 @@ def put_parameters(engine: Any, values: dict[str, Tensor]) -> None:
 
 def adapter_norms(engine: Any) -> dict[str, float]:
     """Frobenius norms of P and R, or of A and B, mean over layers; every process must call it."""
-    named = injection.trainable(engine.module.transformer)
+    named = injection.trainable(engine.module.denoiser)
     norms: dict[str, list[float]] = {}
     with GatheredParameters(list(named.values())):
         for name, parameter in named.items():
@@ -294,7 +292,7 @@ def restore_moments(engine: Any, start: Checkpoint) -> None:
     start_moments(engine, steps=start.progress.step - start.progress.not_finite, kinds=kinds)
     link_moments(engine)
     stage0 = engine.zero_optimization_stage() == 0
-    for name, parameter in injection.trainable(engine.module.transformer).items():
+    for name, parameter in injection.trainable(engine.module.denoiser).items():
         for kind in kinds:
             value = saved[f"{kind}.{name}"]
             if stage0:

@@ -78,6 +78,8 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    for harmless in ("Attempting to run cuBLAS, but there was no current CUDA context", "barrier"):
+        warnings.filterwarnings("ignore", category=UserWarning, message=harmless)
 
 
 def latest(output: Path, process: PartialState) -> Checkpoint:

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones import compiled, kernels
 from visualcloze_deft.backbones.attention_check import Shapes
+from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.backbones.embedding_cache import Encodings
-from visualcloze_deft.backbones.flux_fill.loading import dtype_of, load_models
-from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.kernels import Kernels, shapes_in
+from visualcloze_deft.backbones.precision import dtype_of
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
@@ -147,32 +148,36 @@ def train_here(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     watchdog.doing("loading the model")
-    models = load_models(
-        run.model,
-        dtype=dtype,
-        device=str(process.device),
-        lora=run.model_lora,
-        bits=run.quantise,
-        clip_text=run.clip_text,
-        rest="cpu" if run.offload_encoders else None,
-        encodings=Encodings(kept) if kept else None,
-        split=zero3.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
+    models = (
+        backbone_of(run.model)
+        .networks()
+        .load(
+            run.model,
+            dtype=dtype,
+            device=str(process.device),
+            lora=run.model_lora,
+            bits=run.quantise,
+            clip_text=run.clip_text,
+            rest="cpu" if run.offload_encoders else None,
+            encodings=Encodings(kept) if kept else None,
+            split=zero3.splitter(deepspeed_config(run), dtype) if run.zero == 3 else None,
+        )
     )
     watchdog.doing("attaching the adapter")
     if start is not None:
-        files.load(models.transformer, start.folder, trainable=True)
+        files.load(models.denoiser, start.folder, trainable=True)
     elif run.adapter.init_from is not None:
         files.load(
-            models.transformer,
+            models.denoiser,
             Path(run.adapter.init_from),
             trainable=True,
             dropout=run.adapter.dropout,
         )
     else:
-        injection.attach(models.transformer, run.adapter, seed=run.seed, whole=zero3.whole)
-    kernels.use(models.transformer, chosen)
+        injection.attach(models.denoiser, run.adapter, seed=run.seed, whole=zero3.whole)
+    kernels.use(models.denoiser, chosen)
     watchdog.doing("starting DeepSpeed")
-    engine = start_engine(models.transformer, run)
+    engine = start_engine(models.denoiser, run)
     if start is not None:
         restore_moments(engine, start)
     loop = Loop(
@@ -496,7 +501,7 @@ class Loop:
     def write_adapter(self, folder: Path, tensors: dict[str, Tensor], step: int) -> None:
         used = self.stepper.kernels.attention
         files.save(
-            self.models.transformer,
+            self.models.denoiser,
             folder,
             base=self.run.model,
             tensors=tensors,

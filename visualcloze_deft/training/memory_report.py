@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
-from visualcloze_deft.planning.activations import Load
 from visualcloze_deft.planning.memory import (
     RESERVE,
     MemoryPlan,
@@ -94,7 +94,7 @@ class MemoryReport:
         plan, run, load = self.plan, self.plan.run, self.plan.load
         yield (
             f"model    {run.model}: {plan.model.parameters / 1e9:.3g} B parameters, "
-            f"{plan.model.double} double and {plan.model.single} single blocks"
+            f"{plan.blocks} blocks"
         )
         yield (
             f"load     {load.grids} x ({load.image} + {load.text} text) tokens a process, "

@@ -13,9 +13,10 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
+from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.backbones.compiled import Compiling
-from visualcloze_deft.backbones.flops import peak, training_flops
-from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.flops import peak
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config import overrides
 from visualcloze_deft.config.run_settings import Run, Tracker
 from visualcloze_deft.data.example import Skipped
@@ -142,10 +143,17 @@ class MetricsLog:
             "tokens_per_second": sum(one.tokens for one in seen) / seconds,
         }
         if self.peak is not None:
-            config, text = self.models.transformer.config, self.models.text_length
-            needed = sum(training_flops(config, one.tokens, text) for one in seen)
+            needed = sum(self.flops(one.tokens) for one in seen)
             found["utilisation"] = needed / (seconds * self.world * self.peak)
         return {name: round(value, 4) for name, value in found.items()}
+
+    def flops(self, tokens: int) -> float:
+        """Operations of a sample of so many image tokens; 0 where they are not counted."""
+        backbone = backbone_of(self.run.model)
+        if backbone.flops is None:
+            return 0.0
+        text = backbone.text_tokens(self.run.model)
+        return backbone.flops(self.models.denoiser.config, tokens, text)
 
     def evaluated(
         self, step: int, examples: int, own: dict[int, ValidationLosses], times: Collection[float]
@@ -243,7 +251,7 @@ def memory_used(device: torch.device) -> int:
 
 def peak_of(models: Models) -> float | None:
     """What the device can do in the base's precision, where it is known."""
-    if models.device.type != "cuda" or models.transformer.dtype != torch.bfloat16:
+    if models.device.type != "cuda" or models.denoiser.dtype != torch.bfloat16:
         return None
     return peak(torch.cuda.get_device_name(models.device))
 

@@ -36,7 +36,7 @@ class Origin:
     suspect: Suspect = "none"
 
     def __str__(self) -> str:
-        layer = self.layer.removeprefix("transformer.")
+        layer = self.layer.removeprefix("denoiser.")
         return f"{self.operation} of {layer}" if layer else self.operation
 
 

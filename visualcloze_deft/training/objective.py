@@ -1,6 +1,6 @@
-"""The transformer with its training loss, as one module that an engine can wrap.
+"""The denoiser with its training loss, as one module that an engine can wrap.
 
-Axes: b batch, n tokens.
+Axes: b batch, n tokens, c channels.
 """
 
 from __future__ import annotations
@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.sampling.encoding import NEAREST, TokenBatch
 
 
 class GridLoss(nn.Module):
-    """The transformer with its loss: one call takes a whole batch of groups, as engines like it."""
+    """The denoiser with its loss: one call takes a whole batch of groups, as engines like it."""
 
     def __init__(
         self,
-        transformer: FluxTransformer2DModel,
+        denoiser: nn.Module,
         *,
         context_weight: float,
         guidance: float,
@@ -30,7 +29,8 @@ class GridLoss(nn.Module):
         """scheduled_sampling: whether, in training, groups may hold samples whose `start` is above
         `t`."""
         super().__init__()
-        self.transformer = transformer
+        self.denoiser = denoiser
+        self.networks = backbone_of_network(denoiser).networks()
         self.context_weight = context_weight
         self.guidance = guidance
         self.scheduled_sampling = scheduled_sampling
@@ -41,19 +41,20 @@ class GridLoss(nn.Module):
 
     def errors(self, group: TokenBatch) -> Tensor:
         latents, t, start = group.latents, group.t, group.start
-        noisy = flow.interpolate(latents.clean, group.noise, start)
-        target = flow.velocity(latents.clean, group.noise)
-        if self.scheduled_sampling and self.training:
-            noisy = noisy + (t - start)[:, None, None] * self.guess(group, noisy)
-            led = flow.velocity_to(latents.clean, noisy, t.clamp(min=NEAREST))
+        process = self.networks.process
+        noisy = process.corrupt(latents.clean, group.noise, start)
+        target = process.target(latents.clean, group.noise, t)
+        if self.scheduled_sampling and self.training and process.rolled_out is not None:
+            noisy = process.step(noisy, self.guess(group, noisy), start, t)
+            led = process.rolled_out(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)
-        predicted = self.velocity(group, noisy, t)
+        predicted = self.predict(group, noisy, t)
         weight = latents.is_target + self.context_weight * (1 - latents.is_target)
         return flow.velocity_error(predicted, target, weight)
 
     @torch.no_grad()
     def guess(self, group: TokenBatch, noisy: Tensor) -> Tensor:
-        """The velocity of samples that are led, 0 for the others.
+        """What is predicted of samples that are led, 0 for the others.
 
         At least one is asked for: under ZeRO-3 the call gathers weights from every process.
         """
@@ -61,16 +62,10 @@ class GridLoss(nn.Module):
         led = led if len(led) else led.new_zeros(1)
         some = group.some(led)
         guess = torch.zeros_like(noisy)
-        guess[led] = self.velocity(some, noisy[led], some.start).to(guess)
+        guess[led] = self.predict(some, noisy[led], some.start).to(guess)
         return guess
 
-    def velocity(self, group: TokenBatch, noisy: Tensor, t: Tensor) -> Tensor:
-        return predict_velocity(
-            self.transformer,
-            group.latents.inputs(noisy),
-            t,
-            ids=group.latents.ids,
-            text=group.text,
-            pooled=group.pooled,
-            guidance=self.guidance,
+    def predict(self, group: TokenBatch, noisy: Tensor, t: Tensor) -> Tensor:
+        return self.networks.predict(
+            self.denoiser, group.latents, noisy, t, text=group.text, guidance=self.guidance
         )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from visualcloze_deft.adapters.metadata import check_base, check_start
 from visualcloze_deft.backbones import lora_files
-from visualcloze_deft.backbones.model_files import check_folder, check_quantise
+from visualcloze_deft.backbones.base import Backbone, Feature, Load
+from visualcloze_deft.backbones.model_files import check_quantise
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.planning.activations import Load
 from visualcloze_deft.planning.memory import LEAST, decided, load_of
 from visualcloze_deft.runtime.gpus import check_alike, gpus_here, precision_on
 from visualcloze_deft.training import deepspeed_settings
@@ -65,7 +66,9 @@ def prepare(
     """
     check_settings(run)
     check_alike(gpus_here()[:processes])
-    check_folder(run.model)
+    backbone = backbone_of(run.model)
+    backbone.check(run.model)
+    check_features(run, backbone)
     check_attention(run)
     check_quantise(run.quantise, zero3=run.zero == 3)
     encodings_folder(run)
@@ -87,6 +90,7 @@ def prepare(
     if divide:
         run = divided(run, processes=processes)
     mixture = mixture_of(run, cache=output / INDEX)
+    check_layout(mixture, backbone)
     plan = plan_of(run, mixture, processes=processes)
     if run.logging.validate_every:
         held_out_of(run, cache=output / INDEX)
@@ -107,6 +111,31 @@ def prepare(
             check_tasks(mixture, output / TASKS)
     describe(run, mixture, output)
     return mixture
+
+
+def check_features(run: Run, backbone: Backbone) -> None:
+    """Raise `UserError` where a setting needs what the model's family does not have."""
+    asked: tuple[tuple[Feature, str, bool], ...] = (
+        ("lora-files", "model_lora", run.model_lora is not None),
+        ("quantised", "quantise", run.quantise != "none"),
+        ("scheduled-sampling", "scheduled_sampling", run.scheduled_sampling > 0),
+    )
+    for feature, setting, used in asked:
+        if used and feature not in backbone.features:
+            raise UserError(f"{setting}: not for models of {backbone.name}; leave it out")
+
+
+def check_layout(mixture: Mixture, backbone: Backbone) -> None:
+    """Raise `UserError` where a model's family cannot make the grids of a task."""
+    counts = [rows for rows, weight in enumerate(mixture.recipe.examples, 1) if weight]
+    for name, task in mixture.tasks.items():
+        for rows in counts:
+            columns, targets = len(task.roles), len(task.targets)
+            if why := backbone.refuses(rows, columns, targets):
+                raise UserError(
+                    f"task {name}, {rows} x {columns}: not for models of {backbone.name}: {why}; "
+                    "see --tasks and data.recipe.examples"
+                )
 
 
 def check_settings(run: Run) -> None:

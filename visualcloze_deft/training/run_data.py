@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from visualcloze_deft.backbones.model_files import resolution_of as model_resolution
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.config.seeds import OTHER_SCENES
 from visualcloze_deft.data.annotation.source import annotated, check_places
@@ -111,4 +111,6 @@ def weights_of(run: Run, known: Mapping[str, Task]) -> dict[str, float]:
 
 def resolution_of(run: Run) -> int:
     """The cell side the run trains at."""
-    return model_resolution(run.model) if run.data.resolution == "model" else run.data.resolution
+    if run.data.resolution != "model":
+        return run.data.resolution
+    return backbone_of(run.model).resolution(run.model)

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
-from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.eligible import eligible
 from visualcloze_deft.data.example import Example

@@ -192,7 +192,7 @@ class Stepper:
         example, the first that is finite."""
         tried = []
         for other in kernels.remedies(self.kernels, suspect, self.shapes, shared=self.first_said):
-            kernels.use(self.engine.module.transformer, other)
+            kernels.use(self.engine.module.denoiser, other)
             tried.append(str(other))
             again = self.compute(step, share)
             if self.engine.was_step_applied():
@@ -203,7 +203,7 @@ class Stepper:
                 return again
             errors = [torch.where(e.isfinite(), e, a) for e, a in zip(errors, again, strict=True)]
         if tried:
-            kernels.use(self.engine.module.transformer, self.kernels)
+            kernels.use(self.engine.module.denoiser, self.kernels)
         self.say(f"gradient not finite after {after}{''.join(f', nor with {t}' for t in tried)}")
         return errors
 

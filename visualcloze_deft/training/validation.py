@@ -12,7 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.errors import UserError

@@ -38,16 +38,14 @@ from visualcloze_deft.backbones.model_files import (
     TOKENIZERS,
     check_folder,
     check_quantise,
+    component_config,
     folder_of,
     resolution_of,
     weight_files,
 )
-from visualcloze_deft.backbones.model_size import Network, settings_of
-from visualcloze_deft.config.run_settings import Bits, Precision
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.prompt import ClipText
-from visualcloze_deft.runtime.gpus import gpus_here, precision_on, why_float32
-from visualcloze_deft.runtime.launch import say_once
 
 Split = Callable[[nn.Module], None]  # leaves this process its share of a module's weights
 Dtype = torch.dtype | Mapping[str, torch.dtype]  # of all parts, or by part, "default" of the others
@@ -179,7 +177,7 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     check_folder(name, parts=TOKENIZERS)
     clip = load_part(name, "tokenizer", CLIPTokenizer)
     t5 = load_part(name, "tokenizer_2", T5TokenizerFast)
-    encoders: tuple[tuple[Any, str, Network, int], ...] = (
+    encoders: tuple[tuple[Any, str, str, int], ...] = (
         (clip, "tokenizer", "text_encoder", 0),
         (t5, "tokenizer_2", "text_encoder_2", SPARE),
     )
@@ -188,7 +186,7 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, T5TokenizerFast]:
             tokenizer([""], padding="max_length", max_length=8, truncation=True)
         if not (folder_of(name) / encoder).is_dir():  # of a model that was saved without it
             continue
-        told = settings_of(name, encoder)
+        told = component_config(name, encoder)
         known = told.get("vocab_size", len(tokenizer))
         if not known - spare <= len(tokenizer) <= known:
             raise UserError(
@@ -241,18 +239,3 @@ def stored_dtype(name: str) -> torch.dtype:
     """The precision of the transformer's weights on disk: in it they can be mapped, not copied."""
     with safe_open(weight_files(folder_of(name) / "transformer")[0], "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
-
-
-def dtype_of(precision: Precision, device: str) -> torch.dtype:
-    """What `precision` is on a device, see `gpus.precision_on`; where "auto" is float32 on a GPU, a
-    warning says why, once. Raises `UserError` for bfloat16 on a GPU without it."""
-    place = torch.device(device)
-    gpu = gpus_here()[place.index or 0] if place.type == "cuda" else None
-    if precision == "auto" and gpu is not None and (why := why_float32(gpu)):
-        say_once(why)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision_on(precision, gpu)]
-
-
-def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 on GPUs that compute in it, float32 elsewhere, see `dtype_of`."""
-    return dtype_of("auto", device)

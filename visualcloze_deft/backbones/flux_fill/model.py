@@ -1,4 +1,7 @@
-"""The seven components of FLUX.1-Fill as one value: text, latents, velocity."""
+"""The seven components of FLUX.1-Fill as one value: text, latents, velocity.
+
+Axes: b batch, n tokens, l text tokens, d text width.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from visualcloze_deft.backbones.base import Networks
 from visualcloze_deft.backbones.embedding_cache import Encodings
+from visualcloze_deft.backbones.flux_fill import packing
+from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
+from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.backbones.model_files import CHANNELS
-from visualcloze_deft.backbones.model_size import MAX_TEXT_TOKENS
 from visualcloze_deft.diffusion import flow
+from visualcloze_deft.grids.grid import Grid
 from visualcloze_deft.grids.prompt import ClipText, Prompt, clip_text, fits, unread
 
 CPU = torch.device("cpu")
@@ -68,9 +75,13 @@ class Encoders:
         }
         return {encoder: words for encoder, words in found.items() if words}
 
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        return self.text_encoder, self.text_encoder_2, self.vae
+
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[Prompt | str]) -> tuple[Tensor, Tensor]:
-        """T5 tokens (b, l, d) and CLIP's pooled vector (b, d), without attention masks, as FLUX."""
+    def encode_text(self, prompts: Sequence[Prompt | str]) -> FluxText:
+        """T5's tokens and CLIP's pooled vector, without attention masks, as FLUX."""
         t5 = self.tokenizer_2(
             [str(prompt) for prompt in prompts],
             padding="max_length",
@@ -85,7 +96,7 @@ class Encoders:
             return_tensors="pt",
         ).input_ids
         text, pooled = self.text_encoder_2, self.text_encoder
-        return (
+        return FluxText(
             self.encoded(text, t5, lambda ids: text(ids, return_dict=True).last_hidden_state),
             self.encoded(pooled, clip, lambda ids: pooled(ids, return_dict=True).pooler_output),
         )
@@ -111,6 +122,39 @@ class Encoders:
                 for one, draw in zip(strips.split(1), draws, strict=True)
             ]
         return scaled(torch.cat(drawn))
+
+    def encode_grids(
+        self,
+        grids: Sequence[Grid],
+        *,
+        clean: bool,
+        draws: Sequence[torch.Generator] | None = None,
+    ) -> packing.Latents:
+        """Grids of one shape to tokens. Without `clean`, the complete strips are not encoded: where
+        they are not known (inference), `Latents.clean` is what is seen. draws: one for each grid,
+        to draw what is seen from the encoder's distribution; its mode by default."""
+        shape = grids[0].shape
+        seen, complete, mask = [], [], []
+        for row in range(len(shape)):
+            shown = torch.stack([g.seen[row] for g in grids])
+            hidden = torch.stack([g.hidden[row] for g in grids])
+            seen.append(packing.pack(self.encode_pixels(shown, draws)))
+            mask.append(packing.pack_mask(hidden.to(seen[-1])))
+            if clean and hidden.any():
+                strips = torch.stack([g.strips[row] for g in grids])
+                complete.append(packing.pack(self.encode_pixels(strips)))
+            else:
+                complete.append(seen[-1])
+        return packing.Latents(
+            clean=torch.cat(complete, dim=1),
+            seen=torch.cat(seen, dim=1),
+            mask=torch.cat(mask, dim=1),
+            ids=packing.position_ids(shape).to(seen[0].device),
+        )
+
+    def decode_query(self, tokens: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Clean tokens (b, n, 64) to the pixels (b, 3, h, w) of the last row alone."""
+        return self.decode_latents(packing.unpack(tokens, grids[0].shape)[-1])
 
     def encoded(
         self, network: nn.Module, inputs: Tensor, encode: Callable[[Tensor], Tensor]
@@ -150,6 +194,16 @@ class Models(Encoders):
     transformer: FluxTransformer2DModel
     scheduler: FlowMatchEulerDiscreteScheduler
     resolution: int
+
+    @property
+    def denoiser(self) -> FluxTransformer2DModel:
+        return self.transformer
+
+    @property
+    def networks(self) -> Networks:
+        from visualcloze_deft.backbones.flux_fill.networks import NETWORKS  # which loads `Models`
+
+        return NETWORKS
 
     def times(self, steps: int, tokens: int) -> Tensor:
         """The (steps + 1,) sampling times for a grid of `tokens` tokens."""
@@ -202,8 +256,23 @@ def text_length(tokenizer: T5TokenizerFast) -> int:
     return min(int(tokenizer.model_max_length), MAX_TEXT_TOKENS)
 
 
+def predict(
+    transformer: nn.Module,
+    latents: packing.Latents,
+    noisy: Tensor,
+    t: Tensor,
+    *,
+    text: FluxText,
+    guidance: float,
+) -> Tensor:
+    """The transformer's velocity (b, n, 64) for `noisy` tokens at times t (b,) in 0..1."""
+    return predict_velocity(
+        transformer, latents.inputs(noisy), t, ids=latents.ids, **text._asdict(), guidance=guidance
+    )
+
+
 def predict_velocity(
-    transformer: FluxTransformer2DModel,
+    transformer: nn.Module,
     inputs: Tensor,
     t: Tensor,
     *,
@@ -225,3 +294,22 @@ def predict_velocity(
         return_dict=False,
     )[0]
     return predicted
+
+
+def probe(transformer: FluxTransformer2DModel, random: torch.Generator) -> dict[str, Any]:
+    """Random inputs of one sample: 4 x 8 image tokens and 8 of text."""
+    config, dtype = transformer.config, transformer.dtype
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    positions = torch.cartesian_prod(torch.arange(1, 2), torch.arange(4), torch.arange(8))
+    return {
+        "hidden_states": draw(1, 32, config.in_channels),
+        "timestep": torch.full((1,), 0.7, dtype=dtype),
+        "guidance": torch.full((1,), 30.0, dtype=dtype),
+        "pooled_projections": draw(1, config.pooled_projection_dim),
+        "encoder_hidden_states": draw(1, 8, config.joint_attention_dim),
+        "txt_ids": torch.zeros(8, 3),
+        "img_ids": positions.float(),
+    }

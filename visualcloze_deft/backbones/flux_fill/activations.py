@@ -1,66 +1,17 @@
-"""What the backward pass of a step holds, block by block."""
+"""What the backward pass of a step of FLUX's transformer holds, block by block."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from visualcloze_deft.backbones.model_size import BLOCK, Flux
+from visualcloze_deft.backbones.base import SINGLE, Activations, Load
+from visualcloze_deft.backbones.flux_fill.layers import BLOCKS
+from visualcloze_deft.backbones.flux_fill.sizes import Flux
 from visualcloze_deft.config.run_settings import Adapter
-from visualcloze_deft.planning.outside_steps import SINGLE
-from visualcloze_deft.planning.sizes import adapted_layers
 
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a process computes at once: so many grids of `image` and `text` tokens each.
-
-    strip: image tokens of the widest row of a grid; without, a grid is one row.
-    """
-
-    grids: int
-    image: int
-    text: int
-    strip: int | None = None
-
-    @property
-    def widest(self) -> int:
-        return self.image if self.strip is None else self.strip
-
-    @property
-    def tokens(self) -> int:
-        return self.grids * (self.image + self.text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activations:
-    """What a forward pass leaves for the backward pass.
-
-    blocks: what autograd keeps of each block. factors: of that, DEFT's Q and A, which stay also
-    where a block is recomputed. entry: what it keeps of a recomputed one, its input.
-    outside: what it keeps after the last. positions: sines and cosines that all blocks read.
-    batch: the encoded grids. work: what the backward pass of one block holds beside.
-    """
-
-    blocks: tuple[int, ...]
-    factors: tuple[int, ...]
-    entry: int
-    outside: int
-    positions: int
-    batch: int
-    work: int
-
-    def kept(self, recomputed: int) -> int:
-        """By autograd when the forward pass ends, the first `recomputed` blocks recomputed."""
-        read = self.positions if recomputed < len(self.blocks) else 0
-        return self.outside + recomputed * self.entry + sum(self.blocks[recomputed:]) + read
-
-    def peak(self, recomputed: int) -> int:
-        """The most at any time. A recomputed block comes back when all later ones are done."""
-        before = self.outside + recomputed * self.entry + sum(self.factors[:recomputed])
-        pairs = zip(self.blocks[:recomputed], self.factors, strict=False)
-        again = max((kept - factors for kept, factors in pairs), default=0)
-        most = before + max(again, sum(self.blocks[recomputed:]))
-        return self.batch + self.positions + self.work + most
+IN_BLOCK = re.compile(rf"({BLOCKS})\.(.*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +87,17 @@ class SavedActivations:
         return found + self.reads("proj_out", rows, 5 * w)
 
 
-def activations_of(model: Flux, settings: Adapter, load: Load, size: int) -> Activations:
-    """What one forward pass of the adapted transformer leaves; size: bytes of a value of the base.
+def activations_of(
+    model: Flux, settings: Adapter, adapted: Collection[str], load: Load, size: int
+) -> Activations:
+    """What one forward pass of the transformer leaves. adapted: the layers with an adapter. size:
+    bytes of a value of the base.
 
     A block before the first adapter keeps nothing: no gradient reaches it.
     """
     wrapped: dict[str, set[str]] = {}
-    for name in adapted_layers(model, settings):
-        if inside := BLOCK.fullmatch(name):
+    for name in adapted:
+        if inside := IN_BLOCK.fullmatch(name):
             wrapped.setdefault(inside[1], set()).add(inside[2])
     blocks: list[int] = []
     factors: list[int] = []

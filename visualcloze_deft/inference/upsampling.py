@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.images.reading import LIMIT
-from visualcloze_deft.sampling.denoising import AfterStep, Conditions, denoise, go_on, velocity_of
+from visualcloze_deft.sampling.denoising import AfterStep, Conditions, denoise, go_on, predictor
 from visualcloze_deft.storage.text_files import brief
 
 STRENGTH = 0.4  # VisualCloze's
@@ -85,8 +87,7 @@ def upsample(
     image: Image.Image,
     how: Upsampling,
     *,
-    text: Tensor,
-    pooled: Tensor,
+    text: FluxText,
     draw: torch.Generator,
     steps: int,
     guidance: float,
@@ -94,19 +95,19 @@ def upsample(
 ) -> Tensor:
     """The enlarged image as (3, h, w) pixels in -1..1; `how.steps(steps)` must be 1 or more.
 
-    text, pooled: of its prompt, for one sample. draw: makes its noise.
+    text: of its prompt, for one sample. draw: makes its noise.
     """
     size, taken = how.size(*image.size), how.steps(steps)
     enlarged = enlarge(image, how)
     alone = replace(models, encodings=None)  # an image just made is never asked for again
-    clean = grid.pack(alone.encode_pixels(enlarged[None]))
+    clean = packing.pack(alone.encode_pixels(enlarged[None]))
     times = models.times(steps, clean.shape[1])[steps - taken :].to(clean.device)
-    channels, high, wide = grid.unpack(clean, [size[::-1]])[0].shape[1:]
+    channels, high, wide = packing.unpack(clean, [size[::-1]])[0].shape[1:]
     noise = torch.randn(1, channels, high, wide, generator=draw, device=draw.device)
-    noisy = flow.interpolate(clean.float(), grid.pack(noise).to(clean.device), times[:1])
-    given = Conditions(latents=hidden_whole(models, size), text=text, pooled=pooled)
-    velocity = velocity_of(models, given, guidance=guidance, steps=taken)
-    (latent,) = grid.unpack(denoise(velocity, noisy, times, after=after), [size[::-1]])
+    noisy = flow.interpolate(clean.float(), packing.pack(noise).to(clean.device), times[:1])
+    given = Conditions(latents=hidden_whole(models, size), text=text)
+    predict = predictor(models, given, guidance=guidance, steps=taken)
+    (latent,) = packing.unpack(denoise(predict, noisy, times, after=after), [size[::-1]])
     return models.decode_latents(latent)[0]
 
 
@@ -115,14 +116,14 @@ def enlarge(image: Image.Image, how: Upsampling) -> Tensor:
     return grid.to_pixels(image.resize(how.size(*image.size), Image.Resampling.LANCZOS))
 
 
-def hidden_whole(models: Models, size: tuple[int, int]) -> grid.Latents:
+def hidden_whole(models: Models, size: tuple[int, int]) -> packing.Latents:
     """One image of (width, height) of which nothing is seen, as FLUX.1-Fill is shown it."""
     width, height = size
-    seen = grid.pack(models.encode_pixels(torch.zeros(1, 3, height, width)))
-    ids = grid.position_ids([(height, width)])
+    seen = packing.pack(models.encode_pixels(torch.zeros(1, 3, height, width)))
+    ids = packing.position_ids([(height, width)])
     ids[:, 0] = 0  # no row of a grid
-    mask = grid.pack_mask(torch.ones(1, 1, height, width)).to(seen)
-    return grid.Latents(clean=seen, seen=seen, mask=mask, ids=ids.to(seen.device))
+    mask = packing.pack_mask(torch.ones(1, 1, height, width)).to(seen)
+    return packing.Latents(clean=seen, seen=seen, mask=mask, ids=ids.to(seen.device))
 
 
 def each(

@@ -1,0 +1,249 @@
+"""What a backbone is: one model family behind tasks, trainer, sampler, memory plan and exports.
+
+A family is two values. `Backbone` is what files alone tell of it, without torch; its `networks`
+gives `Networks`, its functions on torch modules. Everything else in the package works through
+them: a further family is a folder beside `flux_fill` and a row of `table.BACKBONES`.
+
+Latents are (b, n, c) tokens for every family; a network that computes with maps folds them itself.
+Axes: b samples, n tokens, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from visualcloze_deft.backbones.embedding_cache import Encodings
+    from visualcloze_deft.config.run_settings import Adapter
+    from visualcloze_deft.diffusion.process import Process
+    from visualcloze_deft.grids.grid import Grid
+    from visualcloze_deft.grids.prompt import Prompt
+
+SINGLE = 4  # bytes of float32
+Sides = tuple[int, int]  # inputs and outputs of a linear layer
+Feature = Literal["lora-files", "quantised", "scheduled-sampling"]
+"""What a family may have beside training and sampling: LoRA files of other tools, frozen weights in
+8 or 4 bits, samples that a step of the model's own begins."""
+
+
+class Text(Protocol):
+    """Encoded prompts of b samples; what is in them is the family's own business."""
+
+    def some(self, places: Sequence[int]) -> Self:
+        """Of the prompts at `places`, which may name one several times."""
+
+
+class Latents(Protocol):
+    """Grids of one shape as tokens, with all that the network is shown beside them."""
+
+    @property
+    def clean(self) -> Tensor:
+        """(b, n, c) without noise."""
+
+    @property
+    def is_target(self) -> Tensor:
+        """(b, n), 1 for tokens that are generated."""
+
+    def some(self, places: Sequence[int]) -> Self:
+        """The samples at `places`, which may name one several times."""
+
+
+class Encoders(Protocol):
+    """The frozen networks around the one that is adapted.
+
+    device: where they work and give their results. encodings: where results are kept, if anywhere.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def encodings(self) -> Encodings | None: ...
+    @property
+    def vae(self) -> Any: ...
+
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """All of them, which may rest elsewhere than they work."""
+
+    def encode_text(self, prompts: Sequence[Prompt | str]) -> Text: ...
+
+    def encode_grids(
+        self,
+        grids: Sequence[Grid],
+        *,
+        clean: bool,
+        draws: Sequence[torch.Generator] | None = None,
+    ) -> Latents:
+        """Grids of one shape. Without `clean`, hidden cells are not known and not encoded. draws:
+        one for each grid, to draw what is seen from the encoder's distribution."""
+
+    def decode_query(self, tokens: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Clean tokens (b, n, c) of grids to the pixels (b, 3, h, w) in -1..1 of their last row."""
+
+
+class Models(Encoders, Protocol):
+    """A loaded model: encoders, and the network that adapters change.
+
+    name: as it was given. resolution: the side of a square cell in pixels.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def networks(self) -> Networks: ...
+    @property
+    def denoiser(self) -> Any: ...
+
+    def times(self, steps: int, tokens: int) -> Tensor:
+        """The (steps + 1,) sampling times from 1 to 0 for a grid of `tokens` tokens."""
+
+
+class Predict(Protocol):
+    """Calls the denoiser: noisy tokens (b, n, c) at times t (b,) in 0..1 to its prediction."""
+
+    def __call__(
+        self,
+        denoiser: Any,
+        latents: Any,
+        noisy: Tensor,
+        t: Tensor,
+        /,
+        *,
+        text: Any,
+        guidance: float,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """A family's functions on torch modules.
+
+    load: a model's name and how it is wanted, see `flux_fill.loading.load_models`, to `Models`.
+    load_encoders: the same without the denoiser. load_denoiser: that alone. predict: see `Predict`.
+    process: what is learnt and how it is sampled. probe: random inputs of a denoiser, by the name
+    of its arguments, for checks of exports. load_lora: reads a LoRA file into a denoiser as
+    diffusers' own loader does; None where the family has no "lora-files".
+    """
+
+    load: Callable[..., Models]
+    load_encoders: Callable[..., Encoders]
+    load_denoiser: Callable[..., Any]
+    predict: Predict
+    process: Process
+    probe: Callable[[Any, torch.Generator], Mapping[str, Any]]
+    load_lora: Callable[[Path, Any], None] | None = None
+
+
+class Sizes(Protocol):
+    """The sides of a denoiser. linear: its linear layers by name. width: features of a token;
+    heads, head: of its widest attention, and features of one."""
+
+    @property
+    def linear(self) -> Mapping[str, Sides]: ...
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names, in the order of the forward pass."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a process computes at once: so many grids of `image` and `text` tokens each.
+
+    strip: image tokens of the widest row of a grid; without, a grid is one row.
+    """
+
+    grids: int
+    image: int
+    text: int
+    strip: int | None = None
+
+    @property
+    def widest(self) -> int:
+        return self.image if self.strip is None else self.strip
+
+    @property
+    def tokens(self) -> int:
+        return self.grids * (self.image + self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a forward pass leaves for the backward pass, in bytes.
+
+    blocks: what autograd keeps of each block. factors: of that, DEFT's Q and A, which stay also
+    where a block is recomputed. entry: what it keeps of a recomputed one, its input.
+    outside: what it keeps after the last. positions: sines and cosines that all blocks read.
+    batch: the encoded grids. work: what the backward pass of one block holds beside.
+    """
+
+    blocks: tuple[int, ...]
+    factors: tuple[int, ...]
+    entry: int
+    outside: int
+    positions: int
+    batch: int
+    work: int
+
+    def kept(self, recomputed: int) -> int:
+        """By autograd when the forward pass ends, the first `recomputed` blocks recomputed."""
+        read = self.positions if recomputed < len(self.blocks) else 0
+        return self.outside + recomputed * self.entry + sum(self.blocks[recomputed:]) + read
+
+    def peak(self, recomputed: int) -> int:
+        """The most at any time. A recomputed block comes back when all later ones are done."""
+        before = self.outside + recomputed * self.entry + sum(self.factors[:recomputed])
+        pairs = zip(self.blocks[:recomputed], self.factors, strict=False)
+        again = max((kept - factors for kept, factors in pairs), default=0)
+        most = before + max(again, sum(self.blocks[recomputed:]))
+        return self.batch + self.positions + self.work + most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What is known of a family from a model's files, before torch is imported.
+
+    name: of the family. denoiser: the folder of the network that adapters change. recognises: told
+    the name of that network's class and its settings. check: raises `UserError` where a model, or
+    those of its parts that are named, is not whole. refuses: told the numbers of rows, columns and
+    targets of a grid, says why the family cannot make it, or None. blocks: a regular expression for
+    the names of the denoiser's blocks, the modules that diffusers recomputes; they are compiled and
+    quantised, too. target_modules: one for the layers that get an adapter by default. resolution:
+    of a model.
+    sizes: of its denoiser. text_tokens: of its prompts. encoders: parameters of its other networks,
+    by folder. activations: bytes of a training step, from sizes, settings, adapted layers, load and
+    bytes of a value. flops: operations of a sample's training step, from the denoiser's settings
+    and the numbers of image and text tokens; None where they are not counted.
+    """
+
+    name: str
+    denoiser: str
+    recognises: Callable[[str, Mapping[str, Any]], bool]
+    check: Callable[..., None]
+    refuses: Callable[[int, int, int], str | None]
+    blocks: str
+    target_modules: str
+    resolution: Callable[[str], int]
+    sizes: Callable[[str], Sizes]
+    text_tokens: Callable[[str], int]
+    encoders: Callable[[str], Mapping[str, int]]
+    activations: Callable[[Any, Adapter, Collection[str], Load, int], Activations]
+    features: frozenset[Feature]
+    networks: Callable[[], Networks]
+    flops: Callable[[Any, int, int], float] | None = None
