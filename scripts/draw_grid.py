@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evaluate_scenes import SEED, complete
 from families import families
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,7 +17,9 @@ from visualcloze_deft.data.queries import query_of
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.reporting.contact_sheet import INK, MARK, caption_font
+from visualcloze_deft.sampling.examples import complete_examples
 
+SEED = 1  # of the scenes; training uses those of seed 0
 SHOWN = {"depth-to-image": 3, "image-editing": 5, "novel-view": 0}  # task: number of its query
 CELL, GAP, EDGE = 128, 10, 30
 WORDS = {
@@ -68,7 +69,7 @@ def main() -> None:
     pages = []
     for name, index in SHOWN.items():
         example = query_of(mixture, tasks[name], index=index)
-        (made,) = complete(models, [example], options.steps)
+        [[made]] = complete_examples(models, [example], steps=options.steps, batch=1)
         words = example.content if name == "image-editing" else WORDS[name]
         pages.append(drawn([list(example.rows[0]), [example.rows[-1][0], made]], words))
     page = Image.new("RGB", (sum(p.width for p in pages), pages[0].height), "white")

@@ -55,6 +55,16 @@ def test_a_broken_wall_is_found(tmp_path: Path, module: str, line: str, contract
     assert [text for text in broken if contract in text], done.stdout
 
 
+def test_a_class_of_a_family_has_no_place_elsewhere() -> None:
+    line = "from diffusers import FluxTransformer2DModel\n"
+    words = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--no-cache", "-"]
+    words += ["--config", str(ROOT / "pyproject.toml"), "--stdin-filename"]
+    for module, allowed in (("training/loop.py", False), ("backbones/flux_fill/model.py", True)):
+        place = ROOT / "visualcloze_deft" / module
+        done = subprocess.run([*words, str(place)], input=line, text=True, capture_output=True)
+        assert (done.returncode == 0) == allowed, done.stdout + done.stderr
+
+
 def test_no_module_is_called_utils() -> None:
     assert [path for path in MODULES if "util" in str(path) or "helper" in str(path)] == []
 

@@ -105,7 +105,12 @@ def test_one_layer_is_held_unquantised(tmp_path: Path, bits: Bits) -> None:
         write_wide(tmp_path / str(blocks), blocks=blocks)
         with Owned() as owned:
             read = load_quantised(
-                tmp_path / str(blocks), bits, dtype=torch.bfloat16, device="cpu", changes={}
+                FluxTransformer2DModel,
+                tmp_path / str(blocks) / "transformer",
+                bits,
+                dtype=torch.bfloat16,
+                device="cpu",
+                changes={},
             )
         most.append(owned.most)
         done.append(owned.now)

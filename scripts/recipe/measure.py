@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_scenes import complete, reconstruct, truth_of
+from evaluate_scenes import reconstructed
 from families import families
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,12 +34,14 @@ from visualcloze_deft.data.queries import query_of
 from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES, Scenes
 from visualcloze_deft.evaluation.metrics.fidelity import psnr
 from visualcloze_deft.inference.pipeline import InContextPipeline
+from visualcloze_deft.sampling.examples import complete_examples, truths_of
 
 STAGE = "measure"
 SEED = 77  # of the scenes: bundles are of seed 0
 MEASURED = "measures.json"
 STEPS = (10, 30)
 COUNT = 64  # scenes a task
+BATCH = 16  # grids made together
 KNOWN = (
     "depth-to-image",
     "segmentation-to-image",
@@ -190,6 +192,7 @@ def shown_by(
     return list(zip(numbers, images, strict=True))
 
 
+@torch.no_grad()
 def measured(models: Models, count: int, scenes: int, steps: int) -> dict[str, Any]:
     """Figures of each task: PSNR in dB and sharpness (mean gradient over the truth's) by steps."""
     side = models.resolution
@@ -201,10 +204,11 @@ def measured(models: Models, count: int, scenes: int, steps: int) -> dict[str, A
     found: dict[str, Any] = {}
     for name in tqdm((*KNOWN, COPY, HOLE), desc="tasks"):
         examples = queries(mixture, name, count)
-        truths = [truth_of(e) for e in examples]
+        truths = [truths_of(e)[0] for e in examples]
         found[name] = {}
         for ways in STEPS:
-            made = complete(models, examples, ways)
+            answers = complete_examples(models, examples, steps=ways, batch=BATCH)
+            made = [images[0] for images in answers]
             found[name][str(ways)] = {
                 "psnr": fidelity(made, truths),
                 "sharpness": sharpness(made, truths),
@@ -212,7 +216,7 @@ def measured(models: Models, count: int, scenes: int, steps: int) -> dict[str, A
             if name in PICTURED:
                 found[name][str(ways)]["textures"] = told(net, source, shown_by(examples, made))
         if name == KNOWN[0]:
-            again = reconstruct(models, truths)
+            again = [reconstructed(models, truth) for truth in truths]
             found["truth"] = {"textures": told(net, source, shown_by(examples, truths))}
             found["vae"] = {
                 "psnr": fidelity(again, truths),

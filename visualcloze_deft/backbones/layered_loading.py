@@ -1,4 +1,4 @@
-"""A quantised transformer, read layer by layer: its weights are never there as a whole.
+"""A quantised network, read layer by layer: its weights are never there as a whole.
 
 Each tensor is copied out of its file, which is unmapped before the next is read, so that a process
 holds the quantised layers, one layer as it was, and no pages of the files.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ def files_in(folder: Path, variant: str | None = None) -> Files:
 
 
 def load_quantised(
+    kind: type[ModelMixin],
     folder: Path,
     bits: Bits,
     *,
@@ -60,24 +62,22 @@ def load_quantised(
     device: str,
     changes: Mapping[str, Change],
     variant: str | None = None,
-) -> FluxTransformer2DModel:
-    """The transformer of the model in a folder, on `device`, its blocks' linear layers in `bits`.
+) -> Any:
+    """The network in a folder, on `device`, its blocks' linear layers in `bits`.
 
-    changes: low-rank ones, by layer, that are merged into the weights before. Every tensor that its
-    settings ask for must be in the files.
+    kind: its class. changes: low-rank ones, by layer, that are merged into the weights before.
+    Every tensor that its settings ask for must be in the files.
     """
-    place = folder / "transformer"
-    files = files_in(place, variant)
+    files = files_in(folder, variant)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
-    transformer.register_to_config(_name_or_path=str(folder))  # as diffusers' loader does
-    for name in [name for name, _ in transformer.named_modules()]:  # no list of the layers
-        read(transformer, name, files, dtype)
+        network = kind.from_config(kind.load_config(folder))
+    network.register_to_config(_name_or_path=str(folder.parent))  # as diffusers' loader does
+    for name in [name for name, _ in network.named_modules()]:  # no list of the layers
+        read(network, name, files, dtype)
         if name in changes:
-            lora_names.merge(transformer, {name: changes[name]})
-        keep(transformer, name, bits, device)
-    found: FluxTransformer2DModel = transformer.eval()
-    return found
+            lora_names.merge(network, {name: changes[name]})
+        keep(network, name, bits, device)
+    return network.eval()
 
 
 def read(network: nn.Module, name: str, files: Files, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -39,10 +39,10 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.queries import query_at
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.metrics import fidelity
-from visualcloze_deft.grids import grid
 from visualcloze_deft.inference.pipeline import InContextPipeline
-from visualcloze_deft.sampling.denoising import GUIDANCE, generate
+from visualcloze_deft.sampling.denoising import GUIDANCE
 from visualcloze_deft.sampling.encoding import PixelExample, in_pixels
+from visualcloze_deft.sampling.examples import complete_examples, truths_of
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.settings_files import SettingsFile, checked
@@ -258,7 +258,7 @@ def measure(pipe: InContextPipeline, run: Run, one: QuerySet, settings: Evaluate
     began = time.monotonic()
     examples = questions(one.mixture, one.task, one.grids)
     errors = errors_of(pipe.models, run, examples)
-    made = completed(pipe.models, examples, steps=settings.steps, batch=settings.batch)
+    made = complete_examples(pipe.models, examples, steps=settings.steps, batch=settings.batch)
     pairs = zip(made, examples, strict=True)
     return Measured(
         errors=tuple(errors),
@@ -319,39 +319,6 @@ def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[flo
         agreed=lambda drawn: cast(Sequence[PixelExample], drawn),
     )
     return [found[example.index].error for example in examples]
-
-
-def completed(
-    models: Models, examples: Sequence[Example], *, steps: int, batch: int
-) -> list[list[Image.Image]]:
-    """The pictures generated for each grid; its index is the seed of its noise."""
-    built = [grid.join(example.complete, hidden=example.hidden) for example in examples]
-    made: dict[int, list[Image.Image]] = {}
-    for places in chunks(built, batch):
-        images = generate(
-            models,
-            [built[k] for k in places],
-            [examples[k].prompt for k in places],
-            seeds=[examples[k].index for k in places],
-            steps=steps,
-        )
-        made |= dict(zip(places, images, strict=True))
-    return [made[k] for k in range(len(examples))]
-
-
-def chunks(built: Sequence[grid.Grid], size: int) -> Iterator[list[int]]:
-    """Places of grids of one shape, at most `size` at a time."""
-    by_shape: dict[Any, list[int]] = {}
-    for place, one in enumerate(built):
-        by_shape.setdefault(one.shape, []).append(place)
-    for places in by_shape.values():
-        for first in range(0, len(places), size):
-            yield places[first : first + size]
-
-
-def truths_of(example: Example) -> list[Image.Image]:
-    cells = zip(example.complete[-1], example.hidden, strict=True)
-    return [image for image, hidden in cells if hidden]
 
 
 def psnr(made: Sequence[Image.Image], truths: Sequence[Image.Image]) -> float:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
-from visualcloze_deft.data.example import Example
-from visualcloze_deft.data.mixture import Mixture, content
+from visualcloze_deft.data.base import Item
+from visualcloze_deft.data.derive import missing
+from visualcloze_deft.data.example import Example, Skipped
+from visualcloze_deft.data.mixture import Mixture, content, row_of
+from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.task_registry.task import Task
 
 SHEETS = 10_000_019  # index offset: sheets show combinations that training does not draw
@@ -28,12 +32,44 @@ def query_of(mixture: Mixture, task: Task, *, index: int, rows: int = 2) -> Exam
 def query_at(mixture: Mixture, task: Task, places: Sequence[int], *, index: int) -> Example:
     """`query_of` with the items at `places` of the first source that serves the task."""
     able = mixture.serving[task.name][0]
-    items, cells, skipped = mixture.read(able, places, task.roles, SHEETS + index)
+    items, rows, skipped = mixture.read(able, places, task.roles, SHEETS + index)
+    return as_query(task, items, rows, index=index, skipped=skipped)
+
+
+def query_of_items(
+    task: Task,
+    shown: Sequence[Item],
+    query: Item,
+    *,
+    index: int,
+    resolution: int,
+    cells: Cells,
+    rng: np.random.Generator,
+) -> Example:
+    """A grid of `task` as inference sees it: `shown` complete, the targets of `query` hidden, also
+    where nobody has them. rng: draws what roles are computed with."""
+    whole = not missing(task.roles, query.images)
+    last = row_of(query, task.roles if whole else task.conditions, resolution, cells, rng)
+    above = [row_of(item, task.roles, resolution, cells, rng) for item in shown]
+    return as_query(task, [*shown, query], [*above, last], index=index)
+
+
+def as_query(
+    task: Task,
+    items: Sequence[Item],
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    index: int,
+    skipped: tuple[Skipped, ...] = (),
+) -> Example:
+    """The targets of the last row hidden, all words said. rows: the cells of each item; the last
+    may lack its targets."""
+    unknown = [None] * (len(task.roles) - len(rows[-1]))
     return Example(
         index=index,
         task=task.name,
         keys=tuple(item.key for item in items),
-        rows=cells,
+        rows=(*map(tuple, rows[:-1]), (*rows[-1], *unknown)),
         hidden=tuple(role in task.targets for role in task.roles),
         task_sentence=task.sentence(),
         content=content(task, items[-1]),

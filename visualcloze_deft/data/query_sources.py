@@ -10,7 +10,7 @@ import numpy as np
 from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.eligible import EligibleItems, eligible, sources_for, unused_sources
 from visualcloze_deft.data.example import Example
-from visualcloze_deft.data.mixture import content, row_of
+from visualcloze_deft.data.queries import query_of_items
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.task import Task
 
@@ -31,18 +31,8 @@ class QuerySource:
             places = self.shown.choose(rows - 1, rng) if self.shown else []
             shown = [self.shown.item(place) for place in places] if self.shown else []
             query = self.asking.item(index * len(self.asking) // count)
-            conditions = row_of(query, task.conditions, resolution, "row", rng)
-            yield Example(
-                index=index,
-                task=task.name,
-                keys=(*(item.key for item in shown), query.key),
-                rows=(
-                    *(row_of(item, task.roles, resolution, "row", rng) for item in shown),
-                    (*conditions, *[None] * len(task.targets)),
-                ),
-                hidden=tuple(role in task.targets for role in task.roles),
-                task_sentence=task.sentence(),
-                content=content(task, query),
+            yield query_of_items(
+                task, shown, query, index=index, resolution=resolution, cells="row", rng=rng
             )
 
 

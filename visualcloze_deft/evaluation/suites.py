@@ -13,10 +13,10 @@ from PIL import Image
 
 from visualcloze_deft.data.annotation.source import annotated, check_places, lacking
 from visualcloze_deft.data.base import Item, Part, Source
-from visualcloze_deft.data.derive import missing
 from visualcloze_deft.data.eligible import EligibleItems, eligible, sources_for
 from visualcloze_deft.data.example import Example
-from visualcloze_deft.data.mixture import content, row_of
+from visualcloze_deft.data.mixture import row_of
+from visualcloze_deft.data.queries import query_of_items
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus, pictures_below
 from visualcloze_deft.data.sources.dreambooth import CLASSES, DreamBooth, words
@@ -221,23 +221,14 @@ def example_of(
 ) -> Example:
     """A grid as inference sees it: `shown` complete, the targets of `query` hidden, all words
     said."""
-    rng = np.random.default_rng([making.seed, index, 1])
-    whole = not missing(task.roles, query.images)
-    roles = task.roles if whole else task.conditions
-    last: tuple[Image.Image | None, ...] = row_of(
-        query, roles, making.resolution, making.cells, rng
-    )
-    return Example(
+    return query_of_items(
+        task,
+        shown,
+        query,
         index=index,
-        task=task.name,
-        keys=(*(item.key for item in shown), query.key),
-        rows=(
-            *(row_of(item, task.roles, making.resolution, making.cells, rng) for item in shown),
-            last if whole else (*last, *[None] * len(task.targets)),
-        ),
-        hidden=tuple(role in task.targets for role in task.roles),
-        task_sentence=task.sentence(),
-        content=content(task, query),
+        resolution=making.resolution,
+        cells=making.cells,
+        rng=np.random.default_rng([making.seed, index, 1]),
     )
 
 

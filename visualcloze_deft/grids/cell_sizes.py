@@ -32,6 +32,19 @@ def cell_size(image_size: tuple[int, int], resolution: int) -> tuple[int, int]:
     )
 
 
+def by_shape(shapes: Sequence[Shape]) -> list[list[int]]:
+    """The places of equal shapes together, in the order in which each shape comes first: grids of
+    one shape share a batch. Padding would not do better: mixed lists have many of each shape.
+
+    >>> by_shape([((16, 32),), ((32, 32),), ((16, 32),)])
+    [[0, 2], [1]]
+    """
+    places: dict[Shape, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        places.setdefault(shape, []).append(place)
+    return list(places.values())
+
+
 def strip_shapes(
     sizes: Sequence[Sequence[tuple[int, int] | None]], resolution: int, cells: Cells = "row"
 ) -> Shape:

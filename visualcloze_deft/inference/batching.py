@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from visualcloze_deft.grids.cell_sizes import Shape
+from visualcloze_deft.grids.cell_sizes import Shape, by_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Job:
     seed: int
 
 
-def by_shape(jobs: Sequence[Job], shapes: Sequence[Shape]) -> list[list[Job]]:
-    """Jobs whose grids have one shape together, which no padding does better: the time of attention
-    over padded tokens is lost, and mixed lists have many grids of each shape."""
-    groups: dict[Shape, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(shapes[job.grid], []).append(job)
-    return list(groups.values())
+def batches_of(jobs: Sequence[Job], shapes: Sequence[Shape], size: int) -> list[list[Job]]:
+    """Jobs whose grids have one shape, at most `size` together. shapes: of each grid."""
+    return [
+        [jobs[place] for place in places[first : first + size]]
+        for places in by_shape([shapes[job.grid] for job in jobs])
+        for first in range(0, len(places), size)
+    ]

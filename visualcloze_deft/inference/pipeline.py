@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from visualcloze_deft.adapters import files
 from visualcloze_deft.adapters.merging import ActiveAdapters
@@ -31,6 +25,15 @@ from visualcloze_deft.backbones.attention import use as use_attention
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.embedding_cache import Recent
 from visualcloze_deft.backbones.flux_fill.checks import check_grids, check_scheduler
+from visualcloze_deft.backbones.flux_fill.classes import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTokenizer,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.loading import Dtype, dtype_for, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, text_length, upcast
@@ -63,7 +66,7 @@ from visualcloze_deft.inference.arguments import (
     name_of,
     strengths_of,
 )
-from visualcloze_deft.inference.batching import Job, by_shape
+from visualcloze_deft.inference.batching import Job, batches_of
 from visualcloze_deft.inference.output import Answer, Completed, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request, read_requests, request
 from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
@@ -552,10 +555,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._interrupt = False
         self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
         answers: dict[int, Answer] = {}
-        total = sum(
-            (-(-len(members) // batch_size)) * num_inference_steps
-            for members in by_shape(jobs, shapes)
-        ) + sum(
+        chunks = batches_of(jobs, shapes, batch_size)
+        total = len(chunks) * num_inference_steps + sum(
             how.steps(num_inference_steps) * len(one.seeds)
             for one in asked
             for how in one.upsampling
@@ -571,11 +572,6 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
                 changed = callback_on_step_end(self, number, 1000 * t, told)
                 return changed.get("latents", x) if changed else x
 
-            chunks = [
-                members[first : first + batch_size]
-                for members in by_shape(jobs, shapes)
-                for first in range(0, len(members), batch_size)
-            ]
             for chunk in chunks:
                 if self._interrupt:
                     break

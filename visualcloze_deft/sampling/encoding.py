@@ -17,6 +17,7 @@ from visualcloze_deft.config.run_settings import Times
 from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import by_shape
 from visualcloze_deft.grids.prompt import Prompt
 
 NEAREST = (
@@ -87,11 +88,8 @@ def encode(
     scheduled_sampling: how often a sample starts as a step of the model's own, see `run.Run`.
     """
     text = models.encode_text([d.prompt for d in drawn])
-    places: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for place, d in enumerate(drawn):
-        places.setdefault(d.grid.shape, []).append(place)
     groups = []
-    for members in places.values():
+    for members in by_shape([d.grid.shape for d in drawn]):
         latents = models.encode_grids([drawn[k].grid for k in members], clean=True)
         noise, t, uniform = zip(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),

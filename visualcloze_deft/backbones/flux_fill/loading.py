@@ -222,7 +222,13 @@ def load_transformer(
     changes = {} if lora is None else lora_files.changes_of(name, lora)
     if bits != "none":
         return load_quantised(
-            folder_of(name), bits, dtype=dtype, device=device, changes=changes, variant=variant
+            FluxTransformer2DModel,
+            folder_of(name) / "transformer",
+            bits,
+            dtype=dtype,
+            device=device,
+            changes=changes,
+            variant=variant,
         )
     kept_as = stored_dtype(name) if split else dtype
     transformer = load_part(
