@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["visualcloze_deft.training.loop", "visualcloze_deft.cli"])
+_server.set_forkserver_preload(["visualcloze_deft.training.train", "visualcloze_deft.cli"])
 
 
 class Group:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -29,7 +30,7 @@ from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.inference import infer, pipeline, settings
+from visualcloze_deft.inference import infer, pipeline
 from visualcloze_deft.training import run_folder
 
 
@@ -543,28 +544,41 @@ def test_a_lora_trained_anew_under_its_name_does_not_count_as_the_one_before(
     assert Image.open(output / "001.png").tobytes() == fresh
 
 
+@pytest.mark.parametrize("kept", [True, False])
 def test_a_picture_replaced_meanwhile_is_recorded_as_it_was_read(
+    kept: bool,
     micro_model: Path,
     grid_file: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, path = tmp_path / "out", grid_file()
     load = infer.load
 
-    def load_slowly(settings: settings.InferenceSettings) -> pipeline.InContextPipeline:
+    def load_slowly(*given: Any) -> pipeline.InContextPipeline:
         Image.new("RGB", (32, 32), "green").save(tmp_path / "a.png")
-        return load(settings)
+        return load(*given)
 
+    def digest() -> str:
+        return hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+
+    if not kept:  # as of a list whose pictures are too many
+        monkeypatch.setattr(infer, "MOST_PIXELS", 0)
+    before = digest()
     monkeypatch.setattr(infer, "load", load_slowly)
     run("--examples", path, "--model", micro_model, "--output", output)
-    now = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    now = digest()
     rows = json.loads((output / "001.json").read_text())["rows_sha256"]
-    assert (rows[0][0], rows[1][0]) == (now, now)
+    assert (rows[0][0], rows[1][0]) == ((before, before) if kept else (now, now))
     monkeypatch.undo()
-    made = (output / "001.png").stat().st_mtime_ns
-    run("--examples", path, "--model", micro_model, "--output", output)
-    assert (output / "001.png").stat().st_mtime_ns == made
+    words = ("--examples", path, "--model", micro_model, "--output", output)
+    if kept:  # the picture is another one by now
+        assert "made with rows_sha256" in refusal(capsys, *words)
+    else:
+        made = (output / "001.png").stat().st_mtime_ns
+        run(*words)
+        assert (output / "001.png").stat().st_mtime_ns == made
 
 
 def test_a_lora_replaced_while_it_is_loaded_is_noticed(
@@ -577,9 +591,9 @@ def test_a_lora_replaced_while_it_is_loaded_is_noticed(
     lora = write_lora(micro_model, tmp_path / "style.safetensors", 1)
     load = infer.load
 
-    def load_slowly(settings: settings.InferenceSettings) -> pipeline.InContextPipeline:
+    def load_slowly(*given: Any) -> pipeline.InContextPipeline:
         write_lora(micro_model, lora, 2)
-        return load(settings)
+        return load(*given)
 
     monkeypatch.setattr(infer, "load", load_slowly)
     output = tmp_path / "out"

@@ -46,7 +46,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import visualcloze_deft.comparison.compare
     import visualcloze_deft.evaluation.evaluate
     import visualcloze_deft.training.cache_latents
-    import visualcloze_deft.training.loop  # noqa: F401
+    import visualcloze_deft.training.train  # noqa: F401
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

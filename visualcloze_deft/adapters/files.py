@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +47,37 @@ def save(
     tensor_files.save(tensors or state(transformer), folder / WEIGHTS, metadata)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredAdapter:
+    """An adapter as it was read from a folder, once for all who want it. tensors: by the names in
+    peft's file."""
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+
+def read(folder: Path) -> StoredAdapter:
+    """Raises `UserError` where files are missing or truncated, or hold what is not finite."""
+    return StoredAdapter(folder=folder, config=read_config(folder), tensors=read_weights(folder))
+
+
 def load(
     transformer: Any,
-    folder: Path,
+    adapter: Path | StoredAdapter,
     *,
     trainable: bool = False,
     dropout: float | None = None,
 ) -> None:
-    """Add the adapter saved in `folder` (peft's format) to `transformer`.
+    """Add an adapter, or the one saved in a folder (peft's format), to `transformer`.
 
-    dropout: instead of the one in the folder's settings.
+    dropout: instead of the one in its settings.
 
     Raises `UserError` where files are missing or truncated, or made for another model or rank.
     """
     check_bare(transformer)
-    config = read_config(folder)
-    tensors = read_weights(folder)
+    stored = read(adapter) if isinstance(adapter, Path) else adapter
+    folder, tensors, config = stored.folder, stored.tensors, copy(stored.config)
     config.inference_mode = not trainable
     if dropout is not None:
         setattr(

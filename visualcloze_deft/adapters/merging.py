@@ -46,8 +46,8 @@ class ActiveAdapters:
         self.known.clear()
         self._settled = True
 
-    def add(self, name: str, folder: Path, *, used: bool = True) -> None:
-        """Read the adapter in `folder`, and use it beside those in use at strength 1, or not yet.
+    def add(self, name: str, adapter: Path | files.StoredAdapter, *, used: bool = True) -> None:
+        """Use an adapter, or the one in a folder, beside those in use at strength 1, or not yet.
 
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
@@ -60,7 +60,7 @@ class ActiveAdapters:
         wanted = dict(self.strengths)
         self.use({})
         try:
-            files.load(self.transformer, folder)
+            files.load(self.transformer, adapter)
             self.known[name] = {
                 layer: (a.cpu(), b.cpu())
                 for layer, (a, b) in injection.changes_of(self.transformer).items()

@@ -84,7 +84,7 @@ def train(
     with ExitStack() as held:
         run = held.enter_context(dry_run_of(wanted)) if dry_run and rank() == 0 else wanted
         if already_launched():
-            from visualcloze_deft.training.loop import train as train_here
+            from visualcloze_deft.training.train import train as train_here
 
             train_here(run, resume=resume, prepared=prepared(), allowed=allowed, divide=divide)
         else:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.comparison.plots import draw_curves, draw_scatter
 from visualcloze_deft.comparison.tables import Compared, Section, as_csv, line_of, markdown, tables
-from visualcloze_deft.reporting.html import PAGE, table
+from visualcloze_deft.reporting import page
 from visualcloze_deft.reporting.plots import svg_of
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import StepLine, read_lines
@@ -45,7 +44,7 @@ def write_reports(found: Sequence[Compared], output: Path) -> Path:
     write_text(output / SCATTER, scatter)
     write_text(output / CURVES, curves)
     settings = (output / "compare.toml").read_text(encoding="utf-8")
-    write_text(output / REPORT, page(output, sections, [scatter, curves], settings))
+    write_text(output / REPORT, as_page(output, sections, [scatter, curves], settings))
     return output / TABLE
 
 
@@ -53,13 +52,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:
+def as_page(output: Path, sections: Sequence[Section], drawn: Sequence[str], settings: str) -> str:
     """The HTML page."""
-    name = output.resolve().name
-    parts = [f"<h1>{escape(name)}</h1>"]
+    found = []
     for number, (title, note, head, rows) in enumerate(sections):
-        parts += [f"<h2>{title}</h2><p>{escape(note)}</p>", table(rows, head=head)]
+        parts: list[page.Part] = [page.Text(text=note), page.Table(head=head, rows=rows)]
         if not number:
-            parts += [f"<div>{svg}</div>" for svg in drawn]
-    parts.append(f"<h2>Settings</h2><pre>{escape(settings)}</pre>")
-    return PAGE.format(title=escape(name), body="\n".join(parts))
+            parts += [page.Drawings(svgs=[svg]) for svg in drawn]
+        found.append(page.Section(title=title, parts=parts))
+    found.append(page.Section(title="Settings", parts=[page.Code(text=settings)]))
+    return page.page(output.resolve().name, found)

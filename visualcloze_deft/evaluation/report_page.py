@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from PIL import Image
@@ -14,10 +13,9 @@ from visualcloze_deft.evaluation.cases import GRIDS, Case
 from visualcloze_deft.evaluation.report_tables import BeforeAfter, Scored, Table
 from visualcloze_deft.evaluation.scoring import SetScore
 from visualcloze_deft.images.reading import read_image
-from visualcloze_deft.reporting import tables
+from visualcloze_deft.reporting import page, tables
 from visualcloze_deft.reporting.bar_charts import draw_bars
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
-from visualcloze_deft.reporting.html import PAGE, jpeg, table
 from visualcloze_deft.reporting.plots import svg_of
 
 SHOWN = 4  # grids of a row on its sheet, spread over all
@@ -69,16 +67,19 @@ def further(results: Results) -> list[tuple[str, tuple[list[str], list[list[str]
 def as_page(results: Results, output: Path, cases: Sequence[Case]) -> str:
     """`report.html`."""
     head, rows = report_tables.cells_of(results.table)
-    parts = [f"<h1>{escape(results.title)}</h1>", table(results.facts)]
-    parts += [f"<h2>Figures</h2>{table(rows, head=head)}"]
+    sections = [
+        page.Section(parts=[page.Table(rows=results.facts)]),
+        page.Section(title="Figures", parts=[page.Table(head=head, rows=rows)]),
+    ]
     for heading, (head, rows) in further(results):
-        parts.append(f"<h2>{escape(heading)}</h2>{table(rows, head=head)}")
-    parts += ["".join(f"<p>{escape(note)}</p>" for note in results.notes)]
-    parts += [f'<div class="curves">{"".join(bars(results))}</div>']
-    for row, picture in sheets(results.found, output, cases).items():
-        parts.append(f"<h2>{escape(row)}</h2>{jpeg(picture, alt=f'grids of {row}')}")
-    parts.append(f"<h2>Settings</h2><pre>{escape(results.settings)}</pre>")
-    return PAGE.format(title=escape(results.title), body="\n".join(parts))
+        sections.append(page.Section(title=heading, parts=[page.Table(head=head, rows=rows)]))
+    notes = [page.Text(text=note) for note in results.notes]
+    sections.append(page.Section(parts=[*notes, page.Drawings(svgs=bars(results))]))
+    for row, sheet in sheets(results.found, output, cases).items():
+        picture = page.Picture(image=sheet, alt=f"grids of {row}")
+        sections.append(page.Section(title=row, parts=[picture]))
+    sections.append(page.Section(title="Settings", parts=[page.Code(text=results.settings)]))
+    return page.page(results.title, sections)
 
 
 def bars(results: Results) -> list[str]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from visualcloze_deft.adapters import files
 from visualcloze_deft.backbones.attention import AUTO, check_known, require
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.model_files import check_folder, folder_of, index_of, on_hub
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids.grid import Row
+from visualcloze_deft.inference.request import Request, read_requests, request
+from visualcloze_deft.inference.upsampling import Upsampling
 from visualcloze_deft.sampling.room import ran_out
+from visualcloze_deft.task_registry.task import Task
 
-Adapters = str | Path | Mapping[Path, float]
+Adapter = str | Path | files.StoredAdapter
+Adapters = Adapter | Mapping[Path, float] | Mapping[files.StoredAdapter, float]
 
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -79,12 +85,63 @@ def check_attention(attention: str, model: str, *, device: str, dtype: torch.dty
     require(attention, shapes, passes="forward")
 
 
-def strengths_of(adapter: Adapters | None) -> dict[Path, float]:
-    if adapter is None:
+def requests_of(
+    grids: str | Path | Sequence[Mapping[str, Any]] | None,
+    tasks: Mapping[str, Task],
+    *,
+    rows: Sequence[Row] | None,
+    own: Mapping[str, str | None],
+    seed: int | Sequence[int] | None,
+    images: int,
+    upsampling: Upsampling | Sequence[Upsampling | None] | None,
+) -> list[Request]:
+    """The grids of a call, checked, see `InContextPipeline.__call__`. own: task and prompts that go
+    with `rows`."""
+    if (grids is None) == (rows is None):
+        raise UserError("give either grids or rows, not both and not neither")
+    if grids is not None and any(value is not None for value in own.values()):
+        raise UserError("task and prompts go with rows; grids say their own")
+    if isinstance(grids, str | Path):
+        if not isinstance(seed, int | None) or not isinstance(upsampling, Upsampling | None):
+            raise UserError("for a grid file give one seed and one upsampling, or none")
+        return read_requests(Path(grids), tasks, seed=seed, images=images, upsampling=upsampling)
+    given = [{"rows": rows, **own}] if grids is None else grids
+    found = []
+    for number, each in enumerate(given, 1):
+        try:
+            keys = dict(each)
+            if seed is not None:
+                keys["seed"] = seed
+            if isinstance(keys.get("seed") or 0, int):
+                keys.setdefault("images", images)
+            keys = {key: value for key, value in keys.items() if value is not None}
+            keys.setdefault("upsampling", upsampling)
+            found.append(request([list(row) for row in keys.pop("rows", ())], tasks, **keys))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: {error}"
+            ) from None
+    return found
+
+
+def stored_adapters(adapters: Adapters | None) -> dict[files.StoredAdapter, float]:
+    """Each adapter read, with its strength. Raises `UserError` where one cannot be."""
+    if adapters is None:
         return {}
-    if isinstance(adapter, Mapping):
-        return {Path(folder): strength for folder, strength in adapter.items()}
-    return {Path(adapter): 1.0}
+    given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
+    return {
+        one if isinstance(one, files.StoredAdapter) else files.read(Path(one)): strength
+        for one, strength in given.items()
+    }
+
+
+def names_of(adapters: Collection[files.StoredAdapter]) -> list[str]:
+    """What adapters are called in a pipeline: `name_of` their folders, where that is one's own."""
+    short = [name_of(one.folder) for one in adapters]
+    return [
+        str(one.folder) if short.count(name) > 1 else name
+        for one, name in zip(adapters, short, strict=True)
+    ]
 
 
 def name_of(folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visualcloze_deft.adapters import files
+from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import lora_files
 from visualcloze_deft.backbones.flux_fill.loading import load_tokenizers
@@ -19,13 +19,14 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.grids.prompt import ClipText, clip_text, fits, unread
 from visualcloze_deft.inference import acceleration
-from visualcloze_deft.inference.arguments import check_attention
+from visualcloze_deft.inference.arguments import check_attention, stored_adapters
 from visualcloze_deft.inference.records import GridJob
 from visualcloze_deft.inference.settings import InferenceSettings
 
 
-def check(settings: InferenceSettings) -> None:
-    """Raise `UserError` for what can be known to be wrong before anything is loaded."""
+def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
+    """Raise `UserError` for what can be known to be wrong before anything is loaded; the adapters
+    with their strengths, which are read for it."""
     if not math.isfinite(settings.guidance):
         raise UserError(f"--guidance {settings.guidance}: give a number, e.g. 30")
     if settings.resolution is not None and settings.resolution % CELL_STEP:
@@ -44,10 +45,10 @@ def check(settings: InferenceSettings) -> None:
         check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
         lora_files.changes_of(settings.model, settings.lora)  # read whole, or refused
-    for folder in settings.adapters:
-        files.read_config(folder)
-        files.read_weights(folder)
-        check_base(folder, settings.model, lora=settings.lora)
+    adapters = stored_adapters(settings.adapters)
+    for one in adapters:
+        check_base(one.folder, settings.model, lora=settings.lora)
+    return adapters
 
 
 def described(

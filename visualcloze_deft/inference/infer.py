@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.backbones.attention import NATIVE
 from visualcloze_deft.backbones.model_files import folder_of
 from visualcloze_deft.backbones.precision import default_dtype
@@ -51,6 +52,7 @@ from visualcloze_deft.storage.locks import WorkLocks
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.task import Task
 
+MOST_PIXELS = 50_000_000  # of pictures kept from checking a list to making it: 150 MB
 MANY = 20  # grids from which on reading their pictures gets a bar
 
 
@@ -70,7 +72,7 @@ def infer(
     processes: 0 is one for each GPU, as far as there are grids, or one. arguments: the command
     line, with which further processes are started. overwrite: make anew what was there before.
     """
-    check(settings)
+    adapters = check(settings)
     check_processes(processes)
     if not dry_run:
         folder_of(settings.model)  # whose fingerprint the records hold
@@ -98,7 +100,7 @@ def infer(
     if count > 1 and not prepared():
         share(output, waiting, arguments, count, since=since)
     elif waiting:
-        work(output, waiting, tasks, settings, since=since)
+        work(output, waiting, tasks, settings, adapters, since=since)
     return [output / name for plan in waiting for name in plan.names if (output / name).is_file()]
 
 
@@ -108,11 +110,13 @@ def grid_jobs(
     settings: InferenceSettings,
     shared: Mapping[str, Any],
 ) -> list[GridJob]:
-    """Every grid read once: a mistake in the last one is found before the first one is made."""
-    plans = []
+    """Every grid read: a mistake in the last one is found before the first one is made. Pictures
+    are kept for making it, as far as `MOST_PIXELS` goes."""
+    plans, pixels = [], 0
     few = len(entries) < MANY or prepared()
     for entry in tqdm(entries, desc="checking grids", unit="grid", disable=few):
         asked = requested(entry, tasks, settings)
+        pixels += sum(w * h for row in asked.sizes for w, h in filter(None, row))
         shape = strip_shapes(asked.sizes, shared["resolution"], shared["cells"])
         last = grid_cells(asked.sizes, shared["resolution"], shared["cells"])[-1]
         cells = [last[column] for column in asked.targets]
@@ -129,6 +133,7 @@ def grid_jobs(
                 steps=steps * len(asked.seeds),
                 prompts=(asked.prompt, *(how.prompt for how, *_ in ways if how.prompt)),
                 record=record_of(asked, shared),
+                asked=asked if pixels <= MOST_PIXELS else None,
             )
         )
     return plans
@@ -145,6 +150,7 @@ def work(
     waiting: Sequence[GridJob],
     tasks: Mapping[str, Task],
     settings: InferenceSettings,
+    adapters: dict[StoredAdapter, float],
     *,
     since: float,
 ) -> None:
@@ -152,7 +158,8 @@ def work(
     make what they leave undone when they end."""
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
-    pipe, claims = load(settings), WorkLocks(output)
+    pipe, locks = load(settings, adapters), WorkLocks(output)
+    adapters.clear()  # they are in the pipeline now
     check_unchanged(settings, waiting[0].record)
     if pipe.attention.line:
         tqdm.write(pipe.attention.line)
@@ -175,25 +182,11 @@ def work(
                 said = True
                 time.sleep(WAIT)
                 left, theirs = theirs, []
-            chunk: list[GridJob] = []
-            images = 0
-            for plan in [plan for plan in left if plan.shape == left[0].shape]:
-                if chunk and images + plan.images > settings.batch:
-                    break
-                left.remove(plan)
-                if not claims.take(plan.entry.name):
-                    theirs.append(plan)
-                elif finished(output, plan, since=since):  # by another, meanwhile
-                    bar.update(plan.steps)
-                    claims.release(plan.entry.name)
-                else:
-                    clear_parts(output, plan)
-                    chunk.append(plan)
-                    images += plan.images
+            chunk = next_batch(output, left, theirs, locks, bar, settings.batch, since=since)
             if not chunk:
                 continue
             before = bar.n
-            asked = [requested(plan.entry, tasks, settings) for plan in chunk]
+            asked = [plan.asked or requested(plan.entry, tasks, settings) for plan in chunk]
             try:
                 made = pipe.complete(
                     asked,
@@ -209,16 +202,46 @@ def work(
             for number, (plan, one) in enumerate(zip(chunk, asked, strict=True)):
                 answers = [answer for answer in made.answers if answer.grid == number]
                 record = plan.record | record_of_grid(one) | used
-                write(output, replace(plan, record=record), one, answers)
-                claims.release(plan.entry.name)
+                write(output, replace(plan, record=record, asked=None), one, answers)
+                locks.release(plan.entry.name)
 
 
-def load(settings: InferenceSettings) -> InContextPipeline:
+def next_batch(
+    output: Path,
+    left: list[GridJob],
+    theirs: list[GridJob],
+    locks: WorkLocks,
+    bar: Any,
+    size: int,
+    *,
+    since: float,
+) -> list[GridJob]:
+    """Grids of one shape that this process has locked, taken from `left`; those that others make go
+    to `theirs`, and finished ones count as made."""
+    chunk: list[GridJob] = []
+    images = 0
+    for plan in [plan for plan in left if plan.shape == left[0].shape]:
+        if chunk and images + plan.images > size:
+            break
+        left.remove(plan)
+        if not locks.take(plan.entry.name):
+            theirs.append(plan)
+        elif finished(output, plan, since=since):  # by another, meanwhile
+            bar.update(plan.steps)
+            locks.release(plan.entry.name)
+        else:
+            clear_parts(output, plan)
+            chunk.append(plan)
+            images += plan.images
+    return chunk
+
+
+def load(settings: InferenceSettings, adapters: Mapping[StoredAdapter, float]) -> InContextPipeline:
     """The pipeline that `settings` describe."""
     offloaded = settings.offload != "none"
     pipe = InContextPipeline.from_pretrained(
         settings.model,
-        adapter=settings.adapters,
+        adapter=adapters,
         lora=settings.lora,
         device="cpu" if offloaded else None,
         torch_dtype=default_dtype("cuda" if torch.cuda.is_available() else "cpu"),

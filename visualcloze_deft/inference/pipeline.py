@@ -6,10 +6,9 @@ Axes: b batch, n tokens, l text tokens, d text width.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,7 +36,6 @@ from visualcloze_deft.backbones.flux_fill.classes import (
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.loading import Dtype, dtype_for, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, text_length, upcast
-from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.backbones.model_files import (
     FLUX_RESOLUTION,
     TINY,
@@ -51,7 +49,7 @@ from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
-from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
+from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 from visualcloze_deft.inference.arguments import (
     PARTS,
@@ -64,25 +62,26 @@ from visualcloze_deft.inference.arguments import (
     known_or_default,
     left_out,
     name_of,
-    strengths_of,
+    names_of,
+    requests_of,
+    stored_adapters,
 )
-from visualcloze_deft.inference.batching import Job, batches_of
-from visualcloze_deft.inference.output import Answer, Completed, OutputType, check_finite, converted
-from visualcloze_deft.inference.request import Request, read_requests, request
-from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
+from visualcloze_deft.inference.generation import (
+    Generating,
+    Generation,
+    KnownCells,
+    KnownLatents,
+)
+from visualcloze_deft.inference.output import Completed, OutputType
+from visualcloze_deft.inference.request import Request
+from visualcloze_deft.inference.upsampling import Upsampling
 from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
-    Conditions,
-    denoise,
-    draw_of,
-    predictor,
 )
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
-KnownLatents = Literal["mode", "sample"]
-KnownCells = Literal["paste", "decode"]
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -202,14 +201,10 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError("lora and adapter change the transformer, and transformer is None")
         if lora is not None:
             check_lora(lora)
-        wanted = strengths_of(adapter)
-        for folder in wanted:
-            files.read_config(folder)
-            files.read_weights(folder)
-            check_base(folder, name, lora=lora)
-        short = [name_of(folder) for folder in wanted]
-        names = {f: str(f) if short.count(name_of(f)) > 1 else name_of(f) for f in wanted}
-        told = index_of(name) | (read_metadata(next(iter(wanted))) if wanted else {})
+        wanted = stored_adapters(adapter)
+        for one in wanted:
+            check_base(one.folder, name, lora=lora)
+        told = index_of(name) | (read_metadata(next(iter(wanted)).folder) if wanted else {})
         with enough_memory(f"loading {name}"):
             models = load_models(
                 name,
@@ -234,10 +229,11 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if whole:
             pipe.set_attention(attention)
         with enough_memory("merging adapters"):
-            for folder in wanted:
-                pipe._say_other_lora(folder)
-                pipe.blend.add(names[folder], folder, used=False)  # merged once, all together
-            pipe.set_adapters(list(names.values()), list(wanted.values()))
+            names = names_of(wanted)
+            for own, one in zip(names, wanted, strict=True):
+                pipe._say_other_lora(one.folder)
+                pipe.blend.add(own, one, used=False)  # merged once, all together
+            pipe.set_adapters(names, list(wanted.values()))
         return pipe
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -335,11 +331,11 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         name = adapter_name or name_of(Path(folder))
         self.need("transformer")
         self.blend.check_reachable()
-        files.read_config(Path(folder))
+        adapter = files.read(Path(folder))
         if base := self.config.get("_name_or_path"):
             check_base(Path(folder), base, lora=self.lora)
             self._say_other_lora(Path(folder))
-        self.blend.add(name, Path(folder))
+        self.blend.add(name, adapter)
         return name
 
     def _say_other_lora(self, folder: Path) -> None:
@@ -431,43 +427,15 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         multiple of 16; the model's own by default. return_dict: False gives a tuple that holds
         them, as in diffusers. The others, and options: those of `complete`.
         """
-        own = {"task": task, "task_prompt": task_prompt, "content_prompt": content_prompt}
-        if (grids is None) == (rows is None):
-            raise UserError("give either grids or rows, not both and not neither")
-        if grids is not None and any(value is not None for value in own.values()):
-            raise UserError("task and prompts go with rows; grids say their own")
-        if rows is not None:
-            grids = [{"rows": rows, **own}]
-        assert grids is not None
-        asked: list[Request] = []
-        if isinstance(grids, str | Path):
-            if not isinstance(seed, int | None) or not isinstance(upsampling, Upsampling | None):
-                raise UserError("for a grid file give one seed and one upsampling, or none")
-            asked = read_requests(
-                Path(grids),
-                self.tasks,
-                seed=seed,
-                images=num_images_per_prompt,
-                upsampling=upsampling,
-            )
-        else:
-            for number, each in enumerate(grids, 1):
-                try:
-                    keys = dict(each)
-                    if seed is not None:
-                        keys["seed"] = seed
-                    if isinstance(keys.get("seed") or 0, int):
-                        keys.setdefault("images", num_images_per_prompt)
-                    keys = {key: value for key, value in keys.items() if value is not None}
-                    keys.setdefault("upsampling", upsampling)
-                    asked.append(
-                        request([list(row) for row in keys.pop("rows", ())], self.tasks, **keys)
-                    )
-                except (TypeError, ValueError) as error:
-                    raise UserError(
-                        f"grid {number}: expected an object such as {{'rows': ..., 'seed': 0}}: "
-                        f"{error}"
-                    ) from None
+        asked = requests_of(
+            grids,
+            self.tasks,
+            rows=rows,
+            own={"task": task, "task_prompt": task_prompt, "content_prompt": content_prompt},
+            seed=seed,
+            images=num_images_per_prompt,
+            upsampling=upsampling,
+        )
         if prompt_embeds is None:
             self.need(*TEXT_PARTS)
             models = self.models
@@ -523,92 +491,48 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokens of the whole grid. callback_on_step_end: as in diffusers; setting `_interrupt` leaves
         what there is.
         """
-        if num_inference_steps < 1:
-            raise UserError(f"steps must be 1 or more, not {num_inference_steps}")
-        if batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, not {batch_size}")
-        if not math.isfinite(guidance_scale):
-            raise UserError(f"guidance {guidance_scale}: give a number, e.g. 30")
-        if resolution is not None and (resolution < 1 or resolution % CELL_STEP):
-            raise UserError(f"resolution {resolution}: give a multiple of {CELL_STEP}")
-        for name, value, known in (
-            ("output_type", output_type, get_args(OutputType)),
-            ("known_latents", known_latents, get_args(KnownLatents)),
-            ("known_cells", known_cells, get_args(KnownCells)),
-        ):
-            if value not in known:
-                raise UserError(f"{name} {value!r}: give one of {', '.join(known)}")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UserError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: "
                 "give some of latents"
             )
+        how = Generating(
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+            known_latents=known_latents,
+            known_cells=known_cells,
+            output_type=output_type,
+        )
         self._check_parts(asked, with_text=prompt_embeds is None)
-        models = self.models
-        side, kind = resolution or models.resolution, self.config.cells
-        shapes = [strip_shapes(one.sizes, side, kind) for one in asked]
-        places = [(number, seed) for number, one in enumerate(asked) for seed in one.seeds]
-        jobs = [Job(order=k, grid=g, seed=seed) for k, (g, seed) in enumerate(places)]
-        draws = self._draws(jobs, generator)
-        noises = self._given_noise(jobs, shapes, latents)
-        texts = self._given_text(asked, prompt_embeds, pooled_prompt_embeds)
+
+        def after(number: int, t: Tensor, x: Tensor) -> Tensor:
+            bar.update()
+            if callback_on_step_end is None or self._interrupt:
+                return x
+            told = {"latents": x} if callback_on_step_end_tensor_inputs else {}
+            changed = callback_on_step_end(self, number, 1000 * t, told)
+            return changed.get("latents", x) if changed else x
+
+        call = Generation(
+            models=self.models,
+            asked=asked,
+            how=how,
+            cells=self.config.cells,
+            after=after,
+            interrupted=lambda: self._interrupt,
+            at_time=lambda t: setattr(self, "_current_timestep", t),
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+        )
+        call.check()
         self._interrupt = False
         self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
-        answers: dict[int, Answer] = {}
-        chunks = batches_of(jobs, shapes, batch_size)
-        total = len(chunks) * num_inference_steps + sum(
-            how.steps(num_inference_steps) * len(one.seeds)
-            for one in asked
-            for how in one.upsampling
-            if how is not None
-        )
-        with self.progress_bar(total=total) as bar:
-
-            def after(number: int, t: Tensor, x: Tensor) -> Tensor:
-                bar.update()
-                if callback_on_step_end is None or self._interrupt:
-                    return x
-                told = {"latents": x} if callback_on_step_end_tensor_inputs else {}
-                changed = callback_on_step_end(self, number, 1000 * t, told)
-                return changed.get("latents", x) if changed else x
-
-            for chunk in chunks:
-                if self._interrupt:
-                    break
-                built = {
-                    number: grid.build(asked[number].rows, resolution=side, cells=kind)
-                    for number in {job.grid for job in chunk}
-                }
-                tokens = sum(h * w for h, w in shapes[chunk[0].grid]) // CELL_STEP**2
-                with enough_memory(f"making {len(chunk)} grids of {tokens} tokens together"):
-                    finals = self._denoised(
-                        models,
-                        chunk,
-                        [built[job.grid] for job in chunk],
-                        [texts[job.grid] if texts else asked[job.grid].prompt for job in chunk],
-                        [draws[job.order] for job in chunk],
-                        [noises[job.order] for job in chunk] if noises else None,
-                        known_latents=known_latents,
-                        steps=num_inference_steps,
-                        guidance=guidance_scale,
-                        after=after,
-                    )
-                for job, final in zip(chunk, finals, strict=True):
-                    check_finite(job, final)
-                    answers[job.order] = self._answer(
-                        models,
-                        job,
-                        built[job.grid],
-                        asked[job.grid],
-                        final,
-                        text=texts[job.grid] if texts else None,
-                        draw=draws[job.order],
-                        known_cells=known_cells,
-                        output_type=output_type,
-                        steps=num_inference_steps,
-                        guidance=guidance_scale,
-                        after=after,
-                    )
+        with self.progress_bar(total=call.total_steps) as bar:
+            answers = dict(call.answers())
         self._current_timestep = None
         self.maybe_free_model_hooks()
         return Completed([answers[order] for order in sorted(answers)])
@@ -621,152 +545,3 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         own_words = any(how and how.prompt for one in asked for how in one.upsampling)
         if with_text or own_words:
             self.need(*TEXT_PARTS)
-
-    def _denoised(
-        self,
-        models: Models,
-        jobs: Sequence[Job],
-        grids: Sequence[grid.Grid],
-        texts: Sequence[Any],
-        draws: Sequence[torch.Generator],
-        noises: Sequence[Tensor] | None,
-        *,
-        known_latents: KnownLatents,
-        steps: int,
-        guidance: float,
-        after: Callable[[int, Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        """The (b, n, 64) clean tokens of grids of one shape."""
-        if isinstance(texts[0], tuple):
-            text = FluxText(*(torch.stack(part) for part in zip(*texts, strict=True)))
-        else:
-            text = models.encode_text(texts)
-        if known_latents == "sample":
-            seen = models.encode_grids(grids, clean=False, draws=draws)
-            given = Conditions(latents=seen, text=text)
-        else:  # once for all images of a grid
-            numbers = list(dict.fromkeys(job.grid for job in jobs))
-            first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
-            once = models.encode_grids([grids[k] for k in first], clean=False)
-            of_jobs = [numbers.index(job.grid) for job in jobs]
-            given = Conditions(latents=once.some(of_jobs), text=text)
-        shape = given.latents.clean.shape[1:]
-        drawn = noises or [torch.randn(shape, generator=d, device=d.device) for d in draws]
-        place = given.latents.clean.device
-        noise = torch.stack([one.to(place, torch.float32) for one in drawn])
-        predict = predictor(models, given, guidance=guidance, steps=steps)
-        times = models.times(steps, noise.shape[1]).to(place)
-
-        def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
-            self._current_timestep = 1000 * t
-            return torch.zeros_like(x) if self._interrupt else predict(x, t)
-
-        return denoise(unless_interrupted, noise, times, after=after)
-
-    def _answer(
-        self,
-        models: Models,
-        job: Job,
-        built: grid.Grid,
-        asked: Request,
-        final: Tensor,
-        *,
-        text: tuple[Tensor, Tensor] | None,
-        draw: torch.Generator,
-        known_cells: KnownCells,
-        output_type: OutputType,
-        steps: int,
-        guidance: float,
-        after: Callable[[int, Tensor, Tensor], Tensor],
-    ) -> Answer:
-        """The images of one grid's clean tokens (n, 64); only the query's strip is decoded."""
-        if output_type == "latent":
-            return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
-        with enough_memory("decoding a strip"):
-            (pixels,) = models.decode_query(final[None], [built])
-        check_finite(job, pixels)
-        made = list(grid.cells(pixels, built.widths[-1]))
-        asis = grid.cells(built.strips[-1], built.widths[-1])
-        row = [
-            cell if known_cells == "decode" or column in asked.targets else asis[column].to(cell)
-            for column, cell in enumerate(made)
-        ]
-        for column, how in zip(asked.targets, asked.upsampling, strict=False):
-            if how is None:
-                continue
-            image = grid.to_image(row[column])
-            if not how.steps(steps) or self._interrupt:
-                row[column] = enlarge(image, how)
-                continue
-            if text is not None and how.prompt is None:
-                words = FluxText(*(part[None] for part in text))
-            else:
-                said = asked.content_prompt if how.prompt is None else how.prompt
-                words = models.encode_text([said])
-            width, height = how.size(*image.size)
-            with enough_memory(f"upsampling to {width} x {height}"):
-                row[column] = upsample(
-                    models,
-                    image,
-                    how,
-                    text=words,
-                    draw=draw,
-                    steps=steps,
-                    guidance=guidance,
-                    after=after,
-                )
-            check_finite(job, row[column])
-        given = tuple(converted(cell, output_type) for cell in row)
-        return Answer(
-            grid=job.grid,
-            seed=job.seed,
-            images=tuple(given[column] for column in asked.targets),
-            row=given,
-        )
-
-    def _draws(
-        self, jobs: Sequence[Job], generator: torch.Generator | Sequence[torch.Generator] | None
-    ) -> list[torch.Generator]:
-        if generator is None:
-            return [draw_of(job.seed) for job in jobs]
-        if isinstance(generator, torch.Generator) and len(jobs) == 1:
-            return [generator]
-        if isinstance(generator, torch.Generator):  # split up, so that no grouping changes a draw
-            seeds = torch.randint(2**62, (len(jobs),), generator=generator, device=generator.device)
-            return [torch.Generator(generator.device).manual_seed(int(s)) for s in seeds]
-        if len(generator) != len(jobs):
-            raise UserError(f"{len(generator)} generators for {len(jobs)} images; give one each")
-        return list(generator)
-
-    def _given_noise(
-        self,
-        jobs: Sequence[Job],
-        shapes: Sequence[Shape],
-        latents: Tensor | Sequence[Tensor] | None,
-    ) -> list[Tensor]:
-        if latents is None:
-            return []
-        found = list(latents)
-        if len(found) != len(jobs):
-            raise UserError(f"{len(found)} latents for {len(jobs)} images; give one each")
-        for job, one in zip(jobs, found, strict=True):
-            wanted = (sum(h * w for h, w in shapes[job.grid]) // CELL_STEP**2, 64)
-            if tuple(one.shape) != wanted:
-                raise UserError(f"latents of shape {tuple(one.shape)}: this grid takes {wanted}")
-        return found
-
-    def _given_text(
-        self, asked: Sequence[Request], text: Tensor | None, pooled: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        if text is None and pooled is None:
-            return []
-        if text is None or pooled is None:
-            raise UserError("give prompt_embeds and pooled_prompt_embeds together")
-        for name, tensor in (("prompt_embeds", text), ("pooled_prompt_embeds", pooled)):
-            if len(tensor) not in (1, len(asked)):
-                raise UserError(f"{name}: {len(tensor)} for {len(asked)} grids; give one each")
-        place, dtype = self.place, self.transformer.dtype
-        return [
-            (text[k % len(text)].to(place, dtype), pooled[k % len(pooled)].to(place, dtype))
-            for k in range(len(asked))
-        ]

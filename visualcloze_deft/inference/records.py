@@ -56,7 +56,7 @@ WAY_OUT = "give --overwrite, or another --output"
 class GridJob:
     """One grid that was read and found good. shape: (height, width) of its strips; names: of its
     images; steps: calls of the transformer; prompts: its own, then those of upsampling; record: see
-    `record_of`."""
+    `record_of`; asked: the grid with its pictures, None where they are read again to make it."""
 
     entry: Entry
     shape: tuple[tuple[int, int], ...]
@@ -64,6 +64,7 @@ class GridJob:
     steps: int
     prompts: tuple[Prompt | str, ...]
     record: dict[str, Any]
+    asked: Request | None = None
 
     @property
     def images(self) -> int:

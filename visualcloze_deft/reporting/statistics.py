@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from visualcloze_deft.errors import UserError
 
 Floats = NDArray[np.float64]
-CONFIDENCE = 95.0  # percent
+CONFIDENCE = 0.95
 DRAWS = 2000  # samples of a bootstrap: the ends of an interval to about a hundredth of its width
 AT_ONCE = 1_000_000  # numbers drawn together
 FLIPS = 10_000  # of a random test: a p of 0.05 to within 0.004
-EXACT = 13  # up to so many differences, all signs are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,17 @@ def mean_ci(
     mean = float(sums.sum() / counts.sum())
     if len(sums) == 1:
         return Figure(mean=mean, low=math.nan, high=math.nan, count=int(counts.sum()))
-    rng = np.random.default_rng(seed)
-    means: list[float] = []
-    rows = min(max(AT_ONCE // len(sums), 1), DRAWS)
-    while len(means) < DRAWS:
-        drawn = rng.integers(len(sums), size=(rows, len(sums)))
-        means += (sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)).tolist()
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(means[:DRAWS], [tail, 100 - tail])
+    low, high = stats.bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=DRAWS,
+        batch=max(AT_ONCE // len(sums), 1),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return Figure(mean=mean, low=float(low), high=float(high), count=int(counts.sum()))
 
 
@@ -95,22 +98,24 @@ def sign_flip_p(
     """The probability (0..1) of a mean difference at least as far from 0, were the two alike.
 
     Two-sided permutation test of paired values: the sign of each difference (of all in a group
-    together) is open if nothing distinguishes the two (Fisher 1935). All signs are tried up to
-    `EXACT` differences, else `FLIPS` random ones, the found one among them (Phipson and Smyth
-    2010, eq. 2), so that p is never 0. Few differences cannot be significant: n of them reach
-    2^(1-n) at least.
+    together) is open if nothing distinguishes the two (Fisher 1935). All signs are tried where
+    there are at most `FLIPS` ways, of 13 differences, else so many random ones, the found one among
+    them (Phipson and Smyth 2010, eq. 2), so that p is never 0. Few differences cannot be
+    significant: n of them reach 2^(1-n) at least.
     """
     sums, _ = _totals(_paired(after, before), groups)
-    if len(sums) <= EXACT:
-        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
-        found = 0
-    else:
-        rng = np.random.default_rng(seed)
-        bits = rng.integers(2, size=(FLIPS, len(sums)), dtype=np.int8)
-        found = 1
-    means = np.abs((2.0 * bits - 1) @ sums)
-    as_far = int((means >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()).sum())
-    return (as_far + found) / (len(means) + found)
+    if len(sums) == 1:  # either sign is as far from 0
+        return 1.0
+    found = stats.permutation_test(
+        (sums, np.zeros_like(sums)),
+        lambda after, before, axis: (after - before).sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=FLIPS,
+        batch=max(AT_ONCE // len(sums), 1),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def _paired(after: Sequence[float] | Floats, before: Sequence[float] | Floats) -> Floats:

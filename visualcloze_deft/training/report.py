@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.images.reading import read_image
-from visualcloze_deft.reporting.html import PAGE, jpeg, table
+from visualcloze_deft.reporting import page
 from visualcloze_deft.reporting.plots import (
     Lines,
     Numbers,
@@ -46,17 +45,17 @@ def write_report(folder: Path) -> Path:
         raise UserError(f"{folder}: the run has not taken a step yet")
     evaluations = read_lines(folder / run_folder.EVALUATION, EvaluationLine)
     skipped = read_lines(folder / run_folder.SKIPPED, SkippedLine)
-    parts = [
-        f"<h1>{escape(folder.resolve().name)}</h1>",
-        table([*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]),
-        f'<div class="curves">{"".join(pictures(steps, evaluations))}</div>',
-        "<h2>Tasks</h2>" + task_rows(steps, evaluations),
-        last_sheet(folder),
-        skipped_part(skipped),
-        f"<h2>Settings</h2><pre>{escape(read_text(settings))}</pre>",
+    above = [*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]
+    curves = page.Drawings(svgs=pictures(steps, evaluations))
+    sections = [
+        page.Section(parts=[page.Table(rows=above), curves]),
+        page.Section(title="Tasks", parts=[task_table(steps, evaluations)]),
+        *last_sheet(folder),
+        page.Section(title="Skipped", parts=skipped_parts(skipped)),
+        page.Section(title="Settings", parts=[page.Code(text=read_text(settings))]),
     ]
     path = folder / REPORT
-    write_text(path, PAGE.format(title=escape(folder.name), body="\n".join(parts)))
+    write_text(path, page.page(folder.resolve().name, sections))
     return path
 
 
@@ -195,7 +194,7 @@ def draw_norms(axes: Axes, steps: Lines) -> None:
         )
 
 
-def task_rows(steps: Lines, evaluations: Lines) -> str:
+def task_table(steps: Lines, evaluations: Lines) -> page.Table:
     """Each task's losses."""
     head = ["task", "steps", "training, first eighth", "last eighth"]
     head += ["held out, first", "last"] if evaluations else []
@@ -206,24 +205,26 @@ def task_rows(steps: Lines, evaluations: Lines) -> str:
         held = held[np.isfinite(held)]
         row = [task, str(count), f"{before:.4f}", f"{now:.4f}"]
         rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else ["", ""]))
-    return table(rows, head=head)
+    return page.Table(rows=rows, head=head)
 
 
-def last_sheet(folder: Path) -> str:
-    """The newest sample sheet, in the page itself."""
+def last_sheet(folder: Path) -> list[page.Section]:
+    """The newest sample sheet, where there is one."""
     sheets = sorted((folder / "sheets").glob("step-*.png"))
     if not sheets:
-        return ""
-    picture = jpeg(read_image(sheets[-1]), alt="sample sheet")
-    words = f"<h2>Sample sheet, {escape(sheets[-1].stem)}</h2><p>Red frames: what was made.</p>"
-    return words + picture
+        return []
+    picture = page.Picture(image=read_image(sheets[-1]), alt="sample sheet")
+    words = page.Text(text="Red frames: what was made.")
+    return [page.Section(title=f"Sample sheet, {sheets[-1].stem}", parts=[words, picture])]
 
 
-def skipped_part(skipped: Lines) -> str:
+def skipped_parts(skipped: Lines) -> list[page.Part]:
     """What could not be read."""
     if not skipped:
-        return "<h2>Skipped</h2><p>Every item drawn could be read.</p>"
+        return [page.Text(text="Every item drawn could be read.")]
     items = Counter((line["source"], line["item"], line["why"]) for line in skipped)
     rows = [(*item, count) for item, count in items.most_common(50)]
-    more = f"<p>and {len(items) - 50} more in {run_folder.SKIPPED}</p>" if len(items) > 50 else ""
-    return "<h2>Skipped</h2>" + table(rows, head=["source", "item", "why", "times"]) + more
+    parts: list[page.Part] = [page.Table(rows=rows, head=["source", "item", "why", "times"])]
+    if len(items) > 50:
+        parts.append(page.Text(text=f"and {len(items) - 50} more in {run_folder.SKIPPED}"))
+    return parts

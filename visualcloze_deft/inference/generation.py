@@ -1,0 +1,273 @@
+"""One call of the pipeline: grids to clean tokens to images, batch by batch.
+
+Axes: b batch, n tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from visualcloze_deft.backbones.flux_fill.model import Models
+from visualcloze_deft.backbones.flux_fill.packing import FluxText
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
+from visualcloze_deft.inference.arguments import enough_memory
+from visualcloze_deft.inference.batching import Job, batches_of
+from visualcloze_deft.inference.output import Answer, OutputType, check_finite, converted
+from visualcloze_deft.inference.request import Request
+from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
+from visualcloze_deft.sampling.denoising import (
+    GUIDANCE,
+    STEPS,
+    AfterStep,
+    Conditions,
+    denoise,
+    draw_of,
+    predictor,
+)
+
+KnownLatents = Literal["mode", "sample"]
+KnownCells = Literal["paste", "decode"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generating:
+    """How images are made, see `InContextPipeline.complete`. Raises `UserError` where a value is
+    none that can be."""
+
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    resolution: int | None = None
+    batch_size: int = 1
+    known_latents: KnownLatents = "mode"
+    known_cells: KnownCells = "paste"
+    output_type: OutputType = "pil"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps must be 1 or more, not {self.steps}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, not {self.batch_size}")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance {self.guidance}: give a number, e.g. 30")
+        side = self.resolution
+        if side is not None and (side < 1 or side % CELL_STEP):
+            raise UserError(f"resolution {side}: give a multiple of {CELL_STEP}")
+        for name, value, known in (
+            ("output_type", self.output_type, get_args(OutputType)),
+            ("known_latents", self.known_latents, get_args(KnownLatents)),
+            ("known_cells", self.known_cells, get_args(KnownCells)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} {value!r}: give one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The images of a call, one for each seed of each grid.
+
+    after: called after each step, see `denoising.AfterStep`. interrupted: whether to leave what
+    there is. at_time: told the time of a step, 1000 at noise, before it.
+    """
+
+    models: Models
+    asked: Sequence[Request]
+    how: Generating
+    cells: Cells
+    after: AfterStep
+    interrupted: Callable[[], bool]
+    at_time: Callable[[Tensor], None]
+    generator: Generators = None
+    latents: Tensor | Sequence[Tensor] | None = None
+    prompt_embeds: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+
+    @property
+    def side(self) -> int:
+        """Of a square cell, in pixels."""
+        return self.how.resolution or self.models.resolution
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        return [strip_shapes(one.sizes, self.side, self.cells) for one in self.asked]
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        places = [(number, seed) for number, one in enumerate(self.asked) for seed in one.seeds]
+        return [Job(order=k, grid=number, seed=seed) for k, (number, seed) in enumerate(places)]
+
+    @cached_property
+    def batches(self) -> list[list[Job]]:
+        return batches_of(self.jobs, self.shapes, self.how.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Calls of `after` in all."""
+        upsampling = (
+            how.steps(self.how.steps) * len(one.seeds)
+            for one in self.asked
+            for how in one.upsampling
+            if how is not None
+        )
+        return len(self.batches) * self.how.steps + sum(upsampling)
+
+    def check(self) -> None:
+        """Raise `UserError` where what is given does not fit the grids."""
+        _ = self.draws, self.noises, self.texts
+
+    def answers(self) -> Iterator[tuple[int, Answer]]:
+        """Each image as it is done, with its place in the call."""
+        for batch in self.batches:
+            if self.interrupted():
+                return
+            grids = {
+                number: grid.build(self.asked[number].rows, resolution=self.side, cells=self.cells)
+                for number in {job.grid for job in batch}
+            }
+            size = f"{len(batch)} grids of {self.tokens(batch[0])} tokens"
+            with enough_memory(f"making {size} together"):
+                finals = self.denoised(batch, [grids[job.grid] for job in batch])
+            for job, final in zip(batch, finals, strict=True):
+                check_finite(job, final)
+                yield job.order, self.answer(job, grids[job.grid], final)
+
+    def tokens(self, job: Job) -> int:
+        return sum(h * w for h, w in self.shapes[job.grid]) // CELL_STEP**2
+
+    def denoised(self, jobs: Sequence[Job], grids: Sequence[grid.Grid]) -> Tensor:
+        """The (b, n, 64) clean tokens of grids of one shape."""
+        models, steps = self.models, self.how.steps
+        given = self.conditions(jobs, grids)
+        like = given.latents.clean
+        draws = [self.draws[job.order] for job in jobs]
+        noises = [self.noises[job.order] for job in jobs] if self.noises else None
+        drawn = noises or [torch.randn(like.shape[1:], generator=d, device=d.device) for d in draws]
+        noise = torch.stack([one.to(like.device, torch.float32) for one in drawn])
+        predict = predictor(models, given, guidance=self.how.guidance, steps=steps)
+        times = models.times(steps, noise.shape[1]).to(like.device)
+
+        def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
+            self.at_time(1000 * t)
+            return torch.zeros_like(x) if self.interrupted() else predict(x, t)
+
+        return denoise(unless_interrupted, noise, times, after=self.after)
+
+    def conditions(self, jobs: Sequence[Job], grids: Sequence[grid.Grid]) -> Conditions:
+        """What the grids show, encoded once for all images of a grid unless it is drawn."""
+        text = self.text_of(jobs)
+        if self.how.known_latents == "sample":
+            draws = [self.draws[job.order] for job in jobs]
+            return Conditions(
+                latents=self.models.encode_grids(grids, clean=False, draws=draws), text=text
+            )
+        numbers = list(dict.fromkeys(job.grid for job in jobs))
+        first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
+        once = self.models.encode_grids([grids[k] for k in first], clean=False)
+        return Conditions(latents=once.some([numbers.index(job.grid) for job in jobs]), text=text)
+
+    def text_of(self, jobs: Sequence[Job]) -> FluxText:
+        if self.texts:
+            given = [self.texts[job.grid] for job in jobs]
+            return FluxText(*(torch.stack(part) for part in zip(*given, strict=True)))
+        return self.models.encode_text([self.asked[job.grid].prompt for job in jobs])
+
+    def answer(self, job: Job, built: grid.Grid, final: Tensor) -> Answer:
+        """The images of one grid's clean tokens (n, 64); only the query's strip is decoded."""
+        asked, how = self.asked[job.grid], self.how
+        if how.output_type == "latent":
+            return Answer(grid=job.grid, seed=job.seed, images=(final,), row=())
+        with enough_memory("decoding a strip"):
+            (pixels,) = self.models.decode_query(final[None], [built])
+        check_finite(job, pixels)
+        made = grid.cells(pixels, built.widths[-1])
+        asis = grid.cells(built.strips[-1], built.widths[-1])
+        decoded = how.known_cells == "decode"
+        row = [
+            cell if decoded or column in asked.targets else asis[column].to(cell)
+            for column, cell in enumerate(made)
+        ]
+        for column, larger in zip(asked.targets, asked.upsampling, strict=False):
+            if larger is not None:
+                row[column] = self.upsampled(job, row[column], larger)
+                check_finite(job, row[column])
+        given = tuple(converted(cell, how.output_type) for cell in row)
+        images = tuple(given[column] for column in asked.targets)
+        return Answer(grid=job.grid, seed=job.seed, images=images, row=given)
+
+    def upsampled(self, job: Job, cell: Tensor, larger: Upsampling) -> Tensor:
+        """A generated cell (3, h, w), enlarged and made anew in part."""
+        image, steps = grid.to_image(cell), self.how.steps
+        if not larger.steps(steps) or self.interrupted():
+            return enlarge(image, larger)
+        if self.texts and larger.prompt is None:
+            text = FluxText(*(part[None] for part in self.texts[job.grid]))
+        else:
+            own = self.asked[job.grid].content_prompt
+            text = self.models.encode_text([own if larger.prompt is None else larger.prompt])
+        width, height = larger.size(*image.size)
+        with enough_memory(f"upsampling to {width} x {height}"):
+            return upsample(
+                self.models,
+                image,
+                larger,
+                text=text,
+                draw=self.draws[job.order],
+                steps=steps,
+                guidance=self.how.guidance,
+                after=self.after,
+            )
+
+    @cached_property
+    def draws(self) -> list[torch.Generator]:
+        """What draws each image's noise."""
+        jobs, generator = self.jobs, self.generator
+        if generator is None:
+            return [draw_of(job.seed) for job in jobs]
+        if isinstance(generator, torch.Generator) and len(jobs) == 1:
+            return [generator]
+        if isinstance(generator, torch.Generator):  # split up, so that no grouping changes a draw
+            seeds = torch.randint(2**62, (len(jobs),), generator=generator, device=generator.device)
+            return [torch.Generator(generator.device).manual_seed(int(s)) for s in seeds]
+        if len(generator) != len(jobs):
+            raise UserError(f"{len(generator)} generators for {len(jobs)} images; give one each")
+        return list(generator)
+
+    @cached_property
+    def noises(self) -> list[Tensor]:
+        """The given noise of each image; [] where it is drawn."""
+        if self.latents is None:
+            return []
+        found = list(self.latents)
+        if len(found) != len(self.jobs):
+            raise UserError(f"{len(found)} latents for {len(self.jobs)} images; give one each")
+        for job, one in zip(self.jobs, found, strict=True):
+            wanted = (self.tokens(job), 64)
+            if tuple(one.shape) != wanted:
+                raise UserError(f"latents of shape {tuple(one.shape)}: this grid takes {wanted}")
+        return found
+
+    @cached_property
+    def texts(self) -> list[tuple[Tensor, Tensor]]:
+        """The given text of each grid, (l, d) and (d); [] where prompts are encoded."""
+        text, pooled = self.prompt_embeds, self.pooled_prompt_embeds
+        if text is None and pooled is None:
+            return []
+        if text is None or pooled is None:
+            raise UserError("give prompt_embeds and pooled_prompt_embeds together")
+        for name, tensor in (("prompt_embeds", text), ("pooled_prompt_embeds", pooled)):
+            if len(tensor) not in (1, len(self.asked)):
+                raise UserError(f"{name}: {len(tensor)} for {len(self.asked)} grids; give one each")
+        place, dtype = self.models.device, self.models.transformer.dtype
+        return [
+            (text[k % len(text)].to(place, dtype), pooled[k % len(pooled)].to(place, dtype))
+            for k in range(len(self.asked))
+        ]

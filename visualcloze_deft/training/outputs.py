@@ -1,0 +1,114 @@
+"""What a run leaves in its folder beside its metrics: checkpoints, samples, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from visualcloze_deft.adapters import files
+from visualcloze_deft.backbones.base import Models
+from visualcloze_deft.config.run_settings import Run
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.sampling.room import Room, put_back, short_of_memory
+from visualcloze_deft.storage.atomic import write_png
+from visualcloze_deft.training import checkpoint, run_folder
+from visualcloze_deft.training.checkpoint import Progress
+from visualcloze_deft.training.engine import (
+    adapter_of_average,
+    gather_adapter,
+    gather_average,
+    gather_moments,
+    published,
+)
+from visualcloze_deft.training.sample_sheets import sample_sheet
+from visualcloze_deft.training.step import first_said
+
+
+class RunOutputs:
+    """Every process calls each method, as weights are gathered from all; the first one writes."""
+
+    def __init__(
+        self, run: Run, models: Models, engine: Any, shown: Mixture, *, rank: int, world: int
+    ) -> None:
+        """shown: what samples are made of."""
+        self.run = run
+        self.models = models
+        self.engine = engine
+        self.shown = shown
+        self.first = rank == 0
+        self.world = world
+        self.output = Path(run.output)
+        self.base = run_folder.base_of(run)
+
+    def save(self, progress: Progress) -> str | None:
+        """A checkpoint. Returns why it cannot be written, None where it is."""
+        moments, tensors = gather_moments(self.engine), gather_adapter(self.engine)
+        averaged = gather_average(self.engine) if self.run.ema else None
+        if not self.first:
+            return None
+        try:
+            saved = checkpoint.save(
+                self.output / "checkpoints",
+                progress,
+                moments,
+                lambda folder: self.write_adapter(
+                    folder, tensors, step=progress.step, attention=progress.attention
+                ),
+                keep=self.run.keep_checkpoints,
+                average=averaged,
+            )
+        except UserError as error:
+            return str(error)
+        if warning := checkpoint.short_of_room(self.output, checkpoint.size(saved)):
+            tqdm.write(warning)
+        return None
+
+    def write_adapter(
+        self, folder: Path, tensors: dict[str, Tensor], *, step: int, attention: str
+    ) -> None:
+        told = run_folder.adapter_metadata(self.run, step, attention=attention, base=self.base)
+        files.save(
+            self.models.denoiser, folder, base=self.run.model, tensors=tensors, metadata=told
+        )
+
+    def sample(self, step: int) -> None:
+        """A picture of what the adapter makes. Grids that memory is too small for are left out, in
+        all processes, and training goes on."""
+        room = Room(
+            self.models,
+            split=self.run.zero == 3 and self.world > 1,
+            agree=lambda failure: first_said(failure, self.world),
+        )
+        averaged = self.run.ema > 0 and step > 0
+        with published(self.engine, averaged=averaged), put_back(room):
+            page, left_out = sample_sheet(self.models, self.shown, room)
+        if self.first:
+            if room.made:
+                tqdm.write(f"sheet of step {step}: {short_of_memory(left_out)}")
+            if page is not None:
+                folder = self.output / "sheets"
+                folder.mkdir(exist_ok=True)
+                write_png(folder / f"step-{step:06d}.png", page)
+
+    def publish(self, *, attention: str) -> None:
+        """The adapter of the last step, and with an average that one, too, each whole or not at
+        all."""
+        if self.run.ema:
+            self.put("adapter-last", gather_adapter(self.engine), attention)
+            self.put("adapter", adapter_of_average(self.engine), attention)
+        else:
+            self.put("adapter", gather_adapter(self.engine), attention)
+
+    def put(self, name: str, tensors: dict[str, Tensor], attention: str) -> None:
+        if self.first:
+            with checkpoint.disk_errors(self.output):
+                checkpoint.replace(
+                    self.output / name,
+                    lambda folder: self.write_adapter(
+                        folder, tensors, step=self.run.steps, attention=attention
+                    ),
+                )
