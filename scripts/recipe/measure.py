@@ -192,7 +192,6 @@ def shown_by(
     return list(zip(numbers, images, strict=True))
 
 
-@torch.no_grad()
 def measured(models: Models, count: int, scenes: int, steps: int) -> dict[str, Any]:
     """Figures of each task: PSNR in dB and sharpness (mean gradient over the truth's) by steps."""
     side = models.resolution

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoModel
 from peft import DeftConfig, PeftConfig, PeftModel
+from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection, methods
 from visualcloze_deft.adapters.metadata import check_base
@@ -41,7 +42,7 @@ from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
 from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
-from visualcloze_deft.storage.atomic import output_folder
+from visualcloze_deft.storage.atomic import output_folder, staged_at
 
 Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
 FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
@@ -82,60 +83,104 @@ def export(
         raise UserError(f"--format {kind}: not for {backbone.name}; give peft or merged")
     path = target(output, kind)
     precision = base_precision(model, backbone.denoiser)
-    written = dtype or (precision if kind == "merged" else torch.float32)
-
-    def base() -> Any:
-        return backbone.networks().load_denoiser(model, dtype=precision, lora=lora)
-
-    transformer = base()
-    files.load(transformer, folder)
-    shapes, changes = (
-        lora_names.layer_shapes(transformer),
-        injection.changes_of(transformer, strength),
+    exported = Exported(
+        path=path,
+        adapter=files.read(folder),
+        kind=kind,
+        strength=strength,
+        precision=precision,
+        written=dtype or (precision if kind == "merged" else torch.float32),
+        model=model,
+        lora=lora,
     )
-    check_names(kind, changes, shapes)
-    live = answer(transformer, strength) if verify else None
-    transformer.disable_adapters()
-    plain = answer(transformer, 1.0) if verify else None
-    weights = {name: frozen(transformer, name) @ probe(name, a) for name, (a, _) in changes.items()}
-    del transformer  # FLUX takes 24 GB: one at a time
-    about = told | header(config, kind, strength, model=model, lora=lora)
-    staged = path.with_name(f".{path.stem}.part{path.suffix}")
-    clear(staged)
+    exported.learn(verify=verify)
     report = Report(path=path, notes=notes_on(told, kind))
-    try:
+    with staged_at(path) as staged:
         with writing(path):
-            if kind == "peft":
-                staged.mkdir()
-                for name in (CONFIG, WEIGHTS):
-                    shutil.copy(folder / name, staged)
-            elif kind == "merged":
-                merge(base(), changes, written).save_pretrained(staged)
-                tensor_files.open_to(staged)
-                (staged / "vcdeft.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-            else:
-                cast = {name: (a.to(written), b.to(written)) for name, (a, b) in changes.items()}
-                check_finite(cast, path)
-                lora_names.write(staged, cast, kind, shapes=shapes, metadata=about)
-        if live is not None and plain is not None:
-            reader, read, in_weights = reader_of(kind, shapes, written)
-            try:
-                loaded = read(staged, base)
-                found = answer(loaded, 1.0)
-            except (ValueError, RuntimeError, KeyError, AssertionError) as error:
-                raise UserError(f"export {path}: {reader} cannot read it: {error}") from None
-            rounding = ROUNDING[written if kind == "merged" else precision] if in_weights else 0
-            weights_off, beyond = change_error(loaded, changes, weights, rounding)
-            noise = max(NOISE[precision], NOISE[written] if kind == "merged" else 0)
-            output_off = output_error(found, live, plain, noise)
-            report = replace(report, reader=reader, weights=weights_off, output=output_off)
-            held = (written,) if kind == "merged" else (written, precision)  # in what it is read
-            check(report, beyond, max(TOLERANCE[one] for one in held))
-        with writing(path):
-            staged.rename(path)
-    finally:
-        clear(staged)
-    return report
+            exported.write(staged, told)
+        return exported.verified(staged, report) if verify else report
+
+
+@dataclass(kw_only=True)
+class Exported:
+    """An adapter on its way into a file. precision: the base's; written: of what is written.
+
+    `learn` finds: shapes and changes of layers; with an adapter and without, the answers to random
+    inputs; and each layer's weight times its `probe`.
+    """
+
+    path: Path
+    adapter: files.StoredAdapter
+    kind: Format
+    strength: float
+    precision: torch.dtype
+    written: torch.dtype
+    model: str
+    lora: str | None
+    shapes: lora_names.Shapes = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    answers: tuple[Tensor, Tensor] | None = None
+
+    def base(self) -> Any:
+        load = backbone_of(self.model).networks().load_denoiser
+        return load(self.model, dtype=self.precision, lora=self.lora)
+
+    def learn(self, *, verify: bool) -> None:
+        """Load the base with the adapter; nothing of it stays: FLUX takes 24 GB, one at a time."""
+        denoiser = self.base()
+        files.load(denoiser, self.adapter)
+        self.shapes = lora_names.layer_shapes(denoiser)
+        self.changes = injection.changes_of(denoiser, self.strength)
+        check_names(self.kind, self.changes, self.shapes)
+        if not verify:
+            return
+        live = answer(denoiser, self.strength)
+        denoiser.disable_adapters()
+        self.answers = live, answer(denoiser, 1.0)
+        self.weights = {
+            name: frozen(denoiser, name) @ probe(name, a) for name, (a, _) in self.changes.items()
+        }
+
+    def write(self, staged: Path, told: dict[str, str]) -> None:
+        """told: what the adapter's own file says."""
+        config, folder = self.adapter.config, self.adapter.folder
+        about = header(config, self.kind, self.strength, model=self.model, lora=self.lora)
+        if self.kind == "peft":
+            staged.mkdir()
+            for name in (CONFIG, WEIGHTS):
+                shutil.copy(folder / name, staged)
+        elif self.kind == "merged":
+            merge(self.base(), self.changes, self.written).save_pretrained(staged)
+            tensor_files.open_to(staged)
+            text = json.dumps(told | about, indent=1)
+            (staged / "vcdeft.json").write_text(text, encoding="utf-8")
+        else:
+            cast = {
+                name: (a.to(self.written), b.to(self.written))
+                for name, (a, b) in self.changes.items()
+            }
+            check_finite(cast, self.path)
+            lora_names.write(staged, cast, self.kind, shapes=self.shapes, metadata=told | about)
+
+    def verified(self, staged: Path, report: Report) -> Report:
+        """What was written, read again. Raises `UserError` where it is not the adapter."""
+        merged, written, precision = self.kind == "merged", self.written, self.precision
+        reader, read, in_weights = reader_of(self.kind, self.shapes, written)
+        try:
+            loaded = read(staged, self.base)
+            found = answer(loaded, 1.0)
+        except (ValueError, RuntimeError, KeyError, AssertionError) as error:
+            raise UserError(f"export {self.path}: {reader} cannot read it: {error}") from None
+        rounding = ROUNDING[written if merged else precision] if in_weights else 0
+        weights_off, beyond = change_error(loaded, self.changes, self.weights, rounding)
+        noise = max(NOISE[precision], NOISE[written] if merged else 0)
+        assert self.answers is not None
+        output_off = output_error(found, *self.answers, noise)
+        report = replace(report, reader=reader, weights=weights_off, output=output_off)
+        held = (written,) if merged else (written, precision)  # in what it is read
+        check(report, beyond, max(TOLERANCE[one] for one in held))
+        return report
 
 
 def named(
@@ -215,12 +260,6 @@ def target(output: Path, kind: Format) -> Path:
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise UserError(f"--output {path}: already there; name another, or remove it")
     return path
-
-
-def clear(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def merge(transformer: Any, changes: dict[str, Change], dtype: torch.dtype | None = None) -> Any:

@@ -9,12 +9,11 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import Tensor
 
-from visualcloze_deft.adapters.export import clear
 from visualcloze_deft.backbones import lora_files, tensor_files
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError, writing
-from visualcloze_deft.storage.atomic import output_folder
+from visualcloze_deft.storage.atomic import output_folder, staged_at
 
 
 def import_lora(
@@ -51,18 +50,12 @@ def import_lora(
     for name, (a, b) in changes.items():
         whole = f"base_model.model.{name}"
         tensors |= {f"{whole}.lora_A.weight": a, f"{whole}.lora_B.weight": b}
-    staged = output.with_name(f".{output.name}.part")
-    clear(staged)
     about = {"method": "lora", "rank": str(common), "base_model": model}
     about |= {"base_fingerprint": fingerprint(model), "imported_from": path.name}
-    try:
-        text = json.dumps(config, indent=2, default=str)
-        whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with writing(output):
-            staged.mkdir()
-            (staged / CONFIG).write_text(text, encoding="utf-8")
-            tensor_files.save(whole_tensors, staged / WEIGHTS, about)
-            staged.rename(output)
-    finally:
-        clear(staged)
+    text = json.dumps(config, indent=2, default=str)
+    whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with staged_at(output) as staged, writing(output):
+        staged.mkdir()
+        (staged / CONFIG).write_text(text, encoding="utf-8")
+        tensor_files.save(whole_tensors, staged / WEIGHTS, about)
     return output

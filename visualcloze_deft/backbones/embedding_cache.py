@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,6 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from visualcloze_deft.errors import UserError, writing
+from visualcloze_deft.storage.atomic import atomic_write
 
 SUFFIX = ".safetensors"
 
@@ -132,21 +134,15 @@ class Encodings:
         if not self.storing:
             return
         encoding, path = encoding.contiguous(), self.path(key)
-        staged = path.with_name(f"{uuid.uuid4().hex}.part")
         checksum = torch.tensor(list(digest(key, encoding)), dtype=torch.uint8)
+        content = save({"encoding": encoding, "sha256": checksum})
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                staged.write_bytes(save({"encoding": encoding, "sha256": checksum}))
-                os.replace(staged, path)
-            finally:
-                staged.unlink(missing_ok=True)
-        except OSError as error:
+            with writing(self.folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, lambda staged: staged.write_bytes(content))
+        except UserError as error:
             self.storing = False
-            tqdm.write(
-                f"encodings {self.folder}: cannot be written ({error.strerror}); going on without "
-                "storing more"
-            )
+            tqdm.write(f"encodings {error}; going on without storing more")
 
 
 class Recent(Encodings):

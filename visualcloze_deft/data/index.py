@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute
 
 from visualcloze_deft.data.base import Item
-from visualcloze_deft.errors import printable, reading, writing
+from visualcloze_deft.errors import printable, reading
 from visualcloze_deft.images.depth import declared
 from visualcloze_deft.images.maps import read_role
 from visualcloze_deft.images.reading import files_below
+from visualcloze_deft.storage.atomic import atomic_write
 from visualcloze_deft.storage.inside import path_inside
 
 FORMAT = "2"  # part of every key: raise it when what a row holds changes
@@ -129,20 +129,13 @@ def _mapped(path: Path) -> pa.Table | None:
 def _write(rows: Iterable[Row], path: Path) -> None:
     """A table in a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(
-        f".part{uuid.uuid4().hex}"
-    )  # a process of another node may do so, too
-    try:
-        with (
-            writing(path),
-            pa.OSFile(str(staged), "wb") as file,
-            pa.ipc.new_file(file, _SCHEMA) as writer,
-        ):
+
+    def save(staged: Path) -> None:
+        with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             for batch in _batches(rows):
                 writer.write_batch(batch)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+
+    atomic_write(path, save)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from visualcloze_deft.errors import UserError, reading, writing
 from visualcloze_deft.evaluation.metrics.fidelity import Colour
 from visualcloze_deft.evaluation.suites import Query, Row
 from visualcloze_deft.inference.grid_files import write_grids
+from visualcloze_deft.storage.atomic import clear, staged_at
 from visualcloze_deft.storage.settings_files import SettingsFile, checked
 from visualcloze_deft.storage.text_files import read_json, read_text
 
@@ -78,16 +78,14 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
 
     images: of each grid. An item that cannot be read is left out, said and counted: `left_out`.
     """
-    folder, part = output / GRIDS, output / f".{GRIDS}.part"
+    folder = output / GRIDS
     if (folder / CASES).is_file():
         return read_cases(output)
-    for unfinished in (folder, part):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    part.mkdir(parents=True)
+    clear(folder)  # unfinished
     cases: list[Case] = []
     broken: Counter[str] = Counter()
 
-    def examples() -> Iterator[Example]:
+    def examples(part: Path) -> Iterator[Example]:
         asked = [(row, index) for row in rows for index in range(row.count)]
         for row, index in tqdm(asked, desc="making grids", unit="grid"):
             try:
@@ -100,21 +98,17 @@ def write_cases(rows: Sequence[Row], output: Path, *, images: int) -> list[Case]
             cases.append(case)
             yield question.example
 
-    try:
-        with writing(folder):
-            path = write_grids(examples(), part)
-            if not cases:
-                raise UserError("no grid could be made: every item is broken, see above")
-            entries = read_json(path)
-            for entry, case in zip(entries, cases, strict=True):
-                entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
-            path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-            told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
-            (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
-            part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
-        raise
+    with staged_at(folder) as part, writing(folder):
+        part.mkdir(parents=True)
+        path = write_grids(examples(part), part)
+        if not cases:
+            raise UserError("no grid could be made: every item is broken, see above")
+        entries = read_json(path)
+        for entry, case in zip(entries, cases, strict=True):
+            entry["seed"] = list(case.seeds) if len(case.seeds) > 1 else case.seeds[0]
+        path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        told = {"left_out": broken, "cases": [asdict(case) for case in cases]}
+        (part / CASES).write_text(json.dumps(told, indent=1), "utf-8")
     return cases
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,13 +29,37 @@ def output_folder(path: Path) -> None:
 def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
     """Have `save` write the file at `path`, which appears whole or not at all. What a killed
     process leaves is called .NAME.PROCESS.part. Raises `UserError` where it cannot be written."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # a process of another machine may write the same file, with the same number
+    here = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    staged = path.with_name(f".{path.name}.{here}.part")
     try:
         with writing(path):
             save(staged)
             staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_at(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a file or a folder, which becomes `path` where nothing fails
+    within; else nothing of it stays. Raises `UserError` where it cannot be put there."""
+    staged = path.with_name(f".{path.stem}.part{path.suffix}")
+    clear(staged)
+    try:
+        yield staged
+        with writing(path):
+            staged.rename(path)
+    finally:
+        clear(staged)  # also of a full disk, which needs the room
+
+
+def clear(path: Path) -> None:
+    """Remove a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
