@@ -17,10 +17,11 @@ from visualcloze_deft.config.run_settings import (
     setting_names,
     write_run,
 )
+from visualcloze_deft.config.sameness import MAY_DIFFER, may_differ
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.task_registry.files import load_tasks
-from visualcloze_deft.training import memory_report, resume
+from visualcloze_deft.training import resume
 from visualcloze_deft.training.run_data import mixture_of, weights_of
 
 
@@ -277,15 +278,16 @@ def test_options_of_a_tracker_may_be_any_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        resume.FREE_ON_RESUME,
+        MAY_DIFFER["train --resume"],
+        MAY_DIFFER["compare"],
         resume.DECIDED,
         resume.DIVIDED,
         resume.FIXED,
-        memory_report.WITHOUT_TIME,
+        MAY_DIFFER["plan --run"],
         RENAMED.values(),
         OWNED.values(),
     ],
-    ids=["free", "decided", "divided", "fixed", "without time", "renamed", "owned"],
+    ids=["resume", "compare", "decided", "divided", "fixed", "without time", "renamed", "owned"],
 )
 def test_lists_of_settings_name_settings(names: Collection[str]) -> None:
     known = set(setting_names())
@@ -294,7 +296,7 @@ def test_lists_of_settings_name_settings(names: Collection[str]) -> None:
 
 
 def test_settings_that_take_no_time_do_not_tell_two_runs_apart() -> None:
-    takes = {name for name in setting_names() if not memory_report.takes_no_time(name)}
+    takes = {name for name in setting_names() if not may_differ(name, MAY_DIFFER["plan --run"])}
     assert {"batch", "data.resolution", "adapter.rank", "scheduled_sampling"} <= takes
     free = {"keep_checkpoints", "timestep_sampling", "logging.norms_every", "adapter.init_from"}
     assert not takes & free

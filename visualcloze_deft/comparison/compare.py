@@ -41,6 +41,7 @@ from visualcloze_deft.comparison.trainings import RUNS, Training, trainings
 from visualcloze_deft.config import overrides
 from visualcloze_deft.config.comparison import Comparison, write_comparison
 from visualcloze_deft.config.run_settings import load_run
+from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import launch, process_count
@@ -54,8 +55,6 @@ from visualcloze_deft.training.files_needed import check_run
 State = Literal["to do", "begun", "finished"]
 
 SETTINGS, INDEX = "compare.toml", "index"
-# What may differ from a training that is there: where and how often it writes, not what it learns.
-FREE = resume.FREE_ON_RESUME - {"steps", "batch", "accumulate", "processes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +149,11 @@ def check_before(training: Training, mixture: Mixture) -> None:
         overrides.flat(run.model_dump(mode="json"))
         for run in (load_run(str(settings)), training.run)
     )
-    for name in sorted({*before, *now} - FREE):
-        free = name.startswith(("deepspeed.", "logging."))
-        if not free and before.get(name) != now.get(name):
-            raise UserError(
-                f"{training.folder} was trained with {name} = {before.get(name)!r}, now it is "
-                f"{now.get(name)!r}; put it back, remove that folder, or choose another output"
-            )
+    for other in differences(before, now, free=MAY_DIFFER["compare"]):
+        raise UserError(
+            f"{training.folder} was trained with {other.name} = {other.before!r}, now it is "
+            f"{other.now!r}; put it back, remove that folder, or choose another output"
+        )
     try:
         resume.check_tasks(mixture, training.folder / run_folder.TASKS)
     except UserError as error:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.config.source_specs import from_root, place_and_split
 from visualcloze_deft.data.annotation.store import RECORD
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.encoders.load import Encoder
 from visualcloze_deft.evaluation.suites import GridSettings, Row
 from visualcloze_deft.images.depth import DECLARED
-from visualcloze_deft.inference.records import NOT_COMPARED
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.storage.atomic import check_foreign
 from visualcloze_deft.storage.locks import LOCK
@@ -83,7 +83,7 @@ def request_facts(
         # where data may lack roles, they are part of the grids
         "annotate": annotate,
     }
-    fields |= {k: v for k, v in shared.items() if k not in NOT_COMPARED}
+    fields |= {k: v for k, v in shared.items() if k not in MAY_DIFFER["infer"]}
     return fields | {
         "grids": {row.name: row.count for row in rows},
         "data_state": {n: state_of(place) for n, place in {**making.data, **annotate}.items()},
@@ -129,20 +129,18 @@ def check_same(output: Path, made: Mapping[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"--output {output}: {error}; give another folder") from None
     now = json.loads(json.dumps(made))
-    for key in {**now, **before}:
-        if key == "data_state" and now.get(key) != before.get(key):
-            told = before[key] if isinstance(before.get(key), dict) else {}
-            changed = [name for name, state in now[key].items() if state != told.get(name)]
+    for other in differences(before, now):
+        if other.name == "data_state":
+            told = other.before if isinstance(other.before, dict) else {}
+            changed = [name for name, state in other.now.items() if state != told.get(name)]
             raise UserError(
                 f"--output {output}: its grids are of data whose files have come, gone or been "
                 f"written since ({', '.join(changed)}); give another folder"
             )
-        if now.get(key) != before.get(key):
-            raise UserError(
-                f"--output {output}: holds another evaluation, with {key} "
-                f"{brief(before.get(key))} where now {brief(now.get(key))} is asked for; "
-                "give another folder"
-            )
+        raise UserError(
+            f"--output {output}: holds another evaluation, with {other.name} "
+            f"{brief(other.before)} where now {brief(other.now)} is asked for; give another folder"
+        )
 
 
 def settings_text(

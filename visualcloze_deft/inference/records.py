@@ -19,6 +19,7 @@ from visualcloze_deft.backbones.model_files import index_of, lora_file, resoluti
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.table import fingerprint
+from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
@@ -34,21 +35,6 @@ from visualcloze_deft.storage.text_files import read_object
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 SHEET = "-sheet.png"  # how the names of contact sheets end
-NOT_COMPARED = (
-    "images",
-    "device",
-    "dtype",
-    "versions",
-    "rows",
-    "task",
-    "adapters",
-    "model",
-    "model_lora",
-    "batch",
-    "of_seed",
-    "attention_used",
-    "attention_check",
-)
 WAY_OUT = "give --overwrite, or another --output"
 
 
@@ -222,19 +208,18 @@ def finished(output: Path, plan: GridJob, *, since: float) -> bool:
                     f"{output / name}: already there, not made by this command; {WAY_OUT}"
                 )
         return False
-    found = compared(before)
-    for key, value in now.items():
-        if found.get(key) != value:
+    for other in differences(compared(before), now):
+        if other.name in now:  # what later versions say more counts for nothing
             raise UserError(
-                f"{path}: made with {key} {shortly(found.get(key))}, asked for is "
-                f"{shortly(value)}; {WAY_OUT}"
+                f"{path}: made with {other.name} {shortly(other.before)}, asked for is "
+                f"{shortly(other.now)}; {WAY_OUT}"
             )
     return all((output / name).is_file() for name in plan.names)
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a record says that images are the same, as it is after JSON."""
-    kept = {key: value for key, value in record.items() if key not in NOT_COMPARED}
+    kept = {key: value for key, value in record.items() if key not in MAY_DIFFER["infer"]}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
 

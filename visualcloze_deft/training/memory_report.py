@@ -12,6 +12,7 @@ from typing import Any
 from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run
+from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.planning.memory import (
@@ -34,13 +35,6 @@ from visualcloze_deft.training.run_data import mixture_of, resolution_of
 from visualcloze_deft.training.run_folder import METRICS, SETTINGS
 
 TIMED = 100  # last steps of an earlier run whose median counts
-# Settings, and sections of them, that leave the time of a step as it is.
-WITHOUT_TIME = frozenset(
-    "output steps seed save_every sample_every keep_checkpoints timeout not_finite_at_most "
-    "context_weight guidance clip_text timestep_sampling timestep_shift adapter.alpha "
-    "adapter.init_from adapter.p_lr_ratio model_lora data.validation_every data.skip_at_most "
-    "logging optimiser".split()
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,18 +205,9 @@ def rate_of(folder: Path, run: Run) -> Rate:
     if not lines:
         raise UserError(f"--run {folder}: no steps in {METRICS}; name a folder of 'vcdeft train'")
     seconds = median(line["seconds"] for line in lines)
-    settings = [flat(r.model_dump(mode="json")) for r in (load_run(str(folder / SETTINGS)), run)]
-    other = sorted(
-        name
-        for name in {*settings[0], *settings[1]}
-        if settings[0].get(name) != settings[1].get(name) and not takes_no_time(name)
-    )
+    before, now = (flat(r.model_dump(mode="json")) for r in (load_run(str(folder / SETTINGS)), run))
+    other = sorted(one.name for one in differences(before, now, free=MAY_DIFFER["plan --run"]))
     return Rate(folder=folder, steps_per_hour=3600 / max(seconds, 1e-4), other=tuple(other))
-
-
-def takes_no_time(setting: str) -> bool:
-    """Whether a setting, or its section, leaves the time of a step as it is."""
-    return setting in WITHOUT_TIME or setting.partition(".")[0] in WITHOUT_TIME
 
 
 def samples_line(plan: MemoryPlan, stage: Stage) -> str:

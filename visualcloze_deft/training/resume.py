@@ -7,6 +7,7 @@ from pathlib import Path
 
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run, setting_names
+from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.storage.atomic import write_text
@@ -17,32 +18,6 @@ from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import Progress, newest
 from visualcloze_deft.training.run_folder import EVALUATION, METRICS, SETTINGS, SKIPPED
 
-FREE_ON_RESUME = {
-    "output",
-    "steps",
-    "batch",
-    "accumulate",
-    "processes",
-    "zero",
-    "gradient_checkpointing",
-    "attention",
-    "offload",
-    "save_every",
-    "keep_checkpoints",
-    "compile",
-    "timeout",
-    "not_finite_at_most",
-    "sample_every",
-    "data.workers",
-    "data.skip_at_most",
-    "data.embedding_cache",
-    "offload_encoders",
-}
-"""Settings that may change when a run goes on: they leave the examples of every step as they were.
-
-Another `steps` stretches a cosine schedule and the "auto" warm-up of a run of less than 500 steps,
-so the learning rate goes on from where the new one is.
-"""
 DECIDED = (
     "zero",
     "gradient_checkpointing",
@@ -67,13 +42,11 @@ def check_resumed(
             )
     before = flat(load_run(str(Path(run.output) / SETTINGS)).model_dump(mode="json"))
     now = flat(run.model_dump(mode="json"))
-    may = ("deepspeed.", "logging.", *(f"{name}." for name in allowed))
-    for name in sorted({*before, *now} - FREE_ON_RESUME - {*allowed}):
-        if before.get(name) != now.get(name) and not name.startswith(may):
-            raise UserError(
-                f"--resume: {name} was {before.get(name)!r}, now it is {now.get(name)!r}; leave "
-                f"it as it was, start another --output, or say --allow-change {parent(name)}"
-            )
+    for other in differences(before, now, free=MAY_DIFFER["train --resume"] | {*allowed}):
+        raise UserError(
+            f"--resume: {other.name} was {other.before!r}, now it is {other.now!r}; leave it as it "
+            f"was, start another --output, or say --allow-change {parent(other.name)}"
+        )
     if (plan.size, run.seed) != (progress.global_batch, progress.seed):
         what = "tokens" if run.batch_tokens else "grids"
         raise UserError(
