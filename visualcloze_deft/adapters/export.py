@@ -20,7 +20,7 @@ from diffusers import AutoModel
 from peft import DeftConfig, PeftConfig, PeftModel
 from torch import Tensor
 
-from visualcloze_deft.adapters import files, injection, methods
+from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.metadata import check_base
 from visualcloze_deft.adapters.verify import (
     NOISE,
@@ -39,6 +39,7 @@ from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
+from visualcloze_deft.config.methods import method_of
 from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
@@ -213,7 +214,7 @@ def header(
     """What an exported file says of itself, beside what the adapter's own file says."""
     alpha = config.alpha if isinstance(config, DeftConfig) else config.lora_alpha
     return {
-        "method": methods.method_of(config),
+        "method": method_of(config.to_dict()),
         "rank": str(config.r),
         "alpha": str(alpha or ""),
         "base_model": model,

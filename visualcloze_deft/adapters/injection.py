@@ -17,9 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from visualcloze_deft.adapters.deft import deft_linear
-from visualcloze_deft.adapters.methods import NAME, file_name, layers, peft_config
+from visualcloze_deft.adapters.methods import NAME, file_name, kind, layers, peft_config
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.table import backbone_of_network
+from visualcloze_deft.config.methods import METHODS
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError
@@ -100,11 +101,11 @@ def parameter_groups(
     transformer: nn.Module, settings: Adapter, *, lr: float
 ) -> list[dict[str, Any]]:
     """Optimiser groups: DEFT's P at `p_lr_ratio` times `lr`, all else at `lr`."""
-    slow = settings.method in ("deft", "deft-relaxed")
+    slow = METHODS[settings.method].slow
     directions: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainable(transformer).items():
-        (directions if slow and "deft_P" in name else others).append(parameter)
+        (directions if kind(name) == slow else others).append(parameter)
     groups = [
         {"params": directions, "lr": lr * settings.p_lr_ratio},
         {"params": others, "lr": lr},

@@ -8,6 +8,7 @@ from pathlib import Path
 from visualcloze_deft.backbones.model_files import folder_of, lora_file
 from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.backbones.table import fingerprint
+from visualcloze_deft.config.methods import method_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.hashing import digest_of
 
@@ -64,14 +65,14 @@ def check_start(folder: Path, method: str, rank: int, lora: str | None) -> None:
         fields = adapter_settings(folder)
     except UserError as error:
         raise UserError(f"adapter.init_from: {error}") from None
-    kind, found = str(fields.get("peft_type")), fields.get("r")
-    if kind == "DEFT":
-        relaxed = "deft-relaxed" if fields.get("decomposition_method") == "relu" else "deft"
-        kind = "para" if fields.get("para") else relaxed
-    if (kind.lower(), found) != (method, rank):
+    try:
+        kind, found = method_of(fields), fields.get("r")
+    except ValueError as error:
+        raise UserError(f"adapter.init_from {folder}: {error}; DEFT and LORA are known") from None
+    if (kind, found) != (method, rank):
         raise UserError(
-            f"adapter.init_from {folder}: it is {kind.lower()} of rank {found}, this run trains "
-            f"{method} of rank {rank}; give --method {kind.lower()} --rank {found}"
+            f"adapter.init_from {folder}: it is {kind} of rank {found}, this run trains {method} "
+            f"of rank {rank}; give --method {kind} --rank {found}"
         )
     told = read_metadata(folder)
     if not has_same_lora(told, lora):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft import DeftConfig, LoraConfig, PeftConfig
 
+from visualcloze_deft.config.methods import METHODS
 from visualcloze_deft.config.run_settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model
@@ -16,7 +17,8 @@ def layers(settings: Adapter, default: str) -> str:
 
 def peft_config(settings: Adapter, layers: str) -> PeftConfig:
     """peft's settings of an adapter on `layers`, a regular expression."""
-    if settings.method == "lora":
+    told = METHODS[settings.method].peft
+    if told["peft_type"] == "LORA":
         return LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha or settings.rank,
@@ -28,8 +30,8 @@ def peft_config(settings: Adapter, layers: str) -> PeftConfig:
         alpha=settings.alpha,
         deft_dropout=settings.dropout,
         target_modules=layers,
-        decomposition_method="relu" if settings.method == "deft-relaxed" else "qr",
-        para=settings.method == "para",
+        decomposition_method=told["decomposition_method"],
+        para=told["para"],
     )
 
 
@@ -40,15 +42,6 @@ def kind(name: str) -> str:
     ('P', 'A')
     """
     return name.partition(f".{NAME}")[0][-1]
-
-
-def method_of(config: PeftConfig) -> str:
-    """What `adapter.method` is for an adapter of this kind."""
-    if not isinstance(config, DeftConfig):
-        return "lora"
-    if config.para:
-        return "para"
-    return "deft-relaxed" if config.decomposition_method == "relu" else "deft"
 
 
 def file_name(name: str) -> str:

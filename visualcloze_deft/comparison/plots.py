@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,10 +19,14 @@ from visualcloze_deft.comparison.tables import (
     matches,
     matching_lines,
 )
+from visualcloze_deft.config.methods import METHODS, Method
 from visualcloze_deft.reporting.plots import Lines, Numbers, smooth, thinned, values
 from visualcloze_deft.reporting.random_effects import Estimate, estimate
 
-COLOURS = {"deft": "C0", "deft-relaxed": "C9", "para": "C2", "lora": "C3"}
+
+def colour_of(method: str) -> str:
+    """Of a method, by the name in a results file."""
+    return METHODS[cast(Method, method)].colour
 
 
 def draw_scatter(lines: Lines) -> Figure:
@@ -52,13 +56,18 @@ def draw_method(axes: Axes, own: Lines, ends: Sequence[Estimate], measure: Measu
     method, rank = own[0]["method"], own[0]["rank"]
     new, old = (changes(matching_lines(own, group=group), measure).mean(axis=1) for group in GROUPS)
     shown = np.vectorize(measure.shown)
-    axes.plot(shown(new), shown(old), ".", color=COLOURS[method], alpha=0.5, markersize=5)
+    axes.plot(shown(new), shown(old), ".", color=colour_of(method), alpha=0.5, markersize=5)
     (x, y), bars = ([measure.shown(one.mean) for one in ends], [])
     for one in ends:
         low, mean, high = (measure.shown(value) for value in (one.low, one.mean, one.high))
         bars.append([[max(mean - low, 0)], [max(high - mean, 0)]])
     label = f"{method}, rank {rank}"
-    style: dict[str, Any] = {"fmt": "o", "color": COLOURS[method], "capsize": 3, "label": label}
+    style: dict[str, Any] = {
+        "fmt": "o",
+        "color": colour_of(method),
+        "capsize": 3,
+        "label": label,
+    }
     axes.errorbar([x], [y], xerr=bars[0], yerr=bars[1], **style)
 
 
@@ -74,7 +83,11 @@ def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
         first = next(iter(known))
         for method, loss in known.items():
             x = np.arange(1.0, len(loss) + 1)
-            style: dict[str, Any] = {"color": COLOURS[method], "label": method, "linewidth": 1.2}
+            style: dict[str, Any] = {
+                "color": colour_of(method),
+                "label": method,
+                "linewidth": 1.2,
+            }
             left.plot(*thinned(x, smooth(loss, share=1 / 15)), **style)
             right.plot(*thinned(x, smooth(loss - known[first], share=1 / 15)), **style)
         left.set_title(f"Training loss, matched by {match}", fontsize=11, loc="left")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
+from visualcloze_deft.config.methods import Method
 from visualcloze_deft.config.numbers import LARGEST, Positive
 from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.run_settings import Section, setting_names
@@ -19,7 +20,6 @@ from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.storage.toml_files import read_toml
 
-Method = Literal["deft", "deft-relaxed", "para", "lora"]
 Match = Literal["rank", "parameters"]
 SEED = 0  # of all that is asked: the same grids and noise whatever was trained
 OWNED = {

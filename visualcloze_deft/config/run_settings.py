@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+from visualcloze_deft.config.methods import Method
 from visualcloze_deft.config.numbers import (
     HEAVIEST,
     LARGEST,
@@ -183,7 +184,7 @@ class Data(Section):
 class Adapter(Section):
     """Which adapter, and how large."""
 
-    method: Literal["deft", "deft-relaxed", "para", "lora"] = "deft"
+    method: Method = "deft"
     """deft: (I - Q Q^T) W + s Q R, Q = qr(P); deft-relaxed: P and relu(P) for Q; para: no R."""
     rank: Positive = 32
     """Rank of the adapter."""

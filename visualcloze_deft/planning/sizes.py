@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.backbones.base import SINGLE, Sizes
 from visualcloze_deft.backbones.peft_files import WEIGHTS
+from visualcloze_deft.config.methods import METHODS
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter, Bits
 from visualcloze_deft.errors import UserError
@@ -39,7 +40,7 @@ def adapter_tensors(model: Sizes, settings: Adapter, adapted: Collection[str]) -
     for name in adapted:
         inputs, outputs = model.linear[name]
         found.append(settings.rank * outputs)
-        if settings.method != "para":
+        if len(METHODS[settings.method].factors) > 1:
             found.append(settings.rank * inputs)
     return found
 
