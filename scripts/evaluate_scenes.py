@@ -26,7 +26,8 @@ from visualcloze_deft.evaluation.cases import Shot, read_cases, shots_of
 from visualcloze_deft.evaluation.evaluate import BASE, IMAGES, evaluate_suite
 from visualcloze_deft.evaluation.metrics.fidelity import psnr
 from visualcloze_deft.evaluation.settings import RESULTS, EvaluationRequest, Scoring
-from visualcloze_deft.evaluation.suites import GridSettings, rows_of
+from visualcloze_deft.evaluation.suite_queries import GridSettings
+from visualcloze_deft.evaluation.suites import rows_of
 from visualcloze_deft.grids import grid
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.inference.pipeline import InContextPipeline

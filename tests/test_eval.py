@@ -27,7 +27,9 @@ from visualcloze_deft.evaluation.cases import left_out, read_cases, write_cases
 from visualcloze_deft.evaluation.metrics import fidelity
 from visualcloze_deft.evaluation.notes import unlike, unmade
 from visualcloze_deft.evaluation.scoring import outside_hole
-from visualcloze_deft.evaluation.suites import SUITES, GridSettings, read_prompts, rows_of
+from visualcloze_deft.evaluation.subject_suites import read_prompts
+from visualcloze_deft.evaluation.suite_queries import GridSettings
+from visualcloze_deft.evaluation.suites import SUITES, rows_of
 from visualcloze_deft.images.reading import read_image
 
 REAL = Path(os.environ.get("VCDEFT_DATA", "none"))

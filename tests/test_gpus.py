@@ -14,7 +14,8 @@ from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.precision import dtype_of
 from visualcloze_deft.config.run_settings import OFFLOADED, load_run
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.planning.memory import memory_here, plan_here
+from visualcloze_deft.planning.machine import memory_here
+from visualcloze_deft.planning.memory import plan_here
 from visualcloze_deft.runtime.gpus import Gpu, check_alike, gpus_here, precision_on, why_float32
 from visualcloze_deft.runtime.launch import device_environment, say_once
 

@@ -35,14 +35,8 @@ from visualcloze_deft.backbones.flux_fill.sizes import (
 from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
-from visualcloze_deft.planning.memory import (
-    RESERVE,
-    STAGES,
-    MemoryPlan,
-    main_memory,
-    memory_plan,
-    usable,
-)
+from visualcloze_deft.planning.machine import RESERVE, main_memory, usable
+from visualcloze_deft.planning.memory import STAGES, MemoryPlan, memory_plan
 from visualcloze_deft.planning.sizes import FP8_ROWS, adapted_layers, quantising_bytes, stored
 from visualcloze_deft.training import preparation, run_folder
 from visualcloze_deft.training.engine import recompute
@@ -255,7 +249,7 @@ def test_a_quantised_base_that_cannot_fit_is_refused_before_anything_is_loaded(
 ) -> None:
     """In a container of 1 GB. Its weights are no weights: reading them would fail otherwise."""
     (tmp_path / "memory.max").write_text("1000000000\n")
-    monkeypatch.setattr("visualcloze_deft.planning.memory.CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr("visualcloze_deft.planning.machine.CONTAINER", tmp_path / "memory.max")
     model = copy_model(micro_model, tmp_path / "model")
     (model / "transformer/config.json").write_text(json.dumps(FLUX))
     words = ["--model", model, "--output", tmp_path / "run", "--processes", 1, "--zero", 2]
@@ -274,7 +268,7 @@ def test_a_container_without_a_limit_has_the_memory_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = main_memory()
-    monkeypatch.setattr("visualcloze_deft.planning.memory.CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr("visualcloze_deft.planning.machine.CONTAINER", tmp_path / "memory.max")
     assert main_memory() >= whole
     (tmp_path / "memory.max").write_text("max\n")
     assert main_memory() >= whole

@@ -18,7 +18,8 @@ from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, load_run
-from visualcloze_deft.planning.memory import RESERVE, memory_plan
+from visualcloze_deft.planning.machine import RESERVE
+from visualcloze_deft.planning.memory import memory_plan
 from visualcloze_deft.planning.outside_steps import picture_bytes, pixel_values
 
 __all__ = ["flux_settings"]

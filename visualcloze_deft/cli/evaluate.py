@@ -194,7 +194,7 @@ def evaluate(
     from visualcloze_deft.evaluation.evaluate import evaluate_suite
     from visualcloze_deft.evaluation.folders import evaluate_folders
     from visualcloze_deft.evaluation.settings import EvaluationRequest, Scoring
-    from visualcloze_deft.evaluation.suites import GridSettings
+    from visualcloze_deft.evaluation.suite_queries import GridSettings
     from visualcloze_deft.inference.settings import InferenceSettings
 
     revision = options.pop("revision")

@@ -131,7 +131,8 @@ def report_on(run: str) -> None:
 def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     """The first lines of a run: what, on what, how."""
     from visualcloze_deft.data.eligible import unused_sources
-    from visualcloze_deft.planning.memory import memory_here, plan_here
+    from visualcloze_deft.planning.machine import memory_here
+    from visualcloze_deft.planning.memory import plan_here
     from visualcloze_deft.task_registry.files import load_tasks
     from visualcloze_deft.training.memory_report import in_short
     from visualcloze_deft.training.preparation import load_in, plan_of, to_plan

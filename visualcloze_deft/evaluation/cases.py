@@ -22,7 +22,7 @@ from tqdm import tqdm
 from visualcloze_deft.data.example import Example
 from visualcloze_deft.errors import UserError, reading, writing
 from visualcloze_deft.evaluation.metrics.fidelity import Colour
-from visualcloze_deft.evaluation.suites import Query, Row
+from visualcloze_deft.evaluation.suite_queries import Query, Row
 from visualcloze_deft.inference.grid_files import write_grids
 from visualcloze_deft.storage.atomic import clear, staged_at
 from visualcloze_deft.storage.settings_files import SettingsFile, checked

@@ -66,7 +66,8 @@ from visualcloze_deft.evaluation.settings import (
     request_facts,
     settings_text,
 )
-from visualcloze_deft.evaluation.suites import SUITES, Row, check_suite, rows_of
+from visualcloze_deft.evaluation.suite_queries import Row
+from visualcloze_deft.evaluation.suites import SUITES, check_suite, rows_of
 from visualcloze_deft.inference.checks import check
 from visualcloze_deft.inference.infer import infer
 from visualcloze_deft.inference.records import WAY_OUT, shared_of

@@ -21,13 +21,8 @@ from visualcloze_deft.evaluation.evaluate import (
 )
 from visualcloze_deft.evaluation.notes import notes_of, told_encoders
 from visualcloze_deft.evaluation.report_tables import Scored
-from visualcloze_deft.evaluation.scoring import (
-    COMPARED,
-    FeatureCache,
-    SetScore,
-    score,
-    set_distances,
-)
+from visualcloze_deft.evaluation.score_metrics import COMPARED
+from visualcloze_deft.evaluation.scoring import FeatureCache, SetScore, score, set_distances
 from visualcloze_deft.evaluation.settings import SETTINGS, Scoring, check_same, settings_text
 from visualcloze_deft.images.reading import images_in, listing, picture_size
 from visualcloze_deft.inference.records import SHEET, is_record

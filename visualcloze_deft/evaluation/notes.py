@@ -13,7 +13,7 @@ from visualcloze_deft.evaluation.metrics import similarity
 from visualcloze_deft.evaluation.report_tables import Scored
 from visualcloze_deft.evaluation.scoring import FeatureCache, SetScore
 from visualcloze_deft.evaluation.settings import EvaluationRequest, name_of
-from visualcloze_deft.evaluation.suites import GridSettings
+from visualcloze_deft.evaluation.suite_queries import GridSettings
 from visualcloze_deft.reporting.statistics import mean_ci
 from visualcloze_deft.reporting.tables import figure_text
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.evaluation.cases import Shot
-from visualcloze_deft.evaluation.scoring import Metric, Scores, SetScore, metric_of
+from visualcloze_deft.evaluation.score_metrics import Metric, metric_of
+from visualcloze_deft.evaluation.scoring import Scores, SetScore
 from visualcloze_deft.reporting.statistics import Figure, difference, mean_ci, sign_flip_p
 from visualcloze_deft.reporting.tables import (
     NONE,

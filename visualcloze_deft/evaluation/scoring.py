@@ -24,34 +24,19 @@ from visualcloze_deft.data.derive import canny
 from visualcloze_deft.data.sources.insdet import GROWN
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.cases import Shot
-from visualcloze_deft.evaluation.encoders.load import Encoder, text_title, title
+from visualcloze_deft.evaluation.encoders.load import Encoder
 from visualcloze_deft.evaluation.metrics import fidelity, placement, similarity
 from visualcloze_deft.evaluation.metrics.fidelity import Colour
-from visualcloze_deft.evaluation.suites import MAPS
+from visualcloze_deft.evaluation.score_metrics import COMPARED, PERCEIVED
+from visualcloze_deft.evaluation.suite_queries import MAPS
 from visualcloze_deft.grids.grid import fitted
 from visualcloze_deft.images.reading import Box, read_image
 from visualcloze_deft.storage.atomic import atomic_write
 
 Scores = dict[str, float]
 Rows = NDArray[np.float32]
-PERCEIVED = ("segmentation", "uniformer", "object_masks")  # roles of classes in flat colours
-COMPARED = {  # role -> metric of two maps of it
-    "canny": "canny_f1",
-    "depth": "depth_rmse",
-    "normal": "normals_angle",
-    **dict.fromkeys(PERCEIVED, "miou"),
-}
 LEAST = 32  # images of a row for a distance of sets: fewer give noise alone
 EDGE = 2  # pixels around a hole whose values resizing may have mixed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a table calls a number, how it is rounded, and whether more of it is better."""
-
-    title: str
-    digits: int
-    up: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,34 +55,6 @@ class Measures:
     tolerance: int = 0
     lpips: bool = False
     maps: Path | None = None
-
-
-def metric_of(name: str, *, tolerance: int = 0) -> Metric:
-    """The title of a metric.
-
-    >>> metric_of("image/efficientnet-lite0").title
-    'image similarity (efficientnet-lite0)'
-    >>> metric_of("canny_f1", tolerance=1).title
-    'canny F1 (within 1 px)'
-    """
-    kind, _, encoder = name.partition("/")
-    known = {
-        "psnr": Metric(title="PSNR, dB", digits=2, up=True),
-        "ssim": Metric(title="SSIM", digits=3, up=True),
-        "lpips": Metric(title="LPIPS (alex)", digits=3, up=False),
-        "canny_f1": Metric(title=f"canny F1 (within {tolerance} px)", digits=3, up=True),
-        "depth_rmse": Metric(title="depth RMSE, 0-255", digits=2, up=False),
-        "normals_angle": Metric(title="normals angle, degrees", digits=2, up=False),
-        "miou": Metric(title="segmentation mIoU", digits=3, up=True),
-        "preserved": Metric(title="error outside the hole, 0-255", digits=2, up=False),
-        "image": Metric(title=title(encoder), digits=3, up=True),
-        "text": Metric(title=text_title(encoder), digits=3, up=True),
-        "box": Metric(title=f"placed object to its views ({encoder})", digits=3, up=True),
-        "box_hit": Metric(title=f"box hit rate ({encoder})", digits=3, up=True),
-        "drift": Metric(title=f"drift ({encoder})", digits=3, up=False),
-        "drift_pixels": Metric(title="drift, mean difference 0-255", digits=2, up=False),
-    }
-    return known[kind]
 
 
 def score(shots: Sequence[Shot], measures: Measures, *, what: str = "scoring") -> list[Scores]:

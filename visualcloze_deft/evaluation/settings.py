@@ -15,7 +15,7 @@ from visualcloze_deft.config.source_specs import from_root, place_and_split
 from visualcloze_deft.data.annotation.store import RECORD
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.encoders.load import Encoder
-from visualcloze_deft.evaluation.suites import GridSettings, Row
+from visualcloze_deft.evaluation.suite_queries import GridSettings, Row
 from visualcloze_deft.images.depth import DECLARED
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.storage.atomic import check_foreign
@@ -42,7 +42,7 @@ class Scoring:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
     """What `vcdeft eval ADAPTER` is told. settings: how grids are completed, the adapter in them;
-    making: as `suites.Making` but for what the model says; images: of each grid, None for the
+    making: as `suite_queries.GridSettings` but for what the model says; images: of each grid, None for the
     suite's number; against_base: whether the base completes them too."""
 
     suite: str

@@ -7,12 +7,9 @@ against real processes and real backward passes. All sizes are bytes, a GB is 10
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from visualcloze_deft.backbones.base import SINGLE, Activations, Backbone, Load, Sizes
@@ -20,6 +17,7 @@ from visualcloze_deft.backbones.model_files import check_quantise, component_con
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.planning.machine import RESERVE, gigabytes, memory_here, usable
 from visualcloze_deft.planning.outside_steps import (
     SHEET_ROWS,
     Outside,
@@ -37,11 +35,9 @@ from visualcloze_deft.planning.sizes import (
 )
 from visualcloze_deft.runtime.gpus import gpus_here, precision_on
 
-RESERVE = 0.1  # of a GPU, left to CUDA's context, libraries and fragmentation: not measured
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000 + 50_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size
 PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
 STAGES = (0, 1, 2, 3)
 
 Stage = Literal[0, 1, 2, 3]
@@ -259,11 +255,6 @@ def _offloaded(zero: Mapping[str, Any], what: str) -> bool:
     return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
 
 
-def usable(memory: int) -> int:
-    """What of a GPU's memory a plan may fill."""
-    return int(memory * (1 - RESERVE))
-
-
 def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPlan:
     """The plan of `run` for so many processes. gpu: what "auto" precision is on GPUs.
 
@@ -320,22 +311,6 @@ def load_of(run: Run, *, most: int, least: int, strip: int) -> Load:
     return Load(grids=grids, image=image, text=text, strip=strip)
 
 
-def memory_here(processes: int) -> int:
-    """Bytes a process can use: of the smallest GPU, or its share of the machine's memory."""
-    if gpus := gpus_here()[:processes]:
-        return min(gpu.memory for gpu in gpus)
-    return main_memory() // processes
-
-
-def main_memory() -> int:
-    """Bytes of the machine's memory, or of what a container is given of it (cgroup v2)."""
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(whole, int(CONTAINER.read_text()))
-    except (OSError, ValueError):  # there is none, or it is "max"
-        return whole
-
-
 def decided(run: Run, load: Load, *, processes: int) -> Run:
     """`run` with `zero` and `gradient_checkpointing` chosen where they are "auto".
 
@@ -358,14 +333,6 @@ def decided(run: Run, load: Load, *, processes: int) -> Run:
     return run.model_copy(update={"zero": way[0], "gradient_checkpointing": way[1]})
 
 
-def gigabytes(size: int) -> str:
-    """
-    >>> gigabytes(23_804_782_720)
-    '23.8 GB'
-    """
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e9:.3f} GB"
-
-
 def check_quantised(plan: MemoryPlan, memory: int) -> None:
     """Raise `UserError` where a quantised base on a CPU is sure not to fit into `memory`.
 
@@ -382,17 +349,3 @@ def check_quantised(plan: MemoryPlan, memory: int) -> None:
             f"out, and there are {gigabytes(memory)}; lower --batch or --resolution, or raise "
             "--gradient-checkpointing; vcdeft plan shows the parts"
         )
-
-
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_memory(text: str) -> int:
-    """
-    >>> parse_memory("80GB"), parse_memory("23.5 GiB")
-    (80000000000, 25232932864)
-    """
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*", text)
-    if not found or found[2].upper() not in UNITS or not float(found[1]):
-        raise UserError(f"--memory {text!r}: expected a size such as 80GB, 24GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])

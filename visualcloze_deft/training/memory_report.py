@@ -15,16 +15,13 @@ from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.config.sameness import MAY_DIFFER, differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
+from visualcloze_deft.planning.machine import RESERVE, gigabytes, memory_here, parse_memory
 from visualcloze_deft.planning.memory import (
-    RESERVE,
     MemoryPlan,
     Parts,
     Stage,
-    gigabytes,
     load_of,
-    memory_here,
     memory_plan,
-    parse_memory,
     plan_here,
 )
 from visualcloze_deft.runtime.launch import CPU_PROCESSES
