@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 
-from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion import flow, timesteps
 from visualcloze_deft.paths import BASE
 
 CLEAN, NOISE = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.manual_seed(0))
@@ -44,14 +44,14 @@ def test_the_way_to_the_truth_ends_there_from_anywhere_and_is_the_line_on_the_li
 
 def test_a_step_begins_between_its_end_and_pure_noise_and_often_in_noise() -> None:
     t = torch.rand(1000, generator=torch.manual_seed(2))
-    start = flow.earlier(t, torch.rand(1000, 2, generator=torch.manual_seed(3)))
+    start = timesteps.earlier(t, torch.rand(1000, 2, generator=torch.manual_seed(3)))
     assert (start >= t).all()
     assert (start <= 1).all()
     assert 0.35 < (start == 1).float().mean() < 0.45
 
 
 def test_training_times_are_between_zero_and_one_with_median_a_half() -> None:
-    t = flow.logit_normal(torch.tensor([-3.0, 0.0, 3.0]))
+    t = timesteps.logit_normal(torch.tensor([-3.0, 0.0, 3.0]))
     assert 0 < t[0] < t[1] == 0.5 < t[2] < 1
     assert torch.allclose(t[0], 1 - t[2])
 
@@ -81,7 +81,7 @@ def test_the_error_is_measured_in_float32() -> None:
 
 @pytest.mark.parametrize("tokens", [16, 64, 256, 1152, 4096, 5184])
 def test_the_shift_is_that_of_diffusers(tokens: int) -> None:
-    ours = flow.shift_of(tokens, base=0.5, maximum=1.15, base_tokens=256, max_tokens=4096)
+    ours = timesteps.shift_of(tokens, base=0.5, maximum=1.15, base_tokens=256, max_tokens=4096)
     assert ours == pytest.approx(calculate_shift(tokens, 256, 4096, 0.5, 1.15), abs=1e-12)
 
 
@@ -93,19 +93,19 @@ def test_the_schedule_is_that_of_diffusers(steps: int, mu: float) -> None:
         scheduler.config, use_dynamic_shifting=True
     )
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-    assert torch.allclose(flow.schedule(steps, mu), scheduler.sigmas, rtol=0, atol=1e-6)
+    assert torch.allclose(timesteps.schedule(steps, mu), scheduler.sigmas, rtol=0, atol=1e-6)
 
 
 def test_the_schedule_falls_from_one_to_zero() -> None:
-    times = flow.schedule(30, 0.7)
+    times = timesteps.schedule(30, 0.7)
     assert (times[0], times[-1]) == (1, 0)
     assert (times.diff() < 0).all()
 
 
 def test_a_shift_moves_training_times_towards_noise_and_keeps_their_ends() -> None:
     t = torch.linspace(0, 1, 101)
-    assert torch.equal(flow.shift(t, 1.0), t)
-    noisier = flow.shift(t, 3.0)
+    assert torch.equal(timesteps.shift(t, 1.0), t)
+    noisier = timesteps.shift(t, 3.0)
     assert (noisier[0], noisier[-1]) == (0, 1)
     assert (noisier[1:-1] > t[1:-1]).all()
-    assert torch.allclose(flow.shift(noisier, 1 / 3), t, atol=1e-6)
+    assert torch.allclose(timesteps.shift(noisier, 1 / 3), t, atol=1e-6)

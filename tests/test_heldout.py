@@ -15,7 +15,7 @@ from PIL import Image
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.config.run_settings import Run, load_run
-from visualcloze_deft.diffusion.flow import shift
+from visualcloze_deft.diffusion.timesteps import shift
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, draw_noise
 from visualcloze_deft.sampling.room import Room

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from visualcloze_deft.grids.prompt import CONTENT_PREFIX, Prompt, clip_text, layout_sentence, unread
+from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, unread
+from visualcloze_deft.grids.prompt import CONTENT_PREFIX, Prompt, layout_sentence
 
 LAYOUT = layout_sentence(2, 3)
 TASK = "From the depth map [IMAGE1] and the reference [IMAGE2] to the photo [IMAGE3]."

@@ -28,10 +28,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from recipe.stage import Plan
+from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits
 from visualcloze_deft.data.mixture import content
 from visualcloze_deft.data.sources.scenes import Scenes
 from visualcloze_deft.grids import grid
-from visualcloze_deft.grids.prompt import Prompt, clip_text, fits
+from visualcloze_deft.grids.prompt import Prompt
 from visualcloze_deft.task_registry.task import Task
 
 BUNDLES = 250  # of a block

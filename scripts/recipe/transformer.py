@@ -42,7 +42,7 @@ from recipe.text import WIDTH as TEXT
 from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.data.sources.renderer import COLOURS, SHAPES
 from visualcloze_deft.data.sources.scenes import NOUNS, SURFACES
-from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion import flow, timesteps
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
 from visualcloze_deft.sampling.denoising import denoise
 from visualcloze_deft.sampling.encoding import NEAREST
@@ -275,7 +275,7 @@ class Trainer:
         noise, t = torch.randn_like(drawn.clean), draw_times(size, device)
         guided = torch.rand(size, device=device) < 0.5
         guidance = 1 + 39 * torch.rand(size, device=device) * guided
-        start = flow.earlier(t, torch.rand(size, 2, device=device))
+        start = timesteps.earlier(t, torch.rand(size, 2, device=device))
         led = max(round(LED * size), 1)
         own = (torch.arange(size, device=device) < led) & drawn.settled & (t > NEAREST)
         mask = drawn.mask[..., None].expand(-1, -1, 256)

@@ -20,7 +20,7 @@ from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.adapters.methods import NAME, file_name, kind, layers, peft_config
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.table import backbone_of_network
-from visualcloze_deft.config.methods import METHODS
+from visualcloze_deft.config.adapter_methods import METHODS
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError

@@ -100,9 +100,10 @@ def show_task(
 
 def show_text(task: Task, model: str, content: str) -> None:
     """What each text encoder of `model` reads of a grid of two rows, and what it does not."""
+    from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits, unread
     from visualcloze_deft.backbones.flux_fill.loading import load_tokenizers
     from visualcloze_deft.backbones.flux_fill.model import text_length
-    from visualcloze_deft.grids.prompt import Prompt, clip_text, fits, unread
+    from visualcloze_deft.grids.prompt import Prompt
 
     clip, t5 = load_tokenizers(model)
     whole = Prompt(rows=2, columns=len(task.roles), task=task.sentence(), content=content)

@@ -19,7 +19,7 @@ from visualcloze_deft.comparison.tables import (
     matches,
     matching_lines,
 )
-from visualcloze_deft.config.methods import METHODS, Method
+from visualcloze_deft.config.adapter_methods import METHODS, Method
 from visualcloze_deft.reporting.plots import Lines, Numbers, smooth, thinned, values
 from visualcloze_deft.reporting.random_effects import Estimate, estimate
 

@@ -10,8 +10,8 @@ from typing import Any
 from visualcloze_deft.backbones.base import Sizes
 from visualcloze_deft.backbones.model_files import check_lora, check_quantise
 from visualcloze_deft.backbones.table import backbone_of
+from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.comparison import OWN, OWNED, Comparison, Match
-from visualcloze_deft.config.methods import Method
 from visualcloze_deft.config.overrides import deep_merge, find_config, flat
 from visualcloze_deft.config.run_settings import Adapter, Run, parse_run
 from visualcloze_deft.errors import UserError

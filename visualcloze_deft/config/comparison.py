@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from visualcloze_deft.config.methods import Method
+from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.numbers import LARGEST, Positive
 from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.run_settings import Section, setting_names

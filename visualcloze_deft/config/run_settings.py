@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from visualcloze_deft.config.methods import Method
+from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.numbers import (
     HEAVIEST,
     LARGEST,

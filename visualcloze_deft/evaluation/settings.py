@@ -42,8 +42,8 @@ class Scoring:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
     """What `vcdeft eval ADAPTER` is told. settings: how grids are completed, the adapter in them;
-    making: as `suite_queries.GridSettings` but for what the model says; images: of each grid, None for the
-    suite's number; against_base: whether the base completes them too."""
+    making: but for what the model says; images: of each grid, None for the suite's number;
+    against_base: whether the base completes them too."""
 
     suite: str
     settings: InferenceSettings

@@ -11,13 +11,14 @@ import torch
 from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import lora_files
+from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits, unread
 from visualcloze_deft.backbones.flux_fill.loading import load_tokenizers
 from visualcloze_deft.backbones.flux_fill.model import text_length
 from visualcloze_deft.backbones.model_files import check_folder, check_quantise
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP
-from visualcloze_deft.grids.prompt import ClipText, clip_text, fits, unread
+from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.arguments import check_attention, stored_adapters
 from visualcloze_deft.inference.records import GridJob

@@ -15,7 +15,7 @@ from torch import Tensor
 from visualcloze_deft.backbones.base import Encoders, Latents, Text
 from visualcloze_deft.config.run_settings import Times
 from visualcloze_deft.data.example import Example, Skipped
-from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import by_shape
 from visualcloze_deft.grids.prompt import Prompt
@@ -95,9 +95,9 @@ def encode(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
             strict=True,
         )
-        at, ways = flow.shift(torch.stack(t), timestep_shift), torch.stack(uniform)
+        at, ways = timesteps.shift(torch.stack(t), timestep_shift), torch.stack(uniform)
         own = (ways[:, 0] < scheduled_sampling) & (at > NEAREST)
-        start = torch.where(own, flow.earlier(at, ways[:, 1:]), at)
+        start = torch.where(own, timesteps.earlier(at, ways[:, 1:]), at)
         groups.append(
             TokenBatch(
                 indices=tuple(drawn[k].index for k in members),
@@ -120,8 +120,5 @@ def draw_noise(
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> 1))
     noise = torch.randn(tuple(shape), generator=generator)
-    if times == "uniform":
-        t = torch.rand((), generator=generator)
-    else:
-        t = flow.logit_normal(torch.randn((), generator=generator))
+    t = timesteps.draw_time(times, generator)
     return noise, t, torch.rand(3, generator=generator)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.config.run_settings import Run
-from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch, encode
 from visualcloze_deft.training.datasets import PixelDataset
@@ -43,8 +43,8 @@ def times_of(run: Run) -> Tensor:
     """
     drawn = torch.tensor(QUANTILES)
     if run.timestep_sampling == "logit-normal":
-        drawn = flow.logit_normal(torch.tensor([NormalDist().inv_cdf(q) for q in QUANTILES]))
-    return flow.shift(drawn, run.timestep_shift)
+        drawn = timesteps.logit_normal(torch.tensor([NormalDist().inv_cdf(q) for q in QUANTILES]))
+    return timesteps.shift(drawn, run.timestep_shift)
 
 
 def share(count: int, *, rank: int, world: int) -> list[int]:

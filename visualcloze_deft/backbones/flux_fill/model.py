@@ -19,12 +19,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from visualcloze_deft.backbones.base import Networks
 from visualcloze_deft.backbones.embedding_cache import Encodings
 from visualcloze_deft.backbones.flux_fill import packing
+from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits, unread
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.backbones.model_files import CHANNELS
-from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.grids.grid import Grid
-from visualcloze_deft.grids.prompt import ClipText, Prompt, clip_text, fits, unread
+from visualcloze_deft.grids.prompt import ClipText, Prompt
 
 CPU = torch.device("cpu")
 LATENTS = CHANNELS[1] // 4  # channels of the VAE's, of which a token holds 2 x 2
@@ -208,14 +209,14 @@ class Models(Encoders):
     def times(self, steps: int, tokens: int) -> Tensor:
         """The (steps + 1,) sampling times for a grid of `tokens` tokens."""
         config = self.scheduler.config
-        mu = flow.shift_of(
+        mu = timesteps.shift_of(
             tokens,
             base=config.base_shift,
             maximum=config.max_shift,
             base_tokens=config.base_image_seq_len,
             max_tokens=config.max_image_seq_len,
         )
-        return flow.schedule(steps, mu)
+        return timesteps.schedule(steps, mu)
 
 
 def precision(network: nn.Module) -> torch.dtype:
