@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.config.run_settings import (
     OWNED,
     RENAMED,
+    Method,
     Run,
     config_for,
     load_run,
@@ -306,3 +309,7 @@ def test_settings_that_take_no_time_do_not_tell_two_runs_apart() -> None:
 def test_a_setting_under_an_old_name_is_told_the_new_one(old: str) -> None:
     with pytest.raises(UserError, match=f"{old} is called {RENAMED[old]} now"):
         load_run(None, [f"{old}=1"])
+
+
+def test_every_method_has_a_row() -> None:
+    assert tuple(METHODS) == get_args(Method)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.adapters.method_table import method_of
 from visualcloze_deft.adapters.verify import (
     NOISE,
     ROUNDING,
@@ -39,7 +40,6 @@ from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
-from visualcloze_deft.config.adapter_methods import method_of
 from visualcloze_deft.config.numbers import is_strength
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE

@@ -17,10 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from visualcloze_deft.adapters.deft import deft_linear
+from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.adapters.methods import NAME, file_name, kind, layers, peft_config
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.table import backbone_of_network
-from visualcloze_deft.config.adapter_methods import METHODS
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter
 from visualcloze_deft.errors import UserError

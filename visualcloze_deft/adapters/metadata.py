@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from visualcloze_deft.adapters.method_table import method_of
 from visualcloze_deft.backbones.model_files import folder_of, lora_file
 from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.backbones.table import fingerprint
-from visualcloze_deft.config.adapter_methods import method_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.hashing import digest_of
 

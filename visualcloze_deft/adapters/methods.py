@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import DeftConfig, LoraConfig, PeftConfig
 
-from visualcloze_deft.config.adapter_methods import METHODS
+from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.config.run_settings import Adapter
 
 NAME = "default"  # peft's name for the adapter inside the model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,11 @@ from visualcloze_deft.cli.options import (
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
+
+if TYPE_CHECKING:
+    from visualcloze_deft.evaluation.settings import Scoring
+
+Options = Mapping[str, Any]
 
 
 @cli.command("eval", context_settings=CONTEXT)
@@ -154,25 +160,9 @@ from visualcloze_deft.runtime.open_files import check_handles
 def evaluate(
     adapter: str | None,
     suite: str | None,
-    data: tuple[str, ...],
     images: str | None,
     against: str | None,
-    unpaired: bool,
-    prompts: str | None,
     output: str,
-    limit: int | None,
-    tasks: str | None,
-    rows: int,
-    samples: int | None,
-    validation_every: int | None,
-    seed: int,
-    encoders: tuple[str, ...],
-    annotate: tuple[str, ...],
-    edge_tolerance: int | None,
-    lpips: bool,
-    against_base: bool,
-    processes: int | None,
-    tasks_from: tuple[str, ...],
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -190,74 +180,96 @@ def evaluate(
     vcdeft eval --images made/ --against truth/ --output compared
     """
     check_handles()
-    from visualcloze_deft.backbones.model_files import pinned
-    from visualcloze_deft.evaluation.evaluate import evaluate_suite
-    from visualcloze_deft.evaluation.folders import evaluate_folders
-    from visualcloze_deft.evaluation.settings import EvaluationRequest, Scoring
-    from visualcloze_deft.evaluation.suite_queries import GridSettings
-    from visualcloze_deft.inference.settings import InferenceSettings
-
-    revision = options.pop("revision")
-    scoring = Scoring(
-        encoders=encoders or None,
-        annotate=places(annotate),
-        tolerance=edge_tolerance,
-        lpips=lpips,
-    )
     if images is not None or against is not None:
-        if images is None or against is None:
-            raise UserError("--images and --against go together: what was made, and its truth")
-        if vain := given_but(OF_FOLDERS):
-            raise UserError(f"--images scores what is there: leave {', '.join(vain)}")
-        written = evaluate_folders(
-            Path(images),
-            Path(against),
-            Path(output),
-            scoring,
-            unpaired=unpaired,
-            prompts=Path(prompts) if prompts else None,
-            dry_run=dry_run,
-        )
+        written = of_folders(images, against, output, options, dry_run=dry_run)
     else:
-        if not adapter or not suite:
-            raise UserError(
-                "give an ADAPTER folder (or none) and --suite, or --images and --against; "
-                "'vcdeft eval --help' shows examples"
-            )
-        if unpaired or prompts:
-            raise UserError("--unpaired and --prompts go with --images")
-        options["model"] = pinned(options["model"], revision)
-        written = evaluate_suite(
-            EvaluationRequest(
-                suite=suite,
-                settings=InferenceSettings(
-                    adapters={} if adapter == "none" else with_strengths([adapter]),
-                    task_folders=tasks_from,
-                    **options,
-                ),
-                scoring=scoring,
-                making=GridSettings(
-                    data=sources_named(data),
-                    seed=seed,
-                    rows=rows,
-                    limit=limit,
-                    tasks=tasks,
-                    validation_every=validation_every or 0,
-                    annotate=places(annotate),
-                    task_folders=tasks_from,
-                ),
-                images=samples,
-                against_base=against_base,
-                processes=processes or 0,
-            ),
-            Path(output),
-            dry_run=dry_run,
-        )
+        written = of_suite(adapter, suite, output, options, dry_run=dry_run)
     if written:
         click.echo((written.parent / "table.md").read_text(encoding="utf-8"))
         click.echo(f"report: {written}")
 
 
+def of_folders(
+    images: str | None, against: str | None, output: str, options: Options, *, dry_run: bool
+) -> Path | None:
+    """Score images that are there; returns the report."""
+    from visualcloze_deft.evaluation.folders import evaluate_folders
+
+    if images is None or against is None:
+        raise UserError("--images and --against go together: what was made, and its truth")
+    if vain := given_but(OF_FOLDERS):
+        raise UserError(f"--images scores what is there: leave {', '.join(vain)}")
+    return evaluate_folders(
+        Path(images),
+        Path(against),
+        Path(output),
+        scoring_of(options),
+        unpaired=options["unpaired"],
+        prompts=Path(options["prompts"]) if options["prompts"] else None,
+        dry_run=dry_run,
+    )
+
+
+def of_suite(
+    adapter: str | None, suite: str | None, output: str, options: Options, *, dry_run: bool
+) -> Path | None:
+    """Measure an adapter on a suite; returns the report."""
+    from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.evaluation.evaluate import evaluate_suite
+    from visualcloze_deft.evaluation.settings import EvaluationRequest
+    from visualcloze_deft.evaluation.suite_queries import GridSettings
+    from visualcloze_deft.inference.settings import InferenceSettings
+
+    if not adapter or not suite:
+        raise UserError(
+            "give an ADAPTER folder (or none) and --suite, or --images and --against; "
+            "'vcdeft eval --help' shows examples"
+        )
+    if options["unpaired"] or options["prompts"]:
+        raise UserError("--unpaired and --prompts go with --images")
+    settings = InferenceSettings(
+        model=str(pinned(options["model"], options["revision"])),
+        adapters={} if adapter == "none" else with_strengths([adapter]),
+        task_folders=options["tasks_from"],
+        **{name: options[name] for name in SETTINGS},
+    )
+    making = GridSettings(
+        data=sources_named(options["data"]),
+        validation_every=options["validation_every"] or 0,
+        annotate=places(options["annotate"]),
+        task_folders=options["tasks_from"],
+        **{name: options[name] for name in ("seed", "rows", "limit", "tasks")},
+    )
+    asked = EvaluationRequest(
+        suite=suite,
+        settings=settings,
+        scoring=scoring_of(options),
+        making=making,
+        images=options["samples"],
+        against_base=options["against_base"],
+        processes=options["processes"] or 0,
+    )
+    return evaluate_suite(asked, Path(output), dry_run=dry_run)
+
+
+def scoring_of(options: Options) -> Scoring:
+    from visualcloze_deft.evaluation.settings import Scoring
+
+    return Scoring(
+        encoders=options["encoders"] or None,
+        annotate=places(options["annotate"]),
+        tolerance=options["edge_tolerance"],
+        lpips=options["lpips"],
+    )
+
+
+SETTINGS = (
+    "lora",
+    "quantise",
+    "steps",
+    "guidance",
+    "batch",
+)  # options that settings take as they are
 OF_FOLDERS = frozenset(  # what of `vcdeft eval` goes with --images
     "images against unpaired prompts output encoders annotate edge_tolerance lpips dry_run".split()
 )

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.comparison.tables import (
     GROUPS,
     MEASURES,
@@ -19,7 +20,7 @@ from visualcloze_deft.comparison.tables import (
     matches,
     matching_lines,
 )
-from visualcloze_deft.config.adapter_methods import METHODS, Method
+from visualcloze_deft.config.run_settings import Method
 from visualcloze_deft.reporting.plots import Lines, Numbers, smooth, thinned, values
 from visualcloze_deft.reporting.random_effects import Estimate, estimate
 

@@ -10,10 +10,9 @@ from typing import Any
 from visualcloze_deft.backbones.base import Sizes
 from visualcloze_deft.backbones.model_files import check_lora, check_quantise
 from visualcloze_deft.backbones.table import backbone_of
-from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.comparison import OWN, OWNED, Comparison, Match
 from visualcloze_deft.config.overrides import deep_merge, find_config, flat
-from visualcloze_deft.config.run_settings import Adapter, Run, parse_run
+from visualcloze_deft.config.run_settings import Adapter, Method, Run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.sizes import adapted_layers, adapter_tensors
 from visualcloze_deft.storage.toml_files import read_toml

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.numbers import LARGEST, Positive
 from visualcloze_deft.config.overrides import apply_override, find_config
-from visualcloze_deft.config.run_settings import Section, setting_names
+from visualcloze_deft.config.run_settings import Method, Section, setting_names
 from visualcloze_deft.config.secrets import without_secrets
 from visualcloze_deft.config.seeds import OTHER_SCENES
 from visualcloze_deft.errors import UserError, suggestion

@@ -18,7 +18,6 @@ from pydantic import (
     field_validator,
 )
 
-from visualcloze_deft.config.adapter_methods import Method
 from visualcloze_deft.config.numbers import (
     HEAVIEST,
     LARGEST,
@@ -53,6 +52,7 @@ Tracker = Literal[
     "swanlab",
 ]  # accelerate's trackers, each named as its package
 
+Method = Literal["deft", "deft-relaxed", "para", "lora"]  # of an adapter
 Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.backbones.base import SINGLE, Sizes
 from visualcloze_deft.backbones.peft_files import WEIGHTS
-from visualcloze_deft.config.adapter_methods import METHODS
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter, Bits
 from visualcloze_deft.errors import UserError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Method = Literal["deft", "deft-relaxed", "para", "lora"]
+from visualcloze_deft.config.run_settings import Method
 
 
 @dataclass(frozen=True, kw_only=True)
