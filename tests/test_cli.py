@@ -431,11 +431,16 @@ def test_a_preview_takes_the_place_of_previews_alone(
     Image.new("RGB", (8, 8)).save(photo)
     Image.new("RGB", (8, 8)).save(made, pnginfo=metadata_text({"rows_sha256": []}))
     (tmp_path / "link.png").symlink_to("gone.png")
+
+    def state(path: Path) -> tuple[int, ...]:  # but for when it was last read
+        found = path.lstat()
+        return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
     for path in (photo, made, tmp_path / "link.png"):
-        before = path.lstat()
+        before = state(path)
         line = refused(*command, "--output", path)
         assert "already there, and no preview of vcdeft; give --overwrite" in line
-        assert path.lstat() == before
+        assert state(path) == before
     main([*command, "--seed", "3", "--output", str(photo), "--overwrite"])
     assert photo.read_bytes() == drawn
     assert not list(tmp_path.glob(".*"))
