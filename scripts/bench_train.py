@@ -175,7 +175,6 @@ def random_batch(transformer: FluxTransformer2DModel, batch: int) -> list[TokenB
     return [
         TokenBatch(
             indices=tuple(range(batch)),
-            tasks=("random",) * batch,
             latents=latents,
             noise=noise(tokens, 64),
             t=t,

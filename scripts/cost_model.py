@@ -226,7 +226,6 @@ def group_of(net: FluxTransformer2DModel, *, rows: int, columns: int) -> TokenBa
     t = torch.empty(1, device="meta")
     return TokenBatch(
         indices=(0,),
-        tasks=("any",),
         latents=Latents(
             clean=torch.empty(1, n, 64, **half),
             seen=torch.empty(1, n, 64, **half),

@@ -84,7 +84,6 @@ def group_of(
     t = torch.rand(grids, device=DEVICE, generator=draw)
     return TokenBatch(
         indices=tuple(range(grids)),
-        tasks=("random",) * grids,
         latents=Latents(
             clean=normal(n, 64),
             seen=normal(n, 64),

@@ -36,7 +36,7 @@ from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
 from visualcloze_deft.planning.machine import RESERVE, main_memory, usable
-from visualcloze_deft.planning.memory import STAGES, MemoryPlan, memory_plan
+from visualcloze_deft.planning.memory import ZERO, MemoryPlan, memory_plan
 from visualcloze_deft.planning.sizes import FP8_ROWS, adapted_layers, quantising_bytes, stored
 from visualcloze_deft.training import preparation, run_folder
 from visualcloze_deft.training.engine import recompute
@@ -219,7 +219,7 @@ def test_a_step_of_flux_peaks_as_planned(method: str) -> None:
 def test_every_zero_stage_holds_what_is_planned(tmp_path: Path) -> None:
     processes.run([tmp_path / "held.json"], function=zero_memory.main)
     held = json.loads((tmp_path / "held.json").read_text())
-    for stage in STAGES:
+    for stage in ZERO:
         run = zero_memory.run_under(stage)
         plan = memory_plan(run, Load(grids=1, image=16, text=8), processes=2, gpu=False)
         parts = plan.parts(stage, 0)
@@ -318,7 +318,7 @@ def plan_of(folder: Path, *overrides: str, processes: int = 8) -> MemoryPlan:
 def test_as_few_blocks_are_recomputed_as_fit(flux_settings: Path) -> None:
     plan = plan_of(flux_settings)
     for memory in (48 * 10**9, 80 * 10**9):
-        for stage in STAGES:
+        for stage in ZERO:
             least = plan.least(stage, memory)
             assert least is not None
             assert plan.peak(stage, least) <= usable(memory)

@@ -28,7 +28,7 @@ from visualcloze_deft.backbones.compiled import compile_blocks
 from visualcloze_deft.backbones.embedding_cache import entries
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run_settings import load_run
+from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import encode
 from visualcloze_deft.storage.locks import only_writer
@@ -559,3 +559,15 @@ def test_resuming_with_another_global_batch_is_refused(
 ) -> None:
     line = refused("train", "--output", two_processes, "--resume", "--batch", "3")
     assert "4 grids a step" in line
+
+
+def test_an_adapter_says_of_itself_what_those_of_earlier_versions_say(tmp_path: Path) -> None:
+    """Readers of files, ours and others', go by these names."""
+    said = run_folder.adapter_metadata(Run(), 3, attention="native", base={"base_model": "tiny"})
+    assert set(said) == set(
+        "visualcloze_deft method rank alpha layers dropout quantise attention clip_text cells "
+        "base_model step tasks".split()
+    )
+    assert set(run_folder.base_of(Run(model="tiny"))) == set(
+        "base_model base_fingerprint base_lora base_lora_sha256".split()
+    )

@@ -45,7 +45,6 @@ def group() -> TokenBatch:
     mask = torch.ones(1, 16, 256, dtype=torch.bfloat16)
     return TokenBatch(
         indices=(0,),
-        tasks=("a task",),
         latents=packing.Latents(clean=clean, seen=clean, mask=mask, ids=ids),
         noise=torch.randn(1, 16, 64, dtype=torch.bfloat16),
         t=torch.tensor([0.5]),

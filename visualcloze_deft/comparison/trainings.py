@@ -24,7 +24,7 @@ RUNS = "runs"  # the folder of all trainings
 class Training:
     """One training. matches: in which comparisons it counts, of a run that both share once.
 
-    parameters: values that are trained; budget: how many the first method trains, per match.
+    parameters: values that are trained.
     """
 
     method: Method

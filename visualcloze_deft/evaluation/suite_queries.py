@@ -30,10 +30,9 @@ class GridSettings:
     """How grids are made.
 
     data: name -> path of a source. resolution, cells: of the model. rows: of a grid, the query
-    among them. images: of each grid. limit: grids of a row of the table at most, None for the
-    suite's own number. tasks: as `select.select` reads them, None for the suite's own.
-    validation_every: every N-th item alone, 0 for all. annotate: role -> model or folder, where
-    data lacks a role.
+    among them. limit: grids of a row of the table at most, None for the suite's own number. tasks:
+    as `select.select` reads them, None for the suite's own. validation_every: every N-th item
+    alone, 0 for all. annotate: role -> model or folder, where data lacks a role.
     """
 
     data: Mapping[str, str]
@@ -41,7 +40,6 @@ class GridSettings:
     cells: Cells = "row"
     seed: int = 1
     rows: int = 2
-    images: int = 1
     limit: int | None = None
     tasks: str | None = None
     validation_every: int = 0

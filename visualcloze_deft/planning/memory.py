@@ -38,7 +38,6 @@ from visualcloze_deft.runtime.gpus import gpus_here, precision_on
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000 + 50_000_000  # stage3_max_live_parameters and stage3_prefetch_bucket_size
 PERSISTENT = 100_000  # elements: stage3_param_persistence_threshold
-STAGES = (0, 1, 2, 3)
 
 Stage = Literal[0, 1, 2, 3]
 ZERO: tuple[Stage, ...] = (0, 1, 2, 3)

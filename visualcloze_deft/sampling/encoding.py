@@ -42,7 +42,6 @@ class TokenBatch:
     sample is a step of the model's own from there."""
 
     indices: tuple[int, ...]
-    tasks: tuple[str, ...]
     latents: Latents
     noise: Tensor
     t: Tensor
@@ -54,7 +53,6 @@ class TokenBatch:
         chosen = places.tolist()
         return TokenBatch(
             indices=tuple(self.indices[k] for k in chosen),
-            tasks=tuple(self.tasks[k] for k in chosen),
             latents=self.latents.some(chosen),
             noise=self.noise[places],
             t=self.t[places],
@@ -101,7 +99,6 @@ def encode(
         groups.append(
             TokenBatch(
                 indices=tuple(drawn[k].index for k in members),
-                tasks=tuple(drawn[k].task for k in members),
                 latents=latents,
                 noise=torch.stack(noise).to(latents.clean),
                 t=at.to(latents.clean.device),

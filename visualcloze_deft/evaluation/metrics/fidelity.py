@@ -188,11 +188,6 @@ def _classes(values: Floats, table: Floats) -> NDArray[np.intp]:
     return np.argmin(np.stack([((values - colour) ** 2).sum(axis=-1) for colour in table]), axis=0)
 
 
-def outside(hole: Picture) -> Bools:
-    """(h, w): the pixels of a mask that are black, where white is what was to be filled."""
-    return np.asarray(Image.fromarray(_bytes(hole)).convert("L")) <= 127
-
-
 def _pair(made: Picture, truth: Picture, where: Bools | None = None) -> tuple[Floats, Floats]:
     """Both as floats (h, w, 3) in 0..255, or (pixels, 3) of those in `where`."""
     one, other = _bytes(made), _bytes(truth)
