@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from visualcloze_deft.backbones.model_files import CHANNELS, NETWORKS, PARTS, TOKENIZERS
+from visualcloze_deft.backbones.flux_fill.files import CHANNELS, NETWORKS, PARTS, TOKENIZERS
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -19,7 +19,7 @@ from visualcloze_deft.backbones import lora_files, lora_names
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
 from visualcloze_deft.backbones.lora_files import shapes_of
 from visualcloze_deft.backbones.lora_names import Change
-from visualcloze_deft.backbones.model_files import lora_file
+from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.errors import UserError

@@ -22,6 +22,7 @@ from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones import quantization
 from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.flux_fill.activations import activations_of
+from visualcloze_deft.backbones.flux_fill.files import component_config
 from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
@@ -32,7 +33,6 @@ from visualcloze_deft.backbones.flux_fill.sizes import (
     flux,
     parameters_in,
 )
-from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
 from visualcloze_deft.planning.machine import RESERVE, main_memory, usable

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from visualcloze_deft.adapters.metadata import check_base
 from visualcloze_deft.backbones.flux_fill.checks import check_weights
+from visualcloze_deft.backbones.flux_fill.files import check_folder
 from visualcloze_deft.backbones.flux_fill.loading import (
     load_models,
     load_tokenizers,
     load_transformer,
 )
-from visualcloze_deft.backbones.model_files import check_folder, weight_files
+from visualcloze_deft.backbones.model_files import weight_files
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.cli import main

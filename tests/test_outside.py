@@ -14,8 +14,8 @@ from test_memory import FLUX, FLUX_VAE, FlashAttention, asked, flux_settings, pl
 
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.base import Load
+from visualcloze_deft.backbones.flux_fill.files import component_config
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
-from visualcloze_deft.backbones.model_files import component_config
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, load_run
 from visualcloze_deft.planning.machine import RESERVE

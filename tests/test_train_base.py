@@ -16,8 +16,8 @@ from recipe.optimiser import Optimiser, like_adamw, orthogonal
 from recipe.stage import Plan
 from safetensors.torch import load_file, save_file
 
+from visualcloze_deft.backbones.flux_fill.files import resolution_of
 from visualcloze_deft.backbones.flux_fill.loading import load_transformer
-from visualcloze_deft.backbones.model_files import resolution_of
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.paths import BASE
 

@@ -23,7 +23,7 @@ def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) ->
         "import visualcloze_deft; assert visualcloze_deft.__file__.startswith(sys.argv[1])\n"
         "from visualcloze_deft.task_registry.files import load_tasks\n"
         "from visualcloze_deft.config.run_settings import load_run\n"
-        "from visualcloze_deft.backbones.model_files import check_folder, resolution_of\n"
+        "from visualcloze_deft.backbones.flux_fill.files import check_folder, resolution_of\n"
         "from PIL import Image\n"
         "check_folder('tiny')\n"
         "pipe = visualcloze_deft.InContextPipeline.from_pretrained('tiny')\n"

@@ -291,6 +291,7 @@ TINY_UNET = Backbone(
     sizes=sizes,
     text_tokens=lambda name: WORDS,
     encoders=encoders,
+    vae=lambda name: AutoencoderKL.load_config(name, subfolder="vae"),
     activations=activations,
     features=frozenset(),
     networks=lambda: NETWORKS,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from visualcloze_deft.adapters.method_table import method_of
-from visualcloze_deft.backbones.model_files import folder_of, lora_file
+from visualcloze_deft.backbones.lora_places import lora_file
+from visualcloze_deft.backbones.model_files import folder_of
 from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError

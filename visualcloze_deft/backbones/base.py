@@ -124,22 +124,29 @@ class Predict(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """A family's functions on torch modules.
-
-    load: a model's name and how it is wanted, see `flux_fill.loading.load_models`, to `Models`.
-    load_encoders: the same without the denoiser. load_denoiser: that alone. predict: see `Predict`.
-    process: what is learnt and how it is sampled. probe: random inputs of a denoiser, by the name
-    of its arguments, for checks of exports. load_lora: reads a LoRA file into a denoiser as
-    diffusers' own loader does; None where the family has no "lora-files".
-    """
+    """A family's functions on torch modules."""
 
     load: Callable[..., Models]
+    """A model by its name and how it is wanted, see `flux_fill.loading.load_models`."""
+
     load_encoders: Callable[..., Encoders]
+    """The same without the denoiser."""
+
     load_denoiser: Callable[..., Any]
+    """The denoiser alone."""
+
     predict: Predict
+    """The call of the denoiser."""
+
     process: Process
+    """What is learnt, and how it is sampled."""
+
     probe: Callable[[Any, torch.Generator], Mapping[str, Any]]
+    """Random inputs of a denoiser by the names of its arguments, for the proof of an export."""
+
     load_lora: Callable[[Path, Any], None] | None = None
+    """Reads a LoRA file into a denoiser as diffusers' own loader does. None where the family has no
+    "lora-files"."""
 
 
 class Sizes(Protocol):
@@ -217,33 +224,55 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What is known of a family from a model's files, before torch is imported.
-
-    name: of the family. denoiser: the folder of the network that adapters change. recognises: told
-    the name of that network's class and its settings. check: raises `UserError` where a model, or
-    those of its parts that are named, is not whole. refuses: told the numbers of rows, columns and
-    targets of a grid, says why the family cannot make it, or None. blocks: a regular expression for
-    the names of the denoiser's blocks, the modules that diffusers recomputes; they are compiled and
-    quantised, too. target_modules: one for the layers that get an adapter by default. resolution:
-    of a model.
-    sizes: of its denoiser. text_tokens: of its prompts. encoders: parameters of its other networks,
-    by folder. activations: bytes of a training step, from sizes, settings, adapted layers, load and
-    bytes of a value. flops: operations of a sample's training step, from the denoiser's settings
-    and the numbers of image and text tokens; None where they are not counted.
-    """
+    """What is known of a family from a model's files, before torch is imported."""
 
     name: str
+    """Of the family."""
+
     denoiser: str
+    """The folder of the network that adapters change."""
+
     recognises: Callable[[str, Mapping[str, Any]], bool]
+    """Whether a denoiser is of this family, by the name of its class and its settings."""
+
     check: Callable[..., None]
+    """Raises `UserError` where a model, or those of its `parts` that are named, is not whole."""
+
     refuses: Callable[[int, int, int], str | None]
+    """Told the rows, columns and targets of a grid: why the family cannot make it, or None."""
+
     blocks: str
+    """A regular expression for the names of the denoiser's blocks: those that diffusers recomputes.
+    They are compiled and quantised, too."""
+
     target_modules: str
+    """A regular expression for the layers that get an adapter by default."""
+
     resolution: Callable[[str], int]
+    """The side of a square cell in pixels, of a model."""
+
     sizes: Callable[[str], Sizes]
+    """Of a model's denoiser."""
+
     text_tokens: Callable[[str], int]
+    """How many tokens of text the denoiser of a model reads."""
+
     encoders: Callable[[str], Mapping[str, int]]
+    """How many parameters a model's other networks have, by folder."""
+
+    vae: Callable[[str], Mapping[str, Any]]
+    """The settings of a model's `AutoencoderKL`."""
+
     activations: Callable[[Any, Adapter, Collection[str], Load, int], Activations]
+    """Bytes of a training step: told the denoiser's sizes, the adapter's settings, the layers that
+    have one, the load, and the bytes of a value."""
+
     features: frozenset[Feature]
+    """What the family has beside training and sampling."""
+
     networks: Callable[[], Networks]
+    """Its functions on torch modules, imported when they are asked for."""
+
     flops: Callable[[Any, int, int], float] | None = None
+    """Operations of a sample's training step: told the denoiser's settings, image tokens and text
+    tokens. None where they are not counted."""

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visualcloze_deft.backbones.flux_fill.files import CHANNELS, check_folder
 from visualcloze_deft.backbones.lora_names import (
     SWAPPED,
     Change,
@@ -20,7 +21,7 @@ from visualcloze_deft.backbones.lora_names import (
     split,
     swap_halves,
 )
-from visualcloze_deft.backbones.model_files import CHANNELS, check_folder, lora_file
+from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.model_settings import AdapterFile
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, adapter_settings
 from visualcloze_deft.backbones.table import backbone_of

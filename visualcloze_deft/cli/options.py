@@ -258,7 +258,8 @@ def preview_run(
     seed: int,
     resolution: int | None,
 ) -> Run:
-    from visualcloze_deft.backbones.model_files import FLUX_RESOLUTION, TINY, resolution_of
+    from visualcloze_deft.backbones.flux_fill.files import FLUX_RESOLUTION, resolution_of
+    from visualcloze_deft.backbones.model_files import TINY
     from visualcloze_deft.config.run_settings import parse_run
 
     made = all(source.startswith("scenes") for source in data)

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import ConfigDict, Field
 
 from visualcloze_deft.backbones.base import Models
-from visualcloze_deft.backbones.model_files import lora_file
+from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.precision import dtype_of
 from visualcloze_deft.backbones.table import fingerprint

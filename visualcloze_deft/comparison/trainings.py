@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.backbones.base import Sizes
-from visualcloze_deft.backbones.model_files import check_lora, check_quantise
+from visualcloze_deft.backbones.lora_places import check_lora
+from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.comparison import OWN, OWNED, Comparison, Match
 from visualcloze_deft.config.overrides import deep_merge, find_config, flat

@@ -12,7 +12,8 @@ import torch
 from visualcloze_deft.adapters import files
 from visualcloze_deft.backbones.attention import AUTO, check_known, require
 from visualcloze_deft.backbones.attention_check import Shapes
-from visualcloze_deft.backbones.model_files import check_folder, folder_of, index_of, on_hub
+from visualcloze_deft.backbones.flux_fill.files import check_folder
+from visualcloze_deft.backbones.model_files import folder_of, index_of, on_hub
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.grid import Row

@@ -12,9 +12,10 @@ from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import lora_files
 from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits, unread
+from visualcloze_deft.backbones.flux_fill.files import check_folder
 from visualcloze_deft.backbones.flux_fill.loading import load_tokenizers
 from visualcloze_deft.backbones.flux_fill.model import text_length
-from visualcloze_deft.backbones.model_files import check_folder, check_quantise
+from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP

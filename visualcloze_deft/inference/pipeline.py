@@ -33,16 +33,12 @@ from visualcloze_deft.backbones.flux_fill.classes import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+from visualcloze_deft.backbones.flux_fill.files import FLUX_RESOLUTION
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.loading import Dtype, dtype_for, load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, text_length, upcast
-from visualcloze_deft.backbones.model_files import (
-    FLUX_RESOLUTION,
-    TINY,
-    check_lora,
-    index_of,
-    pinned,
-)
+from visualcloze_deft.backbones.lora_places import check_lora
+from visualcloze_deft.backbones.model_files import TINY, index_of, pinned
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.quantization import is_quantised

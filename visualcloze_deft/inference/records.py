@@ -15,7 +15,9 @@ from typing import Any, get_args
 import torch
 
 from visualcloze_deft.backbones.attention import AUTO
-from visualcloze_deft.backbones.model_files import index_of, lora_file, resolution_of
+from visualcloze_deft.backbones.flux_fill.files import resolution_of
+from visualcloze_deft.backbones.lora_places import lora_file
+from visualcloze_deft.backbones.model_files import index_of
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.table import fingerprint

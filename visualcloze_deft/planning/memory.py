@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from visualcloze_deft.backbones.base import SINGLE, Activations, Backbone, Load, Sizes
-from visualcloze_deft.backbones.model_files import check_quantise, component_config
+from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
 from visualcloze_deft.errors import UserError
@@ -274,7 +274,7 @@ def memory_plan(run: Run, load: Load, *, processes: int, gpu: bool) -> MemoryPla
         processes=processes,
         size=size,
         encoders=0 if offloaded else sum(others.values()),
-        pixels=pixel_values(component_config(run.model, "vae")),
+        pixels=pixel_values(backbone.vae(run.model)),
         moved=others if offloaded else {},
     )
     check_blocks(run, model)

@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import Field
 
 from visualcloze_deft.adapters.metadata import LORA_DIGEST
-from visualcloze_deft.backbones.model_files import lora_file
+from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.config.run_settings import Run, write_run
 from visualcloze_deft.data.mixture import Mixture

@@ -8,6 +8,7 @@ from typing import Any
 from visualcloze_deft.backbones.base import Backbone, Networks
 from visualcloze_deft.backbones.flops import training_flops
 from visualcloze_deft.backbones.flux_fill.activations import activations_of
+from visualcloze_deft.backbones.flux_fill.files import check_folder, component_config, resolution_of
 from visualcloze_deft.backbones.flux_fill.layers import BLOCKS, FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.sizes import (
     ENCODERS,
@@ -16,7 +17,6 @@ from visualcloze_deft.backbones.flux_fill.sizes import (
     flux,
     text_tokens_of,
 )
-from visualcloze_deft.backbones.model_files import check_folder, component_config, resolution_of
 
 
 def is_flux(kind: str, _: Mapping[str, Any]) -> bool:
@@ -55,6 +55,7 @@ FLUX_FILL = Backbone(
     sizes=sizes,
     text_tokens=text_tokens_of,
     encoders=encoders,
+    vae=lambda name: component_config(name, "vae"),
     activations=activations_of,
     features=frozenset({"lora-files", "quantised", "scheduled-sampling"}),
     networks=networks,

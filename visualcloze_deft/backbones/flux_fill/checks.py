@@ -19,16 +19,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from visualcloze_deft.backbones.flux_fill.model import LATENTS
-from visualcloze_deft.backbones.model_files import (
+from visualcloze_deft.backbones.flux_fill.files import (
     CHANNELS,
     PARTS,
     check_folder,
     component_config,
-    folder_of,
-    has_variant,
-    weight_files,
 )
+from visualcloze_deft.backbones.flux_fill.model import LATENTS
+from visualcloze_deft.backbones.model_files import folder_of, has_variant, weight_files
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.hub import loading
 

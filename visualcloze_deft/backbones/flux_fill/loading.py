@@ -24,6 +24,12 @@ from visualcloze_deft.backbones.flux_fill.checks import (
     load_part,
     without_bars,
 )
+from visualcloze_deft.backbones.flux_fill.files import (
+    TOKENIZERS,
+    check_folder,
+    component_config,
+    resolution_of,
+)
 from visualcloze_deft.backbones.flux_fill.model import (
     CLIP_TOKENS,
     NONE,
@@ -33,16 +39,7 @@ from visualcloze_deft.backbones.flux_fill.model import (
     vae_dtype,
 )
 from visualcloze_deft.backbones.layered_loading import load_quantised
-from visualcloze_deft.backbones.model_files import (
-    TINY,
-    TOKENIZERS,
-    check_folder,
-    check_quantise,
-    component_config,
-    folder_of,
-    resolution_of,
-    weight_files,
-)
+from visualcloze_deft.backbones.model_files import TINY, check_quantise, folder_of, weight_files
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.prompt import ClipText

@@ -20,9 +20,9 @@ from visualcloze_deft.backbones.base import Networks
 from visualcloze_deft.backbones.embedding_cache import Encodings
 from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.clip_text import clip_text, fits, unread
+from visualcloze_deft.backbones.flux_fill.files import CHANNELS
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
-from visualcloze_deft.backbones.model_files import CHANNELS
 from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.grids.grid import Grid
 from visualcloze_deft.grids.prompt import ClipText, Prompt

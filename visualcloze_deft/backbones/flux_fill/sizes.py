@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any, Literal
 
 from visualcloze_deft.backbones.base import Sides
+from visualcloze_deft.backbones.flux_fill.files import component_config
 from visualcloze_deft.backbones.flux_fill.layers import BLOCKS, MAX_TEXT_TOKENS
-from visualcloze_deft.backbones.model_files import component_config, file_of, on_hub
-from visualcloze_deft.backbones.model_settings import TokenizerFile
+from visualcloze_deft.backbones.flux_fill.settings_files import TokenizerFile
+from visualcloze_deft.backbones.model_files import file_of, on_hub
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.settings_files import checked
 

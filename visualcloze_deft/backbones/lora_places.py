@@ -1,0 +1,51 @@
+"""Where the file of a LoRA lies: a file, a folder or a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from visualcloze_deft.backbones.model_files import file_of, hub_files
+from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.hub import HUB_ID
+
+
+def check_lora(name: str) -> None:
+    """Raise `UserError` if `name` is no LoRA that `lora_file` finds; none is downloaded for it."""
+    if not Path(name).is_file():
+        file_in(name)
+
+
+def lora_file(name: str) -> Path:
+    """The .safetensors file of a LoRA: a file, the one in a folder, or the one of a hub id.
+
+    On the hub it is downloaded where the cache lacks it, with an adapter's settings beside it.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    file = file_in(name)
+    if path.is_dir():
+        return path / file
+    if CONFIG in hub_files(name):
+        file_of(name, CONFIG)
+    return file_of(name, file)
+
+
+def file_in(name: str) -> str:
+    """The LoRA file in a folder or repository: the only one, or the one with a usual name."""
+    path = Path(name)
+    if not path.is_dir() and not HUB_ID.fullmatch(name):
+        raise UserError(f"LoRA {name!r}: no such file or folder, and no hub id")
+    files = {p.name for p in path.iterdir()} if path.is_dir() else hub_files(name)
+    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    usual = [file for file in ("pytorch_lora_weights.safetensors", WEIGHTS) if file in found]
+    if not found:
+        raise UserError(f"LoRA {name!r}: no .safetensors file in it")
+    chosen, *others = usual or found
+    if others:
+        raise UserError(
+            f"LoRA {name!r}: {len(found)} .safetensors files, {chosen} and {others[0]} among them; "
+            "name the file itself"
+        )
+    return chosen
