@@ -175,13 +175,9 @@ def sources_named(data: Sequence[str]) -> dict[str, str]:
     >>> sources_named(["dreambooth=data/dreambooth", "scenes"])
     {'dreambooth': 'data/dreambooth', 'scenes': ''}
     """
-    found: dict[str, str] = {}
-    for told in data:
-        name, _, place = told.partition("=")
-        if name in found:
-            raise UserError(f"--data {told}: {name} is given twice")
-        found[name] = place
-    return found
+    from visualcloze_deft.config.source_specs import named_places
+
+    return named_places(data, option="--data")
 
 
 FOLDERS = click.option(
@@ -219,17 +215,14 @@ OVERWRITE = click.option(
 
 def places(annotate: Sequence[str]) -> dict[str, str]:
     """What --annotate says: role -> place. Only roles that a model computes, each once."""
+    from visualcloze_deft.config.source_specs import named_places
     from visualcloze_deft.data.annotation.models import check_role
 
-    found: dict[str, str] = {}
-    for pair in annotate:
-        role, _, place = pair.partition("=")
+    found = named_places(annotate, option="--annotate")
+    for role, place in found.items():
         if not place:
-            raise UserError(f"--annotate {pair!r}: expected ROLE=PLACE, e.g. depth=MODEL")
-        if role in found:
-            raise UserError(f"--annotate {pair!r}: {role} is given twice")
+            raise UserError(f"--annotate {role!r}: expected ROLE=PLACE, e.g. depth=MODEL")
         check_role(role)
-        found[role] = place
     return found
 
 

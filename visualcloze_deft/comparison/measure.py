@@ -30,7 +30,12 @@ from visualcloze_deft.comparison.trainings import Training
 from visualcloze_deft.config import seeds
 from visualcloze_deft.config.comparison import SEED, Comparison, Evaluate, Group
 from visualcloze_deft.config.run_settings import Run
-from visualcloze_deft.config.source_specs import PROCEDURAL, place_and_split
+from visualcloze_deft.config.source_specs import (
+    PROCEDURAL,
+    is_endless,
+    name_and_place,
+    place_and_split,
+)
 from visualcloze_deft.data.annotation.models import fastest
 from visualcloze_deft.data.base import units_of
 from visualcloze_deft.data.eligible import EligibleItems
@@ -131,7 +136,7 @@ def held_out(name: str, group: Group, run: Run, *, cache: Path | None) -> Mixtur
         update |= {"sources": group.sources, "validation_every": 0}
     data = run.data.model_copy(update=update)
     asked = run.model_copy(update={"seed": SEED, "data": data})
-    finite = [spec for spec in data.sources if spec.partition("=")[0] != "scenes"]
+    finite = [spec for spec in data.sources if not is_endless(spec)]
     if finite and not (group.sources or data.validation_every):
         raise UserError(
             f"{name}: nothing of {finite[0]} is held out; set run.data.validation_every, or give "
@@ -149,8 +154,8 @@ def place_of(spec: str) -> tuple[str, str] | None:
     >>> place_of("subject"), place_of("subject=0"), place_of("scenes=9")
     (('subject', '0'), ('subject', '0'), None)
     """
-    name, _, argument = spec.partition("=")
-    if name == "scenes":
+    name, argument = name_and_place(spec)
+    if is_endless(spec):
         return None
     if name in PROCEDURAL:
         return name, argument or "0"

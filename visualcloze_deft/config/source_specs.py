@@ -1,11 +1,39 @@
-"""What follows the name of a source on the command line: a path, a hub id, a number, a split."""
+"""NAME=PLACE as options and settings hold it: a source with its path, hub id, number or split."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+
+from visualcloze_deft.errors import UserError
 
 PROCEDURAL = ("scenes", "subject")  # sources that are made, not read: they need no path
 SPLIT = "train"  # where none is said
+
+
+def name_and_place(text: str) -> tuple[str, str]:
+    """
+    >>> name_and_place("folder=my=photos"), name_and_place("scenes")
+    (('folder', 'my=photos'), ('scenes', ''))
+    """
+    name, _, place = text.partition("=")
+    return name, place
+
+
+def named_places(texts: Iterable[str], *, option: str) -> dict[str, str]:
+    """Name to place. Raises `UserError` where a name is given twice to an option."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, place = name_and_place(text)
+        if name in found:
+            raise UserError(f"{option} {text}: {name} is given twice")
+        found[name] = place
+    return found
+
+
+def is_endless(spec: str) -> bool:
+    """Whether a source has no end: another seed makes its items anew."""
+    return name_and_place(spec)[0] == "scenes"
 
 
 def place_and_split(place: str) -> tuple[str, str]:
@@ -34,5 +62,5 @@ def spec_from_root(spec: str) -> str:
     >>> spec_from_root("scenes=9"), spec_from_root("graph200k=VisualCloze/Graph200K")
     ('scenes=9', 'graph200k=VisualCloze/Graph200K')
     """
-    name, equals, place = spec.partition("=")
-    return spec if name in PROCEDURAL or not equals else f"{name}={from_root(place)}"
+    name, place = name_and_place(spec)
+    return spec if name in PROCEDURAL or not place else f"{name}={from_root(place)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.config.seeds import OTHER_SCENES
+from visualcloze_deft.config.source_specs import is_endless
 from visualcloze_deft.data.annotation.source import annotated, check_places
 from visualcloze_deft.data.base import Part, Source, units_of
 from visualcloze_deft.data.eligible import EligibleItems
@@ -54,7 +55,7 @@ def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
     nothing."""
     if run.data.validation_every:
         return mixture_of(run, held_out=True, cache=cache)
-    finite = [spec for spec in run.data.sources if spec.partition("=")[0] != "scenes"]
+    finite = [spec for spec in run.data.sources if not is_endless(spec)]
     if finite:
         raise UserError(
             f"logging.validate_every = {run.logging.validate_every}: nothing of {finite[0]} is "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualcloze_deft.config.source_specs import PROCEDURAL
+from visualcloze_deft.config.source_specs import PROCEDURAL, name_and_place
 from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.data.sources.dreambooth import DreamBooth
@@ -32,7 +32,7 @@ def open_source(spec: str, *, size: int, seed: int, cache: Path | None = None) -
 
     size, seed, cache: see `Opening`.
     """
-    name, _, argument = spec.partition("=")
+    name, argument = name_and_place(spec)
     if name not in SOURCES:
         raise UserError(f"unknown data source {name!r}; {suggestion(name, SOURCES)}")
     if name not in PROCEDURAL and not argument:
