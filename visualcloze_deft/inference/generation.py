@@ -29,9 +29,9 @@ from visualcloze_deft.sampling.denoising import (
     STEPS,
     AfterStep,
     Conditions,
-    denoise,
+    Prediction,
     draw_of,
-    predictor,
+    tokens_of,
 )
 
 KnownLatents = Literal["mode", "sample"]
@@ -145,21 +145,25 @@ class Generation:
 
     def denoised(self, jobs: Sequence[Job], grids: Sequence[grid.Grid]) -> Tensor:
         """The (b, n, 64) clean tokens of grids of one shape."""
-        models, steps = self.models, self.how.steps
-        given = self.conditions(jobs, grids)
-        like = given.latents.clean
-        draws = [self.draws[job.order] for job in jobs]
-        noises = [self.noises[job.order] for job in jobs] if self.noises else None
-        drawn = noises or [torch.randn(like.shape[1:], generator=d, device=d.device) for d in draws]
-        noise = torch.stack([one.to(like.device, torch.float32) for one in drawn])
-        predict = predictor(models, given, guidance=self.how.guidance, steps=steps)
-        times = models.times(steps, noise.shape[1]).to(like.device)
+        return tokens_of(
+            self.models,
+            self.conditions(jobs, grids),
+            [self.draws[job.order] for job in jobs],
+            steps=self.how.steps,
+            guidance=self.how.guidance,
+            noise=[self.noises[job.order] for job in jobs] if self.noises else None,
+            watched=self.unless_interrupted,
+            after=self.after,
+        )
 
-        def unless_interrupted(x: Tensor, t: Tensor) -> Tensor:
+    def unless_interrupted(self, predict: Prediction) -> Prediction:
+        """`predict`, which is told about; an interrupted call keeps what there is."""
+
+        def watched(x: Tensor, t: Tensor) -> Tensor:
             self.at_time(1000 * t)
             return torch.zeros_like(x) if self.interrupted() else predict(x, t)
 
-        return denoise(unless_interrupted, noise, times, after=self.after)
+        return watched
 
     def conditions(self, jobs: Sequence[Job], grids: Sequence[grid.Grid]) -> Conditions:
         """What the grids show, encoded once for all images of a grid unless it is drawn."""

@@ -23,6 +23,8 @@ from visualcloze_deft.grids.prompt import Prompt
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
 
+Prediction = Callable[[Tensor, Tensor], Tensor]
+"""The denoiser as a function of noisy tokens (b, n, c) and one time in 0..1."""
 AfterStep = Callable[[int, Tensor, Tensor], Tensor]
 """Told (number of the step from 0, its time, what it led to); returns what to go on with."""
 
@@ -32,7 +34,7 @@ def go_on(_: int, __: Tensor, x: Tensor) -> Tensor:
 
 
 def denoise(
-    predict: Callable[[Tensor, Tensor], Tensor],
+    predict: Prediction,
     noise: Tensor,
     times: Tensor,
     *,
@@ -54,10 +56,8 @@ class Conditions:
     text: Text
 
 
-def predictor(
-    models: Models, given: Conditions, *, guidance: float, steps: int = 0
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The denoiser as a function of noisy tokens (b, n, c) and one time in 0..1.
+def predictor(models: Models, given: Conditions, *, guidance: float, steps: int = 0) -> Prediction:
+    """The denoiser for these conditions.
 
     steps: how often it will be asked, for what diffusers' step caches do at certain steps.
     """
@@ -101,10 +101,9 @@ def generate(
     guidance: float = GUIDANCE,
 ) -> list[list[Image.Image]]:
     """The images of each grid's hidden cells, left to right; all grids must have one shape."""
-    given = conditions_of(models, grids, prompts)
-    return pictures_of(
-        models, tokens_of(models, given, seeds=seeds, steps=steps, guidance=guidance), grids
-    )
+    given, draws = conditions_of(models, grids, prompts), [draw_of(seed) for seed in seeds]
+    tokens = tokens_of(models, given, draws, steps=steps, guidance=guidance)
+    return pictures_of(models, tokens, grids)
 
 
 def conditions_of(
@@ -117,15 +116,27 @@ def conditions_of(
 
 @torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here
 def tokens_of(
-    models: Models, given: Conditions, *, seeds: Sequence[int], steps: int, guidance: float
+    models: Models,
+    given: Conditions,
+    draws: Sequence[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    noise: Sequence[Tensor] | None = None,
+    watched: Callable[[Prediction], Prediction] = lambda predict: predict,
+    after: AfterStep = go_on,
 ) -> Tensor:
-    """The (b, n, c) clean tokens that the denoiser makes."""
+    """The (b, n, c) clean tokens that the denoiser makes.
+
+    draws: make the noise, one for each sample. noise: (n, c) of each in place of what is drawn.
+    watched: gets the denoiser as a function, and returns what is called in its place.
+    """
     like = given.latents.clean
-    noise = torch.stack([torch.randn(like.shape[1:], generator=draw_of(seed)) for seed in seeds])
-    noise = noise.to(like.device)
-    times = models.times(steps, noise.shape[1]).to(noise.device)
-    predict = predictor(models, given, guidance=guidance, steps=steps)
-    return denoise(predict, noise, times, process=models.networks.process)
+    drawn = noise or [torch.randn(like.shape[1:], generator=d, device=d.device) for d in draws]
+    x = torch.stack([one.to(like.device, torch.float32) for one in drawn])
+    predict = watched(predictor(models, given, guidance=guidance, steps=steps))
+    times = models.times(steps, x.shape[1]).to(x.device)
+    return denoise(predict, x, times, process=models.networks.process, after=after)
 
 
 def pictures_of(

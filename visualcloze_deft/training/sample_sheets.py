@@ -17,7 +17,13 @@ from visualcloze_deft.data.queries import queries
 from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.grids import grid
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
-from visualcloze_deft.sampling.denoising import GUIDANCE, conditions_of, pictures_of, tokens_of
+from visualcloze_deft.sampling.denoising import (
+    GUIDANCE,
+    conditions_of,
+    draw_of,
+    pictures_of,
+    tokens_of,
+)
 from visualcloze_deft.sampling.room import NoRoom, Room
 from visualcloze_deft.task_registry.task import Task
 
@@ -70,7 +76,7 @@ def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
     built = [grid.join(example.complete, hidden=example.hidden)]
     given = room.attempt(lambda: conditions_of(models, built, [example.prompt]))
     tokens = room.attempt(
-        lambda: tokens_of(models, given, seeds=[example.index], steps=STEPS, guidance=GUIDANCE),
+        lambda: tokens_of(models, given, [draw_of(example.index)], steps=STEPS, guidance=GUIDANCE),
         transformer=True,
     )
     return room.attempt(lambda: pictures_of(models, tokens, built))[0]
