@@ -36,6 +36,7 @@ from visualcloze_deft.comparison.tables import Compared
 from visualcloze_deft.comparison.trainings import Training, trainings
 from visualcloze_deft.config.comparison import Comparison, load_comparison
 from visualcloze_deft.config.run_settings import load_run, write_run
+from visualcloze_deft.evaluation.metrics import fidelity
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.reporting.random_effects import estimate, holm
 from visualcloze_deft.storage import jsonl
@@ -349,13 +350,13 @@ def test_adjusted_p_are_never_smaller_and_keep_their_order() -> None:
     assert adjusted[int(np.argmin(p))] == pytest.approx(min(1, 6 * min(p)))
 
 
-def test_psnr_is_that_of_all_generated_pixels() -> None:
+def test_psnr_of_a_grid_is_the_mean_of_what_an_evaluation_measures() -> None:
     from PIL import Image
 
-    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (16, 16, 16))
-    assert psnr([grey], [black]) == pytest.approx(10 * np.log10(255**2 / 256))
-    assert psnr([grey, black], [black, black]) == pytest.approx(10 * np.log10(255**2 / 128))
-    assert psnr([black], [black]) == psnr([grey], [grey]) > 60
+    black, grey = (Image.new("RGB", (8, 8), (value,) * 3) for value in (0, 16))
+    assert psnr([grey], [black]) == fidelity.psnr(grey, black)
+    both = [fidelity.psnr(grey, black), fidelity.psnr(black, black)]
+    assert psnr([grey, black], [black, black]) == pytest.approx(np.mean(both))
 
 
 def made(training: Training, seed: int) -> list[Compared]:
