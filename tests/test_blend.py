@@ -1,4 +1,4 @@
-"""Adapters in use: they add up by strength, and leave the base bit for bit as it was."""
+"""Adapters in use: they add up by scale, and leave the base bit for bit as it was."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_was_used_before_leaves_no_trace(micro_model: Path, trained: dict[s
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_changes_add_up_by_strength(micro_model: Path, trained: dict[str, Path]) -> None:
+def test_changes_add_up_by_scale(micro_model: Path, trained: dict[str, Path]) -> None:
     transformer = load_models(str(micro_model)).transformer
     name = "transformer_blocks.0.attn.to_q"
     weight = transformer.get_parameter(f"{name}.weight")
@@ -167,7 +167,7 @@ def test_several_are_named_after_their_folders_and_runs(
     (tmp_path / "mugs" / "adapter").symlink_to(trained["para"])
     given = {trained["deft"]: 0.5, tmp_path / "mugs" / "adapter": 2.0}
     pipe = InContextPipeline.from_pretrained(str(micro_model), adapter=given)
-    assert pipe.blend.strengths == {"deft": 0.5, "mugs": 2.0}
+    assert pipe.blend.scales == {"deft": 0.5, "mugs": 2.0}
     pipe.set_adapters("mugs")
     assert pipe.get_active_adapters() == ["mugs"]
     pipe.delete_adapters(["deft", "mugs"])
@@ -181,9 +181,9 @@ def test_mistakes_with_adapters_are_named(micro_model: Path, trained: dict[str, 
         pipe.load_adapter(trained["deft"])
     with pytest.raises(UserError, match="did you mean deft"):
         pipe.set_adapters("def")
-    with pytest.raises(UserError, match="strength nan"):
+    with pytest.raises(UserError, match="scale nan"):
         pipe.set_adapters("deft", [float("nan")])
-    with pytest.raises(UserError, match="1 names and 2 strengths"):
+    with pytest.raises(UserError, match="1 names and 2 scales"):
         pipe.set_adapters("deft", [1, 2])
     assert pipe.get_active_adapters() == ["deft"]
     assert same(weights(pipe.transformer), before)

@@ -287,7 +287,7 @@ def two_adapters() -> nn.Module:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_strength_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None:
+def test_scale_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None:
     net = adopted(peft_net("deft"))
     net.requires_grad_(not frozen)
     layer, x = net[0], torch.randn(5, 40)
@@ -302,11 +302,11 @@ def test_strength_is_a_slider_from_the_base_to_the_adapter(frozen: bool) -> None
     assert torch.equal(net(x), full)
 
 
-def test_diffusers_sets_strengths_by_name(micro_model: Path) -> None:
+def test_diffusers_sets_scales_by_name(micro_model: Path) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(micro_model, subfolder="transformer")
     injection.attach(transformer, Adapter(rank=2), seed=0)
     transformer.set_adapters([NAME], [0.25])
-    assert {layer.strength(NAME) for layer in deft_linear.layers(transformer).values()} == {0.25}
+    assert {layer.scale_of(NAME) for layer in deft_linear.layers(transformer).values()} == {0.25}
 
 
 @pytest.mark.parametrize("kind", ["deft", "deft-relaxed"])
@@ -501,7 +501,7 @@ def test_an_adapter_loaded_for_use_stays_frozen_when_it_is_chosen(
     used.disable_adapters()
     used.enable_adapters()
     assert all(layer.is_frozen(NAME) for layer in deft_linear.layers(used).values())
-    assert {layer.strength(NAME) for layer in deft_linear.layers(used).values()} == {0.25}
+    assert {layer.scale_of(NAME) for layer in deft_linear.layers(used).values()} == {0.25}
     transformer.set_adapters([NAME], [1.0])
     assert not any(layer.is_frozen(NAME) for layer in deft_linear.layers(transformer).values())
 

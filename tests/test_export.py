@@ -60,9 +60,9 @@ def test_what_is_exported_gives_the_adapters_output(
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya", "merged"])
-def test_strength_is_folded_in(micro_model: Path, tmp_path: Path, kind: export.Format) -> None:
+def test_scale_is_folded_in(micro_model: Path, tmp_path: Path, kind: export.Format) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
-    report = export.export(folder, tmp_path / "out", kind, strength=0.5)
+    report = export.export(folder, tmp_path / "out", kind, scale=0.5)
     assert report.output is not None
     assert report.output < 1e-4
 
@@ -80,7 +80,7 @@ def test_the_file_loads_with_diffusers_alone_and_says_what_it_is(
     torch.testing.assert_close(verify.answer(plain, 1.0), verify.answer(live, 1.0))
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
-    expected = {"method": "deft", "rank": "3", "alpha": "6", "strength": "1.0", "base_lora": ""}
+    expected = {"method": "deft", "rank": "3", "alpha": "6", "scale": "1.0", "base_lora": ""}
     expected |= {"exported_as": "diffusers", "base_model": str(micro_model)}
     assert about.items() >= expected.items()
     assert about["exported_by"].startswith("visualcloze-deft ")
@@ -350,9 +350,9 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert "--scale" in refused(
         "export", folder, "--format", "peft", "--output", out, "--scale", "0.5"
     )
-    for strength in ("nan", "inf", "0", "1e300"):
+    for scale in ("nan", "inf", "0", "1e300"):
         assert "give a number other than 0" in refused(
-            "export", folder, "--format", "kohya", "--output", out, "--scale", strength
+            "export", folder, "--format", "kohya", "--output", out, "--scale", scale
         )
     cut = folder / WEIGHTS
     cut.write_bytes(cut.read_bytes()[:100])

@@ -336,7 +336,7 @@ def test_a_grid_that_another_process_makes_is_left_to_it_also_by_one_that_is_end
     assert not (output / "001.json").exists()
 
 
-def test_several_adapters_and_strengths(
+def test_several_adapters_and_scales(
     micro_model: Path,
     grid_file: Callable[..., Path],
     tmp_path: Path,
@@ -386,8 +386,8 @@ def test_several_adapters_and_strengths(
         (("--attention", "flashy"), "--attention flashy"),
         (("--cache", "taylorseer=0.5"), "whole and above 1"),
         (("--cache", "first-block", "--batch", 2), "give --batch 1"),
-        (("--adapter", "gone=nan"), "give a number up to 1e6 as its strength"),
-        (("--adapter", "gone=1e300"), "give a number up to 1e6 as its strength"),
+        (("--adapter", "gone=nan"), "give a number up to 1e6 as its scale"),
+        (("--adapter", "gone=1e300"), "give a number up to 1e6 as its scale"),
     ],
 )
 def test_a_bad_option_is_named_before_anything_is_loaded(

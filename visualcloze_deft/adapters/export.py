@@ -40,7 +40,7 @@ from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
-from visualcloze_deft.config.numbers import is_strength
+from visualcloze_deft.config.numbers import is_scale
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
 from visualcloze_deft.storage.atomic import output_folder, staged_at
@@ -55,7 +55,7 @@ def export(
     output: Path,
     kind: Format,
     *,
-    strength: float = 1.0,
+    scale: float = 1.0,
     dtype: torch.dtype | None = None,
     model: str | None = None,
     lora: str | None = None,
@@ -63,21 +63,21 @@ def export(
 ) -> Report:
     """Write the adapter of a run folder, or an adapter folder, to `output`.
 
-    kind: "peft" and "merged" write a folder, the others a .safetensors file. strength: what the
+    kind: "peft" and "merged" write a folder, the others a .safetensors file. scale: what the
     change counts, folded into it; 1 is the trained adapter. dtype: of the written LoRA (float32 by
     default) or merged transformer (the base's). model, lora: the base; those it was trained on
     where not named.
     Raises `UserError` where the adapter does not fit, something is in the way, or what was written
     is not the adapter; no file is left then.
     """
-    if not is_strength(strength) or strength == 0:
-        raise UserError(f"--scale {strength}: give a number other than 0 up to 1e6, e.g. 1")
+    if not is_scale(scale) or scale == 0:
+        raise UserError(f"--scale {scale}: give a number other than 0 up to 1e6, e.g. 1")
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config, told = files.read_config(folder), read_metadata(folder)
     model = model or named(folder, "--model", told.get("base_model"), config) or TINY
     lora = lora or named(folder, "--model-lora", told.get("base_lora")) or None
     check_base(folder, model, lora=lora)
-    if kind == "peft" and (strength, dtype) != (1.0, None):
+    if kind == "peft" and (scale, dtype) != (1.0, None):
         raise UserError("--format peft keeps P and R as they are: leave --scale and --dtype")
     backbone = backbone_of(model)
     if kind not in ("peft", "merged") and "lora-files" not in backbone.features:
@@ -88,7 +88,7 @@ def export(
         path=path,
         adapter=files.read(folder),
         kind=kind,
-        strength=strength,
+        scale=scale,
         precision=precision,
         written=dtype or (precision if kind == "merged" else torch.float32),
         model=model,
@@ -113,7 +113,7 @@ class Exported:
     path: Path
     adapter: files.StoredAdapter
     kind: Format
-    strength: float
+    scale: float
     precision: torch.dtype
     written: torch.dtype
     model: str
@@ -132,11 +132,11 @@ class Exported:
         denoiser = self.base()
         files.load(denoiser, self.adapter)
         self.shapes = lora_names.layer_shapes(denoiser)
-        self.changes = injection.changes_of(denoiser, self.strength)
+        self.changes = injection.changes_of(denoiser, self.scale)
         check_names(self.kind, self.changes, self.shapes)
         if not verify:
             return
-        live = answer(denoiser, self.strength)
+        live = answer(denoiser, self.scale)
         denoiser.disable_adapters()
         self.answers = live, answer(denoiser, 1.0)
         self.weights = {
@@ -146,7 +146,7 @@ class Exported:
     def write(self, staged: Path, told: dict[str, str]) -> None:
         """told: what the adapter's own file says."""
         config, folder = self.adapter.config, self.adapter.folder
-        about = header(config, self.kind, self.strength, model=self.model, lora=self.lora)
+        about = header(config, self.kind, self.scale, model=self.model, lora=self.lora)
         if self.kind == "peft":
             staged.mkdir()
             for name in (CONFIG, WEIGHTS):
@@ -209,7 +209,7 @@ def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
 
 
 def header(
-    config: PeftConfig, kind: Format, strength: float, *, model: str, lora: str | None
+    config: PeftConfig, kind: Format, scale: float, *, model: str, lora: str | None
 ) -> dict[str, str]:
     """What an exported file says of itself, beside what the adapter's own file says."""
     alpha = config.alpha if isinstance(config, DeftConfig) else config.lora_alpha
@@ -221,7 +221,7 @@ def header(
         "base_lora": lora or "",
         "exported_as": kind,
         "exported_by": f"visualcloze-deft {version('visualcloze-deft')}",
-        "strength": str(strength),
+        "scale": str(scale),
     }
 
 

@@ -127,17 +127,17 @@ def state_of(transformer: nn.Module, parameters: dict[str, Tensor]) -> dict[str,
     return {file_name(name): tensor for name, tensor in tensors.items()}
 
 
-def changes_of(transformer: nn.Module, strength: float = 1.0) -> dict[str, Change]:
+def changes_of(transformer: nn.Module, scale: float = 1.0) -> dict[str, Change]:
     """The change of every adapted layer's weight as A (r i) and B (o r) in float32."""
     found = {}
     for name, layer in transformer.named_modules():
         if isinstance(layer, deft_linear.DeftLinear):
             q, a = layer.factors(NAME)
-            found[name] = (strength * a, q)
+            found[name] = (scale * a, q)
         elif isinstance(layer, LoraLayer):
             a, b = (part[NAME].weight for part in (layer.lora_A, layer.lora_B))
-            scale = strength * layer.scaling[NAME]
-            found[name] = (a.detach().float(), scale * b.detach().float())
+            own = scale * layer.scaling[NAME]
+            found[name] = (a.detach().float(), own * b.detach().float())
     return found
 
 

@@ -1,7 +1,7 @@
-"""Adapters in use: several on one base, each with a strength, exchanged without loading it again.
+"""Adapters in use: several on one base, each with a scale, exchanged without loading it again.
 
 Every kind is a change B A of a layer's weight W (o i), see `injection.changes_of`; changes add up:
-W' = W + sum of strength_k B_k A_k. Merged, which is the default, that stands in the weights and
+W' = W + sum of scale_k B_k A_k. Merged, which is the default, that stands in the weights and
 costs nothing; beside them, for a quantised base, a layer adds (x A^T) B^T to its output.
 """
 
@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.quantization import is_quantised
-from visualcloze_deft.config.numbers import is_strength
+from visualcloze_deft.config.numbers import is_scale
 from visualcloze_deft.errors import UserError, suggestion
 
 
 class ActiveAdapters:
-    """The adapters of one transformer. strengths: of those in use, by name.
+    """The adapters of one transformer. scales: of those in use, by name.
 
     While adapters are merged, the weights of their layers as they were rest in the host's memory:
     taking adapters off gives them back bit for bit.
@@ -34,7 +34,7 @@ class ActiveAdapters:
         """merge: False leaves the weights alone, as a quantised base does anyway."""
         self.transformer = transformer
         self.merge = merge
-        self.strengths: dict[str, float] = {}
+        self.scales: dict[str, float] = {}
         self.known: dict[str, dict[str, Change]] = {}
         self._originals: dict[str, Tensor] = {}
         self._beside: list[tuple[nn.Module, RemovableHandle]] = []
@@ -47,7 +47,7 @@ class ActiveAdapters:
         self._settled = True
 
     def add(self, name: str, adapter: Path | files.StoredAdapter, *, used: bool = True) -> None:
-        """Use an adapter, or the one in a folder, beside those in use at strength 1, or not yet.
+        """Use an adapter, or the one in a folder, beside those in use at scale 1, or not yet.
 
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
@@ -57,7 +57,7 @@ class ActiveAdapters:
                 "or delete that one first"
             )
         self.check_reachable()
-        wanted = dict(self.strengths)
+        wanted = dict(self.scales)
         self.use({})
         try:
             files.load(self.transformer, adapter)
@@ -73,32 +73,30 @@ class ActiveAdapters:
 
     def delete(self, name: str) -> None:
         self._check_known(name)
-        self.use({other: s for other, s in self.strengths.items() if other != name})
+        self.use({other: s for other, s in self.scales.items() if other != name})
         del self.known[name]
 
-    def use(self, strengths: Mapping[str, float]) -> None:
-        """Use exactly these, each at its strength: 0 is the base, 1 the adapter as trained.
+    def use(self, scales: Mapping[str, float]) -> None:
+        """Use exactly these, each at its scale: 0 is the base, 1 the adapter as trained.
 
-        Raises `UserError` where a name is not known or a strength is no finite number.
+        Raises `UserError` where a name is not known or a scale is no finite number.
         """
-        for name, strength in strengths.items():
+        for name, scale in scales.items():
             self._check_known(name)
-            if not is_strength(strength):
-                raise UserError(
-                    f"adapter {name!r}: strength {strength}: give a number up to 1e6, e.g. 1"
-                )
-        if dict(strengths) == self.strengths:
+            if not is_scale(scale):
+                raise UserError(f"adapter {name!r}: scale {scale}: give a number up to 1e6, e.g. 1")
+        if dict(scales) == self.scales:
             return
         self.check_reachable()
         self._take_off()
         layers: dict[str, list[Change]] = {}
-        for name, strength in strengths.items():
+        for name, scale in scales.items():
             for layer, (a, b) in self.known[name].items():
-                if strength:
-                    layers.setdefault(layer, []).append((strength * a, b))
+                if scale:
+                    layers.setdefault(layer, []).append((scale * a, b))
         for layer, changes in layers.items():
             self._put_on(layer, changes)
-        self.strengths = dict(strengths)
+        self.scales = dict(scales)
 
     @torch.no_grad()
     def _put_on(self, name: str, changes: list[Change]) -> None:
@@ -129,7 +127,7 @@ class ActiveAdapters:
             handle.remove()
             del layer.change_down, layer.change_up
         self._beside.clear()
-        self.strengths = {}
+        self.scales = {}
 
     def _check_known(self, name: str) -> None:
         if name not in self.known:

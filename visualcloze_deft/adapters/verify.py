@@ -106,11 +106,11 @@ def check(report: Report, weights_beyond: float, allowed: float) -> None:
 
 
 @torch.no_grad()
-def answer(transformer: Any, strength: float) -> Tensor:
-    """The denoiser's output on random inputs, its adapter at `strength`."""
+def answer(transformer: Any, scale: float) -> Tensor:
+    """The denoiser's output on random inputs, its adapter at `scale`."""
     for layer in transformer.modules():
-        if isinstance(layer, deft_linear.DeftLinear | LoraLayer) and strength != 1:
-            layer.set_scale(methods.NAME, strength)
+        if isinstance(layer, deft_linear.DeftLinear | LoraLayer) and scale != 1:
+            layer.set_scale(methods.NAME, scale)
     networks = backbone_of_network(transformer).networks()
     inputs = networks.probe(transformer, torch.Generator().manual_seed(0))
     output: Tensor = transformer.eval()(**inputs, return_dict=False)[0]

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scale",
-    "strength",
     type=float,
     default=1.0,
     show_default=True,
@@ -62,7 +61,7 @@ def export_adapter(
     run: str,
     kind: Format,
     output: str,
-    strength: float,
+    scale: float,
     dtype: str | None,
     model: str | None,
     revision: str | None,
@@ -86,7 +85,7 @@ def export_adapter(
         Path(run),
         Path(output),
         kind,
-        strength=strength,
+        scale=scale,
         dtype=getattr(torch, dtype) if dtype else None,
         model=pinned(model, revision),
         lora=lora,

@@ -16,7 +16,7 @@ from visualcloze_deft.cli.options import (
     given_but,
     places,
     sources_named,
-    with_strengths,
+    with_scales,
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
@@ -229,7 +229,7 @@ def of_suite(
         raise UserError("--unpaired and --prompts go with --images")
     settings = InferenceSettings(
         model=str(pinned(options["model"], options["revision"])),
-        adapters={} if adapter == "none" else with_strengths([adapter]),
+        adapters={} if adapter == "none" else with_scales([adapter]),
         task_folders=options["tasks_from"],
         **{name: options[name] for name in SETTINGS},
     )

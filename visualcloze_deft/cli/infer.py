@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, cli
-from visualcloze_deft.cli.options import MOST_IMAGES, REVISION, with_strengths
+from visualcloze_deft.cli.options import MOST_IMAGES, REVISION, with_scales
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
 
@@ -193,7 +193,7 @@ def infer(
         Path(examples),
         Path(output),
         InferenceSettings(
-            adapters=with_strengths(adapter),
+            adapters=with_scales(adapter),
             upsampling=None if upsample is None else Upsampling(scale=upsample, strength=chosen),
             encodings=Path(encodings) if encodings else None,
             task_folders=tasks_from,

@@ -133,13 +133,13 @@ def run_of(
     return load_run(config or config_for(options["model"], data), [*given, *overrides])
 
 
-def with_strengths(given: Sequence[str]) -> dict[Path, float]:
-    """The folders and strengths that `--adapter` names.
+def with_scales(given: Sequence[str]) -> dict[Path, float]:
+    """The folders and scales that `--adapter` names.
 
-    >>> with_strengths(["a", "b=0.5"])
+    >>> with_scales(["a", "b=0.5"])
     {PosixPath('a'): 1.0, PosixPath('b'): 0.5}
     """
-    from visualcloze_deft.config.numbers import is_strength
+    from visualcloze_deft.config.numbers import is_scale
 
     found: dict[Path, float] = {}
     for text in given:
@@ -147,14 +147,14 @@ def with_strengths(given: Sequence[str]) -> dict[Path, float]:
         if not equals or Path(text).is_dir():
             folder, number = text, "1"
         try:
-            strength = float(number)
+            scale = float(number)
         except ValueError:
             raise UserError(f"--adapter {text!r}: {number!r} is no number") from None
-        if not is_strength(strength):
-            raise UserError(f"--adapter {text!r}: give a number up to 1e6 as its strength, e.g. 1")
+        if not is_scale(scale):
+            raise UserError(f"--adapter {text!r}: give a number up to 1e6 as its scale, e.g. 1")
         if Path(folder) in found:
-            raise UserError(f"--adapter {folder}: named twice; give it one strength")
-        found[Path(folder)] = strength
+            raise UserError(f"--adapter {folder}: named twice; give it one scale")
+        found[Path(folder)] = scale
     return found
 
 

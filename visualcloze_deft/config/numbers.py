@@ -16,10 +16,10 @@ Factor = Annotated[float, Field(gt=0, le=HEAVIEST)]
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-def is_strength(value: float) -> bool:
+def is_scale(value: float) -> bool:
     """Whether an adapter can be used at `value`: at most `HEAVIEST`, either way.
 
-    >>> [is_strength(x) for x in (-0.5, 1e300, float("nan"))]
+    >>> [is_scale(x) for x in (-0.5, 1e300, float("nan"))]
     [True, False, False]
     """
     return abs(value) <= HEAVIEST

@@ -227,8 +227,8 @@ def command(settings: InferenceSettings, output: Path, name: str) -> list[str]:
     ]
     words += ["--guidance", settings.guidance, "--batch", settings.batch]
     words += ["--quantise", settings.quantise]
-    for folder, strength in settings.adapters.items():
-        words += ["--adapter", f"{folder}={strength!r}"]
+    for folder, scale in settings.adapters.items():
+        words += ["--adapter", f"{folder}={scale!r}"]
     for option, value in (
         ("--model-lora", settings.lora),
         ("--clip-text", settings.clip_text),

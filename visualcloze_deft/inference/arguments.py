@@ -126,13 +126,13 @@ def requests_of(
 
 
 def stored_adapters(adapters: Adapters | None) -> dict[files.StoredAdapter, float]:
-    """Each adapter read, with its strength. Raises `UserError` where one cannot be."""
+    """Each adapter read, with its scale. Raises `UserError` where one cannot be."""
     if adapters is None:
         return {}
     given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
     return {
-        one if isinstance(one, files.StoredAdapter) else files.read(Path(one)): strength
-        for one, strength in given.items()
+        one if isinstance(one, files.StoredAdapter) else files.read(Path(one)): scale
+        for one, scale in given.items()
     }
 
 

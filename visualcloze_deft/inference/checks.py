@@ -28,7 +28,7 @@ from visualcloze_deft.inference.settings import InferenceSettings
 
 def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
     """Raise `UserError` for what can be known to be wrong before anything is loaded; the adapters
-    with their strengths, which are read for it."""
+    with their scales, which are read for it."""
     if not math.isfinite(settings.guidance):
         raise UserError(f"--guidance {settings.guidance}: give a number, e.g. 30")
     if settings.resolution is not None and settings.resolution % CELL_STEP:

@@ -36,7 +36,7 @@ class NotFinite(UserError):
         self.grid = grid
         self.why = (
             f"seed {seed}: the result is not finite, so there is no image; weights that are not, a "
-            "strength or a guidance too large, or a precision too narrow do that"
+            "scale or a guidance too large, or a precision too narrow do that"
         )
         super().__init__(f"grid {grid + 1}, {self.why}")
 

@@ -165,7 +165,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> InContextPipeline:
         """The model "tiny", a diffusers folder or a hub id of FLUX.1-Fill's layout.
 
-        adapter: a folder in peft's format, e.g. RUN/adapter, or several with their strengths. lora:
+        adapter: a folder in peft's format, e.g. RUN/adapter, or several with their scales. lora:
         a FLUX LoRA merged into the base first, for good. device, dtype: a GPU in bfloat16 where
         there is one, else CPU in float32; "cpu" before offloading is enabled.
         As in diffusers: dtype (or torch_dtype) by part, {"transformer": ..., "default": ...};
@@ -311,7 +311,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         layers = self.transformer.modules() if self.transformer is not None else ()
         if any(is_quantised(m) for m in layers if isinstance(m, torch.nn.Linear)):
             raise UserError("save_pretrained: a quantised base is not saved; load it unquantised")
-        if any(self.blend.strengths.values()) and not self.blend.merge:
+        if any(self.blend.scales.values()) and not self.blend.merge:
             raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
         super().save_pretrained(save_directory, **options)
         tensor_files.open_to(Path(save_directory))
@@ -341,15 +341,15 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None
     ) -> None:
-        """Use exactly these, each with its strength (1 by default); none: the base alone."""
+        """Use exactly these, each with its scale (1 by default); none: the base alone."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = [1.0] * len(names) if adapter_weights is None else list(adapter_weights)
         if len(weights) != len(names):
-            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} strengths")
+            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} scales")
         self.blend.use(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
-        return list(self.blend.strengths)
+        return list(self.blend.scales)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take adapters off and forget them; the base's weights come back bit for bit."""

@@ -75,8 +75,8 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
         "model": settings.model,
         "model_lora": settings.lora,
         "adapters": [
-            {"path": str(folder.absolute()), "strength": strength}
-            for folder, strength in settings.adapters.items()
+            {"path": str(folder.absolute()), "scale": scale}
+            for folder, scale in settings.adapters.items()
         ],
         **hashes_of(settings),
         "dtype": str(default_dtype(device)).removeprefix("torch."),
@@ -104,7 +104,7 @@ def hashes_of(settings: InferenceSettings) -> dict[str, Any]:
         "model_fingerprint": fingerprint(settings.model) or settings.model,
         "model_lora_sha256": settings.lora and digest(lora_file(settings.lora)),
         "adapters_sha256": [
-            [digest(folder / WEIGHTS), strength] for folder, strength in settings.adapters.items()
+            [digest(folder / WEIGHTS), scale] for folder, scale in settings.adapters.items()
         ],
         "adapters_config_sha256": [digest(folder / CONFIG) for folder in settings.adapters],
     }

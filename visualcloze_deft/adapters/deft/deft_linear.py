@@ -15,7 +15,7 @@ because that one is continuous in P. LAPACK's signs, which peft's layer takes, j
 trained, and with them what R means. In files R is written in peft's signs.
 
 Several adapters add up: each one's A is formed from the frozen W, each change counts times its
-strength (1 unless set; 0 is the base).
+scale (1 unless set; 0 is the base).
 Axes: k layers, n tokens, o outputs, i inputs, r rank.
 """
 
@@ -69,15 +69,15 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
 
     other_param_names = (
         *PeftDeftLinear.other_param_names,
-        *("strengths", "_values", "_factors", "_together", "_frozen", "_merged", "_fixed"),
+        *("scales", "_values", "_factors", "_together", "_frozen", "_merged", "_fixed"),
     )
-    strengths: dict[str, float]
+    scales: dict[str, float]
     _values: dict[str, Values]  # made in the pass under way
     _factors: dict[str, tuple[Tensor, Tensor]]  # Q and A that a pass made for all layers together
     _together: dict[str, None]  # the adapters whose last forward used such
     _frozen: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]]
     _original: Tensor | None  # the frozen weight while adapters are merged
-    _merged: dict[str, tuple[Tensor, Tensor]]  # factors of what is merged, strength within
+    _merged: dict[str, tuple[Tensor, Tensor]]  # factors of what is merged, scale within
     _fixed: dict[str, bool]  # whether an adapter was loaded to be used, not trained
     _pass: Pass | None
 
@@ -90,7 +90,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         x, y = x.to(y.dtype).reshape(-1, x.shape[-1]), y.reshape(-1, shape[-1])
         with without_autocast(x.device.type):
             for name in names:
-                if self.strength(name) != 0:
+                if self.scale_of(name) != 0:
                     y = self.updated(self.deft_dropout[name](x), y, name)
         return y.reshape(shape)
 
@@ -98,8 +98,8 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.deft_P]
 
-    def strength(self, name: str) -> float:
-        return self.strengths.get(name, 1.0)
+    def scale_of(self, name: str) -> float:
+        return self.scales.get(name, 1.0)
 
     def updated(self, x: Tensor, y: Tensor, name: str) -> Tensor:
         if self.is_frozen(name):
@@ -108,7 +108,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             self._frozen.pop(name, None)  # it is being trained
             q, a = self.trained(name)
         inside = x @ a.to(y.dtype).mT  # n r
-        return torch.addmm(y, inside, q.to(y.dtype).mT, alpha=self.strength(name))
+        return torch.addmm(y, inside, q.to(y.dtype).mT, alpha=self.scale_of(name))
 
     def is_frozen(self, name: str) -> bool:
         return not any(p.requires_grad for p in self.parameters_of(name))
@@ -170,7 +170,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
         return dense(self.get_base_layer()) if self._original is None else self._original
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Q (o r) and A (r i) with W' = W + Q A at strength 1, in the adapter's precision."""
+        """Q (o r) and A (r i) with W' = W + Q A at scale 1, in the adapter's precision."""
         part = Part(self, name)
         values = values_of([part], dtype=part.p.dtype)[part]
         return values.q, values.a
@@ -196,22 +196,22 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Give an adapter its strength; diffusers' `set_adapters(names, weights)` calls this.
+        """Give an adapter its scale; diffusers' `set_adapters(names, weights)` calls this.
 
         Raises `ValueError` where it is merged with another one.
         """
-        if adapter in self._merged and scale != self.strength(adapter):
-            raise ValueError(f"adapter {adapter!r} is merged with its strength: unmerge it first")
-        self.strengths[adapter] = float(scale)
+        if adapter in self._merged and scale != self.scale_of(adapter):
+            raise ValueError(f"adapter {adapter!r} is merged with its scale: unmerge it first")
+        self.scales[adapter] = float(scale)
 
     def scale_layer(self, scale: float) -> None:
         for name in self.here():
-            self.set_scale(name, self.strength(name) * scale)
+            self.set_scale(name, self.scale_of(name) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`; None sets every active adapter to strength 1."""
+        """Undo `scale_layer`; None sets every active adapter to scale 1."""
         for name in self.here():
-            self.set_scale(name, 1.0 if scale is None else self.strength(name) / scale)
+            self.set_scale(name, 1.0 if scale is None else self.scale_of(name) / scale)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self._merged:
@@ -234,9 +234,9 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             self.deft_R[name].copy_(-minus_removed / self.deft_scaling[name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The change of the weight (o i) at the adapter's strength, in the adapter's precision."""
+        """The change of the weight (o i) at the adapter's scale, in the adapter's precision."""
         q, a = self.factors(adapter_name)
-        return self.strength(adapter_name) * (q @ a)
+        return self.scale_of(adapter_name) * (q @ a)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -255,7 +255,7 @@ class DeftLinear(PeftDeftLinear):  # type: ignore[misc]
             raise ValueError("a quantised weight cannot take an adapter: load the base unquantised")
         original = self.frozen_weight().data
         factors = {name: self.factors(name) for name in names}
-        added = {name: (q, self.strength(name) * a) for name, (q, a) in factors.items()}
+        added = {name: (q, self.scale_of(name) * a) for name, (q, a) in factors.items()}
         changed = original.to(self.deft_P[names[0]].dtype)
         for name, (q, a) in {**self._merged, **added}.items():
             changed = changed + q @ a
@@ -293,7 +293,7 @@ def adopt(root: nn.Module) -> None:
         if not module.fan_in_fan_out:
             module.__class__ = DeftLinear
             layer = cast(DeftLinear, module)
-            layer.strengths, layer._frozen, layer._merged = {}, {}, {}
+            layer.scales, layer._frozen, layer._merged = {}, {}, {}
             layer._values, layer._factors, layer._together = {}, {}, {}
             layer.register_buffer("_original", None, persistent=False)
             layer._fixed = {name: layer.is_frozen(name) for name in layer.deft_P}
