@@ -117,7 +117,7 @@ def of_a_run() -> list[click.Parameter]:
 def report_on(run: str) -> None:
     """Draw how training in the folder RUN goes, or went, into RUN/report.html.
 
-    Curves, losses on held-out grids, the last sheet and the settings, in one file that opens
+    Curves, validation losses, the last sheet and the settings, in one file that opens
     without a server. A run writes it at its end; this makes it of one that is under way.
 
     \b

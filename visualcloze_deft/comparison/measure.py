@@ -313,7 +313,7 @@ def distinct(
 
 
 def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:
-    """The held-out loss of `heldout`, of tokens that are generated alone, for each grid."""
+    """The loss of `validation.losses`, of tokens that are generated alone, for each grid."""
     loss_of = GridLoss(models.denoiser, context_weight=0.0, guidance=run.guidance).eval()
     found = validation.losses(
         loss_of,

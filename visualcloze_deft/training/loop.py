@@ -238,7 +238,7 @@ class Loop:
         run, every = self.run, self.run.logging.validate_every
         if not every or (self.step % every and self.step < run.steps):
             return
-        self.watchdog.doing(f"the held-out loss of step {self.step}")
+        self.watchdog.doing(f"the validation loss of step {self.step}")
         own = validation.share(run.logging.validation_examples, rank=self.rank, world=self.world)
         with published(self.engine, averaged=self.run.ema > 0 and self.step > 0):
             found = validation.losses(

@@ -79,7 +79,7 @@ def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
         text = ", ".join(
             f"{loss_text(line['loss'])} at step {line['step']}" for line in (first, last_one)
         )
-        found.append(("held-out loss", text))
+        found.append(("validation loss", text))
     if last.get("memory") is not None:
         found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
     return found
@@ -113,7 +113,7 @@ def pictures(steps: Lines, evaluations: Lines) -> list[str]:
     drawn: list[tuple[str, str, Callable[[Axes], None]]] = [
         ("Loss", "mean squared error", lambda axes: draw_loss(axes, steps, evaluations)),
         ("Loss by task, smoothed", "", lambda axes: draw_tasks(axes, steps)),
-        ("Held-out loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
+        ("Validation loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
         ("Learning rate", "", lambda axes: draw(axes, steps, "lr")),
         ("Examples per second", "", lambda axes: draw(axes, rates(steps), "examples_per_second")),
         ("Image tokens per second", "", lambda axes: draw(axes, steps, "tokens_per_second")),
@@ -133,7 +133,7 @@ def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:
     axes.plot(*thinned(x, smoothed), color="C0", label="training, smoothed")
     if evaluations:
         x, held_out = values(evaluations, "step"), values(evaluations, "loss")
-        axes.plot(x, held_out, "o-", color="C3", markersize=4, label="held out")
+        axes.plot(x, held_out, "o-", color="C3", markersize=4, label="validation")
         smoothed = np.concatenate([smoothed, held_out])
     keep_in_view(axes, y, smoothed)
 
@@ -197,7 +197,7 @@ def draw_norms(axes: Axes, steps: Lines) -> None:
 def task_table(steps: Lines, evaluations: Lines) -> page.Table:
     """Each task's losses."""
     head = ["task", "steps", "training, first eighth", "last eighth"]
-    head += ["held out, first", "last"] if evaluations else []
+    head += ["validation, first", "last"] if evaluations else []
     rows = []
     for task, count in seen_tasks(steps).most_common():
         before, now = ends(values(steps, "tasks", task))
