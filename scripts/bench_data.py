@@ -92,7 +92,7 @@ def time_grids(options: argparse.Namespace) -> None:
 OPEN = r"""
 import re, sys, time
 from pathlib import Path
-from visualcloze_deft.data.sources import folder, graph200k, graph200k_hub# noqa: F401
+from visualcloze_deft.data.sources import folder, graph200k, graph200k_hub  # noqa: F401
 from visualcloze_deft.data.sources import open_source
 def now(what):
     found = re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())

@@ -83,8 +83,9 @@ def test_a_family_is_known_by_its_denoiser(known: None, model: Path, micro_model
     assert backbone_of(str(micro_model)).name == backbone_of("tiny").name == "flux-fill"
 
 
-def test_without_its_row_a_model_is_no_flux(model: Path, refused: Any) -> None:
-    line = refused("train", "--model", model, "--tasks", "depth-to-image", "--output", "never")
+def test_without_its_row_a_model_is_no_flux(model: Path, refused: Any, tmp_path: Path) -> None:
+    words = ["train", "--model", model, "--tasks", "depth-to-image"]
+    line = refused(*words, "--output", tmp_path / "never")
     assert "no transformer" in line
 
 
@@ -96,7 +97,8 @@ def test_a_second_family_learns_exports_and_samples(
     assert before.size == (32, 32)
     injection.attach(models.denoiser, Adapter(rank=2), seed=0)
     assert image(models).tobytes() == before.tobytes()  # DEFT starts as the base
-    loss_of = GridLoss(models.denoiser, context_weight=1.0, guidance=1.0).train()
+    loss_of = GridLoss(models.denoiser, context_weight=1.0, guidance=1.0, process=models.process)
+    loss_of.train()
     optimiser = torch.optim.AdamW(injection.trainable(models.denoiser).values(), lr=0.03)
     batches = encode(models, [example(k) for k in range(3)], seed=0)
     losses = []
@@ -124,7 +126,8 @@ def test_a_second_family_learns_exports_and_samples(
 def test_what_a_family_lacks_is_refused(
     known: None, model: Path, pictures: Path, refused: Any
 ) -> None:
-    words = ["train", "--model", model, "--data", f"folder={pictures}", "--output", "never"]
+    words = ["train", "--model", model, "--data", f"folder={pictures}"]
+    words += ["--output", pictures.parent / "never"]
     words += ["--set", f'data.task_folders=["{pictures.parent / "tasks"}"]']
     words += ["--tasks", "text-to-image"]
     assert "data.recipe.examples" in refused(*words, "--set", "scheduled_sampling=0")
@@ -135,15 +138,25 @@ def test_what_a_family_lacks_is_refused(
 
 
 def test_flux_makes_nothing_of_words_alone(pictures: Path, refused: Any) -> None:
-    words = ["train", "--model", "tiny", "--data", f"folder={pictures}", "--output", "never"]
+    words = ["train", "--model", "tiny", "--data", f"folder={pictures}"]
+    words += ["--output", pictures.parent / "never"]
     words += ["--set", f'data.task_folders=["{pictures.parent / "tasks"}"]']
     words += ["--tasks", "text-to-image"]
     assert "every column is a target" in refused(*words)
 
 
-def test_its_blocks_are_found(known: None, model: Path) -> None:
+def test_its_blocks_are_those_that_diffusers_recomputes(known: None, model: Path) -> None:
     models = backbone_of(str(model)).networks().load(str(model))
-    assert len(blocks_of(models.denoiser)) == len(TINY_UNET.sizes(str(model)).blocks) == 6
+    again: list[object] = []
+
+    def call(block: Any, *inputs: Any) -> Any:
+        again.append(block)
+        return block(*inputs)
+
+    models.denoiser.train().enable_gradient_checkpointing(call)
+    models.denoiser(**TINY_UNET.networks().probe(models.denoiser, torch.Generator()))
+    assert set(again) == set(blocks_of(models.denoiser))
+    assert len(again) == len(TINY_UNET.sizes(str(model)).blocks)
 
 
 @pytest.mark.processes

@@ -138,6 +138,14 @@ class Models:
         return NETWORKS
 
     @property
+    def process(self) -> Process:
+        return DDIM
+
+    @property
+    def guidance(self) -> float:
+        return 1.0
+
+    @property
     def frozen(self) -> tuple[nn.Module, ...]:
         return self.vae, self.text_encoder
 
@@ -226,7 +234,6 @@ NETWORKS = Networks(
     load_encoders=load,
     load_denoiser=load_unet,
     predict=predict,
-    process=DDIM,
     probe=probe,
 )
 
@@ -241,7 +248,10 @@ class Sizes(Structure):
     head: int = 8
 
 
-BLOCKS = r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions)\.\d+"
+BLOCKS = (
+    r"((down|up)_blocks\.\d+|mid_block)\."
+    r"(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+)"
+)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""DEFT, PaRa and LoRA on a denoiser, through peft: attach, group, save, load.
+"""DEFT, PaRa and LoRA on a denoiser, through peft: attach, group, read out.
 
 Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's are `deft`'s.
 """
@@ -72,7 +72,7 @@ def attach(
 
 def check_bare(transformer: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
-        raise UserError("this transformer has an adapter already; load the base again")
+        raise UserError("this network has an adapter already; load the base again")
 
 
 def add(transformer: Any, config: PeftConfig) -> None:

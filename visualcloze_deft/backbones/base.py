@@ -1,8 +1,8 @@
 """What a backbone is: one model family behind tasks, trainer, sampler, memory plan and exports.
 
-A family is two values. `Backbone` is what files alone tell of it, without torch; its `networks`
-gives `Networks`, its functions on torch modules. Everything else in the package works through
-them: a further family is a folder beside `flux_fill` and a row of `table.BACKBONES`.
+A family is two values. `Backbone` is what files alone tell of it; its `networks` gives `Networks`,
+its functions on torch modules. Training, sampling, the memory plan and exports work through them: a
+further family is a folder beside `flux_fill` and a row of `table.BACKBONES`.
 
 Latents are (b, n, c) tokens for every family; a network that computes with maps folds them itself.
 Axes: b samples, n tokens, c channels.
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 SINGLE = 4  # bytes of float32
 Sides = tuple[int, int]  # inputs and outputs of a linear layer
-Feature = Literal["lora-files", "quantised", "scheduled-sampling"]
-"""What a family may have beside training and sampling: LoRA files of other tools, frozen weights in
-8 or 4 bits, samples that a step of the model's own begins."""
+Feature = Literal["lora-files", "pipeline", "quantised", "scheduled-sampling"]
+"""What a family may have beside training and sampling: LoRA files of other tools, a pipeline for
+`vcdeft infer`, `eval` and `compare`, frozen weights in 8 or 4 bits, samples that a step of the
+model's own begins."""
 
 
 class Text(Protocol):
@@ -102,6 +103,14 @@ class Models(Encoders, Protocol):
     @property
     def denoiser(self) -> Any: ...
 
+    @property
+    def process(self) -> Process:
+        """What is learnt, and how it is sampled; a model's scheduler may say."""
+
+    @property
+    def guidance(self) -> float:
+        """Of sampling, where nothing else is asked for."""
+
     def times(self, steps: int, tokens: int) -> Tensor:
         """The (steps + 1,) sampling times from 1 to 0 for a grid of `tokens` tokens."""
 
@@ -137,9 +146,6 @@ class Networks:
 
     predict: Predict
     """The call of the denoiser."""
-
-    process: Process
-    """What is learnt, and how it is sampled."""
 
     probe: Callable[[Any, torch.Generator], Mapping[str, Any]]
     """Random inputs of a denoiser by the names of its arguments, for the proof of an export."""
@@ -224,7 +230,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What is known of a family from a model's files, before torch is imported."""
+    """What is known of a family from a model's files, before any weight is read."""
 
     name: str
     """Of the family."""

@@ -19,9 +19,13 @@ from visualcloze_deft.storage.hub import UNREACHED, hub_errors, hub_id
 from visualcloze_deft.storage.settings_files import checked
 
 TINY = "tiny"
+FOLDERS = (  # of parts, in diffusers' layout, of all families
+    "transformer unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
+)
 DOWNLOADED = [  # of a part's folder: no pickles, and nothing that runs
     "model_index.json",
-    *(f"*/{kind}" for kind in ("*.json", "*.safetensors", "*.txt", "spiece.model")),
+    *(f"{part}/{kind}" for part in FOLDERS for kind in ("*.json", "*.safetensors", "*.txt")),
+    "tokenizer_2/spiece.model",
 ]
 
 

@@ -25,7 +25,7 @@ ROWS = 512  # of a weight that are divided in float32 together
 def quantise(denoiser: nn.Module, kind: Bits, *, device: str) -> None:
     """Replace the linear layers of all blocks by quantised ones on `device`, one by one.
 
-    For weights that are in memory already; `layered` reads those of files so.
+    For weights that are in memory already; `layered_loading` reads those of files so.
     """
     if kind == "none":
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from visualcloze_deft.backbones.base import Backbone
 from visualcloze_deft.backbones.flux_fill.backbone import FLUX_FILL
 from visualcloze_deft.backbones.model_files import file_of, folder_here, hub_files, on_hub
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.text_files import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +29,15 @@ def backbone_of(name: str) -> Backbone:
         if on_hub(name) and config not in hub_files(name):
             continue
         path = file_of(name, config)
-        try:
-            fields = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+        if not path.exists():
             continue
-        kind = fields.get("_class_name") if isinstance(fields, dict) else None
+        try:
+            fields = read_object(path, "no settings of a network")
+        except UserError:
+            if backbone is FLUX_FILL:
+                continue
+            raise
+        kind = fields.get("_class_name")
         if isinstance(kind, str) and backbone.recognises(kind, fields):
             return backbone
     return FLUX_FILL
@@ -49,7 +53,7 @@ def backbone_of_network(network: nn.Module) -> Backbone:
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a denoiser, in the order of its forward pass."""
+    """The blocks of a denoiser, in the order of its modules: FLUX's forward pass has the same."""
     pattern = re.compile(backbone_of_network(network).blocks)
     return [module for name, module in network.named_modules() if pattern.fullmatch(name)]
 
@@ -62,7 +66,7 @@ def fingerprint(name: str) -> str:
     """
     folder = folder_here(name)
     told = hashlib.sha256()
-    place = folder / backbone_of(name).denoiser if folder else None
+    place = folder / backbone_of(str(folder)).denoiser if folder else None
     files = sorted(place.glob("*.safetensors")) if place else []
     for path in files:
         size = path.stat().st_size

@@ -28,7 +28,7 @@ Options = Mapping[str, Any]
 
 
 @cli.command("eval", context_settings=CONTEXT)
-@click.argument("adapter", required=False, metavar="[ADAPTER[=STRENGTH]|none]")
+@click.argument("adapter", required=False, metavar="[ADAPTER[=SCALE]|none]")
 @click.option(
     "--suite", help="The suite: scenes, graph200k, dreambooth, dreambench-plus or insdet."
 )

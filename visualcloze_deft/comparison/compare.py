@@ -4,7 +4,7 @@ is new and retention of what is old.
 OUTPUT/compare.toml          what was asked
 OUTPUT/runs/NAME/            a folder of `vcdeft train` for each training
 OUTPUT/evaluations/NAME/     what each adapter, and the base, was measured to do
-OUTPUT/results.jsonl ...     see `compare_report`
+OUTPUT/results.jsonl ...     see `report`
 
 What is there is not done again: a call that was ended goes on where it stopped, and one with more
 seeds, methods or tasks adds to it.

@@ -194,6 +194,7 @@ def asked_with(
         "validation_every": run.data.validation_every,
         "grids": one.grids,
         "steps": comparison.evaluate.steps,
+        "psnr": "mean of pictures",
     }
 
 
@@ -314,7 +315,9 @@ def distinct(
 
 def errors_of(models: Models, run: Run, examples: Sequence[Example]) -> list[float]:
     """The loss of `validation.losses`, of tokens that are generated alone, for each grid."""
-    loss_of = GridLoss(models.denoiser, context_weight=0.0, guidance=run.guidance).eval()
+    loss_of = GridLoss(
+        models.denoiser, context_weight=0.0, guidance=run.guidance, process=models.process
+    ).eval()
     found = validation.losses(
         loss_of,
         models,

@@ -55,6 +55,8 @@ def trainings(comparison: Comparison) -> list[Training]:
     first = runs[comparison.methods[0]]
     backbone = backbone_of(first.model)
     backbone.check(first.model)
+    if "pipeline" not in backbone.features:
+        raise UserError(f"model {first.model!r}: compare has no pipeline for {backbone.name} yet")
     check_quantise(first.quantise, zero3=first.zero == 3)
     if first.model_lora is not None:
         check_lora(first.model_lora)

@@ -80,7 +80,7 @@ def infer(
     tasks = load_tasks(map(Path, settings.task_folders))
     shared = shared_of(settings)
     entries = read_entries(examples)
-    plans = grid_jobs(entries, tasks, settings, shared)
+    plans = grid_jobs(entries, tasks, settings, shared, output)
     check_output(output)
     output_folder(output)
     check_inputs_stay(examples, output, plans)
@@ -98,6 +98,7 @@ def infer(
         return []
     count = processes or max(min(torch.cuda.device_count(), len(waiting)), 1)
     if count > 1 and not prepared():
+        adapters.clear()  # each process reads them
         share(output, waiting, arguments, count, since=since)
     elif waiting:
         work(output, waiting, tasks, settings, adapters, since=since)
@@ -109,6 +110,7 @@ def grid_jobs(
     tasks: Mapping[str, Task],
     settings: InferenceSettings,
     shared: Mapping[str, Any],
+    output: Path,
 ) -> list[GridJob]:
     """Every grid read: a mistake in the last one is found before the first one is made. Pictures
     are kept for making it, as far as `MOST_PIXELS` goes."""
@@ -116,7 +118,9 @@ def grid_jobs(
     few = len(entries) < MANY or prepared()
     for entry in tqdm(entries, desc="checking grids", unit="grid", disable=few):
         asked = requested(entry, tasks, settings)
-        pixels += sum(w * h for row in asked.sizes for w, h in filter(None, row))
+        unfinished = not (output / f"{entry.name}.json").exists()
+        if unfinished:
+            pixels += sum(w * h for row in asked.sizes for w, h in filter(None, row))
         shape = strip_shapes(asked.sizes, shared["resolution"], shared["cells"])
         last = grid_cells(asked.sizes, shared["resolution"], shared["cells"])[-1]
         cells = [last[column] for column in asked.targets]
@@ -133,7 +137,7 @@ def grid_jobs(
                 steps=steps * len(asked.seeds),
                 prompts=(asked.prompt, *(how.prompt for how, *_ in ways if how.prompt)),
                 record=record_of(asked, shared),
-                asked=asked if pixels <= MOST_PIXELS else None,
+                asked=asked if unfinished and pixels <= MOST_PIXELS else None,
             )
         )
     return plans

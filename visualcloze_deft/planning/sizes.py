@@ -15,7 +15,7 @@ from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter, Bits
 from visualcloze_deft.errors import UserError
 
-FP8_ROWS = 512  # quantise.ROWS
+FP8_ROWS = 512  # quantization.ROWS
 
 
 def adapted_layers(model: Sizes, settings: Adapter, default: str) -> list[str]:

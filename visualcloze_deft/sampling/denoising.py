@@ -136,7 +136,7 @@ def tokens_of(
     x = torch.stack([one.to(like.device, torch.float32) for one in drawn])
     predict = watched(predictor(models, given, guidance=guidance, steps=steps))
     times = models.times(steps, x.shape[1]).to(x.device)
-    return denoise(predict, x, times, process=models.networks.process, after=after)
+    return denoise(predict, x, times, process=models.process, after=after)
 
 
 def pictures_of(

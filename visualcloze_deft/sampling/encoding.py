@@ -83,7 +83,7 @@ def encode(
 ) -> list[TokenBatch]:
     """Encode a batch. Noise and times of example i are a function of (seed, i) alone.
 
-    scheduled_sampling: how often a sample starts as a step of the model's own, see `run.Run`.
+    scheduled_sampling: how often a sample starts as a step of the model's own, see `Run`.
     """
     text = models.encode_text([d.prompt for d in drawn])
     groups = []

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
             save(staged)
             staged.replace(path)
     finally:
-        staged.unlink(missing_ok=True)
+        clear(staged)
 
 
 @contextmanager
@@ -55,11 +55,12 @@ def staged_at(path: Path) -> Iterator[Path]:
 
 
 def clear(path: Path) -> None:
-    """Remove a file or a folder, where there is one."""
+    """Remove a file or a folder, as far as the system lets it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

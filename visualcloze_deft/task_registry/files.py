@@ -208,7 +208,7 @@ def _columns(path: Path, columns: object, roles: Roles) -> dict[str, tuple[str, 
                 raise UserError(f"{path}: columns: {role!r} stands there twice")
             found[role] = roles.phrases[role]
     if not found:
-        raise UserError(f"{path}: [columns] is empty; name at least two roles")
+        raise UserError(f"{path}: [columns] is empty; name the roles of a row")
     for role in found:
         if not ROLE.fullmatch(role):
             raise UserError(f"{path}: role {role!r}: letters, digits, '_' and '-' only")

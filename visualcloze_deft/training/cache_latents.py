@@ -28,11 +28,15 @@ HEX = "[0-9a-f]" * 2  # the names of the folders that `Encodings` stores in
 
 def prepare(run: Run, folder: Path) -> Mixture:
     """What `run` draws from; raises `UserError` where it or the folder cannot be used."""
-    backbone_of(run.model).check(run.model)
+    backbone = backbone_of(run.model)
+    backbone.check(run.model)
+    preparation.check_features(run, backbone)
     check_foreign(folder, (run_folder.INDEX, HEX), what="encodings of vcdeft")
     with run_folder.undone_on_failure(folder, fresh=not folder.exists()):
         output_folder(folder)
-        return run_data.mixture_of(run, cache=folder / run_folder.INDEX)
+        mixture = run_data.mixture_of(run, cache=folder / run_folder.INDEX)
+        preparation.check_layout(mixture, backbone)
+        return mixture
 
 
 def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool) -> None:

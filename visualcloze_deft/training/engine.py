@@ -30,6 +30,8 @@ from visualcloze_deft.backbones.compiled import compile_blocks
 from visualcloze_deft.backbones.table import blocks_of
 from visualcloze_deft.config.overrides import deep_merge
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
+from visualcloze_deft.diffusion.flow import FLOW
+from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.planning.memory import BUCKET
 from visualcloze_deft.training.checkpoint import Checkpoint
 from visualcloze_deft.training.objective import GridLoss
@@ -38,8 +40,8 @@ MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # torch AdamW's
 AVERAGE = "average"  # ours, in the same place
 
 
-def start_engine(denoiser: nn.Module, run: Run) -> Any:
-    """DeepSpeed's engine around the denoiser and AdamW over the adapter."""
+def start_engine(denoiser: nn.Module, run: Run, *, process: Process = FLOW) -> Any:
+    """DeepSpeed's engine around the denoiser and AdamW over the adapter. process: the model's."""
     recompute(denoiser, run.gradient_checkpointing)
     if run.zero == 3:
         register_for_zero3(denoiser)
@@ -50,6 +52,7 @@ def start_engine(denoiser: nn.Module, run: Run) -> Any:
         context_weight=run.context_weight,
         guidance=run.guidance,
         scheduled_sampling=run.scheduled_sampling > 0,
+        process=process,
     )
     deft_linear.share_factors(module)  # over all its calls of the denoiser, one for each grid shape
     settings = run.optimiser

@@ -71,6 +71,7 @@ class MetricsLog:
         self.world = world
         self.output = Path(run.output)
         self.peak = peak_of(models)
+        self.flops = flops_of(run, models) if self.peak else None
         self.waited = 0.0
         self.compiling = Compiling() if run.compile else None
         self.trackers: list[GeneralTracker] = []
@@ -142,18 +143,10 @@ class MetricsLog:
             "examples_per_second": len(seen) / seconds,
             "tokens_per_second": sum(one.tokens for one in seen) / seconds,
         }
-        if self.peak is not None:
+        if self.peak is not None and self.flops is not None:
             needed = sum(self.flops(one.tokens) for one in seen)
             found["utilisation"] = needed / (seconds * self.world * self.peak)
         return {name: round(value, 4) for name, value in found.items()}
-
-    def flops(self, tokens: int) -> float:
-        """Operations of a sample of so many image tokens; 0 where they are not counted."""
-        backbone = backbone_of(self.run.model)
-        if backbone.flops is None:
-            return 0.0
-        text = backbone.text_tokens(self.run.model)
-        return backbone.flops(self.models.denoiser.config, tokens, text)
 
     def evaluated(
         self, step: int, examples: int, own: dict[int, ValidationLosses], times: Collection[float]
@@ -247,6 +240,15 @@ def memory_used(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def flops_of(run: Run, models: Models) -> Callable[[int], float] | None:
+    """Operations of a sample by its image tokens; None where they are not counted."""
+    backbone = backbone_of(run.model)
+    if backbone.flops is None:
+        return None
+    count, text = backbone.flops, backbone.text_tokens(run.model)
+    return lambda tokens: count(models.denoiser.config, tokens, text)
 
 
 def peak_of(models: Models) -> float | None:

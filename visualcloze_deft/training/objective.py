@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.diffusion import flow
+from visualcloze_deft.diffusion.flow import FLOW
+from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.sampling.encoding import NEAREST, TokenBatch
 
 
@@ -25,15 +27,17 @@ class GridLoss(nn.Module):
         context_weight: float,
         guidance: float,
         scheduled_sampling: bool = False,
+        process: Process = FLOW,
     ) -> None:
         """scheduled_sampling: whether, in training, groups may hold samples whose `start` is above
-        `t`."""
+        `t`. process: the model's."""
         super().__init__()
         self.denoiser = denoiser
         self.networks = backbone_of_network(denoiser).networks()
         self.context_weight = context_weight
         self.guidance = guidance
         self.scheduled_sampling = scheduled_sampling
+        self.process = process
 
     def forward(self, groups: Sequence[TokenBatch]) -> Tensor:
         """(b,) the loss of each sample, group after group."""
@@ -41,7 +45,7 @@ class GridLoss(nn.Module):
 
     def errors(self, group: TokenBatch) -> Tensor:
         latents, t, start = group.latents, group.t, group.start
-        process = self.networks.process
+        process = self.process
         noisy = process.corrupt(latents.clean, group.noise, start)
         target = process.target(latents.clean, group.noise, t)
         if self.scheduled_sampling and self.training and process.rolled_out is not None:

@@ -18,7 +18,6 @@ from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.grids import grid
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
 from visualcloze_deft.sampling.denoising import (
-    GUIDANCE,
     conditions_of,
     draw_of,
     pictures_of,
@@ -76,7 +75,9 @@ def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
     built = [grid.join(example.complete, hidden=example.hidden)]
     given = room.attempt(lambda: conditions_of(models, built, [example.prompt]))
     tokens = room.attempt(
-        lambda: tokens_of(models, given, [draw_of(example.index)], steps=STEPS, guidance=GUIDANCE),
+        lambda: tokens_of(
+            models, given, [draw_of(example.index)], steps=STEPS, guidance=models.guidance
+        ),
         transformer=True,
     )
     return room.attempt(lambda: pictures_of(models, tokens, built))[0]

@@ -121,7 +121,7 @@ def train_here(
     attach(models.denoiser, run, start)
     kernels.use(models.denoiser, chosen)
     watchdog.doing("starting DeepSpeed")
-    engine = start_engine(models.denoiser, run)
+    engine = start_engine(models.denoiser, run, process=models.process)
     if start is not None:
         restore_moments(engine, start)
     loop = Loop(

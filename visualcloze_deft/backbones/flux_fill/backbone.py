@@ -14,13 +14,13 @@ from visualcloze_deft.backbones.flux_fill.sizes import (
     ENCODERS,
     Flux,
     encoder_parameters,
-    flux,
+    flux_of,
     text_tokens_of,
 )
 
 
 def is_flux(kind: str, _: Mapping[str, Any]) -> bool:
-    """Whether a denoiser is FLUX's; `model_files.check_channels` tells Fill from others."""
+    """Whether a denoiser is FLUX's; `files.check_channels` tells Fill from others."""
     return kind == "FluxTransformer2DModel"
 
 
@@ -30,7 +30,7 @@ def refuses(rows: int, columns: int, targets: int) -> str | None:
 
 
 def sizes(name: str) -> Flux:
-    return flux(component_config(name, "transformer"))
+    return flux_of(name)
 
 
 def encoders(name: str) -> Mapping[str, int]:
@@ -57,7 +57,7 @@ FLUX_FILL = Backbone(
     encoders=encoders,
     vae=lambda name: component_config(name, "vae"),
     activations=activations_of,
-    features=frozenset({"lora-files", "quantised", "scheduled-sampling"}),
+    features=frozenset({"lora-files", "pipeline", "quantised", "scheduled-sampling"}),
     networks=networks,
     flops=training_flops,
 )

@@ -41,7 +41,7 @@ def check_folder(
 ) -> None:
     """Raise `UserError` if `name` is no whole model: before any weight is read or downloaded.
 
-    parts: those that are needed. Which tensors are in the weight files, `loading.check_weights`
+    parts: those that are needed. Which tensors are in the weight files, `checks.check_weights`
     compares.
     """
     where = f"model {name!r}" if on_hub(name) else f"model folder {folder_of(name)}"

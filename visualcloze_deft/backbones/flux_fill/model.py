@@ -24,12 +24,15 @@ from visualcloze_deft.backbones.flux_fill.files import CHANNELS
 from visualcloze_deft.backbones.flux_fill.layers import MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.diffusion import timesteps
+from visualcloze_deft.diffusion.flow import FLOW
+from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.grids.grid import Grid
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 
 CPU = torch.device("cpu")
 LATENTS = CHANNELS[1] // 4  # channels of the VAE's, of which a token holds 2 x 2
 CLIP_TOKENS = 77  # CLIP's default
+GUIDANCE = 30.0  # VisualCloze's sampling setting
 SPARE = 128  # embeddings that T5 may have beyond its tokens: a round number on accelerators
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -61,7 +64,7 @@ class Encoders:
         return text_length(self.tokenizer_2)
 
     def read_by_clip(self, prompt: Prompt | str) -> str:
-        """What CLIP is given of `prompt`, see `prompt.clip_text`."""
+        """What CLIP is given of `prompt`, see `clip_text.clip_text`."""
         if isinstance(prompt, str):
             return prompt
         return clip_text(prompt, fits(self.tokenizer), self.clip_text)
@@ -205,6 +208,14 @@ class Models(Encoders):
         from visualcloze_deft.backbones.flux_fill.networks import NETWORKS  # which loads `Models`
 
         return NETWORKS
+
+    @property
+    def process(self) -> Process:
+        return FLOW
+
+    @property
+    def guidance(self) -> float:
+        return GUIDANCE
 
     def times(self, steps: int, tokens: int) -> Tensor:
         """The (steps + 1,) sampling times for a grid of `tokens` tokens."""

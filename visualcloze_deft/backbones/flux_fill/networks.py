@@ -14,7 +14,6 @@ from visualcloze_deft.backbones.flux_fill.loading import (
     load_transformer,
 )
 from visualcloze_deft.backbones.flux_fill.model import predict, probe
-from visualcloze_deft.diffusion.flow import FLOW
 
 
 def load_lora(path: Path, transformer: FluxTransformer2DModel) -> None:
@@ -28,7 +27,6 @@ NETWORKS = Networks(
     load_encoders=load_encoders,
     load_denoiser=load_transformer,
     predict=predict,
-    process=FLOW,
     probe=probe,
     load_lora=load_lora,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from visualcloze_deft.backbones.flux_fill.files import component_config
 from visualcloze_deft.backbones.flux_fill.layers import BLOCKS, MAX_TEXT_TOKENS
 from visualcloze_deft.backbones.flux_fill.settings_files import TokenizerFile
 from visualcloze_deft.backbones.model_files import file_of, on_hub
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import UserError, why
 from visualcloze_deft.storage.settings_files import checked
 
 Encoder = Literal["text_encoder", "text_encoder_2", "vae"]
@@ -39,10 +40,31 @@ class Flux:
         return self.heads * self.head
 
 
+def flux_of(name: str) -> Flux:
+    """Of a model's transformer. Raises `UserError` where none can be made of its settings."""
+    settings = component_config(name, "transformer")
+    with made(name, "transformer"):
+        return flux(settings)
+
+
 def flux(settings: Mapping[str, Any]) -> Flux:
     """From a transformer's `config.json`; what it does not say is diffusers' default."""
     own = {name: value for name, value in settings.items() if not name.startswith("_")}
     return built(json.dumps(own, sort_keys=True))
+
+
+@contextmanager
+def made(name: str, part: str) -> Iterator[None]:
+    """Whatever a library raises on settings that it cannot build a network of, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each class has checks of its own, and some have none
+        raise UserError(
+            f"model {name!r}: no network can be made of {part}/config.json: {why(error)}; copy or "
+            "download it again"
+        ) from None
 
 
 @cache
@@ -65,7 +87,9 @@ def built(settings: str) -> Flux:
 
 def encoder_parameters(name: str, part: Encoder) -> int:
     """Parameters of one of the other networks of a model."""
-    return parameters_in(part, json.dumps(component_config(name, part), sort_keys=True))
+    settings = json.dumps(component_config(name, part), sort_keys=True)
+    with made(name, part):
+        return parameters_in(part, settings)
 
 
 @cache
@@ -81,10 +105,7 @@ def parameters_in(part: Encoder, settings: str) -> int:
         "text_encoder_2": lambda: T5EncoderModel(T5Config(**fields)),
         "vae": lambda: AutoencoderKL.from_config(fields),
     }
-    try:
-        return parameters_of(without_values(makers[part]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{part}/config.json: no network can be made of it: {error}") from None
+    return parameters_of(without_values(makers[part]))
 
 
 def text_tokens_of(name: str) -> int:
