@@ -248,9 +248,9 @@ class Sizes(Structure):
     head: int = 8
 
 
-BLOCKS = (
-    r"((down|up)_blocks\.\d+|mid_block)\."
-    r"(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+)"
+INNER = r"attentions\.\d+\.transformer_blocks\.\d+"
+BLOCKS = (  # the first of the middle is never recomputed
+    rf"(down|up)_blocks\.\d+\.(resnets\.\d+|{INNER})|mid_block\.(resnets\.[1-9]\d*|{INNER})"
 )
 
 
