@@ -20,7 +20,7 @@ from visualcloze_deft.reporting.contact_sheet import INK, MARK, caption_font
 from visualcloze_deft.sampling.examples import complete_examples
 
 SEED = 1  # of the scenes; training uses those of seed 0
-SHOWN = {"depth-to-image": 3, "image-editing": 5, "image-to-depth": 6}  # task: number of its query
+SHOWN = {"depth-to-image": 3, "image-editing": 5, "image-to-depth": 7}  # task: number of its query
 CELL, GAP, EDGE = 128, 10, 30
 WORDS = {
     "depth-to-image": "depth map to photo",
