@@ -2,7 +2,7 @@
 # Fill wheels/ with what a GPU machine without network lacks: sh scripts/gpu_wheels.sh [3.12]
 #
 # The argument is that machine's Python version, 3.12 if none is given; it need not be this one's.
-# Expected there: torch 2.11 or newer and what usually comes with it (numpy, scipy, matplotlib,
+# Expected there: torch 2.11 or newer and what usually comes with it (jinja2, numpy, scipy, matplotlib,
 # pillow, opencv, pandas, pyarrow, protobuf, regex, requests, sentencepiece, tensorboard, ninja).
 # Copy the folder, about 30 MB, then run there:
 #
