@@ -369,6 +369,7 @@ def test_a_killed_command_goes_on_where_it_stopped(
     use = ["tasks", "preview", "depth-to-image", "--data", f"folder={photos}"]
     assert "not finished; give the same" in refused(*use, "--annotate", f"depth={maps}")
 
+    (maps / "depth" / ".000059.png.1-0.part").write_bytes(b"killed within a write")
     main([*words, "--output", str(maps)])
     said = f"{60 - len(before)} pictures made, {len(before)} were there"
     assert said in capsys.readouterr().out

@@ -359,7 +359,7 @@ def test_what_a_killed_process_of_a_shared_list_leaves_is_made_by_the_other(
 ) -> None:
     output = tmp_path / "out"
     words = ["infer", "--examples", grids_in(tmp_path, 2), "--model", micro_model]
-    words += ["--inference-steps", 150, "--output", output]
+    words += ["--inference-steps", 500, "--output", output]
     first = started(words)
     until(lambda: (output / CLAIMS).is_file())
     time.sleep(0.2)

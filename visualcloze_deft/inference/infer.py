@@ -35,7 +35,7 @@ from visualcloze_deft.inference.records import (
     check_inputs_stay,
     check_output,
     check_unchanged,
-    clear_parts,
+    clear_grid_parts,
     finished,
     image_names,
     record_of,
@@ -234,7 +234,7 @@ def next_batch(
             bar.update(plan.steps)
             locks.release(plan.entry.name)
         else:
-            clear_parts(output, plan)
+            clear_grid_parts(output, plan)
             chunk.append(plan)
             images += plan.images
     return chunk

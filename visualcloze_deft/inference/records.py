@@ -30,7 +30,7 @@ from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Entry, Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text
-from visualcloze_deft.storage.atomic import atomic_write, check_foreign, write_text
+from visualcloze_deft.storage.atomic import atomic_write, check_foreign, clear_parts, write_text
 from visualcloze_deft.storage.hashing import digest
 from visualcloze_deft.storage.locks import CLAIMS
 from visualcloze_deft.storage.text_files import read_object
@@ -251,11 +251,10 @@ def done(output: Path, plan: GridJob, since: float) -> bool:
     return path.is_file() and path.stat().st_mtime >= since
 
 
-def clear_parts(output: Path, plan: GridJob) -> None:
+def clear_grid_parts(output: Path, plan: GridJob) -> None:
     """Remove what a process that was killed has left of a grid."""
     for name in files_of(plan):
-        for part in output.glob(f".{glob.escape(name)}.*.part"):
-            part.unlink(missing_ok=True)
+        clear_parts(output, glob.escape(name))
 
 
 def write(output: Path, plan: GridJob, asked: Request, answers: Sequence[Answer]) -> None:

@@ -40,6 +40,12 @@ def atomic_write(path: Path, save: Callable[[Path], object]) -> None:
         clear(staged)
 
 
+def clear_parts(folder: Path, name: str) -> None:
+    """Remove what killed processes have left of the file `name` (a pattern of `glob`)."""
+    for part in folder.glob(f".{name}.*.part"):
+        clear(part)
+
+
 @contextmanager
 def staged_at(path: Path) -> Iterator[Path]:
     """A place beside `path` for a file or a folder, which becomes `path` where nothing fails

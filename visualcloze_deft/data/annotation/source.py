@@ -37,7 +37,7 @@ from visualcloze_deft.data.annotation.store import (
 from visualcloze_deft.data.base import Item, Source, units_of
 from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.images.reading import read_image
-from visualcloze_deft.storage.atomic import check_foreign
+from visualcloze_deft.storage.atomic import check_foreign, clear_parts
 from visualcloze_deft.storage.locks import LOCK, only_writer
 
 
@@ -217,6 +217,7 @@ def make(
     todo: dict[int, list[str]] = defaultdict(list)
     for role in models:
         (output / role).mkdir(exist_ok=True)
+        clear_parts(output / role, "*.png")
         for own, indices in source.kinds.items():
             if "target" in own and role not in own:
                 left = [k for k in indices if not picture_path(output, role, k).is_file()]
