@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from visualcloze_deft.cli.options import (
 from visualcloze_deft.errors import UserError, suggestion
 
 if TYPE_CHECKING:
+    from visualcloze_deft.data.example import Example
     from visualcloze_deft.data.queries import Each
     from visualcloze_deft.task_registry.task import Task
 
@@ -262,18 +265,28 @@ def example(
     \b
     vcdeft tasks example subject-driven --data dreambench-plus=PATH --data dreambooth=PATH
     """
+    from visualcloze_deft.data.unpaired import check_paired
     from visualcloze_deft.inference.grid_files import write_grids
+    from visualcloze_deft.task_registry.files import load_tasks
     from visualcloze_deft.training.run_data import resolution_of, sources_of, tasks_of
     from visualcloze_deft.training.sample_sheets import grids_to_try
 
     run = preview_run(name, task_folders, data, annotate, validation_every, seed, resolution)
     _, tasks = tasks_of(run)
+    sources = sources_of(run, held_out=True)
+    check_paired(tasks, sources, load_tasks(map(Path, task_folders)))
     grids = grids_to_try(
-        tasks,
-        sources_of(run, held_out=True),
-        seed=seed,
-        resolution=resolution_of(run),
-        count=count,
-        rows=rows,
+        tasks, sources, seed=seed, resolution=resolution_of(run), count=count, rows=rows
     )
-    click.echo(write_grids(grids, Path(output)))
+    made: Counter[str] = Counter()
+    click.echo(write_grids(counted(grids, made), Path(output)))
+    for task, number in made.items():
+        if number < count:
+            click.echo(f"{task}: {number} grids, one for each item that it can ask for", err=True)
+
+
+def counted(grids: Iterable[Example], made: Counter[str]) -> Iterator[Example]:
+    """`grids` as they are; `made` counts them by task."""
+    for grid in grids:
+        made[grid.task] += 1
+        yield grid

@@ -157,13 +157,14 @@ class Data(Section):
     that is."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
-    "depth-to-image=2" draws one twice as often. Of "all" and patterns, tasks without data are left
-    out."""
+    "depth-to-image=2" draws one twice as often. Of "all", groups and patterns, tasks without data
+    are left out, and every group is drawn equally often."""
     task_folders: tuple[_Place, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Weight] = {}
-    """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
-    that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
+    """Task, group or pattern -> how often it is drawn, relative to 1; 0: not at all. A group counts
+    as one, however many tasks it has; a task that is named here counts by itself. Of several keys
+    for one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": the model's own (tiny 128, FLUX 384)."""
     cells: Cells = "row"
