@@ -121,8 +121,8 @@ def test_images_of_infer_are_paired_with_the_truths_of_tasks_example(
     words = ["--images", str(made), "--against", str(grids), "--encoder", "none"]
     main(["eval", *words, "--output", str(tmp_path / "out")])
     lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [line["unit"] for line in lines] == ["001-seed3", "001-seed4", "002"]
+    assert [line["unit"] for line in lines] == ["grid-001-seed3", "grid-001-seed4", "grid-002"]
     said = (tmp_path / "out" / "table.md").read_text()
     assert "3 truths were resized" in said
     (grids / "002-22-truth.png").unlink()
-    assert "002.png: no partner" in refused("eval", *words, "--output", tmp_path / "again")
+    assert "grid-002.png: no partner" in refused("eval", *words, "--output", tmp_path / "again")

@@ -89,9 +89,7 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
     """
     check_suite(asked.suite)
     if asked.against_base and not asked.settings.adapters:
-        raise UserError(
-            "--against-base compares an adapter with its base: name the adapter, not none"
-        )
+        raise UserError("--against-base compares an adapter with its base: name one, not none")
     check(asked.settings)
     check_processes(asked.processes)
     shared = shared_of(asked.settings)
