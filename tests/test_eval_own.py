@@ -14,6 +14,7 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, parse_run, write_run
+from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.task_registry.new_task import write_new_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,19 @@ def test_pairs_that_were_trained_on_are_told_so(
     assert "trained on these very items" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_pipeline_knows_the_tasks_of_a_run_that_it_loads(
+    micro_model: Path, trained: Path, pairs: Path
+) -> None:
+    pipe = InContextPipeline.from_pretrained(str(micro_model), adapter=trained)
+    assert pipe.tasks["relight"].roles == ("lit", "unlit")
+    later = InContextPipeline.from_pretrained(str(micro_model))
+    assert later.load_adapter(trained) == "relight"
+    later.set_progress_bar_config(disable=True)
+    cells = [Image.open(pairs / role / "0.png") for role in ("lit", "unlit")]
+    [image] = later(rows=[cells, [cells[0], None]], task="relight", num_inference_steps=1)
+    assert image.size == (32, 32)
+
+
 def test_pairs_without_a_task_are_refused(
     micro_model: Path, pairs: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -108,7 +122,10 @@ def test_pairs_without_a_task_are_refused(
 
 
 def test_images_of_infer_are_paired_with_the_truths_of_tasks_example(
-    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+    micro_model: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     grids, made = tmp_path / "grids", tmp_path / "made"
     words = ["--count", "2", "--resolution", "64", "--output", str(grids)]
@@ -125,4 +142,5 @@ def test_images_of_infer_are_paired_with_the_truths_of_tasks_example(
     said = (tmp_path / "out" / "table.md").read_text()
     assert "3 truths were resized" in said
     (grids / "002-22-truth.png").unlink()
+    capsys.readouterr()
     assert "grid-002.png: no partner" in refused("eval", *words, "--output", tmp_path / "again")
