@@ -110,12 +110,16 @@ FLUX_VAE = {
 
 @pytest.fixture
 def flux_settings(tmp_path: Path) -> Path:
+    return write_flux_settings(tmp_path / "flux")
+
+
+def write_flux_settings(folder: Path) -> Path:
     """A folder with the settings of FLUX.1-Fill's networks and nothing else."""
     parts = {"transformer": FLUX, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": FLUX_VAE}
     for part, settings in parts.items():
-        (tmp_path / "flux" / part).mkdir(parents=True)
-        (tmp_path / "flux" / part / "config.json").write_text(json.dumps(settings))
-    return tmp_path / "flux"
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def size(model: nn.Module) -> int:
