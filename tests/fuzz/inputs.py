@@ -132,6 +132,12 @@ def subjects() -> Iterator[Subject]:
     config, tensors = "run/adapter/*.json", "run/adapter/*.safetensors"
     yield Subject(words=adapted, files=config, kind="json", typed=ADAPTER_KEYS, weight=3)
     yield Subject(words=adapted, files=tensors, kind="weights", weight=2)
+    carried = f"{INFER} --adapter run"
+    yield Subject(words=carried, files="run/adapter/tasks/*.toml", kind="toml", weight=2)
+    own = "eval run --suite folder=photos --model micro --inference-steps 1 --limit 1 --output new"
+    yield Subject(words=own, files="run/adapter/tasks/*.toml", kind="toml")
+    yield Subject(words=f"{own} --encoder none", files="photos/*/*", kind="bytes", whole=False)
+    yield Subject(words=own, files="run/settings.toml", kind="toml", whole=False)
     for name in ("lora", "kohya"):
         file = f"{name}.safetensors"
         yield Subject(words=f"{INFER} --model-lora {file}", files=file, kind="weights", weight=2)
