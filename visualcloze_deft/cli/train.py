@@ -136,14 +136,17 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     from visualcloze_deft.task_registry.files import load_tasks
     from visualcloze_deft.training.memory_report import in_short
     from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
-    from visualcloze_deft.training.run_data import weights_of
+    from visualcloze_deft.training.run_data import subject_lines, weights_of
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
-    by_group: dict[str, list[float]] = {}
+    of_class = run.subject.class_share
+    by_group = {"prior preservation": [of_class]} if of_class else {}
     for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
-        by_group.setdefault(task.group, []).append(float(share))
+        by_group.setdefault(task.group, []).append(float(share) * (1 - of_class))
     click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
     click.echo(f"data     {', '.join(run.data.sources)}")
+    for line in subject_lines(run, mixture):
+        click.echo(f"         {line}")
     for source in unused_sources(mixture.tasks, mixture.sources):
         click.echo(f"         {source.name} has nothing that these tasks are trained on")
     click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run
+from visualcloze_deft.config.source_specs import is_of_photos, name_and_place
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.memory import LEAST, decided, load_of
@@ -128,7 +130,7 @@ def check_features(run: Run, backbone: Backbone) -> None:
 def check_layout(mixture: Mixture, backbone: Backbone) -> None:
     """Raise `UserError` where a model's family cannot make the grids of a task."""
     counts = [rows for rows, weight in enumerate(mixture.recipe.examples, 1) if weight]
-    for name, task in mixture.tasks.items():
+    for name, task in (pair for one in mixture.whole for pair in one.tasks.items()):
         for rows in counts:
             columns, targets = len(task.roles), len(task.targets)
             if why := backbone.refuses(rows, columns, targets):
@@ -152,6 +154,7 @@ def check_settings(run: Run) -> None:
             'run; give less, or "auto"'
         )
     deepspeed_settings.check(run)
+    check_subject(run)
     for gpu in gpus_here():
         precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:
@@ -161,6 +164,31 @@ def check_settings(run: Run) -> None:
             raise UserError(
                 f"logging.trackers names {name}, whose package is not installed; "
                 f"'pip install {name}' or take it out"
+            )
+
+
+def check_subject(run: Run) -> None:
+    """Raise `UserError` where settings of the subject have no photos that they hold for, or class
+    data is missing or is the subject's own."""
+    subject = run.subject
+    photos = [name_and_place(s)[1] for s in run.data.sources if is_of_photos(s)]
+    for name, value in subject.model_dump().items():
+        if value not in ("", "auto") and not photos:
+            raise UserError(
+                f"subject.{name} = {value!r}: no photos of a subject are trained on; name their "
+                "folder, --data photos=PATH"
+            )
+    if subject.class_weight != "auto" and not subject.class_data:
+        raise UserError(
+            f"subject.class_weight = {subject.class_weight}: no pictures of the class are there; "
+            "name them, e.g. subject.class_data=folder=PATH"
+        )
+    place = Path(name_and_place(subject.class_data)[1] or os.devnull).resolve()
+    for own in (Path(path).resolve() for path in photos):
+        if place == own or place in own.parents:
+            raise UserError(
+                f"subject.class_data = {subject.class_data!r} holds the subject's own photos "
+                f"({own}); name a folder of others of its class"
             )
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.config.seeds import OTHER_SCENES
-from visualcloze_deft.config.source_specs import is_endless
+from visualcloze_deft.config.source_specs import is_endless, is_of_photos
 from visualcloze_deft.data.annotation.source import annotated, check_places
-from visualcloze_deft.data.base import Part, Source, units_of
+from visualcloze_deft.data.base import Part, Source, photos_of, units_of
 from visualcloze_deft.data.eligible import EligibleItems
-from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.mixture import Mixture, Prior
 from visualcloze_deft.data.sources import open_source
+from visualcloze_deft.data.subject import SAME_CLASS, Classmates, Named, Naming
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.select import matching, select
 from visualcloze_deft.task_registry.task import Task
+
+CLASS = "class"  # what the examples of prior preservation are called in logs
+SUBJECT_TASK = "subject-driven"
 
 
 def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -> Mixture:
@@ -46,7 +52,32 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
         cells=run.data.cells,
         recipe=run.data.recipe,
         weights=weights,
+        prior=None if held_out else prior_of(run, cache=cache),
     )
+
+
+def prior_of(run: Run, *, cache: Path | None = None) -> Prior | None:
+    """The examples of the subject's class beside its own; None where the run has no class data.
+
+    Items with a reference and a target are trained on as the subject's are. Of others, the targets
+    are paired with each other. Raises `UserError` where there are fewer than two.
+    """
+    if not run.subject.class_data:
+        return None
+    size = resolution_of(run)
+    source = open_source(run.subject.class_data, size=size, seed=run.seed, cache=cache)
+    task, drawn = load_tasks()[SUBJECT_TASK], source
+    if not len(EligibleItems(source, task.roles)):
+        task, drawn = SAME_CLASS, Classmates(source, seed=run.seed)
+    mixture = Mixture(
+        {CLASS: task},
+        [Named(drawn, Naming(class_word=run.subject.class_word))],
+        seed=run.seed,
+        resolution=size,
+        cells=run.data.cells,
+        recipe=run.data.recipe,
+    )
+    return Prior(mixture=mixture, share=run.subject.class_share)
 
 
 def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
@@ -77,7 +108,11 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
     check_places(run.data.annotate)
     size, every = resolution_of(run), run.data.validation_every
     opened = [open_source(spec, size=size, seed=run.seed, cache=cache) for spec in run.data.sources]
-    sources = annotated(opened, run.data.annotate)
+    naming = Naming(trigger=run.subject.trigger, class_word=run.subject.class_word)
+    sources = [
+        Named(source, naming) if is_of_photos(spec) else source
+        for spec, source in zip(run.data.sources, annotated(opened, run.data.annotate), strict=True)
+    ]
     for source in sources if every else ():
         if not len(Part(source, every=every, held_out=True)):
             units = units_of(source)
@@ -85,6 +120,11 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
             raise UserError(
                 f"data.validation_every = {every}: {source.name} has {len(source)} items{of}; "
                 "give a smaller one"
+            )
+        if not len(Part(source, every=every, held_out=False)):
+            raise UserError(
+                f"data.validation_every = {every}: of {source.name} no pair would be left to train "
+                "on; give 0"
             )
     return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
 
@@ -115,3 +155,18 @@ def resolution_of(run: Run) -> int:
     if run.data.resolution != "model":
         return run.data.resolution
     return backbone_of(run.model).resolution(run.model)
+
+
+def subject_lines(run: Run, mixture: Mixture) -> Iterator[str]:
+    """What a run says of the photos of its subject, and of its class."""
+    naming = Naming(trigger=run.subject.trigger, class_word=run.subject.class_word)
+    called = f"called {naming.name!r}" if naming.name else "without a name"
+    for source in mixture.sources:
+        whole = source.source if isinstance(source, Part) else source
+        counts = [len(np.unique(p)) for p in map(photos_of, (source, whole)) if p is not None]
+        if counts:
+            yield f"{counts[0]} photos to train on, {counts[1] - counts[0]} held out; {called}"
+    for prior in mixture.whole[1:]:
+        items = sum(len(source) for source in prior.sources)
+        (task,) = prior.tasks.values()
+        yield f"class: {items} items of {run.subject.class_data}, as {task.name}"
