@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.scenes import PICTURES, Subject
 from visualcloze_deft.data.subject import Named, Naming
 from visualcloze_deft.inference.pipeline import InContextPipeline
-from visualcloze_deft.reporting.random_effects import Estimate, estimate
+from visualcloze_deft.reporting.random_effects import estimate
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.run_data import resolution_of
@@ -42,6 +43,12 @@ from visualcloze_deft.training.run_data import resolution_of
 NAMING = Naming(trigger="sks", class_word="cube")
 SUBJECT_TASK = "subject-driven"
 OTHERS = ("depth-to-image", "segmentation-to-image", "image-to-depth", "image-editing")
+COLUMNS = {
+    "new pictures of the object": ("new",),
+    "other things, same task": (SUBJECT_TASK,),
+    "other tasks": OTHERS,
+}
+Figures = Mapping[str, Measured]
 MARKS = "<!-- subject:begin -->\n", "<!-- subject:end -->"
 
 
@@ -123,9 +130,14 @@ def query_sets(run: Run, options: argparse.Namespace, naming: Naming) -> dict[st
 
 
 def figures(
-    pipe: InContextPipeline, adapter: Path | None, folder: Path, options: argparse.Namespace, *, naming: Naming
-) -> dict[str, Measured]:
-    """The figures of an adapter, by row; those that are there already are read."""
+    pipe: InContextPipeline,
+    adapter: Path | None,
+    folder: Path,
+    options: argparse.Namespace,
+    *,
+    naming: Naming,
+) -> Figures:
+    """The figures of an adapter, by row; those that are in `folder` already are read."""
     run = load_run("subject", [f"model={options.model}"])
     pipe.delete_adapters(pipe.get_active_adapters())
     if adapter:
@@ -140,32 +152,33 @@ def figures(
     return found
 
 
-def changes(of: Mapping[int, Mapping[str, Measured]], base: Mapping[str, Measured]) -> dict[str, list[Estimate]]:
-    """Column -> the change of PSNR [dB] and the fall of the velocity error [%] from the base."""
-    groups = {"new": ("new",), SUBJECT_TASK: (SUBJECT_TASK,), "others": OTHERS}
-    found = {}
-    for column, rows in groups.items():
-        psnr = np.array([np.concatenate([np.subtract(f[r].psnr, base[r].psnr) for r in rows]) for f in of.values()])
-        ratio = np.array([np.concatenate([np.log(np.divide(f[r].errors, base[r].errors)) for r in rows]) for f in of.values()])
-        found[column] = [estimate(psnr), estimate(ratio)]
+def changes(of: Sequence[Figures], than: Sequence[Figures]) -> list[tuple[str, str]]:
+    """For each column the change of PSNR [dB] and the fall of the velocity error [%], seed by seed
+    and grid by grid."""
+    pairs = [*zip(of, than, strict=True)]
+    found = []
+    for rows in COLUMNS.values():
+        dB = [[np.subtract(f[r].psnr, g[r].psnr) for r in rows] for f, g in pairs]
+        ratio = [[np.log(np.divide(f[r].errors, g[r].errors)) for r in rows] for f, g in pairs]
+        gain, rise = (
+            estimate(np.array([np.concatenate(one) for one in each])) for each in (dB, ratio)
+        )
+        falls = [100 * (1 - np.exp(x)) for x in (rise.mean, rise.high, rise.low)]
+        found.append(
+            (
+                f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})",
+                f"{falls[0]:+.1f} ({falls[1]:+.1f} to {falls[2]:+.1f})",
+            )
+        )
     return found
 
 
-def cell(of: list[Estimate]) -> tuple[str, str]:
-    psnr, ratio = of
-    falls = [100 * (1 - np.exp(x)) for x in (ratio.mean, ratio.high, ratio.low)]
-    return (
-        f"{psnr.mean:+.2f} ({psnr.low:+.2f} to {psnr.high:+.2f})",
-        f"{falls[0]:+.1f} ({falls[1]:+.1f} to {falls[2]:+.1f})",
-    )
-
-
-def table(rows: Mapping[str, dict[str, list[Estimate]]]) -> Iterator[str]:
-    for measure_, unit in enumerate(("PSNR [dB]", "velocity error, fall [%]")):
-        yield f"| {unit} | new pictures of the object | subject-driven, other things | other tasks |"
-        yield "|---|---|---|---|"
+def table(rows: Mapping[str, list[tuple[str, str]]]) -> Iterator[str]:
+    for kind, measured in enumerate(("PSNR [dB]", "velocity error [%]")):
+        yield f"| {measured} | {' | '.join(COLUMNS)} |"
+        yield f"|{'---|' * (1 + len(COLUMNS))}"
         for title, found in rows.items():
-            yield f"| {title} | {' | '.join(cell(one)[measure_] for one in found.values())} |"
+            yield f"| {title} | {' | '.join(one[kind] for one in found)} |"
         yield ""
 
 
@@ -200,33 +213,30 @@ def main() -> None:
     wanted = arms(options.subject, photos, options.class_data)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     chosen = {name: wanted[name] for name in options.arms.split(",")}
+    runs = options.output / "runs"
     for seed in seeds:
         for name, arm in chosen.items():
-            train(options.output / "runs" / f"{name}-s{seed}", arm, seed, options)
+            train(runs / f"{name}-s{seed}", arm, seed, options)
             print(f"{time.monotonic() - began:.0f} s: {name}, seed {seed} trained", flush=True)
     pipe = InContextPipeline.from_pretrained(options.model, merge=False)
-    found = {}
+    rows, of, ask = {}, {}, partial(figures, pipe, options=options)
     for name, arm in chosen.items():
-        naming = NAMING if arm.named else Naming()
-        kind = "named" if arm.named else "plain"
-        base = figures(pipe, None, options.output / "figures" / f"base-{kind}", options, naming=naming)
-        of = {
-            seed: figures(
-                pipe,
-                options.output / "runs" / f"{name}-s{seed}" / "adapter",
-                options.output / "figures" / f"{name}-s{seed}",
-                options,
-                naming=naming,
-            )
+        naming, folder = NAMING if arm.named else Naming(), options.output / "figures"
+        base = ask(None, folder / f"base-{'named' if arm.named else 'plain'}", naming=naming)
+        of[name] = [
+            ask(runs / f"{name}-s{seed}" / "adapter", folder / f"{name}-s{seed}", naming=naming)
             for seed in seeds
-        }
-        found[arm.title] = changes(of, base)
+        ]
+        rows[arm.title] = changes(of[name], [base] * len(seeds))
         print(f"{time.monotonic() - began:.0f} s: {name} measured", flush=True)
-    text = "\n".join(table(found))
+    if {"subject", "prior"} <= of.keys():
+        rows["prior preservation, with less without"] = changes(of["prior"], of["subject"])
+    text = "\n".join(table(rows))
     said = (
-        f"{len(seeds)} seeds, {options.steps} steps of 8 grids; {options.grids} new pictures, "
-        f"{options.old_grids} grids of each task that the base knows, {options.inference_steps} "
-        "sampling steps. In brackets the 95 % interval for other seeds and grids.\n"
+        f"Change from the base; above 0 is better. {len(seeds)} seeds, {options.steps} steps of 8 "
+        f"grids, {options.grids} new pictures of the object, {options.old_grids} grids of each "
+        f"other task, {options.inference_steps} sampling steps. In brackets the 95 % interval for "
+        "other seeds and grids.\n"
     )
     print(f"{text}\n{said}")
     write_text(options.output / "table.md", f"{text}\n{said}")

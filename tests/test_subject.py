@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +13,7 @@ import torch
 from processes import run
 from safetensors.torch import load_file
 from test_left_out import lines
-from test_sources import one_line, paint, real_data, write
+from test_sources import one_line, paint, write
 
 from visualcloze_deft.adapters import files
 from visualcloze_deft.config.run_settings import Run, config_for, load_run
@@ -25,8 +23,8 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources.photos import MOST, Photos
 from visualcloze_deft.data.subject import ANOTHER, PHRASINGS, Named, Naming
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.training.preparation import check_subject
-from visualcloze_deft.training.run_data import CLASS, mixture_of
+from visualcloze_deft.training.run_data import mixture_of
+from visualcloze_deft.training.subject import CLASS, check_subject
 
 ROLES = ["reference", "target"]
 PAGE = Path(__file__).parents[1] / "docs" / "subject.md"
@@ -283,9 +281,11 @@ def test_a_run_with_prior_preservation_goes_on_to_the_same_adapter(
     micro_model: Path, tmp_path: Path
 ) -> None:
     place = photos(tmp_path / "dog", 5)
-    words = f"train --model {micro_model} --config subject --data photos={place} --rank 2 --steps 4"
-    sets = f"subject.class_data=scenes subject.trigger=sks save_every=2 sample_every=0 output={tmp_path / 'whole'} data.resolution=32"
-    run([*words.split(), "--batch", "3", *(w for s in sets.split() for w in ("--set", s))])
+    words = f"--model {micro_model} --rank 2 --steps 4 --batch 3 --output {tmp_path / 'whole'}"
+    sets = "class_data=scenes trigger=sks".split()
+    more = [f"subject.{one}" for one in sets] + ["save_every=2", "data.resolution=32"]
+    options = [*words.split(), *(word for one in more for word in ("--set", one))]
+    run(["train", "--config", "subject", "--data", f"photos={place}", *options])
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
     shutil.rmtree(stopped / "adapter")

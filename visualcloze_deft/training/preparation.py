@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.overrides import flat
 from visualcloze_deft.config.run_settings import Run, load_run
-from visualcloze_deft.config.source_specs import is_of_photos, name_and_place
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.memory import LEAST, decided, load_of
 from visualcloze_deft.runtime.gpus import check_alike, gpus_here, precision_on
+from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.training import deepspeed_settings
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import newest
@@ -28,12 +27,12 @@ from visualcloze_deft.training.run_folder import (
     INDEX,
     MISSING,
     SETTINGS,
-    TASKS,
     _version,
     describe,
     encodings_folder,
     saved_anything,
 )
+from visualcloze_deft.training.subject import check_subject
 
 
 def plan_of(run: Run, mixture: Mixture, *, processes: int) -> BatchSchedule:
@@ -164,31 +163,6 @@ def check_settings(run: Run) -> None:
             raise UserError(
                 f"logging.trackers names {name}, whose package is not installed; "
                 f"'pip install {name}' or take it out"
-            )
-
-
-def check_subject(run: Run) -> None:
-    """Raise `UserError` where settings of the subject have no photos that they hold for, or class
-    data is missing or is the subject's own."""
-    subject = run.subject
-    photos = [name_and_place(s)[1] for s in run.data.sources if is_of_photos(s)]
-    for name, value in subject.model_dump().items():
-        if value not in ("", "auto") and not photos:
-            raise UserError(
-                f"subject.{name} = {value!r}: no photos of a subject are trained on; name their "
-                "folder, --data photos=PATH"
-            )
-    if subject.class_weight != "auto" and not subject.class_data:
-        raise UserError(
-            f"subject.class_weight = {subject.class_weight}: no pictures of the class are there; "
-            "name them, e.g. subject.class_data=folder=PATH"
-        )
-    place = Path(name_and_place(subject.class_data)[1] or os.devnull).resolve()
-    for own in (Path(path).resolve() for path in photos):
-        if place == own or place in own.parents:
-            raise UserError(
-                f"subject.class_data = {subject.class_data!r} holds the subject's own photos "
-                f"({own}); name a folder of others of its class"
             )
 
 
