@@ -323,7 +323,7 @@ def test_subject_settings_are_measured_with_and_without_prior_preservation(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- subject:begin -->\nold\n<!-- subject:end -->\nafter\n")
-    small = "--seeds 0,1 --steps 1 --grids 2 --old-grids 2 --inference-steps 1 --output out"
+    small = "--seeds 0 --steps 1 --grids 2 --old-grids 2 --inference-steps 1 --output out"
     words = ["--model", micro_model, "--report", page, "--set", "adapter.rank=2", *small.split()]
     said = script("measure_subject.py", *words)
     found = rows(said)

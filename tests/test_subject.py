@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run
+from processes import run, vcdeft
 from safetensors.torch import load_file
 from test_left_out import lines
-from test_sources import one_line, paint, write
+from test_sources import one_line, paint, real_data, write
 
 from visualcloze_deft.adapters import files
 from visualcloze_deft.config.run_settings import Run, config_for, load_run
@@ -303,3 +305,26 @@ def commands(page: Path) -> list[str]:
     blocks = page.read_text(encoding="utf-8").split("```bash\n")[1:]
     text = "".join(block.partition("```")[0] for block in blocks).replace("\\\n", " ")
     return [line.partition("  #")[0] for line in text.splitlines() if line.startswith("vcdeft")]
+
+
+@pytest.mark.processes
+@real_data
+def test_the_page_leads_from_photos_to_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands as they stand there, with fewer steps."""
+    subjects = Path(os.environ["VCDEFT_DATA"]) / "dreambooth" / "dataset"
+    shutil.copytree(subjects / "dog", tmp_path / "dog")
+    (tmp_path / "dogs" / "target").mkdir(parents=True)
+    for name in ("cat", "teapot", "backpack"):
+        shutil.copy(subjects / name / "00.jpg", tmp_path / "dogs" / "target" / f"{name}.jpg")
+    grid = PAGE.read_text(encoding="utf-8").split("```json\n")[1].partition("```")[0]
+    write(tmp_path / "dog.json", grid)
+    monkeypatch.chdir(tmp_path)
+    smaller = {"train": "--steps 2 --batch 1 --processes 1", "infer": "--inference-steps 1"}
+    for line in commands(PAGE):
+        _, *words = shlex.split(line)
+        done = vcdeft(*words, *smaller.get(words[0], "").split())
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "outputs" / "001.png").is_file()
+    assert (tmp_path / "runs" / "dog-prior" / "adapter").is_dir()
