@@ -315,3 +315,21 @@ def test_a_job_of_slurm_trains(micro_model: Path, tmp_path: Path) -> None:
         timeout=300,
     )
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.scripts
+def test_subject_settings_are_measured_with_and_without_prior_preservation(
+    script: Script, micro_model: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- subject:begin -->\nold\n<!-- subject:end -->\nafter\n")
+    small = "--seeds 0 --steps 1 --grids 2 --old-grids 2 --inference-steps 1 --output out"
+    words = ["--model", micro_model, "--report", page, "--set", "adapter.rank=2", *small.split()]
+    said = script("measure_subject.py", *words)
+    found = rows(said)
+    assert len(found) == 2 * (2 + 4)
+    assert all(len(row) == 4 for row in found)
+    text = page.read_text()
+    assert "old" not in text
+    assert rows(text) == found
+    assert rows(script("measure_subject.py", *words)) == found  # from what was kept

@@ -44,6 +44,8 @@ def test_a_shipped_run_file_is_found_by_name_and_by_path(path: Path) -> None:
 def test_the_small_base_brings_its_run_file_and_other_models_do_not() -> None:
     assert config_for(None) == config_for("tiny", ["scenes=9"]) == "tiny"
     assert config_for(None, ["scenes", "folder=x"]) == "tiny-photos"
+    assert config_for(None, ["photos=dog", "folder=x"]) == "tiny-photos"
+    assert config_for(None, ["photos=dog"]) == "subject"
     assert load_run("tiny").model == "tiny"
     assert load_run(config_for("some/model")) == Run()
 

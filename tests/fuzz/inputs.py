@@ -94,6 +94,12 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=CHECK.format(cats), files="dreambooth/*/*.txt", kind="text", weight=2)
     yield Subject(words=CHECK.format(cats), files="dreambooth/*/*/*.jpg", kind="picture")
     yield Subject(words=CHECK.format(bench), files="dreambench/*/*/*/*.txt", kind="text", weight=2)
+    thing = CHECK.format("photos=thing")
+    yield Subject(words=thing, files="thing/*.jpg", kind="picture", weight=2)
+    yield Subject(words=thing, files="thing/*.txt", kind="text", whole=False)
+    learn = "train --config thing.toml --dry-run"
+    yield Subject(words=learn, files="thing.toml", kind="toml", weight=2)
+    yield Subject(words=learn, files="thing/*", kind="bytes", whole=False)
     for source in ("folder=photos", "folder=listed", "graph200k=graph", "insdet=insdet"):
         place = source.partition("=")[2]
         files = f"{place}/**/*.png"

@@ -49,6 +49,10 @@ TASK = {
     "columns": {"depth": ["a depth map", "distances"], "target": ["a picture"]},
 }
 ROLES = {"phrases": {"sketch": ["a sketch"]}, "sets": {"lines": {"sketch": "sketch"}}}
+THING = SETTINGS | {
+    "data": {"sources": ["photos=thing"], "tasks": "subject-driven", "resolution": 32},
+    "subject": {"trigger": "sks", "class_word": "fox", "class_data": "folder=listed"},
+}
 COMPARISON = {
     "output": "compared",
     "rank": 2,
@@ -84,6 +88,7 @@ def make(folder: Path) -> None:
     (folder / "own").mkdir()
     for name, value in {
         "run.toml": SETTINGS,
+        "thing.toml": THING,
         "compare.toml": COMPARISON,
         "own/own-task.toml": TASK,
         "own/roles.toml": ROLES,
@@ -137,7 +142,12 @@ def listed(folder: Path) -> None:
 
 
 def subjects(folder: Path) -> None:
-    """A DreamBooth of two subjects and a DreamBench++ of one."""
+    """A DreamBooth of two subjects, a DreamBench++ of one, and photos of one thing."""
+    for k in range(3):
+        path = folder / "thing" / f"IMG {k}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 24), (80 * k, 40, 90)).save(path)
+        write(path.with_suffix(".txt"), f"a fox, {k}\n")
     for name in ("cat/00", "cat/01", "dog/00", "dog/01"):
         path = folder / "dreambooth" / "dataset" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

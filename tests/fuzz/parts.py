@@ -12,6 +12,7 @@ LARGE = 50_000  # bytes
 TEXTS = (".json", ".jsonl", ".toml")  # may hold absolute paths
 NEEDS = {
     "run.toml": ("micro", "photos", "own"),
+    "thing.toml": ("micro", "thing", "listed", "own"),
     "compare.toml": ("micro",),
     "run": ("run.toml", "micro", "photos", "own"),
     "made": ("grids", "micro"),
@@ -38,7 +39,7 @@ def parts_in(words: Iterable[str]) -> set[str]:
 NAMES = frozenset(
     "annotated compare.toml depth-model dreambench dreambooth encodings evaluated graph grids "
     "insdet kohya.safetensors left right listed lora.safetensors made micro own photos "
-    "prompts.json run run.toml table".split()
+    "prompts.json run run.toml table thing thing.toml".split()
 )
 
 

@@ -53,6 +53,7 @@ Tracker = Literal[
     "swanlab",
 ]  # accelerate's trackers, each named as its package
 
+LONGEST_NAME = 60  # characters of a trigger or a class word
 Method = Literal["deft", "deft-relaxed", "para", "lora"]  # of an adapter
 Bits = Literal["none", "int8", "nf4", "fp8"]  # what frozen blocks are kept in
 Precision = Literal["auto", "float32", "bfloat16"]  # of a frozen base
@@ -152,9 +153,9 @@ class Data(Section):
     """What is trained on."""
 
     sources: Annotated[tuple[_Source, ...], Field(min_length=1)] = ("scenes",)
-    """NAME or NAME=PATH each: scenes, subject, folder, graph200k, dreambooth, dreambench-plus,
-    insdet. A relative path is one of the folder that the command is given in; the run records where
-    that is."""
+    """NAME or NAME=PATH each: scenes, subject, folder, photos, graph200k, dreambooth,
+    dreambench-plus, insdet. A relative path is one of the folder that the command is given in; the
+    run records where that is."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
     "depth-to-image=2" draws one twice as often. Of "all", groups and patterns, tasks without data
@@ -175,7 +176,8 @@ class Data(Section):
     folder or hub id), or a folder that `vcdeft data annotate` wrote."""
     validation_every: Annotated[int, AfterValidator(_none_or_some)] = 0
     """Every n-th item of each source is never trained on, and is what sheets show; 0: none. Where
-    items share pictures, every n-th unit: of DreamBooth a subject, of InsDet an object or place."""
+    items share pictures, every n-th unit: of DreamBooth a subject, of InsDet an object or place, of
+    `photos` a photo, and one at least."""
     skip_at_most: Probability = 0.02
     """Items that cannot be read are replaced by others and listed in `skipped.jsonl`; where they
     are a larger share than this of at least 100 drawn, the run stops."""
@@ -185,6 +187,43 @@ class Data(Section):
     """Folder in which encodings of strips and texts are kept and looked up, of this run and others;
     "run": in the run folder; "": none are kept."""
     recipe: Recipe = Recipe()
+
+
+def _one_name(text: str) -> str:
+    if not text.isprintable() or text != text.strip() or len(text) > LONGEST_NAME:
+        raise ValueError(
+            f"expected a word or two on one line, up to {LONGEST_NAME} characters that can be seen"
+        )
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_one_name)]
+
+
+class Subject(Section):
+    """The one thing that the source `photos` shows: its name in texts, and others of its class."""
+
+    trigger: _Name = ""
+    """Word that stands for the subject, e.g. "sks": put into every caption. Choose one that means
+    nothing else. "": captions stay as they are."""
+    class_word: _Name = ""
+    """What the subject is, e.g. "dog". Photos without a caption are called "a photo of sks dog" and
+    the like; without trigger and class word, they have no content sentence."""
+    class_data: _Source = ""
+    """Source of other things of the class for prior preservation, e.g. folder=dogs or
+    dreambooth=PATH; "": none. Pairs of two photos of one thing are trained on as subject-driven.
+    Single pictures are paired with each other, as things of one class."""
+    class_weight: Factor | Literal["auto"] = "auto"
+    """Weight of class examples in the loss, relative to the subject's. A weight w draws w / (1 + w)
+    of all examples from the class; "auto": 1 where there is `class_data`, as in DreamBooth."""
+
+    @property
+    def class_share(self) -> float:
+        """Share of the class in all examples."""
+        if not self.class_data:
+            return 0.0
+        weight = 1.0 if self.class_weight == "auto" else self.class_weight
+        return weight / (1 + weight)
 
 
 class Adapter(Section):
@@ -362,6 +401,7 @@ class Run(Section):
     sample_every: Count = 0
     """Steps between sample sheets; 0: only at the end."""
     data: Data = Data()
+    subject: Subject = Subject()
     adapter: Adapter = Adapter()
     optimiser: Optimiser = Optimiser()
     logging: Logging = Logging()
@@ -395,6 +435,7 @@ RENAMED = {
 EITHER = (
     ["data", "resolution"],
     ["gradient_checkpointing"],
+    ["subject", "class_weight"],
 )  # settings that are a number or a word
 
 
@@ -452,8 +493,10 @@ def write_run(run: Run, path: Path) -> None:
 
 
 def config_for(model: str | None, sources: Sequence[str] = ()) -> str | None:
-    """The shipped run file that holds where none is named: the small base has two, one for scenes
-    and one for pictures of the user's own."""
+    """The shipped run file that holds where none is named: the small base has one for scenes, one
+    for a few photos of one thing, and one for other pictures of the user's own."""
     if model not in (None, "tiny"):
         return None
+    if sources and all(s.startswith("photos=") for s in sources):
+        return "subject"
     return "tiny-photos" if any(not s.startswith("scenes") for s in sources) else "tiny"

@@ -36,6 +36,11 @@ def is_endless(spec: str) -> bool:
     return name_and_place(spec)[0] == "scenes"
 
 
+def is_of_photos(spec: str) -> bool:
+    """Whether a source is a folder of photos of one thing."""
+    return name_and_place(spec)[0] == "photos"
+
+
 def place_and_split(place: str) -> tuple[str, str]:
     """The folder or hub id, and the split, that a place of tables names; a folder that is there is
     itself, whatever its name has in it.

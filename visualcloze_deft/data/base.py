@@ -18,12 +18,14 @@ class Item:
 
     images: for each role a function that makes or reads the RGB picture when it is needed.
     texts: "caption" (what `target` shows), "instruction" (what turns `before` into `target`), ...
+    phrasings: of a text that can be said in several ways, all of them; the first is the usual one.
     key: a name for messages, unique within the source.
     """
 
     key: str
     images: Mapping[str, Callable[[], Image.Image]]
     texts: Mapping[str, str] = field(default_factory=dict)
+    phrasings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def image(self, role: str) -> Image.Image:
         return self.images[role]()
@@ -57,9 +59,18 @@ def kinds_of(roles_of_items: Iterable[Iterable[str]]) -> dict[frozenset[str], li
 
 
 def units_of(source: Source) -> NDArray[np.intp] | None:
-    """The number of the unit that each item is of, where items share pictures: a subject, a place.
-    Other units may share pictures of another role. None where every item has its own."""
-    found: Any = getattr(source, "units", None)
+    """The number of the unit that each item is of, where items share pictures: a subject, a place,
+    or a photo (`photos_of`). Other units may share pictures of another role. None where every item
+    has its own."""
+    photos = photos_of(source)
+    found: Any = getattr(source, "units", None) if photos is None else photos[:, -1]
+    return found if found is None else np.asarray(found)
+
+
+def photos_of(source: Source) -> NDArray[np.intp] | None:
+    """(n, k) the numbers of the photos in each item, the target last, of a source whose items are
+    photos of one thing: none may be shown where it is asked for. None of other sources."""
+    found: Any = getattr(source, "photos", None)
     return found if found is None else np.asarray(found)
 
 
@@ -85,17 +96,27 @@ class Listed:
 
 class Part:
     """Every `every`-th item of a source (`held_out`), or all the others; where items share
-    pictures, every `every`-th unit (`units_of`), whole."""
+    pictures, every `every`-th unit (`units_of`), whole.
+
+    Of photos (`photos_of`) one at least is held out. Items for training have none of those, and
+    held-out items have one, as their target.
+    """
 
     def __init__(self, source: Source, *, every: int, held_out: bool) -> None:
         self.name = source.name
         self.roles = source.roles
         self.source = source
-        units = units_of(source)
-        numbers = np.arange(len(source)) if units is None else units
-        self.mine = (numbers % every == every - 1) == held_out
+        units, photos = units_of(source), photos_of(source)
+        if photos is None:
+            numbers = np.arange(len(source)) if units is None else units
+            self.mine = (numbers % every == every - 1) == held_out
+        else:
+            every = min(every, int(photos.max()) + 1)
+            kept = photos % every == every - 1
+            self.mine = (kept[:, -1] == held_out) & ~kept[:, :-1].any(axis=1)
         self.own = np.flatnonzero(self.mine)
         self.units = None if units is None else units[self.own]
+        self.photos = None if photos is None else photos[self.own]
 
     def __len__(self) -> int:
         return len(self.own)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from visualcloze_deft.data.base import Item, Source
+from visualcloze_deft.data.base import Item, Source, photos_of
 from visualcloze_deft.data.derive import missing
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.task import Task
@@ -21,20 +21,39 @@ class EligibleItems:
             indices for roles, indices in source.kinds.items() if not missing(wanted, roles)
         ]
         self.ends = np.cumsum([len(part) for part in self.parts])
+        photos = photos_of(source)
+        own = [index for part in self.parts for index in part] if photos is not None else []
+        self.photos = None if photos is None else photos[own]
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.parts else 0
 
     def choose(self, count: int, rng: np.random.Generator) -> list[int]:
-        """The places of `count` different items, or of all where there are no more."""
+        """The places of `count` different items, or of all where there are no more.
+
+        Of photos of one thing, those of the last item, which is asked for, are in no other.
+        """
+        if self.photos is not None:
+            *others, query = rng.permutation(len(self)).tolist()
+            return [*self._apart(others, [query])[: count - 1], query]
         found: list[int] = rng.choice(len(self), min(count, len(self)), replace=False).tolist()
         return found
 
     def others(self, taken: Collection[int], rng: np.random.Generator) -> Iterator[int]:
-        """The places of all items but those `taken`, in a drawn order."""
-        for place in rng.permutation(len(self)).tolist():  # drawn when the first one is asked for
-            if place not in taken:
+        """The places of all items but those `taken`, in a drawn order; of photos of one thing, of
+        those that share none with them."""
+        for place in self._apart(rng.permutation(len(self)).tolist(), taken):
+            if place not in taken:  # drawn when the first one is asked for
                 yield place
+
+    def _apart(self, places: list[int], taken: Collection[int]) -> list[int]:
+        """Those of `places` whose items share no photo with the ones `taken`."""
+        if self.photos is None:
+            return places
+        shared = np.isin(self.photos[places], self.photos[[*taken]])
+        return [
+            place for place, found in zip(places, shared.tolist(), strict=True) if not any(found)
+        ]
 
     def item(self, place: int) -> Item:
         return self.source.item(self.index(place))

@@ -15,6 +15,7 @@ from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.data.sources.dreambooth import DreamBooth
 from visualcloze_deft.data.sources.graph200k_hub import COLUMNS, WORDS, GraphTable
 from visualcloze_deft.data.sources.insdet import SAME_PLACE, InsDet, boxes_of
+from visualcloze_deft.data.sources.photos import Photos
 from visualcloze_deft.errors import one_line
 from visualcloze_deft.images.reading import SUFFIXES, files_below, folders_in, images_in
 from visualcloze_deft.storage.inside import path_inside
@@ -39,6 +40,8 @@ def left_out(source: Source) -> list[str]:
     elif isinstance(source, DreamBooth):
         photos = {path for pair in source.pairs for path in pair}
         found = unused(source.folder, map(str, photos))
+    elif isinstance(source, Photos):
+        found = chain(of_photos(source), unused(source.folder, map(str, source.files)))
     elif isinstance(source, DreamBenchPlus):
         found = unused(source.images, map(str, source.pictures.values()))
     else:
@@ -84,6 +87,13 @@ def listed(names: list[str]) -> str:
     """
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def of_photos(source: Photos) -> Iterator[str]:
+    """Captions that no photo has the name of."""
+    known = {path.stem for path in source.files}
+    if lone := sorted(path.name for path in source.folder.glob("*.txt") if path.stem not in known):
+        yield f"{listed(lone)}: no photo of that name"
 
 
 def of_table(source: GraphTable) -> Iterator[str]:

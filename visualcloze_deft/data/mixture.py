@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -15,18 +17,33 @@ from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, row_sizes
-from visualcloze_deft.task_registry.task import Task, first_phrase
+from visualcloze_deft.task_registry.task import Task, Words, first_phrase
 
 MOST_SKIPPED = 20  # items for one grid that cannot be read, before the data is called broken
 NONE_LEFT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Examples of the class of a subject, for prior preservation (arXiv 2208.12242).
+
+    share: of all examples, spread evenly over them.
+    """
+
+    mixture: Mixture
+    share: float
+
+    def takes(self, index: int) -> bool:
+        """Whether example `index` is one of the class."""
+        return math.floor((index + 1) * self.share) > math.floor(index * self.share)
 
 
 class Mixture:
     """An endless sequence of examples of `tasks` drawn from `sources`.
 
     resolution: the side of a square cell in pixels. cells: their shape, see `cell_sizes.Cells`.
-    weights: task name -> relative frequency (1 where not named). Raises `UserError` where a task
-    finds no source with its roles.
+    weights: task name -> relative frequency (1 where not named). prior: what is drawn beside
+    `tasks`. Raises `UserError` where a task finds no source with its roles.
     """
 
     def __init__(
@@ -39,6 +56,7 @@ class Mixture:
         cells: Cells = "row",
         recipe: Recipe | None = None,
         weights: Mapping[str, float] | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.tasks = dict(tasks)
         self.names = list(tasks)
@@ -47,6 +65,7 @@ class Mixture:
         self.resolution = resolution
         self.cells = cells
         self.recipe = recipe or Recipe()
+        self.prior = prior
         self.serving = {name: sources_for(task, sources) for name, task in self.tasks.items()}
         given = [(weights or {}).get(name, 1.0) for name in self.tasks]
         if not any(given):
@@ -55,8 +74,15 @@ class Mixture:
 
     def tokens(self, index: int) -> int:
         """About how many tokens the grid of example `index` has; no picture is read."""
+        if self.prior and self.prior.takes(index):
+            return self.prior.mixture.tokens(index)
         columns = len(self.tasks[self._name(np.random.default_rng([self.seed, index]))].roles)
         return self._rows(index) * columns * (self.resolution // CELL_STEP) ** 2
+
+    @property
+    def whole(self) -> tuple[Mixture, ...]:
+        """This mixture, and that of its prior."""
+        return (self, self.prior.mixture) if self.prior else (self,)
 
     @property
     def most_tokens(self) -> int:
@@ -81,14 +107,20 @@ class Mixture:
     def _strips(self) -> set[int]:
         """About the tokens of a row, for each number of columns that are drawn."""
         cell = (self.resolution // CELL_STEP) ** 2
-        drawn = zip(self.names, self.proportions, strict=True)
-        return {len(self.tasks[name].roles) * cell for name, p in drawn if p}
+        return {
+            len(one.tasks[name].roles) * cell
+            for one in self.whole
+            for name, p in zip(one.names, one.proportions, strict=True)
+            if p
+        }
 
     def _name(self, rng: np.random.Generator) -> str:
         """The task of the example whose generator this is: the first that is drawn."""
         return self.names[rng.choice(len(self.names), p=self.proportions)]
 
     def __getitem__(self, index: int) -> Example:
+        if self.prior and self.prior.takes(index):
+            return self.prior.mixture[index]
         rng = np.random.default_rng([self.seed, index])
         name = self._name(rng)
         task, recipe = self.tasks[name], self.recipe
@@ -115,7 +147,7 @@ class Mixture:
             rows=rows,
             hidden=hidden,
             task_sentence=task.sentence(order, words) if say_task and not silent else "",
-            content=content(task, items[-1]) if say_content and not silent else "",
+            content=content(task, items[-1], words) if say_content and not silent else "",
             skipped=skipped,
         )
 
@@ -207,5 +239,8 @@ def row_of(
     return tuple(pictures)
 
 
-def content(task: Task, item: Item) -> str:
+def content(task: Task, item: Item, words: Words = first_phrase) -> str:
+    """The content sentence of an item; words: chooses where it can be said in several ways."""
+    if said := item.phrasings.get(task.content):
+        return words(said)
     return item.texts.get(task.content, "") if task.content else ""

@@ -63,9 +63,10 @@ def check_same_data(mixture: Mixture, process: PartialState) -> None:
     """Raise `UserError` in all processes where one of them reads other data than the first: a file
     that came or went while they started would give them other steps, and they would wait for each
     other without end."""
-    everyone = gathered([len(source) for source in mixture.sources], process.num_processes)
+    sources = [source for one in mixture.whole for source in one.sources]
+    everyone = gathered([len(source) for source in sources], process.num_processes)
     for rank, sizes in enumerate(everyone):
-        for source, first, size in zip(mixture.sources, everyone[0], sizes, strict=True):
+        for source, first, size in zip(sources, everyone[0], sizes, strict=True):
             if first != size:
                 raise UserError(
                     f"{source.name}: process 0 finds {first} items, process {rank} {size}; have "

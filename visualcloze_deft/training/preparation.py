@@ -32,6 +32,7 @@ from visualcloze_deft.training.run_folder import (
     encodings_folder,
     saved_anything,
 )
+from visualcloze_deft.training.subject import check_subject
 
 
 def plan_of(run: Run, mixture: Mixture, *, processes: int) -> BatchSchedule:
@@ -128,7 +129,7 @@ def check_features(run: Run, backbone: Backbone) -> None:
 def check_layout(mixture: Mixture, backbone: Backbone) -> None:
     """Raise `UserError` where a model's family cannot make the grids of a task."""
     counts = [rows for rows, weight in enumerate(mixture.recipe.examples, 1) if weight]
-    for name, task in mixture.tasks.items():
+    for name, task in (pair for one in mixture.whole for pair in one.tasks.items()):
         for rows in counts:
             columns, targets = len(task.roles), len(task.targets)
             if why := backbone.refuses(rows, columns, targets):
@@ -152,6 +153,7 @@ def check_settings(run: Run) -> None:
             'run; give less, or "auto"'
         )
     deepspeed_settings.check(run)
+    check_subject(run)
     for gpu in gpus_here():
         precision_on(run.precision, gpu)
     if run.compile and run.zero == 3:

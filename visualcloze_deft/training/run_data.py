@@ -18,6 +18,7 @@ from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.task import Task
+from visualcloze_deft.training.subject import prior_of, under_name
 from visualcloze_deft.training.task_weights import balanced, parts_of, weights_of
 
 
@@ -44,6 +45,7 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
         cells=run.data.cells,
         recipe=run.data.recipe,
         weights=balanced(weights, tasks, run.data),
+        prior=None if held_out else prior_of(run, resolution=resolution_of(run), cache=cache),
     )
 
 
@@ -83,7 +85,7 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
     check_places(run.data.annotate)
     size, every = resolution_of(run), run.data.validation_every
     opened = [open_source(spec, size=size, seed=run.seed, cache=cache) for spec in run.data.sources]
-    sources = annotated(opened, run.data.annotate)
+    sources = under_name(run, annotated(opened, run.data.annotate))
     for source in sources if every else ():
         if not len(Part(source, every=every, held_out=True)):
             units = units_of(source)
@@ -91,6 +93,11 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
             raise UserError(
                 f"data.validation_every = {every}: {source.name} has {len(source)} items{of}; "
                 "give a smaller one"
+            )
+        if not len(Part(source, every=every, held_out=False)):
+            raise UserError(
+                f"data.validation_every = {every}: of {source.name} no pair would be left to train "
+                "on; give 0"
             )
     return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
 

@@ -124,6 +124,7 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "task_proportions": proportions,
+        **({"class_share": mixture.prior.share} if mixture.prior else {}),
     }
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / VERSIONS, json.dumps(facts, indent=1))

@@ -17,8 +17,10 @@ from visualcloze_deft.planning.memory import plan_here
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.memory_report import in_short
 from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
+from visualcloze_deft.training.subject import remarks_on_subject
 from visualcloze_deft.training.task_weights import weights_of
 
+PRIOR = "prior preservation"  # the group of examples of a subject's class
 MOST = 0.6  # share of one group from which on a run is mostly about it
 
 
@@ -52,8 +54,12 @@ def draws_of(mixture: Mixture) -> list[GroupDraws]:
     """How often each group of tasks is drawn, the most frequent first."""
     shares: dict[str, list[float]] = defaultdict(list)
     items: dict[str, int] = defaultdict(int)
+    of_class = mixture.prior.share if mixture.prior else 0.0
+    for prior in mixture.whole[1:]:
+        shares[PRIOR].append(of_class)
+        items[PRIOR] = sum(map(len, prior.sources))
     for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
-        shares[task.group].append(float(share))
+        shares[task.group].append(float(share) * (1 - of_class))
         here = sum(len(able) for able in mixture.serving[task.name])
         items[task.group] = max(items[task.group], here)
     found = [
@@ -71,6 +77,7 @@ def table_of_draws(mixture: Mixture) -> Iterator[str]:
 
 def remarks_on_data(run: Run, mixture: Mixture) -> Iterator[str]:
     """Sources that are of no use, and roles that no task pairs."""
+    yield from remarks_on_subject(run, mixture)
     known = load_tasks(map(Path, run.data.task_folders))
     for source in unused_sources(mixture.tasks, mixture.sources):
         yield f"{source.name} has nothing that these tasks are trained on"

@@ -34,7 +34,7 @@ from visualcloze_deft.data.annotation.store import (
     save,
     write_record,
 )
-from visualcloze_deft.data.base import Item, Source, units_of
+from visualcloze_deft.data.base import Item, Source, photos_of, units_of
 from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.storage.atomic import check_foreign, clear_parts
@@ -62,6 +62,7 @@ class Annotated:
         self.source = source
         self.places = dict(places)
         self.units = units_of(source)
+        self.photos = photos_of(source)
         self.skipped: dict[str, frozenset[int]] = {}  # of the roles that lie in a folder
         for role, place in places.items():
             if is_stored(place):

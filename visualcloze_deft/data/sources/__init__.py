@@ -13,6 +13,7 @@ from visualcloze_deft.data.sources.dreambooth import DreamBooth
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.data.sources.graph200k import Graph200K
 from visualcloze_deft.data.sources.insdet import InsDet
+from visualcloze_deft.data.sources.photos import Photos
 from visualcloze_deft.data.sources.scenes import Scenes, Subject
 from visualcloze_deft.errors import UserError, suggestion
 
@@ -76,6 +77,7 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
     "scenes": Scenes.roles,
     "subject": Subject.roles,
     "graph200k": Graph200K.may_have,
+    "photos": Photos.roles,
     "dreambooth": DreamBooth.roles,
     "dreambench-plus": DreamBenchPlus.roles,
     "insdet": InsDet.may_have,
@@ -85,6 +87,7 @@ SOURCES: dict[str, Callable[[str, Opening], Source]] = {
     "subject": _subject,
     "folder": lambda path, opening: Folder(Path(path), cache=opening.cache),
     "graph200k": _graph200k,
+    "photos": lambda path, _: Photos(Path(path)),
     "dreambooth": lambda path, _: DreamBooth(Path(path)),
     "dreambench-plus": lambda path, _: DreamBenchPlus(Path(path)),
     "insdet": lambda path, opening: InsDet(Path(path), size=opening.size),
