@@ -85,7 +85,7 @@ def check_aspect(size: tuple[int, int]) -> None:
         )
 
 
-def check_rows(rows: Sequence[Row]) -> None:
+def check_rows(rows: Sequence[Sequence[object]]) -> None:
     """Raise `UserError` unless `rows` is a grid with something to generate in its last row."""
     if not rows or not rows[-1]:
         raise UserError("the grid has no rows; give at least the query row")

@@ -15,10 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
-from visualcloze_deft.adapters import files
 from visualcloze_deft.adapters.merging import ActiveAdapters
-from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
-from visualcloze_deft.backbones import tensor_files
+from visualcloze_deft.adapters.metadata import check_base
 from visualcloze_deft.backbones.attention import AUTO, NATIVE, Choice, decide
 from visualcloze_deft.backbones.attention import use as use_attention
 from visualcloze_deft.backbones.attention_check import Shapes
@@ -41,12 +39,11 @@ from visualcloze_deft.backbones.lora_places import check_lora
 from visualcloze_deft.backbones.model_files import TINY, index_of, pinned
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
-from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
+from visualcloze_deft.inference.adapter_methods import AdapterMethods
 from visualcloze_deft.inference.arguments import (
     PARTS,
     TEXT_PARTS,
@@ -57,7 +54,6 @@ from visualcloze_deft.inference.arguments import (
     here,
     known_or_default,
     left_out,
-    name_of,
     names_of,
     requests_of,
     stored_adapters,
@@ -69,8 +65,10 @@ from visualcloze_deft.inference.generation import (
     KnownLatents,
 )
 from visualcloze_deft.inference.output import Completed, OutputType
+from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request
-from visualcloze_deft.inference.upsampling import Upsampling
+from visualcloze_deft.inference.saving import SavingMethods
+from visualcloze_deft.inference.upsampling import Enlarging
 from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
@@ -81,7 +79,7 @@ logger = logging.getLogger(__name__)
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
+class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # type: ignore[misc]
     """Completes grids of images with FLUX.1-Fill, through VisualCloze (arXiv 2504.07960).
 
     Parts, `to`, `save_pretrained`, offloading (`enable_model_cpu_offload` and others), progress bar
@@ -194,10 +192,11 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             of_transformer = dtype_for("transformer", dtype)
             check_attention(attention, name, device=device, dtype=of_transformer)
         elif lora is not None or adapter is not None:
-            raise UserError("lora and adapter change the transformer, and transformer is None")
+            given_name = "lora" if adapter is None else "adapter"
+            raise UserError(f"{given_name} changes the transformer, and transformer is None")
         if lora is not None:
             check_lora(lora)
-        wanted = stored_adapters(adapter)
+        wanted = stored_adapters(adapter, name)
         for one in wanted:
             check_base(one.folder, name, lora=lora)
         told = index_of(name) | (read_metadata(next(iter(wanted)).folder) if wanted else {})
@@ -303,59 +302,6 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.attention.line:
             logger.info(self.attention.line)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As diffusers; adapters that are merged are then part of the weights.
-
-        Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
-        """
-        layers = self.transformer.modules() if self.transformer is not None else ()
-        if any(is_quantised(m) for m in layers if isinstance(m, torch.nn.Linear)):
-            raise UserError("save_pretrained: a quantised base is not saved; load it unquantised")
-        if any(self.blend.scales.values()) and not self.blend.merge:
-            raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
-        super().save_pretrained(save_directory, **options)
-        tensor_files.open_to(Path(save_directory))
-
-    # Adapters
-
-    def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
-        """Read an adapter (peft's format) and use it beside those in use; returns its name.
-
-        adapter_name: by default that of the folder, or of the run it lies in.
-        Raises `UserError` where the name is taken or the adapter does not fit.
-        """
-        name = adapter_name or name_of(Path(folder))
-        self.need("transformer")
-        self.blend.check_reachable()
-        adapter = files.read(Path(folder))
-        if base := self.config.get("_name_or_path"):
-            check_base(Path(folder), base, lora=self.lora)
-            self._say_other_lora(Path(folder))
-        self.blend.add(name, adapter)
-        return name
-
-    def _say_other_lora(self, folder: Path) -> None:
-        if line := lora_mismatch(folder, self.lora):
-            logger.warning("%s", line)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None
-    ) -> None:
-        """Use exactly these, each with its scale (1 by default); none: the base alone."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = [1.0] * len(names) if adapter_weights is None else list(adapter_weights)
-        if len(weights) != len(names):
-            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} scales")
-        self.blend.use(dict(zip(names, weights, strict=True)))
-
-    def get_active_adapters(self) -> list[str]:
-        return list(self.blend.scales)
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters off and forget them; the base's weights come back bit for bit."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.blend.delete(name)
-
     # Generation
 
     def encode_prompt(
@@ -391,13 +337,13 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         grids: str | Path | Sequence[Mapping[str, Any]] | None = None,
         *,
-        rows: Sequence[grid.Row] | None = None,
+        rows: Sequence[Sequence[Picture | None]] | None = None,
         task: str | None = None,
         task_prompt: str | None = None,
         content_prompt: str | None = None,
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
-        upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
+        upsampling: Enlarging | Sequence[Enlarging | None] | None = None,
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
@@ -414,14 +360,15 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The generated images: by grid, then by seed, then left to right.
 
         Give a grid file (or a folder of them), or a list of objects with the keys of `request`
-        (rows, task, seed, ...), or `rows` of PIL images, None for what is to be generated in the
-        last one. The same seed gives the same image, whatever else is generated with it.
+        (rows, task, seed, ...), or `rows` of pictures (paths, PIL images, arrays, tensors: see
+        `pictures.picture`), None for what is to be generated in the last one. The same seed gives
+        the same image, whatever else is generated with it.
 
-        num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: see
-        `upsampling.Upsampling`; one for all targets or one each. num_inference_steps: 1 and more.
-        guidance_scale: any finite number. resolution: the side of a square cell in pixels, a
-        multiple of 16; the model's own by default. return_dict: False gives a tuple that holds
-        them, as in diffusers. The others, and options: those of `complete`.
+        num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: a
+        scale, or see `upsampling.Upsampling`; one for all targets or one each.
+        num_inference_steps: 1 and more. guidance_scale: any finite number. resolution: the side of
+        a square cell in pixels, a multiple of 16; the model's own by default. return_dict: False
+        gives a tuple that holds them, as in diffusers. The others, and options: of `complete`.
         """
         asked = requests_of(
             grids,

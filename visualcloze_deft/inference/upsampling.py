@@ -126,14 +126,30 @@ def hidden_whole(models: Models, size: tuple[int, int]) -> packing.Latents:
     return packing.Latents(clean=seen, seen=seen, mask=mask, ids=ids.to(seen.device))
 
 
+Enlarging = Upsampling | float  # a number is a scale
+
+
 def each(
-    how: Upsampling | Sequence[Upsampling | None] | None, targets: int
+    how: Enlarging | Sequence[Enlarging | None] | None, targets: int
 ) -> tuple[Upsampling | None, ...]:
     """One for every target. Raises `UserError` where a sequence has another length."""
-    if how is None or isinstance(how, Upsampling):
-        return (how,) * targets
-    if not all(isinstance(one, Upsampling | None) for one in how):
-        raise UserError(f"upsampling: expected Upsampling(...) or None for each, not {how!r}")
+    if not isinstance(how, list | tuple):
+        return (as_upsampling(how),) * targets
     if len(how) != targets:
         raise UserError(f"upsampling: {len(how)} settings for {targets} targets; give one each")
-    return tuple(how)
+    return tuple(as_upsampling(one) for one in how)
+
+
+def as_upsampling(how: object) -> Upsampling | None:
+    """What one target is enlarged by: settings, a number that is the scale, or None.
+
+    >>> as_upsampling(2).scale
+    2
+    """
+    if how is None or isinstance(how, Upsampling):
+        return how
+    if isinstance(how, bool) or not isinstance(how, int | float):
+        raise UserError(
+            f"upsampling {brief(how)}: expected Upsampling(...), a number as the scale, or None"
+        )
+    return Upsampling(scale=how)
