@@ -18,7 +18,7 @@ from visualcloze_deft.backbones.lora_files import changes_in
 from visualcloze_deft.backbones.lora_names import Shapes, layer_shapes
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.inference.arguments import name_of
+from visualcloze_deft.inference.arguments import enough_memory, name_of, names_of
 
 logger = logging.getLogger(__name__)
 GIVEN = "given as tensors"  # where a LoRA is from that is no file, for messages
@@ -74,6 +74,15 @@ class AdapterMethods:
     def unload_lora_weights(self) -> None:
         """Take all adapters off and forget them: the base's weights come back bit for bit."""
         self.delete_adapters(list(self.blend.known))
+
+    def use_stored(self, adapters: Mapping[StoredAdapter, float]) -> None:
+        """Use exactly these, each at its scale, under the names of their files or folders."""
+        with enough_memory("merging adapters"):
+            names = names_of(adapters)
+            for name, one in zip(names, adapters, strict=True):
+                self._say_other_lora(one.folder)
+                self.blend.add(name, one, used=False)  # merged once, all together
+            self.set_adapters(names, list(adapters.values()))
 
     def set_adapters(
         self,

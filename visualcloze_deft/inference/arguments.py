@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -19,7 +19,11 @@ from visualcloze_deft.backbones.lora_places import USUAL
 from visualcloze_deft.backbones.model_files import folder_of, index_of, on_hub
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import backbone_of
+from visualcloze_deft.config.numbers import is_whole
+from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
+from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request, read_requests, request
 from visualcloze_deft.inference.upsampling import Enlarging, as_upsampling
@@ -28,9 +32,8 @@ from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.task_registry.task import Task
 
 Adapter = str | Path | files.StoredAdapter
-Adapters = (
-    Adapter | Mapping[str, float] | Mapping[Path, float] | Mapping[files.StoredAdapter, float]
-)
+Scales = Mapping[str, float] | Mapping[Path, float] | Mapping[files.StoredAdapter, float]
+Adapters = Adapter | Sequence[Adapter] | Scales
 
 
 KEYS = ("rows", "task", "task_prompt", "content_prompt", "seed", "images", "upsampling")
@@ -71,15 +74,43 @@ def device_of(device: str | None, device_map: str | None) -> str:
     """Where the parts go: all to one device, a GPU where there is one."""
     if device is not None and device_map is not None:
         raise UserError(f"device {device!r} and device_map {device_map!r}: give one of them")
+    word = "device" if device_map is None else "device_map"
     wanted = device or device_map or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.device(wanted)
     except RuntimeError:
         raise UserError(
-            f"device_map {wanted!r}: name one device, e.g. 'cuda'; parts that do not fit there go "
+            f"{word} {wanted!r}: name one device, e.g. 'cuda'; parts that do not fit there go "
             "to the CPU and back with enable_model_cpu_offload()"
         ) from None
     return wanted
+
+
+def is_side(value: object) -> bool:
+    """Whether a cell can have sides of `value` pixels."""
+    return is_whole(value) and value > 0 and value % CELL_STEP == 0
+
+
+def check_words(
+    *,
+    quantise: str,
+    cells: str | None,
+    clip_text: str | None,
+    resolution: int | None,
+    dtype: object,
+) -> None:
+    """Raise `UserError` for what none of these arguments of `from_pretrained` can be."""
+    for name, value, known in (
+        ("quantise", quantise, get_args(Bits)),
+        ("cells", cells, (None, *get_args(Cells))),
+        ("clip_text", clip_text, (None, *get_args(ClipText))),
+    ):
+        if value not in known:
+            raise UserError(f"{name} {value!r}: give one of {', '.join(filter(None, known))}")
+    if resolution is not None and not is_side(resolution):
+        raise UserError(f"resolution {brief(resolution)}: give a multiple of {CELL_STEP}")
+    if not isinstance(dtype, torch.dtype | Mapping | None):
+        raise UserError(f"dtype {brief(dtype)}: give a torch.dtype, or one for each part")
 
 
 def check_attention(attention: str, model: str, *, device: str, dtype: torch.dtype) -> None:
@@ -95,7 +126,7 @@ def check_attention(attention: str, model: str, *, device: str, dtype: torch.dty
 
 
 def requests_of(
-    grids: str | Path | Sequence[Mapping[str, Any]] | None,
+    grids: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     tasks: Mapping[str, Task],
     *,
     rows: Sequence[Sequence[Picture | None]] | None,
@@ -125,8 +156,10 @@ def requests_of(
     common = {"seed": seed, "images": images, "upsampling": upsampling}
     if grids is None:
         return [one_request({"rows": rows, **own}, tasks, common)]
+    if not isinstance(grids, Mapping | list | tuple):
+        raise UserError(f"grids {brief(grids)}: give a grid file, a folder or a list of grids")
     found = []
-    for number, one in enumerate(grids, 1):
+    for number, one in enumerate([grids] if isinstance(grids, Mapping) else grids, 1):
         try:
             found.append(one_request(one, tasks, common))
         except UserError as error:
@@ -144,6 +177,9 @@ def one_request(
     for key in given:
         if key not in KEYS:
             raise UserError(f"unknown key {key!r}; {suggestion(str(key), KEYS)}")
+    for name in ("task", "task_prompt", "content_prompt"):
+        if not isinstance(given.get(name), str | None):
+            raise UserError(f"{name} {brief(given[name])}: give text")
     keys = {**given}
     if common["seed"] is not None:
         keys["seed"] = common["seed"]
@@ -174,7 +210,8 @@ def stored_adapters(adapters: Adapters | None, model: str) -> dict[files.StoredA
     """
     if adapters is None:
         return {}
-    given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
+    several = adapters if isinstance(adapters, list | tuple | Mapping) else [adapters]
+    given = several if isinstance(several, Mapping) else dict.fromkeys(several, 1.0)
     return {
         one
         if isinstance(one, files.StoredAdapter)

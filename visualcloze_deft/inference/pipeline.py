@@ -49,12 +49,12 @@ from visualcloze_deft.inference.arguments import (
     TEXT_PARTS,
     Adapters,
     check_attention,
+    check_words,
     device_of,
     enough_memory,
     here,
     known_or_default,
     left_out,
-    names_of,
     requests_of,
     stored_adapters,
 )
@@ -106,7 +106,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         cells: Cells = "row",
         clip_text: ClipText = "fit",
         encodings: str | Path | None = None,
-        task_folders: Sequence[str | Path] = (),
+        task_folders: str | Path | Sequence[str | Path] = (),
         merge: bool = True,
     ) -> None:
         """Parts may be None, of a pipeline that only encodes texts, or is given encoded ones.
@@ -126,7 +126,8 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             transformer=transformer,
         )
         self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
-        self.tasks = load_tasks(Path(folder) for folder in task_folders)
+        folders = [task_folders] if isinstance(task_folders, str | Path) else task_folders
+        self.tasks = load_tasks(Path(folder) for folder in folders)
         self.blend = ActiveAdapters(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
@@ -155,7 +156,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         clip_text: ClipText | None = None,
         cells: Cells | None = None,
         encodings: str | Path | None = None,
-        task_folders: Sequence[str | Path] = (),
+        task_folders: str | Path | Sequence[str | Path] = (),
         merge: bool = True,
         attention: str = AUTO,
         resolution: int | None = None,
@@ -177,6 +178,14 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         "row". attention: see `set_attention`. The others: see `__init__`.
         Raises `UserError` where something is missing or does not fit.
         """
+        dtype = dtype or torch_dtype
+        check_words(
+            quantise=quantise,
+            cells=cells,
+            clip_text=clip_text,
+            resolution=resolution,
+            dtype=dtype,
+        )
         named = pinned(str(pretrained_model_name_or_path), revision)
         assert named is not None
         name = here(named, token)
@@ -185,7 +194,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         if unknown := sorted(set(parts) - set(PARTS)):
             logger.warning("Arguments %s are not expected by %s: ignored", unknown, cls.__name__)
         device = device_of(device, device_map)
-        dtype = dtype or torch_dtype or default_dtype(device)
+        dtype = dtype or default_dtype(device)
         given = left_out(name) | {part: value for part, value in parts.items() if part in PARTS}
         whole = given.get("transformer", True) is not None
         if whole:
@@ -223,12 +232,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         pipe.lora = lora
         if whole:
             pipe.set_attention(attention)
-        with enough_memory("merging adapters"):
-            names = names_of(wanted)
-            for own, one in zip(names, wanted, strict=True):
-                pipe._say_other_lora(one.folder)
-                pipe.blend.add(own, one, used=False)  # merged once, all together
-            pipe.set_adapters(names, list(wanted.values()))
+        pipe.use_stored(wanted)
         return pipe
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -246,7 +250,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             if getattr(self, part) is None:
                 embeds = ", or give prompt_embeds and pooled_prompt_embeds"
                 way = embeds if part in TEXT_PARTS else ""
-                raise UserError(f"this pipeline has no {part}: load it with one{way}")
+                raise UserError(f"{part}: this pipeline has none; load it with one{way}")
 
     @property
     def models(self) -> Models:
@@ -335,7 +339,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
 
     def __call__(
         self,
-        grids: str | Path | Sequence[Mapping[str, Any]] | None = None,
+        grids: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         rows: Sequence[Sequence[Picture | None]] | None = None,
         task: str | None = None,
@@ -359,8 +363,8 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
     ) -> Completed | tuple[Completed]:
         """The generated images: by grid, then by seed, then left to right.
 
-        Give a grid file (or a folder of them), or a list of objects with the keys of `request`
-        (rows, task, seed, ...), or `rows` of pictures (paths, PIL images, arrays, tensors: see
+        Give a grid file (or a folder of them), or objects with the keys of `request` (rows, task,
+        seed, ...), or `rows` of pictures (paths, PIL images, arrays, tensors: see
         `pictures.picture`), None for what is to be generated in the last one. The same seed gives
         the same image, whatever else is generated with it.
 

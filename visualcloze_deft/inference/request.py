@@ -11,13 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from visualcloze_deft.config.numbers import is_number, is_whole
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
 from visualcloze_deft.images.depth import declared
 from visualcloze_deft.inference.pictures import picture, read_once
 from visualcloze_deft.inference.upsampling import Enlarging, Upsampling, each
-from visualcloze_deft.storage.text_files import read_json, sound
+from visualcloze_deft.storage.text_files import brief, read_json, sound
 from visualcloze_deft.task_registry.task import Task
 
 _KEYS: dict[str, tuple[type, ...]] = {
@@ -138,19 +139,21 @@ def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
     >>> seeds_of(7, 3), seeds_of([2, 9])
     ((7, 8, 9), (2, 9))
     """
-    if images < 1:
-        raise UserError(f"images of a grid: give 1 or more, not {images}")
+    if not is_whole(images) or images < 1:
+        raise UserError(f"num_images_per_prompt {brief(images)}: give a whole number, 1 or more")
+    if not isinstance(seed, list | tuple | range) and not is_whole(seed):
+        raise UserError(f"seed {brief(seed)}: a seed is a whole number from 0 to 2**63 - 1")
     if isinstance(seed, int):
         seeds = tuple(range(seed, seed + images))
     elif images > 1:
-        raise UserError("seeds are listed, one for each image: leave the number of images")
+        raise UserError(f"seed {brief(list(seed))}: one for each image; leave the number of images")
     else:
         seeds = tuple(seed)
     for one in seeds:
-        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= MOST_SEED:
-            raise UserError(f"a seed is a whole number from 0 to 2**63 - 1, not {one!r}")
+        if not is_whole(one) or not 0 <= one <= MOST_SEED:
+            raise UserError(f"seed {brief(one)}: a seed is a whole number from 0 to 2**63 - 1")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {list(seeds)}: give one or more, each once")
+        raise UserError(f"seed {brief(list(seeds))}: give one or more, each once")
     return seeds
 
 
@@ -303,7 +306,7 @@ def _upsampling(
 
 
 def _one_upsampling(told: Any) -> Upsampling:
-    if isinstance(told, int | float) and not isinstance(told, bool):
+    if is_number(told):
         return Upsampling(scale=told)
     check_keys(told, _UPSAMPLING_KEYS, "an object, a number or null for upsampling")
     prompt = told.get("prompt")
