@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.cli.train import describe_run
 from visualcloze_deft.config.run_settings import parse_run
 from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.data.sources import open_source
@@ -21,6 +20,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.request import read_requests
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.run_data import mixture_of
+from visualcloze_deft.training.summary import summary_of
 
 REAL = Path(os.environ.get("VCDEFT_DATA", ""))
 real_data = pytest.mark.skipif(
@@ -209,7 +209,7 @@ def test_other_tasks_keep_their_truth(bench: Path, dogs: Path, tmp_path: Path) -
 
 
 def test_a_run_says_which_data_it_does_not_train_on(
-    bench: Path, dogs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Path, dogs: Path, tmp_path: Path
 ) -> None:
     sources = [f"dreambench-plus={bench}", f"dreambooth={dogs}"]
     data = {"sources": sources, "tasks": "subject-driven"}
@@ -217,8 +217,7 @@ def test_a_run_says_which_data_it_does_not_train_on(
     run = parse_run(settings, where="test")
     mixture = mixture_of(run)
     assert {mixture[k].keys[-1].split()[0] for k in range(20)} == {"dog"}
-    describe_run(run, mixture, 1)
-    said = capsys.readouterr().out
+    said = "\n".join(summary_of(run, mixture, processes=1))
     assert "dreambench-plus has nothing that these tasks are trained on" in said
     assert "dreambooth has nothing" not in said
 

@@ -394,8 +394,10 @@ def test_bad_folders_of_images_are_told(tmp_path: Path, refused: Callable[..., s
     assert "(4 images against 2)" in said
     assert "--unpaired" in said
     assert "no partner" in line(truth, made)
-    write_pictures(tmp_path / "large", "a b", size=48)
-    assert "48 x 48 pixels, its partner" in line(tmp_path / "large", truth)
+    for name in "ab":
+        (tmp_path / "wide").mkdir(exist_ok=True)
+        Image.new("RGB", (48, 32)).save(tmp_path / "wide" / f"{name}.png")
+    assert "48 x 32 pixels, its partner" in line(tmp_path / "wide", truth)
     prompts = tmp_path / "prompts.json"
     assert "no such file" in line(truth, truth, "--prompts", prompts)
     prompts.write_text('{"a": "a cup"}')
@@ -413,7 +415,7 @@ def test_bad_suites_and_encoders_are_told(
     def line(*words: object) -> str:
         return refused("eval", *words, "--output", tmp_path / "out", "--model", micro_model)
 
-    assert "give an ADAPTER" in line()
+    assert "give a RUN" in line()
     assert "did you mean scenes?" in line("none", "--suite", "scene")
     assert "needs --data dreambooth=PATH" in line("none", "--suite", "dreambooth")
     gone = f"insdet={tmp_path / 'gone'}"

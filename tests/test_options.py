@@ -14,7 +14,7 @@ OPTIONS = {
     "data cache": (
         "--annotate --attention --batch --config --data --examples --gradient-checkpointing "
         "--lr --method --model --output --processes --rank --resolution --revision --seed "
-        "--set --steps --tasks --text-only --zero"
+        "--set --steps --task-folder --tasks --text-only --validation-every --zero"
     ),
     "data check": "SOURCE --task-folder --workers",
     "data preview": "SOURCE --count --output --overwrite --seed",
@@ -37,7 +37,7 @@ OPTIONS = {
     "plan": (
         "--annotate --batch --config --data --gradient-checkpointing --grid --json --lr "
         "--memory --method --model --output --processes --rank --resolution --revision --run "
-        "--seed --set --steps --tasks --zero"
+        "--seed --set --steps --task-folder --tasks --validation-every --zero"
     ),
     "report": "RUN",
     "tasks check": "FILE --task-folder",
@@ -45,6 +45,7 @@ OPTIONS = {
         "NAME --annotate --count --data --output --resolution --rows --seed --task-folder "
         "--validation-every"
     ),
+    "tasks new": "NAME --columns --targets --task-folder",
     "tasks list": "--json --task-folder",
     "tasks preview": (
         "NAME --annotate --count --data --each --output --overwrite --resolution --seed "
@@ -54,7 +55,8 @@ OPTIONS = {
     "train": (
         "--allow-change --annotate --attention --batch --config --data --dry-run "
         "--gradient-checkpointing --lr --method --model --output --processes --rank "
-        "--resolution --resume --revision --seed --set --steps --tasks --zero"
+        "--resolution --resume --revision --seed --set --steps --task-folder --tasks "
+        "--validation-every --zero"
     ),
 }
 # Commands in which an option of one name does the same: where they differ, the name is another one.

@@ -25,7 +25,8 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import CONFIGS
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training import resume
-from visualcloze_deft.training.run_data import mixture_of, weights_of
+from visualcloze_deft.training.run_data import mixture_of
+from visualcloze_deft.training.task_weights import weights_of
 
 
 def test_without_file_and_overrides_all_is_default() -> None:

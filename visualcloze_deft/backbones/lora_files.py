@@ -28,10 +28,11 @@ from visualcloze_deft.backbones.lora_settings import (
     check_settings,
     header_scale,
 )
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.runtime.launch import say_once
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.text_files import parse_json
 
 TextEncoders = Literal["refused", "left out"]

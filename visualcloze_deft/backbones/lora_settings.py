@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.backbones.model_settings import AdapterFile
-from visualcloze_deft.backbones.peft_files import CONFIG, adapter_settings
+from visualcloze_deft.backbones.peft_files import adapter_settings
 from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.settings_files import check_fields
 from visualcloze_deft.storage.text_files import brief
 

@@ -13,6 +13,7 @@ from visualcloze_deft.cli.options import (
     MOST_IMAGES,
     REVISION,
     SEED,
+    TASK_FOLDERS,
     given_but,
     places,
     sources_named,
@@ -28,12 +29,18 @@ Options = Mapping[str, Any]
 
 
 @cli.command("eval", context_settings=CONTEXT)
-@click.argument("adapter", required=False, metavar="[ADAPTER[=SCALE]|none]")
+@click.argument("adapter", required=False, metavar="[RUN[=SCALE]|none]")
 @click.option(
-    "--suite", help="The suite: scenes, graph200k, dreambooth, dreambench-plus or insdet."
+    "--suite",
+    metavar="NAME[=PATH]",
+    help="The suite, with its data: scenes, graph200k, dreambooth, dreambench-plus, insdet, or "
+    "folder for your own pairs.",
 )
 @click.option(
-    "--data", multiple=True, metavar="NAME=PATH", help="The data of the suite. Scenes need none."
+    "--data",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="The data of the suite, which alone names the suite, too. Scenes need none.",
 )
 @click.option(
     "--images",
@@ -60,10 +67,13 @@ Options = Mapping[str, Any]
     type=click.IntRange(1, 10**6),
     metavar="N",
     help="The number of grids for each row of the table. The default is 64 for a task of scenes, "
-    "100 "
-    "for one of graph200k, and all grids of the other suites.",
+    "100 for one of graph200k or of a folder, and all grids of the other suites.",
 )
-@click.option("--tasks", help="The tasks of scenes or graph200k, as in 'vcdeft train --tasks'.")
+@click.option(
+    "--tasks",
+    help="The tasks of scenes, graph200k or a folder, as in 'vcdeft train --tasks'. The default "
+    "for a folder is the tasks that the adapter was trained on.",
+)
 @click.option(
     "--rows",
     type=click.IntRange(1, 4),
@@ -82,8 +92,8 @@ Options = Mapping[str, Any]
     "--validation-every",
     type=click.IntRange(2),
     metavar="N",
-    help="Takes from graph200k only the items that training with data.validation_every=N never "
-    "sees.",
+    help="Asks only for the items that training with this option left out. For a folder that RUN "
+    "was trained on, the default is the value of the run.",
 )
 @click.option(
     "--seed",
@@ -149,13 +159,7 @@ Options = Mapping[str, Any]
     type=click.IntRange(1),
     help="The number of generating processes. The default is one per GPU.",
 )
-@click.option(
-    "--task-folder",
-    "tasks_from",
-    multiple=True,
-    metavar="DIR",
-    help="A folder with your own task files. Repeatable.",
-)
+@TASK_FOLDERS
 @click.option("--dry-run", is_flag=True, help="Checks everything and lists the images to make.")
 def evaluate(
     adapter: str | None,
@@ -166,7 +170,9 @@ def evaluate(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Measure an adapter on a suite, or the base alone (ADAPTER is none): generate, score, report.
+    """Measure an adapter on a suite, or the base alone: generate, score, report.
+
+    RUN is a run folder, an adapter folder, or none for the base.
 
     Writes into --output: results.jsonl (a line for each image), table.md, table.csv, report.html
     (figures, bars, sheets) and settings.json. A call that was interrupted goes on where it stopped:
@@ -174,7 +180,8 @@ def evaluate(
 
     \b
     vcdeft eval runs/demo/adapter --suite scenes --limit 8 --batch 8 --output look
-    vcdeft eval runs/demo/adapter --suite scenes --against-base --output retention
+    vcdeft eval runs/demo --suite scenes --against-base --output retention
+    vcdeft eval runs/relight --suite folder=pairs --against-base --output relight
     vcdeft eval runs/mine/adapter --model black-forest-labs/FLUX.1-Fill-dev --suite dreambooth \\
         --data dreambooth=PATH --encoder clip --encoder dino=models/dino --output subjects
     vcdeft eval --images made/ --against truth/ --output compared
@@ -215,29 +222,35 @@ def of_suite(
 ) -> Path | None:
     """Measure an adapter on a suite; returns the report."""
     from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.config.source_specs import name_and_place
     from visualcloze_deft.evaluation.evaluate import evaluate_suite
     from visualcloze_deft.evaluation.settings import EvaluationRequest
     from visualcloze_deft.evaluation.suite_queries import GridSettings
     from visualcloze_deft.inference.settings import InferenceSettings
 
+    data = sources_named(options["data"])
+    if suite is None and len(data) == 1:
+        [suite] = data
     if not adapter or not suite:
         raise UserError(
-            "give an ADAPTER folder (or none) and --suite, or --images and --against; "
+            "give a RUN or adapter folder (or none) and --suite, or --images and --against; "
             "'vcdeft eval --help' shows examples"
         )
+    suite, place = name_and_place(suite)
+    data |= {suite: place} if place else {}
     if options["unpaired"] or options["prompts"]:
         raise UserError("--unpaired and --prompts go with --images")
     settings = InferenceSettings(
         model=str(pinned(options["model"], options["revision"])),
         adapters={} if adapter == "none" else with_scales([adapter]),
-        task_folders=options["tasks_from"],
+        task_folders=options["task_folders"],
         **{name: options[name] for name in SETTINGS},
     )
     making = GridSettings(
-        data=sources_named(options["data"]),
+        data=data,
         validation_every=options["validation_every"] or 0,
         annotate=places(options["annotate"]),
-        task_folders=options["tasks_from"],
+        task_folders=options["task_folders"],
         **{name: options[name] for name in ("seed", "rows", "limit", "tasks")},
     )
     asked = EvaluationRequest(

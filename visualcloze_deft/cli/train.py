@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,10 +14,6 @@ from visualcloze_deft.cli.app import CONTEXT, cli
 from visualcloze_deft.cli.options import run_of, run_options, setting
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.training.files_needed import check_run
-
-if TYPE_CHECKING:
-    from visualcloze_deft.config.run_settings import Run
-    from visualcloze_deft.data.mixture import Mixture
 
 
 @cli.command(context_settings=CONTEXT)
@@ -69,6 +64,7 @@ def train(
     from visualcloze_deft.training.dry_run import dry_run_of, report
     from visualcloze_deft.training.preparation import as_decided, prepare
     from visualcloze_deft.training.run_folder import SETTINGS, run_lock
+    from visualcloze_deft.training.summary import summary_of
 
     if resume and config is None:
         saved = Path(options["output"] or "runs/demo") / SETTINGS
@@ -94,7 +90,8 @@ def train(
                 run, processes=processes, resume=resume, allowed=allowed, divide=divide
             )
             run = as_decided(run)
-            describe_run(run, mixture, processes)
+            for line in summary_of(run, mixture, processes=processes):
+                click.echo(line)
             words = ["train", "--config", f"{run.output}/{SETTINGS}"] if dry_run else arguments
             if status := launch(words, processes=processes):
                 raise SystemExit(status)
@@ -126,50 +123,6 @@ def report_on(run: str) -> None:
     from visualcloze_deft.training.report import write_report
 
     click.echo(write_report(Path(run)))
-
-
-def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
-    """The first lines of a run: what, on what, how."""
-    from visualcloze_deft.data.eligible import unused_sources
-    from visualcloze_deft.planning.machine import memory_here
-    from visualcloze_deft.planning.memory import plan_here
-    from visualcloze_deft.task_registry.files import load_tasks
-    from visualcloze_deft.training.memory_report import in_short
-    from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
-    from visualcloze_deft.training.run_data import weights_of
-
-    weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
-    by_group: dict[str, list[float]] = {}
-    for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
-        by_group.setdefault(task.group, []).append(float(share))
-    click.echo(f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}")
-    click.echo(f"data     {', '.join(run.data.sources)}")
-    for source in unused_sources(mixture.tasks, mixture.sources):
-        click.echo(f"         {source.name} has nothing that these tasks are trained on")
-    click.echo(f"tasks    {len(mixture.tasks)}, the share of each in {run.output}/versions.json")
-    for group, shares in sorted(by_group.items(), key=lambda pair: -sum(pair[1])):
-        many = f", {len(shares)} tasks" if len(shares) > 1 else ""
-        click.echo(f"         {sum(shares):6.1%} {group}{many}")
-    if unweighted := sum(not weight for weight in weights.values()):
-        click.echo(f"         {unweighted} more have weight 0 here; --tasks NAME trains one")
-    if left_out := len(weights) - unweighted - len(mixture.tasks):
-        click.echo(f"         {left_out} more are left out: no data has their roles")
-    part = f"{run.batch_tokens} tokens" if run.batch_tokens else f"{run.batch} grids"
-    click.echo(
-        f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
-        f"ZeRO-{run.zero}, into {run.output}"
-    )
-    memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
-    for line in in_short(memory, memory_here(processes)):
-        click.echo(line)
-    if run.batch_tokens:
-        steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
-        grids = [step.examples / len(step.parts) for step in steps]
-        waiting = sum(step.idle for step in steps) / len(steps)
-        span = f"{min(grids):.1f} to {max(grids):.1f}"
-        click.echo(
-            f"         {span} grids a batch, {waiting:.1%} of the time waiting for the largest"
-        )
 
 
 @cli.command(context_settings=CONTEXT)

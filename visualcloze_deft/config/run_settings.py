@@ -35,6 +35,7 @@ from visualcloze_deft.config.source_specs import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.storage.adapter_places import adapter_folder
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.storage.toml_files import read_toml
@@ -107,6 +108,10 @@ def _folder_or_word(place: str) -> str:
     return place if place in ("", "run") else os.path.abspath(place)
 
 
+def _adapter_place(place: str | None) -> str | None:
+    return place and str(adapter_folder(Path(place)))
+
+
 def _none_or_some(every: int) -> int:
     if not (every == 0 or 2 <= every <= LARGEST):
         raise ValueError("give 0 for none, or 2 and more for every n-th item")
@@ -152,13 +157,14 @@ class Data(Section):
     that is."""
     tasks: str = "all"
     """"all", names, groups and patterns joined by commas: "-restoration/*" takes tasks out,
-    "depth-to-image=2" draws one twice as often. Of "all" and patterns, tasks without data are left
-    out."""
+    "depth-to-image=2" draws one twice as often. Of "all", groups and patterns, tasks without data
+    are left out, and every group is drawn equally often."""
     task_folders: tuple[_Place, ...] = ()
     """Folders with task files of your own, beside the shipped ones."""
     weights: dict[str, Weight] = {}
-    """Task, group or pattern -> how often a task is drawn, relative to 1; 0: not at all. Of several
-    that name one task the last counts; groups and patterns do not weigh what `tasks` names."""
+    """Task, group or pattern -> how often it is drawn, relative to 1; 0: not at all. A group counts
+    as one, however many tasks it has; a task that is named here counts by itself. Of several keys
+    for one task the last counts; groups and patterns do not weigh what `tasks` names."""
     resolution: Annotated[int, Field(ge=32, le=2048, multiple_of=16)] | Literal["model"] = "model"
     """Side of a square cell in pixels; "model": the model's own (tiny 128, FLUX 384)."""
     cells: Cells = "row"
@@ -193,9 +199,9 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[str, AfterValidator(sound_pattern)] = "default"
     """Regular expression for whole layer names; "default": attention and feed-forward layers."""
-    init_from: str | None = None
-    """An adapter folder of the same method and rank that training starts from. Its layers and its
-    scale are kept: `alpha` and `target_modules` must not be set beside it."""
+    init_from: Annotated[str | None, AfterValidator(_adapter_place)] = None
+    """An adapter or run folder of the same method and rank that training starts from. Its layers
+    and its scale are kept: `alpha` and `target_modules` must not be set beside it."""
     p_lr_ratio: Factor = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 

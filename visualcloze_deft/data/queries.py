@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -80,14 +81,29 @@ def as_query(
 def queries(
     mixture: Mixture, *, count: int = 1, rows: int = 2, tasks: int | None = None
 ) -> list[Example]:
-    """`count` grids of every task, or of the `tasks` tasks drawn most often."""
+    """`count` grids of every task, or of the `tasks` tasks drawn most often. No two of a task ask
+    for the same item; where there are fewer items, there are fewer grids."""
     heaviest = np.argsort(-mixture.proportions, kind="stable")[:tasks]
     return [
-        query_of(mixture, task, index=index, rows=rows)
+        query
         for place, task in enumerate(mixture.tasks.values())
         if place in heaviest
-        for index in range(count)
+        for query in different_queries(mixture, task, count=count, rows=rows)
     ]
+
+
+def different_queries(mixture: Mixture, task: Task, *, count: int, rows: int) -> Iterator[Example]:
+    """The first `count` of `query_of`, with another item where one would be asked for again."""
+    able = mixture.serving[task.name][0]
+    asked: set[int] = set()
+    for index in range(min(count, len(able))):
+        rng = np.random.default_rng([mixture.seed, SHEETS + index])
+        places = able.choose(rows, rng)
+        if places[-1] in asked:
+            new = next(able.others(asked, rng))
+            places = [*islice(able.others({new}, rng), rows - 1), new]
+        asked.add(places[-1])
+        yield query_at(mixture, task, places, index=index)
 
 
 def one_of_each(mixture: Mixture, each: Each) -> list[Example]:

@@ -22,6 +22,7 @@ from visualcloze_deft.backbones.embedding_cache import Encodings
 from visualcloze_deft.data.annotation.models import check_role, fastest
 from visualcloze_deft.data.annotation.source import check_models
 from visualcloze_deft.data.annotation.store import is_stored
+from visualcloze_deft.data.unpaired import OWN
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.cases import (
     GRID_FILE,
@@ -35,6 +36,7 @@ from visualcloze_deft.evaluation.cases import (
 from visualcloze_deft.evaluation.encoders.efficientnet_lite0 import PACKAGE
 from visualcloze_deft.evaluation.encoders.load import OFFLINE, Encoder, load_encoder
 from visualcloze_deft.evaluation.notes import ceiling, facts_of, notes_of, records, unlike, unmade
+from visualcloze_deft.evaluation.own_data import held_out_by, remarks_on
 from visualcloze_deft.evaluation.report_page import Results, as_markdown, as_page
 from visualcloze_deft.evaluation.report_tables import (
     Scored,
@@ -66,7 +68,7 @@ from visualcloze_deft.evaluation.settings import (
     request_facts,
     settings_text,
 )
-from visualcloze_deft.evaluation.suite_queries import Row
+from visualcloze_deft.evaluation.suite_queries import GridSettings, Row
 from visualcloze_deft.evaluation.suites import SUITES, check_suite, rows_of
 from visualcloze_deft.inference.checks import check
 from visualcloze_deft.inference.infer import infer
@@ -87,11 +89,13 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
     """
     check_suite(asked.suite)
     if asked.against_base and not asked.settings.adapters:
-        raise UserError("--against-base compares an adapter with its base: ADAPTER is none")
+        raise UserError(
+            "--against-base compares an adapter with its base: name the adapter, not none"
+        )
     check(asked.settings)
     check_processes(asked.processes)
     shared = shared_of(asked.settings)
-    making = replace(asked.making, resolution=shared["resolution"], cells=shared["cells"])
+    making, remarks = making_of(asked, shared)
     rows = rows_of(asked.suite, making)
     images = asked.images or SUITES[asked.suite].images
     made = request_facts(asked, making, rows, images, shared)
@@ -99,7 +103,7 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
     check_scoring(asked.scoring)
     encoders = load_encoders(asked.scoring.encoders, output)
     if dry_run:
-        for line in described(asked, rows, images):
+        for line in (*described(asked, rows, images), *remarks):
             tqdm.write(line)
         return None
     with only_writer(output):
@@ -123,11 +127,29 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
         notes = notes_of(found, encoders, sets)
         notes += [real for encoder in encoders if (real := ceiling(found, encoder))]
         notes += unmade(broken)
+        notes += remarks
         notes += unlike({name: records(cases, output / name) for name in ways})
         facts = facts_of(asked, making, cases, len(found), encoders, shared)
         title = f"{asked.suite}: {name_of(asked)}"
         tolerance = asked.scoring.tolerance or 0
         return report(output, title, facts, found, sets, notes, cases, tolerance=tolerance)
+
+
+def making_of(
+    asked: EvaluationRequest, shared: Mapping[str, Any]
+) -> tuple[GridSettings, list[str]]:
+    """How grids are made, with what the model and the adapter's run say; and what to say of it."""
+    making = replace(
+        asked.making,
+        resolution=shared["resolution"],
+        cells=shared["cells"],
+        task_folders=tuple(map(str, asked.settings.all_task_folders)),
+    )
+    if asked.suite != OWN or making.validation_every:
+        return making, []
+    spec = f"{OWN}={making.data.get(OWN, '')}"
+    held_out = held_out_by(asked.settings.adapters, spec)
+    return replace(making, validation_every=held_out or 0), remarks_on(held_out, spec)
 
 
 def described(asked: EvaluationRequest, rows: Sequence[Row], images: int) -> list[str]:
@@ -195,7 +217,11 @@ def complete(
     ways = {IMAGES: asked.settings}
     if asked.against_base:
         ways[BASE] = replace(
-            asked.settings, adapters={}, clip_text=shared["clip_text"], cells=shared["cells"]
+            asked.settings,
+            adapters={},
+            task_folders=tuple(map(str, asked.settings.all_task_folders)),
+            clip_text=shared["clip_text"],
+            cells=shared["cells"],
         )
     found = []
     for name, settings in ways.items():

@@ -20,13 +20,11 @@ from visualcloze_deft.evaluation.evaluate import (
     report,
 )
 from visualcloze_deft.evaluation.notes import notes_of, told_encoders
+from visualcloze_deft.evaluation.pairing import left_out_sheets, partners, pictures_of, resized
 from visualcloze_deft.evaluation.report_tables import Scored
 from visualcloze_deft.evaluation.score_metrics import COMPARED
 from visualcloze_deft.evaluation.scoring import FeatureCache, SetScore, score, set_distances
 from visualcloze_deft.evaluation.settings import SETTINGS, Scoring, check_same, settings_text
-from visualcloze_deft.images.reading import images_in, listing, picture_size
-from visualcloze_deft.inference.records import SHEET, is_record
-from visualcloze_deft.reporting.contact_sheet import image_metadata
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.locks import only_writer
 from visualcloze_deft.storage.text_files import read_json, sound
@@ -42,15 +40,17 @@ def evaluate_folders(
     prompts: Path | None = None,
     dry_run: bool = False,
 ) -> Path | None:
-    """Score the pictures in the folder `images` against those in `against`: those of one stem, or
-    as two sets where they are `unpaired`. prompts: a JSON object, stem -> prompt.
+    """Score the pictures in the folder `images` against those in `against`: see `partners`, or as
+    two sets where they are `unpaired`. prompts: a JSON object, stem -> prompt.
 
     Raises `UserError` where there are none, or one has no partner.
     """
     pictures, sheets = pictures_of("images", images)
     truths, more_sheets = pictures_of("against", against)
+    leaving = left_out_sheets(sheets + more_sheets)
     if not unpaired:
-        check_partners(images, pictures, against, truths)
+        truths = partners(images, pictures, against, truths)
+        leaving += resized(pictures, truths)
     texts = read_texts(prompts, pictures) if prompts else {}
     shots = folder_shots(images, pictures, truths, texts, unpaired=unpaired)
     made = {
@@ -68,7 +68,6 @@ def evaluate_folders(
             f"--unpaired: sets are compared by an encoder, and there is none; pip install "
             f"'visualcloze-deft[offline]' for {OFFLINE}, or --encoder clip=FOLDER"
         )
-    leaving = left_out_sheets(sheets + more_sheets)
     if dry_run:
         encoders = ", ".join(chosen(scoring.encoders)) or "none: pixels alone"
         for line in (*leaving, f"{len(shots)} images to score; encoders: {encoders}"):
@@ -80,7 +79,7 @@ def evaluate_folders(
         always = (*scoring.annotate, *edges)
         scores = score(shots, replace(measures_of(scoring, loaded, output), always=always))
         found = [Scored(shot=shot, scores=one) for shot, one in zip(shots, scores, strict=True)]
-        others = list(truths.values())
+        others = [*dict.fromkeys(truths.values())]
         sets: list[SetScore] = []
         for encoder in loaded if min(len(shots), len(others)) >= 4 else ():
             kept = FeatureCache(encoder, "sets")
@@ -133,52 +132,6 @@ def folder_shots(
         )
         for stem, path in made.items()
     ]
-
-
-def pictures_of(option: str, folder: Path) -> tuple[dict[str, Path], int]:
-    """The pictures in `folder` by stem, and how many contact sheets of ours were left out."""
-    if not folder.is_dir():
-        raise UserError(f"--{option} {folder}: no such folder")
-    pictures = images_in(folder)
-    found = {stem: path for stem, path in pictures.items() if not is_sheet(path)}
-    if not found:
-        raise UserError(f"--{option} {folder}: no image in this folder; found {listing(folder)}")
-    return found, len(pictures) - len(found)
-
-
-def is_sheet(path: Path) -> bool:
-    """Whether `vcdeft infer` drew a whole grid there, beside the images that it made."""
-    if not path.name.endswith(SHEET):
-        return False
-    record = path.with_name(path.name.removesuffix(SHEET) + ".json")
-    told = image_metadata(path)
-    return "of_seed" not in told and ("rows_sha256" in told or is_record(record))
-
-
-def left_out_sheets(count: int) -> list[str]:
-    return [f"Contact sheets of 'vcdeft infer' left out: {count}."] if count else []
-
-
-def check_partners(
-    images: Path, made: Mapping[str, Path], against: Path, others: Mapping[str, Path]
-) -> None:
-    """Raise `UserError` unless every picture has one of its stem and size in the other folder."""
-    way_out = "name pairs alike, or compare the folders as sets: --unpaired"
-    for one, other, here, there in (
-        (made, others, images, against),
-        (others, made, against, images),
-    ):
-        if lonely := [path.name for stem, path in one.items() if stem not in other]:
-            more = f" and {len(lonely) - 1} more" if len(lonely) > 1 else ""
-            raise UserError(
-                f"{here / lonely[0]}{more}: no partner of that stem in {there} "
-                f"({len(one)} images against {len(other)}); {way_out}"
-            )
-    for stem, path in made.items():
-        sizes = [picture_size(place) for place in (path, others[stem])]
-        if sizes[0] != sizes[1]:
-            (a, b), (c, d) = sizes
-            raise UserError(f"{path}: {a} x {b} pixels, its partner {others[stem]} has {c} x {d}")
 
 
 def read_texts(path: Path, made: Mapping[str, Path]) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What `vcdeft eval ADAPTER` is told. settings: how grids are completed, the adapter in them;
+    """What `vcdeft eval RUN` is told. settings: how grids are completed, the adapter in them;
     making: but for what the model says; images: of each grid, None for the suite's number;
     against_base: whether the base completes them too."""
 
@@ -69,7 +69,7 @@ def request_facts(
     """What grids and images hang on: where one of these differs, a folder is of another
     evaluation."""
     places = {name: from_root(place) for name, place in making.data.items()}
-    annotate = dict(making.annotate) if asked.suite == "graph200k" else {}
+    annotate = dict(making.annotate) if asked.suite in ("graph200k", "folder") else {}
     fields = {
         "suite": asked.suite,
         "data": places,

@@ -75,8 +75,9 @@ class Row:
     make: Callable[[int], Query]
 
 
-def opened(name: str, making: GridSettings) -> list[Source]:
-    """The source that a suite is about, with what is annotated."""
+def opened(name: str, making: GridSettings, *, held_out: bool = True) -> list[Source]:
+    """The source that a suite is about, with what is annotated: of `validation_every` the items
+    that training leaves out, or those that it sees."""
     place = making.data.get(name, "")
     spec = f"{name}={place}" if place else name
     source = open_source(spec, size=making.resolution, seed=making.seed)
@@ -88,7 +89,7 @@ def opened(name: str, making: GridSettings) -> list[Source]:
         raise UserError(
             f"--validation-every {every}: {name} has {len(source)} items; give a smaller one"
         )
-    return [Part(s, every=every, held_out=True) for s in sources] if every else sources
+    return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
 
 
 def example_of(

@@ -13,6 +13,7 @@ from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.eligible import EligibleItems, eligible, sources_for
 from visualcloze_deft.data.sources.dreambooth import CLASSES
 from visualcloze_deft.data.sources.scenes import SEGMENT_COLOURS
+from visualcloze_deft.data.unpaired import check_paired
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.evaluation.insertion_suite import insdet
 from visualcloze_deft.evaluation.subject_suites import dreambench_plus, dreambooth
@@ -25,6 +26,7 @@ from visualcloze_deft.evaluation.suite_queries import (
     example_of,
     opened,
 )
+from visualcloze_deft.storage.adapter_places import is_of_adapter
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.select import select
 from visualcloze_deft.task_registry.task import Task
@@ -42,6 +44,7 @@ FAMILIES = (  # what the embedded base, its demo and its evaluation are about
     "deblurring",
     "subject-driven",
 )
+BY_TASK = ("scenes", "graph200k", "folder")  # suites with a row for each task
 SCENES, ITEMS = 64, 100  # grids of each task, unless --limit says otherwise
 
 
@@ -67,14 +70,13 @@ def rows_of(name: str, making: GridSettings) -> list[Row]:
         )
     if name not in making.data and name != "scenes":
         raise UserError(f"--suite {name}: needs --data {name}=PATH, {suite.data}")
-    if making.validation_every and name not in ("scenes", "graph200k"):
-        raise UserError(
-            f"--validation-every goes with --suite graph200k; {name} is all for testing"
-        )
-    if making.tasks and name not in ("scenes", "graph200k"):
-        raise UserError(f"--tasks goes with --suite scenes or graph200k, not {name}")
-    if making.annotate and name not in ("scenes", "graph200k"):
-        raise UserError(f"--annotate goes with --suite scenes or graph200k, not {name}")
+    for option, asked in (
+        ("--validation-every", making.validation_every),
+        ("--tasks", making.tasks),
+        ("--annotate", making.annotate),
+    ):
+        if asked and name not in BY_TASK:
+            raise UserError(f"{option} goes with --suite {', '.join(BY_TASK)}, not {name}")
     rows = suite.rows(making)
     if not sum(row.count for row in rows):
         raise UserError(f"--suite {name}: nothing to ask in {making.data.get(name)}")
@@ -100,10 +102,35 @@ def graph200k(making: GridSettings) -> list[Row]:
     return by_task({n: known[n] for n in wanted}, opened("graph200k", making), making, usual=ITEMS)
 
 
+def folder(making: GridSettings) -> list[Row]:
+    """A user's own pairs: each task that the adapter was trained on and that the pairs serve."""
+    known = load_tasks(map(Path, making.task_folders))
+    wanted = select(known, making.tasks or "all")
+    trained = {
+        path.stem
+        for place in map(Path, making.task_folders)
+        if is_of_adapter(place)
+        for path in place.glob("*.toml")
+    }
+    if trained and not making.tasks:
+        wanted = {name: weight for name, weight in wanted.items() if name in trained}
+    tasks = {name: known[name] for name in wanted}
+    sources = opened("folder", making)
+    check_paired(tasks, sources, known)
+    shown = opened("folder", making, held_out=False)
+    return by_task(tasks, sources, making, usual=ITEMS, shown=shown)
+
+
 def by_task(
-    tasks: Mapping[str, Task], sources: Sequence[Source], making: GridSettings, *, usual: int
+    tasks: Mapping[str, Task],
+    sources: Sequence[Source],
+    making: GridSettings,
+    *,
+    usual: int,
+    shown: Sequence[Source] = (),
 ) -> list[Row]:
-    """A row for each task that there is data for.
+    """A row for each task that there is data for. shown: sources of the rows above a query, where
+    they are others.
 
     Raises `UserError` where there is none for any, or for one that is called by its name.
     """
@@ -113,7 +140,8 @@ def by_task(
         # one that is asked for by its own name must have data
         if found := sources_for(task, sources) if name in parts else eligible(task.roles, sources):
             count = min(making.limit or usual, len(found[0]))
-            make = partial(known, task, found[0], making, count)
+            above = eligible(task.roles, shown)
+            make = partial(known, task, found[0], making, count, above[0] if above else found[0])
             rows.append(Row(name=name, count=count, make=make))
     if not rows:
         has = ", ".join(sorted({role for source in sources for role in source.roles}))
@@ -121,13 +149,22 @@ def by_task(
     return rows
 
 
-def known(task: Task, items: EligibleItems, making: GridSettings, count: int, index: int) -> Query:
-    """Grid `index` of `count`, its queries spread evenly over all items, so that none comes
-    twice."""
+def known(
+    task: Task,
+    items: EligibleItems,
+    making: GridSettings,
+    count: int,
+    above: EligibleItems,
+    index: int,
+) -> Query:
+    """Grid `index` of `count`, its queries spread evenly over all `items`, so that none comes
+    twice. The rows before it are of `above`."""
     rng = np.random.default_rng([making.seed, index])
     place = index * len(items) // count
-    others = [other for other in items.choose(making.rows, rng) if other != place]
-    shown = [items.item(other) for other in others[: making.rows - 1]]
+    others = above.choose(making.rows, rng)
+    if above is items:
+        others = [other for other in others if other != place]
+    shown = [above.item(other) for other in others[: making.rows - 1]]
     query = items.item(place)
     example = example_of(task, shown, query, making, index)
     photo = task.content == "caption" and task.targets[-1] not in MAPS
@@ -141,6 +178,7 @@ def known(task: Task, items: EligibleItems, making: GridSettings, count: int, in
 
 
 SUITES: dict[str, Suite] = {
+    "folder": Suite(rows=folder, data="a folder of your own pairs, or a .jsonl file"),
     "scenes": Suite(rows=scenes, data="nothing (made here), or scenes=N"),
     "graph200k": Suite(
         rows=graph200k, data="a folder with Graph200K's data.json, or its parquet files @SPLIT"

@@ -19,6 +19,9 @@ from visualcloze_deft.backbones.lora_names import Shapes, layer_shapes
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.arguments import enough_memory, name_of, names_of
+from visualcloze_deft.storage.adapter_places import task_folders_of
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.task_registry.task import Task
 
 logger = logging.getLogger(__name__)
 GIVEN = "given as tensors"  # where a LoRA is from that is no file, for messages
@@ -30,6 +33,8 @@ class AdapterMethods:
     blend: ActiveAdapters
     lora: str | None
     config: Any
+    tasks: Mapping[str, Task]
+    task_folders: list[Path]
 
     def need(self, *parts: str) -> None:
         raise NotImplementedError
@@ -37,18 +42,22 @@ class AdapterMethods:
     def load_adapter(self, adapter: str | Path, adapter_name: str | None = None) -> str:
         """Use an adapter beside those in use; returns its name.
 
-        adapter: a folder in peft's format, a LoRA file of any tool, or a hub id of either.
-        adapter_name: by default that of the file or folder, or of the run it lies in.
+        adapter: a folder in peft's format, or of the run that trained it; a LoRA file of any tool;
+        or a hub id. The tasks that it was trained on are known from then on.
+        adapter_name: by default that of the file or folder, or of its run.
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
         self.need("transformer")
         self.blend.check_reachable()
         found = adapter_at(adapter, self._shapes)
-        name = adapter_name or name_of(found.folder)
+        name = adapter_name or name_of(Path(adapter) if Path(adapter).exists() else found.folder)
         if base := self.config.get("_name_or_path"):
             check_base(found.folder, base, lora=self.lora)
             self._say_other_lora(found.folder)
+        task_folders = [*self.task_folders, *task_folders_of([found.folder])]
+        tasks = load_tasks(task_folders)
         self.blend.add(name, found)
+        self.tasks, self.task_folders = tasks, task_folders
         return name
 
     def load_lora_weights(

@@ -220,6 +220,13 @@ def stored_adapters(adapters: Adapters | None, model: str) -> dict[files.StoredA
     }
 
 
+def folders_of(task_folders: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One folder of task files, or several."""
+    if isinstance(task_folders, str | Path):
+        return [Path(task_folders)]
+    return [*map(Path, task_folders)]
+
+
 def names_of(adapters: Collection[files.StoredAdapter]) -> list[str]:
     """What adapters are called in a pipeline: `name_of` their folders, where that is one's own."""
     short = [name_of(one.folder) for one in adapters]

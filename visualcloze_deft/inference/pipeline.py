@@ -52,6 +52,7 @@ from visualcloze_deft.inference.arguments import (
     check_words,
     device_of,
     enough_memory,
+    folders_of,
     here,
     known_or_default,
     left_out,
@@ -73,6 +74,7 @@ from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
 )
+from visualcloze_deft.storage.adapter_places import task_folders_of
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
@@ -126,8 +128,8 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             transformer=transformer,
         )
         self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
-        folders = [task_folders] if isinstance(task_folders, str | Path) else task_folders
-        self.tasks = load_tasks(Path(folder) for folder in folders)
+        self.task_folders = folders_of(task_folders)
+        self.tasks = load_tasks(self.task_folders)
         self.blend = ActiveAdapters(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
@@ -205,7 +207,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             raise UserError(f"{given_name} changes the transformer, and transformer is None")
         if lora is not None:
             check_lora(lora)
-        wanted = stored_adapters(adapter, name)
+        wanted, folders = stored_adapters(adapter, name), folders_of(task_folders)
         for one in wanted:
             check_base(one.folder, name, lora=lora)
         told = index_of(name) | (read_metadata(next(iter(wanted)).folder) if wanted else {})
@@ -225,7 +227,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             cells=cells or known_or_default(told.get("cells"), get_args(Cells)),
             clip_text=clip_text or known_or_default(told.get("clip_text"), get_args(ClipText)),
             encodings=encodings,
-            task_folders=task_folders,
+            task_folders=[*folders, *task_folders_of(one.folder for one in wanted)],
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)

@@ -17,15 +17,16 @@ from visualcloze_deft.backbones import tensor_files
 from visualcloze_deft.backbones.model_files import on_hub
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.storage.hub import HUB_ID, hub_errors
+from visualcloze_deft.storage.hub import HUB_ID, pushing
 
 ORIGIN = "_name_or_path"  # a key of diffusers' and transformers' settings files
 TAGS = ["visualcloze", "flux", "in-context", "image-to-image"]
 CARD = """
 # {name}
 
-This pipeline completes grids of images: rows of examples, and a last row whose missing images it generates.
-It is FLUX.1-Fill in [VisualCloze](https://arxiv.org/abs/2504.07960)'s way{base}. {adapters}
+This pipeline completes grids of images: rows of examples, and a last row whose missing images it
+generates. It is FLUX.1-Fill used in [VisualCloze](https://arxiv.org/abs/2504.07960)'s way{base}.
+{adapters}
 
 ```python
 from visualcloze_deft import InContextPipeline
@@ -34,7 +35,7 @@ pipe = InContextPipeline.from_pretrained("{repo}")
 images = pipe(rows=[["example.png", "its-target.png"], ["query.png", None]])
 ```
 
-`diffusers.VisualClozePipeline.from_pretrained("{repo}")` reads the same files. The weights have the licence of their base.
+`VisualClozePipeline` of diffusers reads the same files. The weights have the licence of their base.
 """
 
 
@@ -86,7 +87,7 @@ class SavingMethods:
         create_pr: bool = False,
         **options: Any,
     ) -> str:
-        """As diffusers: `save_pretrained` into a repository of the hub; returns the commit's address.
+        """As diffusers: save into a repository of the hub; returns the address of the commit.
 
         A new repository gets a model card, the card of one that is there stays. options: those of
         `save_pretrained`. Raises `UserError` before the repository is made where the pipeline
@@ -115,7 +116,7 @@ class SavingMethods:
         create_pr: bool,
     ) -> str:
         hub = HfApi(token=token)
-        with hub_errors(f"repository {repo_id!r}"):
+        with pushing(f"push_to_hub {repo_id!r}"):
             repo = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if not has_card(hub, repo):
                 self.card(repo).save(folder / "README.md")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from visualcloze_deft.backbones.table import backbone_of
@@ -11,33 +11,31 @@ from visualcloze_deft.config.seeds import OTHER_SCENES
 from visualcloze_deft.config.source_specs import is_endless
 from visualcloze_deft.data.annotation.source import annotated, check_places
 from visualcloze_deft.data.base import Part, Source, units_of
-from visualcloze_deft.data.eligible import EligibleItems
+from visualcloze_deft.data.eligible import eligible
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources import open_source
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.files import load_tasks
-from visualcloze_deft.task_registry.select import matching, select
 from visualcloze_deft.task_registry.task import Task
+from visualcloze_deft.training.task_weights import balanced, parts_of, weights_of
 
 
 def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -> Mixture:
-    """The run's tasks over its sources: those of a weight above 0, and of "all" and patterns those
-    that the sources can serve.
+    """The run's tasks over its sources: those of a weight above 0 and, of "all", groups and
+    patterns, those that the sources can serve.
 
     held_out: over the items that `data.validation_every` keeps out of training, if it keeps any.
     cache: a folder for the sources' indexes.
     """
     sources = sources_of(run, held_out=held_out, cache=cache)
-    weights, tasks = tasks_of(run)
-    if tasks and (held_out or leaves_out(run.data.tasks)):
-        tasks = {
-            n: t for n, t in tasks.items() if any(len(EligibleItems(s, t.roles)) for s in sources)
-        }
-        if not tasks:
-            raise UserError(
-                f"no task can be made from {', '.join(run.data.sources)}: "
-                + "; ".join(f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources)
-            )
+    weights, wanted = tasks_of(run)
+    named = () if held_out else parts_of(run.data.tasks)  # these must have data: `Mixture` says so
+    tasks = {n: t for n, t in wanted.items() if n in named or eligible(t.roles, sources)}
+    if wanted and not tasks:
+        raise UserError(
+            f"no task can be made from {', '.join(run.data.sources)}: {why(run, sources)}"
+        )
     return Mixture(
         tasks,
         sources,
@@ -45,8 +43,16 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
         resolution=resolution_of(run),
         cells=run.data.cells,
         recipe=run.data.recipe,
-        weights=weights,
+        weights=balanced(weights, tasks, run.data),
     )
+
+
+def why(run: Run, sources: Sequence[Source]) -> str:
+    """What sources have of which no task can be made."""
+    known = load_tasks(map(Path, run.data.task_folders))
+    hints = [task_to_write(s, columns) for s in sources if (columns := unpaired_columns(s, known))]
+    has = [f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources]
+    return "; ".join([*has, *hints])
 
 
 def held_out_of(run: Run, *, cache: Path | None = None) -> Mixture:
@@ -87,27 +93,6 @@ def sources_of(run: Run, *, held_out: bool, cache: Path | None = None) -> list[S
                 "give a smaller one"
             )
     return [Part(s, every=every, held_out=held_out) for s in sources] if every else sources
-
-
-def leaves_out(tasks: str) -> bool:
-    """Whether tasks without data are left out and not refused: "all" or a pattern was asked for."""
-    return any(part.strip() == "all" or "*" in part for part in tasks.split(","))
-
-
-def weights_of(run: Run, known: Mapping[str, Task]) -> dict[str, float]:
-    """How often each task of the run is drawn, relative to the others.
-
-    Where two keys of `data.weights` name one task the later counts; a group or pattern there does
-    not weigh what `data.tasks` names by its own name.
-    """
-    named = {part.partition("=")[0].strip() for part in run.data.tasks.split(",")}
-    given: dict[str, float] = {}
-    for key, weight in run.data.weights.items():
-        names = matching(known, key)
-        if not names:
-            raise UserError(f"data.weights names {key!r}; {suggestion(key, known)}")
-        given |= {name: weight for name in names if name == key or name not in named}
-    return {n: said * given.get(n, 1.0) for n, said in select(known, run.data.tasks).items()}
 
 
 def resolution_of(run: Run) -> int:

@@ -1,0 +1,128 @@
+"""A user's own pairs as a suite, and images paired with the truths of written grids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.cli import main
+from visualcloze_deft.config.run_settings import Adapter, parse_run, write_run
+from visualcloze_deft.task_registry.new_task import write_new_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ITEMS, EVERY = 8, 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs lit -> unlit; the brightness of a picture tells its item."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for role, least in (("lit", 100), ("unlit", 0)):
+        (folder / role).mkdir()
+        for k in range(ITEMS):
+            Image.new("RGB", (48, 48), (least + k,) * 3).save(folder / role / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(micro_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a task of the user's own that held out every fourth pair."""
+    run = tmp_path_factory.mktemp("own") / "relight"
+    adapter = run / "adapter"
+    adapter.mkdir(parents=True)
+    models = load_models(str(micro_model))
+    injection.attach(models.transformer, Adapter(rank=2, method="para"), seed=3)
+    files.save(models.transformer, adapter, base="micro")
+    write_new_task("relight", ["lit", "unlit"], adapter / "tasks")
+    data = {"sources": [f"folder={pairs}"], "tasks": "relight", "validation_every": EVERY}
+    write_run(parse_run({"data": data, "output": str(run)}, where="test"), run / "settings.toml")
+    return run
+
+
+def evaluate(model: Path, *words: object) -> None:
+    more = ("--model", model, "--inference-steps", 1, "--encoder", "none")
+    main([str(word) for word in ("eval", *words, *more)])
+
+
+def item_of(path: Path) -> int:
+    return int(Image.open(path).convert("RGB").getpixel((0, 0))[0]) % 100  # type: ignore[index]
+
+
+def test_the_pairs_that_training_left_out_are_asked_below_the_others(
+    micro_model: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    evaluate(micro_model, trained, "--suite", f"folder={pairs}", "--output", output)
+    grids = json.loads((output / "grids" / "grid.json").read_text())
+    asked = [item_of(output / "grids" / grid["rows"][-1][0]) for grid in grids]
+    above = [item_of(output / "grids" / grid["rows"][0][0]) for grid in grids]
+    assert asked == [3, 7]
+    assert not {3, 7}.intersection(above)
+    assert [grid["task"] for grid in grids] == ["relight", "relight"]
+    lines = (output / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["unit"] for line in lines] == ["3", "7"]
+    assert "those that training left out" in (output / "table.md").read_text()
+
+
+def test_the_task_and_the_suite_may_be_named_instead(
+    micro_model: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    words = ("--data", f"folder={pairs}", "--tasks", "relight", "--limit", 1)
+    evaluate(micro_model, trained, *words, "--against-base", "--output", tmp_path / "a")
+    assert (tmp_path / "a" / "retention.csv").is_file()
+    folder = trained / "adapter" / "tasks"
+    own = shutil.copytree(folder, tmp_path / "own")
+    evaluate(micro_model, "none", *words, "--task-folder", own, "--output", tmp_path / "b")
+    assert "trained" not in (tmp_path / "b" / "table.md").read_text()
+
+
+def test_pairs_that_were_trained_on_are_told_so(
+    micro_model: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    text = (run / "settings.toml").read_text()
+    (run / "settings.toml").write_text(text.replace("validation_every = 4", "validation_every = 0"))
+    words = ("--suite", f"folder={pairs}", "--limit", 1, "--output", tmp_path / "out")
+    evaluate(micro_model, run, *words)
+    assert "trained on these very items" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_pairs_without_a_task_are_refused(
+    micro_model: Path, pairs: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    words = ("eval", "none", "--model", micro_model, "--output", tmp_path / "out")
+    line = refused(*words, "--suite", f"folder={pairs}")
+    assert "vcdeft tasks new NAME --columns lit,unlit" in line
+    assert "needs --data folder=PATH" in refused(*words, "--suite", "folder")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- images of one command against the truths of another
+
+
+def test_images_of_infer_are_paired_with_the_truths_of_tasks_example(
+    micro_model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    grids, made = tmp_path / "grids", tmp_path / "made"
+    words = ["--count", "2", "--resolution", "64", "--output", str(grids)]
+    main(["tasks", "example", "depth-to-image", *words])
+    entries = json.loads((grids / "grid.json").read_text())
+    entries[0]["seed"] = [3, 4]
+    (grids / "grid.json").write_text(json.dumps(entries))
+    words = ["--model", str(micro_model), "--inference-steps", "1", "--resolution", "32"]
+    main(["infer", "--examples", str(grids), *words, "--output", str(made)])
+    words = ["--images", str(made), "--against", str(grids), "--encoder", "none"]
+    main(["eval", *words, "--output", str(tmp_path / "out")])
+    lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["unit"] for line in lines] == ["001-seed3", "001-seed4", "002"]
+    said = (tmp_path / "out" / "table.md").read_text()
+    assert "3 truths were resized" in said
+    (grids / "002-22-truth.png").unlink()
+    assert "002.png: no partner" in refused("eval", *words, "--output", tmp_path / "again")

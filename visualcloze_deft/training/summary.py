@@ -1,0 +1,128 @@
+"""What a run will do, in the lines that `vcdeft train` prints before it starts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from visualcloze_deft.config.run_settings import Recipe, Run
+from visualcloze_deft.data.eligible import unused_sources
+from visualcloze_deft.data.mixture import Mixture
+from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
+from visualcloze_deft.planning.machine import memory_here
+from visualcloze_deft.planning.memory import plan_here
+from visualcloze_deft.task_registry.files import load_tasks
+from visualcloze_deft.training.memory_report import in_short
+from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
+from visualcloze_deft.training.task_weights import weights_of
+
+MOST = 0.6  # share of one group from which on a run is mostly about it
+
+
+def summary_of(run: Run, mixture: Mixture, *, processes: int) -> Iterator[str]:
+    """Model, data, what is drawn how often, what is hidden, steps, memory."""
+    yield f"model    {run.model}   adapter {run.adapter.method}, rank {run.adapter.rank}"
+    yield f"data     {', '.join(run.data.sources)}"
+    yield from (f"         {line}" for line in remarks_on_data(run, mixture))
+    yield from table_of_draws(mixture)
+    yield from (f"         {line}" for line in remarks_on_tasks(run, mixture))
+    yield f"hidden   {hidden_cells(run.data.recipe)}"
+    yield f"training {run.steps} steps of {batches(run, processes)}, ZeRO-{run.zero}"
+    yield f"output   {run.output}; the share of each task is in versions.json"
+    memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
+    yield from in_short(memory, memory_here(processes))
+    if run.batch_tokens:
+        yield f"         {waiting(run, mixture, processes)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupDraws:
+    """One line of the table. share: of all examples, 0 to 1. items: the most of any task."""
+
+    group: str
+    share: float
+    tasks: int
+    items: int
+
+
+def draws_of(mixture: Mixture) -> list[GroupDraws]:
+    """How often each group of tasks is drawn, the most frequent first."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    items: dict[str, int] = defaultdict(int)
+    for task, share in zip(mixture.tasks.values(), mixture.proportions, strict=True):
+        shares[task.group].append(float(share))
+        here = sum(len(able) for able in mixture.serving[task.name])
+        items[task.group] = max(items[task.group], here)
+    found = [
+        GroupDraws(group=group, share=sum(each), tasks=len(each), items=items[group])
+        for group, each in shares.items()
+    ]
+    return sorted(found, key=lambda draws: (-draws.share, draws.group))
+
+
+def table_of_draws(mixture: Mixture) -> Iterator[str]:
+    yield "draws     share  tasks    items  group"
+    for one in draws_of(mixture):
+        yield f"         {one.share:6.1%}  {one.tasks:5}  {one.items:7}  {one.group}"
+
+
+def remarks_on_data(run: Run, mixture: Mixture) -> Iterator[str]:
+    """Sources that are of no use, and roles that no task pairs."""
+    known = load_tasks(map(Path, run.data.task_folders))
+    for source in unused_sources(mixture.tasks, mixture.sources):
+        yield f"{source.name} has nothing that these tasks are trained on"
+    for source in mixture.sources:
+        if columns := unpaired_columns(source, known):
+            yield task_to_write(source, columns)
+
+
+def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:
+    """A group that has most of the examples, and tasks that are not drawn."""
+    draws = draws_of(mixture)
+    if len(draws) > 1 and draws[0].share >= MOST:
+        group = draws[0].group
+        yield (
+            f"{group} has most of it: --set 'data.weights={{{group} = 0.2}}' draws it less, "
+            f"--tasks all,-{group} leaves it out"
+        )
+    weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
+    if unweighted := sum(not weight for weight in weights.values()):
+        yield f"{unweighted} more have weight 0 here; --tasks NAME trains one"
+    left_out = [n for n, weight in weights.items() if weight and n not in mixture.tasks]
+    if left_out:
+        named = f": {', '.join(left_out)}" if len(left_out) < 5 else ""
+        yield f"{len(left_out)} more are left out, for no data has their roles{named}"
+
+
+def hidden_cells(recipe: Recipe) -> str:
+    """Which cells of a training example the model has to generate."""
+    if recipe.hide_target == 1:
+        return "the targets of the task, in every example"
+    return (
+        f"the targets of the task in {recipe.hide_target:.0%} of the examples, any one column in "
+        "the others; data.recipe.hide_target = 1 hides targets alone"
+    )
+
+
+def batches(run: Run, processes: int) -> str:
+    """What a step computes.
+
+    >>> batches(Run(batch=8), 2)
+    '8 grids on each of 2 processes'
+    """
+    grids = "1 grid" if run.batch == 1 else f"{run.batch} grids"
+    part = f"{run.batch_tokens} tokens" if run.batch_tokens else grids
+    times = f"{run.accumulate} x " if run.accumulate > 1 else ""
+    return f"{times}{part}" + (f" on each of {processes} processes" if processes > 1 else "")
+
+
+def waiting(run: Run, mixture: Mixture, processes: int) -> str:
+    """Grids of a batch, and how long processes wait for the largest, over the first steps."""
+    steps = list(islice(plan_of(run, mixture, processes=processes).steps(0), 20))
+    grids = [step.examples / len(step.parts) for step in steps]
+    idle = sum(step.idle for step in steps) / len(steps)
+    span = f"{min(grids):.1f} to {max(grids):.1f}"
+    return f"{span} grids a batch, {idle:.1%} of the time waiting for the largest"
