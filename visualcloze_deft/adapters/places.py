@@ -10,9 +10,10 @@ from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.import_lora import as_adapter
 from visualcloze_deft.backbones import lora_files
 from visualcloze_deft.backbones.lora_names import Shapes
-from visualcloze_deft.backbones.lora_places import lora_file
-from visualcloze_deft.backbones.peft_files import settings_file
+from visualcloze_deft.backbones.lora_places import USUAL, lora_file
+from visualcloze_deft.backbones.peft_files import WEIGHTS, settings_file
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.adapter_places import ADAPTER, CHECKPOINTS, run_folder_of
 from visualcloze_deft.storage.hub import HUB_ID
 
 SUFFIX = ".safetensors"
@@ -43,3 +44,19 @@ def found(place: str | Path) -> Path:
         return lora_file(place)
     except UserError as error:
         raise UserError(f"adapter {place!r}: no file or folder here; {error}") from None
+
+
+def name_of(place: Path) -> str:
+    """What an adapter is called where nothing else is said: its file, folder, run or repository.
+
+    >>> name_of(Path("runs/demo/adapter")), name_of(Path("mugs")), name_of(Path("a/b.safetensors"))
+    ('demo', 'mugs', 'b')
+    """
+    place = place.absolute()
+    if place.parent.name == CHECKPOINTS:
+        return f"{run_folder_of(place).name}-{place.name}"
+    usual = place.name in (ADAPTER, USUAL, WEIGHTS)
+    folder = place.parent if usual else place
+    if folder.parent.name == "snapshots":  # of the hub's cache
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name.removesuffix(SUFFIX)

@@ -13,12 +13,12 @@ from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.import_lora import as_adapter
 from visualcloze_deft.adapters.merging import ActiveAdapters
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
-from visualcloze_deft.adapters.places import adapter_at
+from visualcloze_deft.adapters.places import adapter_at, name_of
 from visualcloze_deft.backbones.lora_files import changes_in
 from visualcloze_deft.backbones.lora_names import Shapes, layer_shapes
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.inference.arguments import enough_memory, name_of, names_of
+from visualcloze_deft.inference.arguments import enough_memory, names_of
 from visualcloze_deft.storage.adapter_places import task_folders_of
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.task import Task

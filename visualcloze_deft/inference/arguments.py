@@ -10,14 +10,12 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from visualcloze_deft.adapters import files
-from visualcloze_deft.adapters.places import SUFFIX, adapter_at
+from visualcloze_deft.adapters.places import adapter_at, name_of
 from visualcloze_deft.backbones.attention import AUTO, check_known, require
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.flux_fill.files import check_folder
 from visualcloze_deft.backbones.lora_files import shapes_of
-from visualcloze_deft.backbones.lora_places import USUAL
 from visualcloze_deft.backbones.model_files import folder_of, index_of, on_hub
-from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.numbers import is_whole
 from visualcloze_deft.config.run_settings import Bits
@@ -234,20 +232,6 @@ def names_of(adapters: Collection[files.StoredAdapter]) -> list[str]:
         str(one.folder) if short.count(name) > 1 else name
         for one, name in zip(adapters, short, strict=True)
     ]
-
-
-def name_of(place: Path) -> str:
-    """What an adapter is called where nothing else is said: its file, folder, run or repository.
-
-    >>> name_of(Path("runs/demo/adapter")), name_of(Path("mugs")), name_of(Path("a/b.safetensors"))
-    ('demo', 'mugs', 'b')
-    """
-    place = place.absolute()
-    usual = place.name in ("adapter", USUAL, WEIGHTS)
-    folder = place.parent if usual else place
-    if folder.parent.name == "snapshots":  # of the hub's cache
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.name.removesuffix(SUFFIX)
 
 
 Word = TypeVar("Word", bound=str)
