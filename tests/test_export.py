@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -19,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft.adapters import export, files, import_lora, injection, verify
-from visualcloze_deft.backbones import lora_files, lora_names
+from visualcloze_deft.adapters.headers import Format
+from visualcloze_deft.backbones import lora_files, lora_headers, lora_names
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter
@@ -49,7 +53,7 @@ def saved_adapter(model: Path, folder: Path, method: str, layers: str = "default
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_is_exported_gives_the_adapters_output(
-    micro_model: Path, tmp_path: Path, method: str, kind: export.Format
+    micro_model: Path, tmp_path: Path, method: str, kind: Format
 ) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", method)
     report = export.export(folder, tmp_path / "out", kind)
@@ -60,7 +64,7 @@ def test_what_is_exported_gives_the_adapters_output(
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya", "merged"])
-def test_scale_is_folded_in(micro_model: Path, tmp_path: Path, kind: export.Format) -> None:
+def test_scale_is_folded_in(micro_model: Path, tmp_path: Path, kind: Format) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     report = export.export(folder, tmp_path / "out", kind, scale=0.5)
     assert report.output is not None
@@ -202,7 +206,7 @@ def test_writing_and_reading_are_inverse_for_every_linear_layer(
 
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
 def test_an_imported_lora_is_an_adapter_with_the_same_output(
-    micro_model: Path, tmp_path: Path, kind: export.Format
+    micro_model: Path, tmp_path: Path, kind: Format
 ) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     export.export(folder, tmp_path / "lora.safetensors", kind)
@@ -449,3 +453,96 @@ def test_a_base_that_an_adapter_names_is_not_downloaded_unasked(
     export.export(folder, file, "diffusers")
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["base_model"] == "someone/their-base"
+
+
+# ---- headers that other tools read
+
+
+def texts_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def content_of(file: Path) -> bytes:
+    data = file.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def run_with_adapter(model: Path, run: Path) -> Path:
+    """A run folder whose adapter says what training writes."""
+    run.mkdir()
+    folder = saved_adapter(model, run / "adapter", "deft")
+    about = {"base_model": str(model), "method": "deft", "tasks": "depth-to-image", "step": "7"}
+    about |= {"resolution": "32", "trigger": "sks owl"}
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, about)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
+def test_headers_say_what_other_tools_list(micro_model: Path, tmp_path: Path, kind: Format) -> None:
+    run = run_with_adapter(micro_model, tmp_path / "owls")
+    os.utime(run / "adapter" / WEIGHTS, (1767225600, 1767225600))
+    file = export.export(run, tmp_path / "x.safetensors", kind, verify=False).path
+    found, said = texts_of(file), "DEFT adapter of rank 3, as a LoRA. Trained on the tasks "
+    flux = "https://github.com/black-forest-labs/flux"
+    assert (
+        found.items()
+        >= {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "flux-1-dev/lora",
+            "modelspec.implementation": "diffusers" if kind == "diffusers" else flux,
+            "modelspec.title": "owls",
+            "modelspec.description": f"{said}depth-to-image for 7 steps.",
+            "modelspec.date": "2026-01-01T00:00:00Z",
+            "modelspec.resolution": "32x32",
+            "modelspec.trigger_phrase": "sks owl",
+            "ss_output_name": "owls",
+            "ss_base_model_version": "flux1",
+            "ss_sd_model_name": "micro",
+            "ss_steps": "7",
+            "ss_network_dim": "3" if kind == "diffusers" else "Dynamic",  # q, k and v fused: 9, 12
+        }.items()
+    )
+    assert found.get("ss_network_module") == ("networks.lora_flux" if kind == "kohya" else None)
+    assert "modelspec.license" not in found  # of a base whose licence is not known
+    wanted = hashlib.sha256(content_of(file)).hexdigest()
+    assert found["modelspec.hash_sha256"] == f"0x{wanted}"
+    assert found["sshs_model_hash"] == wanted
+
+
+def test_the_rank_in_the_header_is_that_of_every_layer(micro_model: Path, tmp_path: Path) -> None:
+    layers = r"transformer_blocks\.0\.ff\.net\.2"
+    folder = saved_adapter(micro_model, tmp_path / "mlp", "lora", layers=layers)
+    file = export.export(folder, tmp_path / "x.safetensors", "kohya", verify=False).path
+    found, ranks = texts_of(file), {len(t) for n, t in load_file(file).items() if "down" in n}
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3")
+    assert ranks == {3}
+    assert {float(t) for n, t in load_file(file).items() if n.endswith(".alpha")} == {3.0}
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "kohya"])
+def test_two_exports_of_an_adapter_are_equal_to_the_byte(
+    micro_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Format
+) -> None:
+    """Whatever their files are called. SOURCE_DATE_EPOCH stands for the date of the adapter's."""
+    run = run_with_adapter(micro_model, tmp_path / "owls")
+    one, two = (export.export(run, tmp_path / name, kind, verify=False).path for name in ("a", "b"))
+    assert one.read_bytes() == two.read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    dated = export.export(run, tmp_path / "c", kind, verify=False).path
+    assert texts_of(dated)["modelspec.date"] == "1970-01-01T00:00:00Z"
+    assert content_of(dated) == content_of(one)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH 'yesterday': give seconds since 1970"):
+        export.export(run, tmp_path / "d", kind, verify=False)
+
+
+def test_an_export_of_the_built_in_model_says_its_licence(tmp_path: Path) -> None:
+    told = lora_headers.Told(
+        name="a", base="tiny", date="", ranks=[4], about={"method": "lora", "rank": "4"}
+    )
+    assert lora_headers.header(told, "diffusers")["modelspec.license"] == "Apache-2.0"
+    fill = replace(told, base="black-forest-labs/FLUX.1-Fill-dev@main")
+    said = lora_headers.header(fill, "diffusers")
+    assert said["modelspec.license"] == "FLUX.1 [dev] Non-Commercial License"
+    assert said["ss_sd_model_name"] == "black-forest-labs/FLUX.1-Fill-dev"

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoModel
-from peft import DeftConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.adapters.headers import Format, date_of, header, notes_on
 from visualcloze_deft.adapters.metadata import check_base
-from visualcloze_deft.adapters.method_table import method_of
+from visualcloze_deft.adapters.places import name_of
 from visualcloze_deft.adapters.verify import (
     NOISE,
     ROUNDING,
@@ -35,10 +35,10 @@ from visualcloze_deft.adapters.verify import (
     output_error,
     probe,
 )
-from visualcloze_deft.backbones import lora_files, lora_names, tensor_files
+from visualcloze_deft.backbones import lora_files, lora_headers, lora_names, tensor_files
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
-from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata
+from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata, weights_file
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
 from visualcloze_deft.config.numbers import is_scale
 from visualcloze_deft.errors import UserError, writing
@@ -46,7 +46,6 @@ from visualcloze_deft.paths import BASE
 from visualcloze_deft.storage.adapter_places import CONFIG, TASKS, adapter_folder, task_folders_of
 from visualcloze_deft.storage.atomic import output_folder, staged_at
 
-Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
 FLUX_WIDTH = 3072  # diffusers' reader of kohya's names knows this width only
 LARGE = 4 << 30  # bytes of weight files
 
@@ -165,7 +164,28 @@ class Exported:
                 for name, (a, b) in self.changes.items()
             }
             check_finite(cast, self.path)
-            lora_names.write(staged, cast, self.kind, shapes=self.shapes, metadata=told | about)
+            layers = lora_names.layers_of(cast, self.kind, self.shapes)
+            told = told | about
+            told |= lora_headers.header(self.told(told, layers), self.kind)
+            lora_names.write(
+                staged,
+                cast,
+                self.kind,
+                shapes=self.shapes,
+                metadata=told,
+                hashes=lora_headers.HASHES,
+            )
+
+    def told(self, about: dict[str, str], layers: Mapping[str, Change]) -> lora_headers.Told:
+        """What the header says to other tools. about: the adapter's own words; layers: written."""
+        folder = self.adapter.folder
+        return lora_headers.Told(
+            name=name_of(folder),
+            base=self.model,
+            date=date_of(weights_file(folder)),
+            ranks=[len(a) for a, _ in layers.values()],
+            about=about,
+        )
 
     def verified(self, staged: Path, report: Report) -> Report:
         """What was written, read again. Raises `UserError` where it is not the adapter."""
@@ -199,33 +219,6 @@ def named(
             f"{name} to have it downloaded, or name where it lies"
         )
     return name
-
-
-def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
-    """What the file cannot say to the tool that reads it."""
-    notes = []
-    if kind != "merged" and (lora := told.get("base_lora")):
-        notes.append(f"trained on a base with the LoRA {lora} merged: load that one, too")
-    if (bits := told.get("quantise", "none")) != "none":
-        notes.append(f"trained on a base in {bits}, written for the one in full precision")
-    return tuple(notes)
-
-
-def header(
-    config: PeftConfig, kind: Format, scale: float, *, model: str, lora: str | None
-) -> dict[str, str]:
-    """What an exported file says of itself, beside what the adapter's own file says."""
-    alpha = config.alpha if isinstance(config, DeftConfig) else config.lora_alpha
-    return {
-        "method": method_of(config.to_dict()),
-        "rank": str(config.r),
-        "alpha": str(alpha or ""),
-        "base_model": model,
-        "base_lora": lora or "",
-        "exported_as": kind,
-        "exported_by": f"visualcloze-deft {version('visualcloze-deft')}",
-        "scale": str(scale),
-    }
 
 
 def check_names(kind: Format, changes: dict[str, Change], shapes: lora_names.Shapes) -> None:

@@ -50,8 +50,8 @@ def save(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """An adapter as it was read from a folder, once for all who want it. tensors: by the names in
-    peft's file."""
+    """An adapter as it was read, once for all who want it. folder: that it lies in, or its LoRA
+    file; tensors: by the names in peft's file."""
 
     folder: Path
     config: PeftConfig

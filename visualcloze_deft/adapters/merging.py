@@ -132,7 +132,7 @@ class ActiveAdapters:
     def _check_known(self, name: str) -> None:
         if name not in self.known:
             known = suggestion(name, self.known) if self.known else "none is loaded"
-            raise UserError(f"no adapter of the name {name!r}; {known}")
+            raise UserError(f"adapter {name!r}: none of this name; {known}")
 
     def check_reachable(self) -> None:
         """Raise `UserError` where weights are settled, or offloaded so that they cannot be read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,18 @@ from visualcloze_deft.backbones.lora_names import (
     swap_halves,
 )
 from visualcloze_deft.backbones.lora_places import lora_file
-from visualcloze_deft.backbones.model_settings import AdapterFile
-from visualcloze_deft.backbones.peft_files import WEIGHTS, adapter_settings
+from visualcloze_deft.backbones.lora_settings import (
+    beside,
+    check_patterns,
+    check_settings,
+    header_scale,
+)
+from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import backbone_of
-from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.runtime.launch import say_once
 from visualcloze_deft.storage.adapter_places import CONFIG
-from visualcloze_deft.storage.settings_files import check_fields
-from visualcloze_deft.storage.text_files import brief, parse_json
+from visualcloze_deft.storage.text_files import parse_json
 
 TextEncoders = Literal["refused", "left out"]
 
@@ -67,7 +70,6 @@ _OTHERS = {  # what else such files hold, by a part of the name
     r"norm": "a norm",
 }
 _ADDED = re.compile(r"\.(?:diff|diff_b)$|\.lora_(?:B|up)\b.*\.bias$")  # zeros there add nothing
-_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the base
 
 
 def read(
@@ -85,30 +87,43 @@ def read(
     Raises `UserError` where the file is damaged, holds anything that would not be used, or does not
     fit `shapes`.
     """
-    tensors, about = contents(path, text_encoders=text_encoders)
+    tensors, about = stored(path)
+    return changes_in(tensors, about, origin=path, shapes=shapes, text_encoders=text_encoders)
+
+
+def changes_in(
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    origin: object,
+    shapes: Shapes,
+    text_encoders: TextEncoders = "refused",
+) -> dict[str, Change]:
+    """The changes of a LoRA's tensors, see `read`. about: its settings; origin: for messages."""
+    tensors = used(origin, tensors, text_encoders=text_encoders)
     rows = known_rows(shapes)
     found: dict[str, Change] = {}
     changed_by: dict[str, str] = {}
-    layers = gathered(tensors, path)
-    check_patterns(about, layers, path)
+    layers = gathered(tensors, origin)
+    check_patterns(about, layers, origin)
     for name, keys in layers.items():
-        change = change_of(name, keys, tensors, about, path)
+        change = change_of(name, keys, tensors, about, origin)
         key = keys["down"]
         if name not in rows:
             raise UserError(
-                f"LoRA {path}: {key} is no layer of this transformer; names look like "
+                f"LoRA {origin}: {key} is no layer of this transformer; names look like "
                 f"{next(iter(shapes))}"
             )
-        for member, part in rows[name].parts(change, shapes, f"LoRA {path}: {key}").items():
+        for member, part in rows[name].parts(change, shapes, f"LoRA {origin}: {key}").items():
             if member in found:
                 raise UserError(
-                    f"LoRA {path}: {changed_by[member]} and {key} both change {member}; give a "
+                    f"LoRA {origin}: {changed_by[member]} and {key} both change {member}; give a "
                     "file with one LoRA"
                 )
-            found[member] = fitting(member, part, shapes[member], path)
+            found[member] = fitting(member, part, shapes[member], origin)
             changed_by[member] = key
     if not any(b.any() for _, b in found.values()):
-        raise UserError(f"LoRA {path}: it changes nothing: all its up matrices are zero")
+        raise UserError(f"LoRA {origin}: it changes nothing: all its up matrices are zero")
     return found
 
 
@@ -124,13 +139,8 @@ def shapes_of(name: str) -> Shapes:
     return {layer: (outputs, inputs) for layer, (inputs, outputs) in linear.items()}
 
 
-def contents(
-    path: Path, *, text_encoders: TextEncoders
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file that are no text encoder's, and the settings that belong to them.
-
-    Raises `UserError` for one that is neither a matrix nor the scale of a plain LoRA.
-    """
+def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and the settings that belong to them."""
     with reading(f"LoRA {path}", "damaged, or no safetensors file"):
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
@@ -139,48 +149,43 @@ def contents(
     check_settings(about, f"LoRA {path}: its header's {HEADER}")
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         about |= beside(path)
+    return tensors, about
+
+
+def used(
+    origin: object, tensors: Mapping[str, Tensor], *, text_encoders: TextEncoders
+) -> dict[str, Tensor]:
+    """The tensors that are no text encoder's.
+
+    Raises `UserError` for one that is neither a matrix nor the scale of a plain LoRA.
+    """
     left_out = sorted(name for name in tensors if name.startswith(TEXT_ENCODERS))
     if left_out and len(left_out) == len(tensors):
-        raise UserError(f"LoRA {path}: it changes text encoders only; those stay as they are here")
+        raise UserError(
+            f"LoRA {origin}: it changes text encoders only; those stay as they are here"
+        )
     if left_out and text_encoders == "refused":
         raise UserError(
-            f"LoRA {path}: {left_out[0]} is one of {len(left_out)} tensors for text encoders, "
+            f"LoRA {origin}: {left_out[0]} is one of {len(left_out)} tensors for text encoders, "
             "which stay as they are here; 'vcdeft import FILE --without-text-encoders --output "
             "DIR' makes a LoRA of the others, to give as DIR"
         )
     found = {name: tensor for name, tensor in tensors.items() if name not in set(left_out)}
     for name in sorted(found):
         if not found[name].float().isfinite().all():  # float8 has no isfinite
-            raise UserError(f"LoRA {path}: {name} holds values that are not finite")
+            raise UserError(f"LoRA {origin}: {name} holds values that are not finite")
         if _ADDED.search(name) and not found[name].any():
             del found[name]
         elif not _MATRIX.match(name) and not name.endswith(ALPHA):
             kind = next((k for mark, k in _OTHERS.items() if re.search(mark, name)), None)
             raise UserError(
-                f"LoRA {path}: {name} is {f'of {kind}' if kind else 'no part of a LoRA'}; only "
+                f"LoRA {origin}: {name} is {f'of {kind}' if kind else 'no part of a LoRA'}; only "
                 "plain LoRA is read: no LoHa, LoKr, DoRA, trained biases or norms"
             )
-    return found, about
-
-
-def beside(path: Path) -> dict[str, Any]:
-    """The settings of an adapter that peft wrote, which lie beside its weights."""
-    where, found = path.parent / CONFIG, adapter_settings(path.parent)
-    if found.get("peft_type") != "LORA":
-        raise UserError(
-            f"{where}: an adapter of type {found.get('peft_type')!r}, not a LoRA; give its folder "
-            "with --adapter"
-        )
-    start = found.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_MOVED):
-        raise UserError(
-            f"{where}: init_lora_weights {start!r} changed the base before training; have peft "
-            "convert the adapter to a plain LoRA"
-        )
     return found
 
 
-def gathered(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, str]]:
+def gathered(tensors: Mapping[str, Tensor], origin: object) -> dict[str, dict[str, str]]:
     """Plain name of each layer -> the file's name of its "down" and "up" matrix and its "alpha".
 
     Raises `UserError` where one lacks a matrix or has two of a kind.
@@ -195,15 +200,15 @@ def gathered(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, s
         keys = found.setdefault(name, {})
         if role in keys:
             raise UserError(
-                f"LoRA {path}: {keys[role]} and {key} are of one layer; give a file with one LoRA"
+                f"LoRA {origin}: {keys[role]} and {key} are of one layer; give a file with one LoRA"
             )
         keys[role] = key
     for keys in found.values():
         if "down" not in keys and "up" not in keys:
-            raise UserError(f"LoRA {path}: {keys['alpha']} is no part of a LoRA: no matrices")
+            raise UserError(f"LoRA {origin}: {keys['alpha']} is no part of a LoRA: no matrices")
         for role, other in (("down", "up"), ("up", "down")):
             if other not in keys:
-                raise UserError(f"LoRA {path}: {keys[role]} has no partner, the {other} matrix")
+                raise UserError(f"LoRA {origin}: {keys[role]} has no partner, the {other} matrix")
     return found
 
 
@@ -256,29 +261,31 @@ def change_of(
     keys: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     about: Mapping[str, Any],
-    path: Path,
+    origin: object,
 ) -> Change:
     """The change of one layer, its scale within B."""
     a, b = (tensors[keys[role]].float() for role in ("down", "up"))
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
-        raise UserError(f"LoRA {path}: {keys['down']} and its partner are no matrices of one rank")
-    told = header_scale(about, name, len(a), path)
+        raise UserError(
+            f"LoRA {origin}: {keys['down']} and its partner are no matrices of one rank"
+        )
+    told = header_scale(about, name, len(a), origin)
     if "alpha" not in keys:
         return a, (1.0 if told is None else told) * b
     alpha = tensors[keys["alpha"]]
     if alpha.numel() != 1:
-        raise UserError(f"LoRA {path}: {keys['alpha']} holds {alpha.numel()} values, not one")
+        raise UserError(f"LoRA {origin}: {keys['alpha']} holds {alpha.numel()} values, not one")
     scale = float(alpha) / len(a)
     if scale == 0:
-        raise UserError(f"LoRA {path}: {keys['alpha']} is 0, so it changes nothing")
+        raise UserError(f"LoRA {origin}: {keys['alpha']} is 0, so it changes nothing")
     if told is not None and abs(told - scale) > 1e-3 * abs(scale):
         raise UserError(
-            f"LoRA {path}: {keys['alpha']} gives a scale of {scale:.4g}, its settings {told:.4g}"
+            f"LoRA {origin}: {keys['alpha']} gives a scale of {scale:.4g}, its settings {told:.4g}"
         )
     return a, scale * b
 
 
-def fitting(name: str, change: Change, shape: tuple[int, int], path: Path) -> Change:
+def fitting(name: str, change: Change, shape: tuple[int, int], origin: object) -> Change:
     """`change`, filled up to the inputs of FLUX.1-Fill where it is of FLUX.1-dev's `x_embedder`.
 
     Raises `UserError` where it changes a weight of another shape.
@@ -287,57 +294,13 @@ def fitting(name: str, change: Change, shape: tuple[int, int], path: Path) -> Ch
     channels, here = CHANNELS[1], shape[1]
     if name == "x_embedder" and a.shape[1] == channels < here:
         say_once(
-            f"LoRA {path}: x_embedder has {channels} inputs there, as in FLUX.1-dev, and {here} "
+            f"LoRA {origin}: x_embedder has {channels} inputs there, as in FLUX.1-dev, and {here} "
             "here: the others are filled with zeros"
         )
         a = nn.functional.pad(a, (0, here - channels))
     if (b.shape[0], a.shape[1]) != tuple(shape):
         raise UserError(
-            f"LoRA {path}: {name} changes a weight of {b.shape[0]} x {a.shape[1]}, here it has "
+            f"LoRA {origin}: {name} changes a weight of {b.shape[0]} x {a.shape[1]}, here it has "
             f"{shape[0]} x {shape[1]}"
         )
     return a, b
-
-
-def check_settings(about: object, where: str) -> None:
-    """Raise `UserError` unless a LoRA's settings can be what they should be. where: in words."""
-    if not isinstance(about, dict):
-        raise UserError(f"{where} must be an object, not {brief(about)}")
-    for prefix in {key.rpartition(".")[0] for key in about}:
-        own = {k.rpartition(".")[2]: v for k, v in about.items() if k.rpartition(".")[0] == prefix}
-        check_fields(where, AdapterFile, own)
-
-
-def check_patterns(about: Mapping[str, Any], names: Collection[str], path: Path) -> None:
-    """Raise `UserError` for a regular expression in a LoRA's settings that is none, or takes too
-    long for these names of layers."""
-    patterns = [
-        rf"(.*\.)?({key})"  # as peft matches them
-        for name, told in about.items()
-        if name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern")
-        for key in told or ()
-    ]
-    matches(f"LoRA {path}: its settings", patterns, names)
-
-
-def header_scale(about: Mapping[str, Any], name: str, rank: int, path: Path) -> float | None:
-    """The scale of a layer that settings state beside the tensors; None where they do not."""
-    settings = {
-        key.removeprefix("transformer."): value
-        for key, value in about.items()
-        if not key.startswith("text_encoder")
-    }
-    if settings.get("use_dora"):
-        raise UserError(f"LoRA {path}: DoRA cannot be read; give a plain LoRA")
-
-    def of_layer(pattern: str, common: str) -> Any:
-        for key, value in (settings.get(pattern) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({key})", name):  # as peft matches them
-                return value
-        return settings.get(common)
-
-    alpha = of_layer("alpha_pattern", "lora_alpha")
-    if alpha is None:
-        return None
-    rank = of_layer("rank_pattern", "r") or rank
-    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
@@ -113,6 +114,13 @@ def swap_halves(b: Tensor) -> Tensor:
     return torch.cat([lower, upper])
 
 
+def layers_of(
+    changes: Mapping[str, Change], kind: FileFormat, shapes: Shapes
+) -> Mapping[str, Change]:
+    """The changes of the layers that a file of `kind` names."""
+    return changes if kind == "diffusers" else fuse(changes, shapes)
+
+
 def write(
     path: Path,
     changes: Mapping[str, Change],
@@ -120,17 +128,20 @@ def write(
     *,
     shapes: Shapes,
     metadata: Mapping[str, str],
+    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write `changes` (by diffusers' layer names) as a LoRA file for a kind of tool."""
+    """Write `changes` (by diffusers' layer names) as a LoRA file for a kind of tool. hashes: see
+    `tensor_files.save`."""
     tensors: dict[str, Tensor] = {}
+    layers = layers_of(changes, kind, shapes)
     if kind == "diffusers":
-        for name, (a, b) in changes.items():
+        for name, (a, b) in layers.items():
             tensors |= {
                 f"transformer.{name}.lora_A.weight": a,
                 f"transformer.{name}.lora_B.weight": b,
             }
     else:
-        for name, (a, b) in fuse(changes, shapes).items():
+        for name, (a, b) in layers.items():
             if kind == "comfyui":
                 whole = f"diffusion_model.{name}"
                 tensors |= {f"{whole}.lora_A.weight": a, f"{whole}.lora_B.weight": b}
@@ -138,7 +149,8 @@ def write(
                 whole = f"lora_unet_{name.replace('.', '_')}"
                 tensors |= {f"{whole}.lora_down.weight": a, f"{whole}.lora_up.weight": b}
                 tensors[f"{whole}.alpha"] = torch.tensor(float(len(a)))  # scale alpha / r = 1
-    tensor_files.save({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    on_host = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    tensor_files.save(on_host, path, metadata, hashes=hashes)
 
 
 def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,8 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.hub import HUB_ID
 
+USUAL = "pytorch_lora_weights.safetensors"  # diffusers' name
+
 
 def check_lora(name: str) -> None:
     """Raise `UserError` if `name` is no LoRA that `lora_file` finds; none is downloaded for it."""
@@ -17,15 +19,17 @@ def check_lora(name: str) -> None:
         file_in(name)
 
 
-def lora_file(name: str) -> Path:
+def lora_file(name: str, file: str | None = None) -> Path:
     """The .safetensors file of a LoRA: a file, the one in a folder, or the one of a hub id.
 
-    On the hub it is downloaded where the cache lacks it, with an adapter's settings beside it.
+    file: its name there, where not the only or usual one. On the hub it is downloaded where the
+    cache lacks it, with an adapter's settings beside it.
     """
     path = Path(name)
     if path.is_file():
         return path
-    file = file_in(name)
+    check_place(name)
+    file = file or file_in(name)
     if path.is_dir():
         return path / file
     if CONFIG in hub_files(name):
@@ -33,14 +37,19 @@ def lora_file(name: str) -> Path:
     return file_of(name, file)
 
 
+def check_place(name: str) -> None:
+    """Raise `UserError` where `name` is no folder and can be no hub id."""
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        raise UserError(f"LoRA {name!r}: no such file or folder, and no hub id")
+
+
 def file_in(name: str) -> str:
     """The LoRA file in a folder or repository: the only one, or the one with a usual name."""
+    check_place(name)
     path = Path(name)
-    if not path.is_dir() and not HUB_ID.fullmatch(name):
-        raise UserError(f"LoRA {name!r}: no such file or folder, and no hub id")
     files = {p.name for p in path.iterdir()} if path.is_dir() else hub_files(name)
     found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
-    usual = [file for file in ("pytorch_lora_weights.safetensors", WEIGHTS) if file in found]
+    usual = [file for file in (USUAL, WEIGHTS) if file in found]
     if not found:
         raise UserError(f"LoRA {name!r}: no .safetensors file in it")
     chosen, *others = usual or found

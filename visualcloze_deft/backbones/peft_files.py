@@ -24,11 +24,25 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     return checked(path, AdapterFile, "no settings of an adapter")
 
 
+def weights_file(adapter: Path) -> Path:
+    """The file with an adapter's tensors: the one in its folder, or a LoRA file itself."""
+    return adapter if adapter.is_file() else adapter / WEIGHTS
+
+
+def settings_file(adapter: Path) -> Path | None:
+    """The file with an adapter's settings; None for a LoRA file, which tells them itself."""
+    if not adapter.is_file():
+        return adapter / CONFIG
+    beside = adapter.parent / CONFIG
+    return beside if adapter.name == WEIGHTS and beside.is_file() else None
+
+
 def read_metadata(adapter: Path) -> dict[str, str]:
-    """What the adapter in a folder says of itself."""
-    check_file(adapter / WEIGHTS)
+    """What the adapter in a folder, or in a LoRA file, says of itself."""
+    path = weights_file(adapter)
+    check_file(path)
     try:
-        with safe_open(adapter / WEIGHTS, "np") as file:
+        with safe_open(path, "np") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{adapter / WEIGHTS}: missing, damaged or truncated ({error})") from None
+        raise UserError(f"{path}: missing, damaged or truncated ({error})") from None

@@ -11,7 +11,7 @@ from visualcloze_deft.cli.app import CONTEXT, cli
 from visualcloze_deft.cli.options import REVISION
 
 if TYPE_CHECKING:
-    from visualcloze_deft.adapters.export import Format
+    from visualcloze_deft.adapters.headers import Format
 
 
 @cli.command("export", context_settings=CONTEXT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from math import isfinite
+from typing import Annotated, TypeGuard
 
 from pydantic import Field
 
@@ -16,10 +17,28 @@ Factor = Annotated[float, Field(gt=0, le=HEAVIEST)]
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-def is_scale(value: float) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether `value` is a whole number; True and False are none.
+
+    >>> [is_whole(x) for x in (3, 3.0, True, "3")]
+    [True, False, False, False]
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a finite number.
+
+    >>> [is_number(x) for x in (3, 0.5, float("nan"), "3")]
+    [True, True, False, False]
+    """
+    return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
+
+
+def is_scale(value: object) -> bool:
     """Whether an adapter can be used at `value`: at most `HEAVIEST`, either way.
 
     >>> [is_scale(x) for x in (-0.5, 1e300, float("nan"))]
     [True, False, False]
     """
-    return abs(value) <= HEAVIEST
+    return is_number(value) and abs(value) <= HEAVIEST

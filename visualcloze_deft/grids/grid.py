@@ -85,10 +85,10 @@ def check_aspect(size: tuple[int, int]) -> None:
         )
 
 
-def check_rows(rows: Sequence[Row]) -> None:
+def check_rows(rows: Sequence[Sequence[object]]) -> None:
     """Raise `UserError` unless `rows` is a grid with something to generate in its last row."""
     if not rows or not rows[-1]:
-        raise UserError("the grid has no rows; give at least the query row")
+        raise UserError("rows: the grid has no rows; give at least the query row")
     for k, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise UserError(
@@ -101,9 +101,11 @@ def check_rows(rows: Sequence[Row]) -> None:
             if isinstance(image, Image.Image):
                 check_aspect(image.size)
     if all(image is not None for image in rows[-1]):
-        raise UserError("no target: the last row has no null, so there is nothing to generate")
+        raise UserError(
+            "no target: the last row has no null (None), so there is nothing to generate"
+        )
     if len(rows) == 1 and all(image is None for image in rows[0]):
-        raise UserError("the grid shows no image at all; give at least one")
+        raise UserError("rows: the grid shows no image at all; give at least one")
 
 
 def build(

@@ -47,7 +47,7 @@ def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
         check_attention(settings.attention, settings.model, device="cpu", dtype=dtype)
     if settings.lora is not None:
         lora_files.changes_of(settings.model, settings.lora)  # read whole, or refused
-    adapters = stored_adapters(settings.adapters)
+    adapters = stored_adapters(settings.adapters, settings.model)
     for one in adapters:
         check_base(one.folder, settings.model, lora=settings.lora)
     return adapters

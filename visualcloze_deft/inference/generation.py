@@ -5,7 +5,6 @@ Axes: b batch, n tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
+from visualcloze_deft.config.numbers import is_number, is_whole
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
-from visualcloze_deft.inference.arguments import enough_memory
+from visualcloze_deft.inference.arguments import enough_memory, is_side
 from visualcloze_deft.inference.batching import Job, batches_of
 from visualcloze_deft.inference.output import Answer, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request
@@ -33,6 +33,7 @@ from visualcloze_deft.sampling.denoising import (
     draw_of,
     tokens_of,
 )
+from visualcloze_deft.storage.text_files import brief
 
 KnownLatents = Literal["mode", "sample"]
 KnownCells = Literal["paste", "decode"]
@@ -53,15 +54,14 @@ class Generating:
     output_type: OutputType = "pil"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps must be 1 or more, not {self.steps}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, not {self.batch_size}")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"guidance {self.guidance}: give a number, e.g. 30")
+        for name, count in (("num_inference_steps", self.steps), ("batch_size", self.batch_size)):
+            if not is_whole(count) or count < 1:
+                raise UserError(f"{name} {brief(count)}: give a whole number, 1 or more")
+        if not is_number(self.guidance):
+            raise UserError(f"guidance_scale {brief(self.guidance)}: give a number, e.g. 30")
         side = self.resolution
-        if side is not None and (side < 1 or side % CELL_STEP):
-            raise UserError(f"resolution {side}: give a multiple of {CELL_STEP}")
+        if side is not None and not is_side(side):
+            raise UserError(f"resolution {brief(side)}: give a multiple of {CELL_STEP}")
         for name, value, known in (
             ("output_type", self.output_type, get_args(OutputType)),
             ("known_latents", self.known_latents, get_args(KnownLatents)),
@@ -236,13 +236,18 @@ class Generation:
         jobs, generator = self.jobs, self.generator
         if generator is None:
             return [draw_of(job.seed) for job in jobs]
+        several = generator if isinstance(generator, list | tuple) else [generator]
+        if not all(isinstance(one, torch.Generator) for one in several):
+            raise UserError(f"generator {brief(generator)}: give a torch.Generator, or one each")
         if isinstance(generator, torch.Generator) and len(jobs) == 1:
             return [generator]
         if isinstance(generator, torch.Generator):  # split up, so that no grouping changes a draw
             seeds = torch.randint(2**62, (len(jobs),), generator=generator, device=generator.device)
             return [torch.Generator(generator.device).manual_seed(int(s)) for s in seeds]
         if len(generator) != len(jobs):
-            raise UserError(f"{len(generator)} generators for {len(jobs)} images; give one each")
+            raise UserError(
+                f"generator: {len(generator)} generators for {len(jobs)} images; give one each"
+            )
         return list(generator)
 
     @cached_property
@@ -250,9 +255,11 @@ class Generation:
         """The given noise of each image; [] where it is drawn."""
         if self.latents is None:
             return []
+        if not isinstance(self.latents, Tensor | list | tuple):
+            raise UserError(f"latents {brief(self.latents)}: give a tensor (n, 64) for each image")
         found = list(self.latents)
         if len(found) != len(self.jobs):
-            raise UserError(f"{len(found)} latents for {len(self.jobs)} images; give one each")
+            raise UserError(f"latents: {len(found)} for {len(self.jobs)} images; give one each")
         for job, one in zip(self.jobs, found, strict=True):
             wanted = (self.tokens(job), 64)
             if tuple(one.shape) != wanted:
@@ -266,8 +273,11 @@ class Generation:
         if text is None and pooled is None:
             return []
         if text is None or pooled is None:
-            raise UserError("give prompt_embeds and pooled_prompt_embeds together")
+            alone = "prompt_embeds" if pooled is None else "pooled_prompt_embeds"
+            raise UserError(f"{alone} alone: give prompt_embeds and pooled_prompt_embeds together")
         for name, tensor in (("prompt_embeds", text), ("pooled_prompt_embeds", pooled)):
+            if not isinstance(tensor, Tensor):
+                raise UserError(f"{name} {brief(tensor)}: give the tensor of encode_prompt")
             if len(tensor) not in (1, len(self.asked)):
                 raise UserError(f"{name}: {len(tensor)} for {len(self.asked)} grids; give one each")
         place, dtype = self.models.device, self.models.transformer.dtype

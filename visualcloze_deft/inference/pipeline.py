@@ -15,10 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
-from visualcloze_deft.adapters import files
 from visualcloze_deft.adapters.merging import ActiveAdapters
-from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
-from visualcloze_deft.backbones import tensor_files
+from visualcloze_deft.adapters.metadata import check_base
 from visualcloze_deft.backbones.attention import AUTO, NATIVE, Choice, decide
 from visualcloze_deft.backbones.attention import use as use_attention
 from visualcloze_deft.backbones.attention_check import Shapes
@@ -41,24 +39,23 @@ from visualcloze_deft.backbones.lora_places import check_lora
 from visualcloze_deft.backbones.model_files import TINY, index_of, pinned
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
-from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
+from visualcloze_deft.inference.adapter_methods import AdapterMethods
 from visualcloze_deft.inference.arguments import (
     PARTS,
     TEXT_PARTS,
     Adapters,
     check_attention,
+    check_words,
     device_of,
     enough_memory,
+    folders_of,
     here,
     known_or_default,
     left_out,
-    name_of,
-    names_of,
     requests_of,
     stored_adapters,
 )
@@ -69,8 +66,10 @@ from visualcloze_deft.inference.generation import (
     KnownLatents,
 )
 from visualcloze_deft.inference.output import Completed, OutputType
+from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request
-from visualcloze_deft.inference.upsampling import Upsampling
+from visualcloze_deft.inference.saving import SavingMethods
+from visualcloze_deft.inference.upsampling import Enlarging
 from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
@@ -82,7 +81,7 @@ logger = logging.getLogger(__name__)
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
+class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # type: ignore[misc]
     """Completes grids of images with FLUX.1-Fill, through VisualCloze (arXiv 2504.07960).
 
     Parts, `to`, `save_pretrained`, offloading (`enable_model_cpu_offload` and others), progress bar
@@ -109,7 +108,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         cells: Cells = "row",
         clip_text: ClipText = "fit",
         encodings: str | Path | None = None,
-        task_folders: Sequence[str | Path] = (),
+        task_folders: str | Path | Sequence[str | Path] = (),
         merge: bool = True,
     ) -> None:
         """Parts may be None, of a pipeline that only encodes texts, or is given encoded ones.
@@ -129,7 +128,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             transformer=transformer,
         )
         self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
-        self.task_folders = [*map(Path, task_folders)]
+        self.task_folders = folders_of(task_folders)
         self.tasks = load_tasks(self.task_folders)
         self.blend = ActiveAdapters(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
@@ -159,7 +158,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         clip_text: ClipText | None = None,
         cells: Cells | None = None,
         encodings: str | Path | None = None,
-        task_folders: Sequence[str | Path] = (),
+        task_folders: str | Path | Sequence[str | Path] = (),
         merge: bool = True,
         attention: str = AUTO,
         resolution: int | None = None,
@@ -181,6 +180,14 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         "row". attention: see `set_attention`. The others: see `__init__`.
         Raises `UserError` where something is missing or does not fit.
         """
+        dtype = dtype or torch_dtype
+        check_words(
+            quantise=quantise,
+            cells=cells,
+            clip_text=clip_text,
+            resolution=resolution,
+            dtype=dtype,
+        )
         named = pinned(str(pretrained_model_name_or_path), revision)
         assert named is not None
         name = here(named, token)
@@ -189,17 +196,18 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if unknown := sorted(set(parts) - set(PARTS)):
             logger.warning("Arguments %s are not expected by %s: ignored", unknown, cls.__name__)
         device = device_of(device, device_map)
-        dtype = dtype or torch_dtype or default_dtype(device)
+        dtype = dtype or default_dtype(device)
         given = left_out(name) | {part: value for part, value in parts.items() if part in PARTS}
         whole = given.get("transformer", True) is not None
         if whole:
             of_transformer = dtype_for("transformer", dtype)
             check_attention(attention, name, device=device, dtype=of_transformer)
         elif lora is not None or adapter is not None:
-            raise UserError("lora and adapter change the transformer, and transformer is None")
+            given_name = "lora" if adapter is None else "adapter"
+            raise UserError(f"{given_name} changes the transformer, and transformer is None")
         if lora is not None:
             check_lora(lora)
-        wanted = stored_adapters(adapter)
+        wanted, folders = stored_adapters(adapter, name), folders_of(task_folders)
         for one in wanted:
             check_base(one.folder, name, lora=lora)
         told = index_of(name) | (read_metadata(next(iter(wanted)).folder) if wanted else {})
@@ -219,19 +227,14 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             cells=cells or known_or_default(told.get("cells"), get_args(Cells)),
             clip_text=clip_text or known_or_default(told.get("clip_text"), get_args(ClipText)),
             encodings=encodings,
-            task_folders=(*task_folders, *task_folders_of(one.folder for one in wanted)),
+            task_folders=[*folders, *task_folders_of(one.folder for one in wanted)],
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)
         pipe.lora = lora
         if whole:
             pipe.set_attention(attention)
-        with enough_memory("merging adapters"):
-            names = names_of(wanted)
-            for own, one in zip(names, wanted, strict=True):
-                pipe._say_other_lora(one.folder)
-                pipe.blend.add(own, one, used=False)  # merged once, all together
-            pipe.set_adapters(names, list(wanted.values()))
+        pipe.use_stored(wanted)
         return pipe
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -249,7 +252,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             if getattr(self, part) is None:
                 embeds = ", or give prompt_embeds and pooled_prompt_embeds"
                 way = embeds if part in TEXT_PARTS else ""
-                raise UserError(f"this pipeline has no {part}: load it with one{way}")
+                raise UserError(f"{part}: this pipeline has none; load it with one{way}")
 
     @property
     def models(self) -> Models:
@@ -305,63 +308,6 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.attention.line:
             logger.info(self.attention.line)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As diffusers; adapters that are merged are then part of the weights.
-
-        Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
-        """
-        layers = self.transformer.modules() if self.transformer is not None else ()
-        if any(is_quantised(m) for m in layers if isinstance(m, torch.nn.Linear)):
-            raise UserError("save_pretrained: a quantised base is not saved; load it unquantised")
-        if any(self.blend.scales.values()) and not self.blend.merge:
-            raise UserError("save_pretrained: adapters stand beside the weights; load with merge")
-        super().save_pretrained(save_directory, **options)
-        tensor_files.open_to(Path(save_directory))
-
-    # Adapters
-
-    def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
-        """Read an adapter (peft's format) and use it beside those in use; returns its name.
-
-        folder: of the adapter, or of the run that trained it. The tasks that it was trained on are
-        known from then on. adapter_name: by default that of the folder, or of its run.
-        Raises `UserError` where the name is taken or the adapter does not fit.
-        """
-        name = adapter_name or name_of(Path(folder))
-        self.need("transformer")
-        self.blend.check_reachable()
-        adapter = files.read(Path(folder))
-        if base := self.config.get("_name_or_path"):
-            check_base(adapter.folder, base, lora=self.lora)
-            self._say_other_lora(adapter.folder)
-        task_folders = [*self.task_folders, *task_folders_of([adapter.folder])]
-        tasks = load_tasks(task_folders)
-        self.blend.add(name, adapter)
-        self.tasks, self.task_folders = tasks, task_folders
-        return name
-
-    def _say_other_lora(self, folder: Path) -> None:
-        if line := lora_mismatch(folder, self.lora):
-            logger.warning("%s", line)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: Sequence[float] | None = None
-    ) -> None:
-        """Use exactly these, each with its scale (1 by default); none: the base alone."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = [1.0] * len(names) if adapter_weights is None else list(adapter_weights)
-        if len(weights) != len(names):
-            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} scales")
-        self.blend.use(dict(zip(names, weights, strict=True)))
-
-    def get_active_adapters(self) -> list[str]:
-        return list(self.blend.scales)
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters off and forget them; the base's weights come back bit for bit."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.blend.delete(name)
-
     # Generation
 
     def encode_prompt(
@@ -395,15 +341,15 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def __call__(
         self,
-        grids: str | Path | Sequence[Mapping[str, Any]] | None = None,
+        grids: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
-        rows: Sequence[grid.Row] | None = None,
+        rows: Sequence[Sequence[Picture | None]] | None = None,
         task: str | None = None,
         task_prompt: str | None = None,
         content_prompt: str | None = None,
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
-        upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
+        upsampling: Enlarging | Sequence[Enlarging | None] | None = None,
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         resolution: int | None = None,
@@ -419,15 +365,16 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Completed | tuple[Completed]:
         """The generated images: by grid, then by seed, then left to right.
 
-        Give a grid file (or a folder of them), or a list of objects with the keys of `request`
-        (rows, task, seed, ...), or `rows` of PIL images, None for what is to be generated in the
-        last one. The same seed gives the same image, whatever else is generated with it.
+        Give a grid file (or a folder of them), or objects with the keys of `request` (rows, task,
+        seed, ...), or `rows` of pictures (paths, PIL images, arrays, tensors: see
+        `pictures.picture`), None for what is to be generated in the last one. The same seed gives
+        the same image, whatever else is generated with it.
 
-        num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: see
-        `upsampling.Upsampling`; one for all targets or one each. num_inference_steps: 1 and more.
-        guidance_scale: any finite number. resolution: the side of a square cell in pixels, a
-        multiple of 16; the model's own by default. return_dict: False gives a tuple that holds
-        them, as in diffusers. The others, and options: those of `complete`.
+        num_images_per_prompt: of each grid, with seeds that follow one another. upsampling: a
+        scale, or see `upsampling.Upsampling`; one for all targets or one each.
+        num_inference_steps: 1 and more. guidance_scale: any finite number. resolution: the side of
+        a square cell in pixels, a multiple of 16; the model's own by default. return_dict: False
+        gives a tuple that holds them, as in diffusers. The others, and options: of `complete`.
         """
         asked = requests_of(
             grids,

@@ -3,7 +3,6 @@ such files."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,14 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from visualcloze_deft.config.numbers import is_number, is_whole
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
-from visualcloze_deft.images.depth import Depth, declared
-from visualcloze_deft.images.maps import as_role, read_role
-from visualcloze_deft.images.reading import read_image
-from visualcloze_deft.inference.upsampling import Upsampling, each
-from visualcloze_deft.storage.text_files import read_json, sound
+from visualcloze_deft.images.depth import declared
+from visualcloze_deft.inference.pictures import picture, read_once
+from visualcloze_deft.inference.upsampling import Enlarging, Upsampling, each
+from visualcloze_deft.storage.text_files import brief, read_json, sound
 from visualcloze_deft.task_registry.task import Task
 
 _KEYS: dict[str, tuple[type, ...]] = {
@@ -28,7 +27,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "content_prompt": (str, type(None)),
     "rows": (list,),
     "seed": (int, list, type(None)),
-    "upsampling": (dict, list, type(None)),
+    "upsampling": (dict, list, int, float, type(None)),
 }
 _UPSAMPLING_KEYS: dict[str, tuple[type, ...]] = {
     "scale": (int, float),
@@ -78,7 +77,7 @@ class Request:
 
 
 def request(
-    rows: list[list[Image.Image | None]],
+    rows: Sequence[Sequence[object]],
     tasks: Mapping[str, Task],
     *,
     task: str | None = None,
@@ -86,20 +85,16 @@ def request(
     content_prompt: str | None = None,
     seed: int | Sequence[int] = 0,
     images: int = 1,
-    upsampling: Upsampling | Sequence[Upsampling | None] | None = None,
+    upsampling: Enlarging | Sequence[Enlarging | None] | None = None,
 ) -> Request:
     """Check one grid. `task` names a registered task; `task_prompt` says the instruction itself.
 
     seed: one for each image to make of it, or the first of `images` that follow one another.
 
-    Images of any mode become 8-bit RGB as files do, masks and depth maps in the sense of their
-    role where `task` tells it: see `maps.as_role`.
+    A cell is a picture of any kind, see `pictures.picture`. All become 8-bit RGB as files do, masks
+    and depth maps in the sense of their role where `task` tells it: see `maps.as_role`.
     """
     grid.check_rows(rows)
-    for r, row in enumerate(rows, 1):
-        for image in row:
-            if not isinstance(image, Image.Image | None):
-                raise UserError(f"row {r}: a cell is a PIL image or None, not {image!r}")
     seeds = seeds_of(seed, images)
     if task is not None:
         if task not in tasks:
@@ -112,19 +107,23 @@ def request(
             )
         task_prompt = task_prompt if task_prompt is not None else tasks[task].sentence()
     roles = roles_of(task, tasks, len(rows[0]))
+    read = tuple(
+        tuple(
+            picture(cell, role, f"row {r}, {role or f'image {c}'}")
+            for c, (role, cell) in enumerate(zip(roles, row, strict=True), 1)
+        )
+        for r, row in enumerate(rows, 1)
+    )
+    grid.check_rows(read)
     return Request(
-        rows=tuple(
-            tuple(
-                image and as_role(role, f"row {r}, {role or 'an image'}", image)
-                for role, image in zip(roles, row, strict=True)
-            )
-            for r, row in enumerate(rows, 1)
-        ),
+        rows=read,
         task=task,
         task_prompt=sound(task_prompt or ""),
         content_prompt=sound(content_prompt or ""),
         seeds=seeds,
-        upsampling=each(upsampling, sum(image is None for image in rows[-1])) if upsampling else (),
+        upsampling=each(upsampling, sum(image is None for image in rows[-1]))
+        if upsampling is not None
+        else (),
     )
 
 
@@ -140,19 +139,21 @@ def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
     >>> seeds_of(7, 3), seeds_of([2, 9])
     ((7, 8, 9), (2, 9))
     """
-    if images < 1:
-        raise UserError(f"images of a grid: give 1 or more, not {images}")
+    if not is_whole(images) or images < 1:
+        raise UserError(f"num_images_per_prompt {brief(images)}: give a whole number, 1 or more")
+    if not isinstance(seed, list | tuple | range) and not is_whole(seed):
+        raise UserError(f"seed {brief(seed)}: a seed is a whole number from 0 to 2**63 - 1")
     if isinstance(seed, int):
         seeds = tuple(range(seed, seed + images))
     elif images > 1:
-        raise UserError("seeds are listed, one for each image: leave the number of images")
+        raise UserError(f"seed {brief(list(seed))}: one for each image; leave the number of images")
     else:
         seeds = tuple(seed)
     for one in seeds:
-        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= MOST_SEED:
-            raise UserError(f"a seed is a whole number from 0 to 2**63 - 1, not {one!r}")
+        if not is_whole(one) or not 0 <= one <= MOST_SEED:
+            raise UserError(f"seed {brief(one)}: a seed is a whole number from 0 to 2**63 - 1")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds {list(seeds)}: give one or more, each once")
+        raise UserError(f"seed {brief(list(seeds))}: give one or more, each once")
     return seeds
 
 
@@ -294,18 +295,6 @@ def _read_entry(
     return replace(asked, paths=tuple(paths), digests=digests)
 
 
-def read_once(role: str, path: Path, depth: Depth | None) -> tuple[Image.Image, str]:
-    """The picture in a file, in the sense of its role, and the SHA-256 of the bytes that it was
-    made of."""
-    try:
-        data = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
-    except (OSError, ValueError):
-        data = b""
-    if not data:
-        read_image(path)  # says in words what is wrong
-    return read_role(role, path, depth, data), hashlib.sha256(data).hexdigest()
-
-
 def _upsampling(
     told: Any, otherwise: Upsampling | None
 ) -> Upsampling | list[Upsampling | None] | None:
@@ -317,7 +306,9 @@ def _upsampling(
 
 
 def _one_upsampling(told: Any) -> Upsampling:
-    check_keys(told, _UPSAMPLING_KEYS, "an object or null for upsampling")
+    if is_number(told):
+        return Upsampling(scale=told)
+    check_keys(told, _UPSAMPLING_KEYS, "an object, a number or null for upsampling")
     prompt = told.get("prompt")
     return Upsampling(**told | {"prompt": None if prompt is None else sound(prompt)})
 

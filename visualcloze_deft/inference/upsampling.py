@@ -16,6 +16,7 @@ from torch import Tensor
 from visualcloze_deft.backbones.flux_fill import packing
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
+from visualcloze_deft.config.numbers import is_number, is_whole
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
@@ -44,14 +45,15 @@ class Upsampling:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength}: give a number from 0 to 1")
-        if not 0 < self.scale <= LARGEST:
+        if not (is_number(self.strength) and 0 <= self.strength <= 1):
+            raise UserError(f"strength {brief(self.strength)}: give a number from 0 to 1")
+        if not (is_number(self.scale) and 0 < self.scale <= LARGEST):
             raise UserError(
-                f"upsampling scale {self.scale}: give a number above 0 and up to {LARGEST}, e.g. 2"
+                f"upsampling scale {brief(self.scale)}: give a number above 0 and up to {LARGEST}, "
+                "e.g. 2"
             )
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and not CELL_STEP <= side <= LIMIT:
+            if side is not None and not (is_whole(side) and CELL_STEP <= side <= LIMIT):
                 raise UserError(
                     f"upsampling {name} {brief(side)}: give {CELL_STEP} pixels or more, and less "
                     f"than {LIMIT // 10**6} million"
@@ -126,14 +128,30 @@ def hidden_whole(models: Models, size: tuple[int, int]) -> packing.Latents:
     return packing.Latents(clean=seen, seen=seen, mask=mask, ids=ids.to(seen.device))
 
 
+Enlarging = Upsampling | float  # a number is a scale
+
+
 def each(
-    how: Upsampling | Sequence[Upsampling | None] | None, targets: int
+    how: Enlarging | Sequence[Enlarging | None] | None, targets: int
 ) -> tuple[Upsampling | None, ...]:
     """One for every target. Raises `UserError` where a sequence has another length."""
-    if how is None or isinstance(how, Upsampling):
-        return (how,) * targets
-    if not all(isinstance(one, Upsampling | None) for one in how):
-        raise UserError(f"upsampling: expected Upsampling(...) or None for each, not {how!r}")
+    if not isinstance(how, list | tuple):
+        return (as_upsampling(how),) * targets
     if len(how) != targets:
         raise UserError(f"upsampling: {len(how)} settings for {targets} targets; give one each")
-    return tuple(how)
+    return tuple(as_upsampling(one) for one in how)
+
+
+def as_upsampling(how: object) -> Upsampling | None:
+    """What one target is enlarged by: settings, a number that is the scale, or None.
+
+    >>> as_upsampling(2).scale
+    2
+    """
+    if how is None or isinstance(how, Upsampling):
+        return how
+    if not is_number(how):
+        raise UserError(
+            f"upsampling {brief(how)}: expected Upsampling(...), a number as the scale, or None"
+        )
+    return Upsampling(scale=how)

@@ -29,6 +29,7 @@ from visualcloze_deft.storage.locks import LOCK, only_writer
 from visualcloze_deft.storage.settings_files import SettingsFile, checked
 from visualcloze_deft.storage.toml_files import read_toml
 from visualcloze_deft.training.checkpoint import disk_errors
+from visualcloze_deft.training.run_data import resolution_of
 
 SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
@@ -189,6 +190,7 @@ def adapter_metadata(
         "attention": attention,
         "clip_text": run.clip_text,
         "cells": run.data.cells,
+        "resolution": str(resolution_of(run)),
         **base,
         "step": str(step),
         "tasks": run.data.tasks,

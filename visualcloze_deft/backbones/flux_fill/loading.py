@@ -81,7 +81,8 @@ def load_models(
             name, dtype=own, lora=lora, split=split, variant=variant, bits=bits, device=device
         )
     elif lora is not None or bits != "none":
-        raise UserError("a transformer that is given stays as it is: leave lora and quantise")
+        word = "quantise" if lora is None else "lora"
+        raise UserError(f"{word}: a transformer that is given stays as it is; leave {word}")
     if transformer is not None:
         check_grids(transformer, name)
     scheduler = given.get("scheduler")
