@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -68,16 +68,33 @@ def picture_size(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def images_in(folder: Path) -> dict[str, Path]:
-    """The pictures in `folder` by stem, sorted; of hidden files, none."""
+def _stop(fault: UserError) -> None:
+    raise fault
+
+
+def images_in(folder: Path, *, on_fault: Callable[[UserError], None] = _stop) -> dict[str, Path]:
+    """The pictures in `folder` by stem, sorted; of hidden files, none.
+
+    on_fault: gets what is wrong with a second picture of a stem, which is then left out.
+    """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-            continue
+    for path in sorted(path for path in folder.iterdir() if is_picture(path)):
         if path.stem in found:
-            raise UserError(f"{path}: {found[path.stem].name} has the same stem; keep one of them")
-        found[path.stem] = path
+            same = found[path.stem].name
+            on_fault(UserError(f"{path}: {same} has the same stem; keep one of them"))
+        else:
+            found[path.stem] = path
     return found
+
+
+def any_images_in(folder: Path) -> bool:
+    """Whether `images_in` finds a picture in `folder`."""
+    return any(is_picture(path) for path in folder.iterdir())
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file has the name of a picture, and is not hidden."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def folders_in(folder: Path) -> list[Path]:
