@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from visualcloze_deft.errors import PARSED, UserError, why
+from visualcloze_deft.errors import PARSED, OnFault, UserError, stop, why
 from visualcloze_deft.images.colour import as_srgb
 from visualcloze_deft.images.orientation import upright, upright_size
 
@@ -68,11 +68,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def _stop(fault: UserError) -> None:
-    raise fault
-
-
-def images_in(folder: Path, *, on_fault: Callable[[UserError], None] = _stop) -> dict[str, Path]:
+def images_in(folder: Path, *, on_fault: OnFault = stop) -> dict[str, Path]:
     """The pictures in `folder` by stem, sorted; of hidden files, none.
 
     on_fault: gets what is wrong with a second picture of a stem, which is then left out.

@@ -28,12 +28,10 @@ from visualcloze_deft.data.index import (
 from visualcloze_deft.data.sources.layouts import names, shards, subfolders, tables
 from visualcloze_deft.data.sources.layouts.reading import (
     TARGET,
-    OnFault,
     Reading,
     places_of,
-    stop,
 )
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import OnFault, UserError, stop
 from visualcloze_deft.images.reading import folders_in, listing
 from visualcloze_deft.storage.inside import path_inside
 from visualcloze_deft.storage.tar_members import member_at

@@ -80,7 +80,8 @@ def read(path: Path, reading: Reading) -> Iterator[Row]:
     names = decided(path, [*pictures])
     if names is None:
         reading.note(
-            f"photos without roles: each is read as target; for one subject see photos={path}"
+            f"photos without roles: each is read as target; photos={path} trains on the one subject "
+            "that they show"
         )
         return paired(path, {s: {TARGET: found.name} for s, found in pictures.items()}, reading)
     if names.others:

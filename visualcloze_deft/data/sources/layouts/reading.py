@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from visualcloze_deft.data.index import Row
-from visualcloze_deft.errors import UserError
+from visualcloze_deft.errors import OnFault, UserError, stop
 from visualcloze_deft.storage.text_files import read_text, sound
 
-OnFault = Callable[[UserError], None]
 TARGET = "target"
 AFTER = "after"  # another word for the target, which beginners of pairs have
 TEXTS = ("caption", "instruction")
 NO_ROLES = "photos without roles belong in a sub-folder target"
-
-
-def stop(fault: UserError) -> None:
-    """End at the first fault."""
-    raise fault
 
 
 @dataclass(frozen=True, kw_only=True)
