@@ -167,6 +167,71 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
         raise SystemExit(1)
 
 
+@data.command("caption", context_settings=CONTEXT)
+@click.argument("source", metavar="folder=PATH")
+@click.option(
+    "--model",
+    required=True,
+    metavar="PLACE",
+    help="A vision-language model: a folder or hub id that transformers' image-text-to-text reads.",
+)
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    help="The question to the model. The default asks for one or two sentences.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=4,
+    show_default=True,
+    help="The number of images that the model sees at once.",
+)
+@click.option(
+    "--output",
+    metavar="DIR",
+    help="A folder for all captions. By default each stands beside its image.",
+)
+@click.option("--overwrite", is_flag=True, help="Writes captions anew, also those edited by hand.")
+def caption_data(
+    source: str, model: str, prompt: str | None, batch: int, output: str | None, overwrite: bool
+) -> None:
+    """Write a caption for each target that has none, with a vision-language model.
+
+    A caption is a .txt beside its image, or in caption/ beside a shard. 'folder' reads it there.
+    Edit it as you like: the same command keeps the captions that are there, so it also continues an
+    interrupted one. Exit code 1 where something is broken.
+
+    \b
+    vcdeft data caption folder=photos --model HuggingFaceTB/SmolVLM-Instruct
+    vcdeft data caption folder=photos --model qwen --prompt "Name the object in three words."
+    """
+    from visualcloze_deft.config.source_specs import name_and_place
+    from visualcloze_deft.data.annotation.caption_models import check_captioner
+    from visualcloze_deft.data.annotation.captions import caption
+    from visualcloze_deft.data.sources.folder import Folder
+
+    name, place = name_and_place(source)
+    if name != "folder" or not place:
+        raise UserError(f"{source!r}: captions are written for folder=PATH alone")
+    opened = Folder(Path(place))
+    check_captioner(model)
+    written = caption(
+        opened,
+        model,
+        prompt=prompt,
+        batch=batch,
+        output=Path(output) if output else None,
+        overwrite=overwrite,
+    )
+    click.echo(f"{output or source}: {written.made} captions made, {written.kept} were there")
+    for line in written.broken:
+        click.echo(f"broken: {line}", err=True)
+    if written.broken:
+        click.echo(f"{len(written.broken)} images have no caption", err=True)
+        raise SystemExit(1)
+
+
 @data.command("cache", context_settings=CONTEXT, params=of_a_run())
 @click.option(
     "--output",

@@ -88,7 +88,7 @@ class Folder(Indexed):
     def item(self, index: int) -> Item:
         """The item; a caption that its row lacks is read beside the target."""
         item = super().item(index)
-        if "caption" in item.texts or TARGET not in item.images:
+        if item.texts.get("caption") or TARGET not in item.images:
             return item
         path = self.caption_files(index)[-1]
         if not path.is_file():
@@ -98,13 +98,24 @@ class Folder(Indexed):
     def caption_files(self, index: int) -> list[Path]:
         """The files that may hold the caption of an item with a target: the first that is there is
         read, and the last is the place for a new one."""
-        row = {name: self.table[name][index].as_py() for name in ("key", "kind", "paths")}
-        place = os.fsdecode(row["paths"][row["kind"].split(SEPARATOR).index(TARGET)])
+        key, place = self._target(index)
         if member_at(place):
-            return [self.folder / "caption" / f"{row['key']}.txt"]
+            return [self.folder / "caption" / f"{key}.txt"]
+        named = places_of("caption", key) if self.by_name else []
         beside = Path(path_inside(str(self.folder), place)).with_suffix(".txt")
-        named = places_of("caption", row["key"]) if self.by_name else []
         return [*(self.folder / name for name in named), beside]
+
+    def caption_name(self, index: int) -> str:
+        """What the caption of an item with a target is called in a folder of captions alone."""
+        key, place = self._target(index)
+        named = self.by_name or member_at(place)
+        return f"{key if named else os.path.splitext(os.path.normpath(place))[0]}.txt"
+
+    def _target(self, index: int) -> tuple[str, str]:
+        """The key of an item, and the path of its target in the index."""
+        row = {name: self.table[name][index].as_py() for name in ("key", "kind", "paths")}
+        place = row["paths"][row["kind"].split(SEPARATOR).index(TARGET)]
+        return row["key"], os.fsdecode(place)
 
 
 def layout_of(path: Path) -> Layout:

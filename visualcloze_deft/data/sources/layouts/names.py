@@ -80,8 +80,8 @@ def read(path: Path, reading: Reading) -> Iterator[Row]:
     names = decided(path, [*pictures])
     if names is None:
         reading.note(
-            f"photos without roles: each is read as target; photos={path} trains on the one subject "
-            "that they show"
+            "photos without roles: each is read as target; to train on the one subject that they "
+            f"show: photos={path}"
         )
         return paired(path, {s: {TARGET: found.name} for s, found in pictures.items()}, reading)
     if names.others:

@@ -89,7 +89,9 @@ def cells_of(path: Path) -> Iterator[tuple[int, dict[str | None, str]]]:
                 raise UserError(f"{path}: two columns are called {twice[0]!r}")
             yield from ((rows.line_num, cells) for cells in rows)
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
+            raise UserError(
+                f"{path}, after line {rows.line_num}: not valid CSV ({error})"
+            ) from None
 
 
 def row_of(path: Path, number: int, row: object, told: Reading) -> Row:
