@@ -16,7 +16,8 @@ OPTIONS = {
         "--lr --method --model --output --processes --rank --resolution --revision --seed "
         "--set --steps --task-folder --tasks --text-only --validation-every --zero"
     ),
-    "data check": "SOURCE --task-folder --workers",
+    "data caption": "SOURCE --batch --model --output --overwrite --prompt",
+    "data check": "SOURCES --task-folder --workers",
     "data preview": "SOURCE --count --output --overwrite --seed",
     "eval": (
         "ADAPTER --against --against-base --annotate --batch --data --dry-run "

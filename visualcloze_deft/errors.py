@@ -8,7 +8,7 @@ import struct
 import tomllib
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from json import JSONDecodeError
@@ -53,6 +53,15 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(" ".join(message.split())))
+
+
+OnFault = Callable[[UserError], None]
+"""Gets what is wrong with one of many things, which is then passed over."""
+
+
+def stop(fault: UserError) -> None:
+    """End at the first fault."""
+    raise fault
 
 
 @contextmanager

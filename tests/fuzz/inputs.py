@@ -55,7 +55,12 @@ SCENES = (
 )
 SIDES = "eval --images left --against right --prompts prompts.json --encoder none --output new"
 OWN = "tasks example own-task --task-folder own --data folder=photos --resolution 32 --output new"
-OF_LIBRARIES = ("micro", "depth-model")  # whose files they read, without a byte order mark
+CAPTION = "data caption folder=named --model captioner --overwrite"
+OF_LIBRARIES = (
+    "micro",
+    "depth-model",
+    "captioner",
+)  # whose files they read, without a byte order mark
 OF_RUN: dict[str, Kind] = {
     "run/settings.toml": "toml",
     "run/metrics.jsonl": "lines",
@@ -82,6 +87,12 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=photos, files="photos/depth.toml", kind="toml", typed=DEPTH_KEYS, weight=2)
     yield Subject(words=listed, files="listed/rows.jsonl", kind="lines", weight=3)
     yield Subject(words=listed, files="listed/*.png", kind="picture", weight=2)
+    rows, sheet = CHECK.format("folder=imagefolder"), CHECK.format("folder=sheet")
+    yield Subject(words=rows, files="imagefolder/metadata.jsonl", kind="lines", whole=False)
+    yield Subject(words=sheet, files="sheet/metadata.csv", kind="text", whole=False, weight=2)
+    shards, named = CHECK.format("folder=shards"), CHECK.format("folder=named")
+    yield Subject(words=shards, files="shards/*.tar", kind="bytes", whole=False, weight=3)
+    yield Subject(words=named, files="named/*", kind="bytes", whole=False, weight=2)
     graph = CHECK.format("graph200k=graph")
     yield Subject(words=graph, files="graph/data.json", kind="json", whole=False, weight=3)
     yield Subject(words=graph, files="graph/*.png", kind="picture", whole=False)
@@ -199,6 +210,10 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=fresh, files="depth-model/*.json", kind="json", whole=False, weight=2)
     yield Subject(words=fresh, files="depth-model/*.safetensors", kind="weights", whole=False)
     yield Subject(words=fresh, files="listed/*.png", kind="picture")
+    yield Subject(words=CAPTION, files="captioner/*.json", kind="json", whole=False, weight=2)
+    yield Subject(words=CAPTION, files="captioner/*.jinja", kind="text", whole=False)
+    yield Subject(words=CAPTION, files="captioner/*.safetensors", kind="weights", whole=False)
+    yield Subject(words=CAPTION, files="named/*", kind="bytes", whole=False)
     shown = (
         "tasks preview depth-to-image --data folder=listed --annotate depth=annotated "
         "--resolution 32 --count 2 --output new.png"
@@ -361,6 +376,7 @@ LONG = (
     "tasks example depth-to-image --resolution 32 --output new",
     "data cache --config run.toml --examples 1 --output new",
     "data annotate folder=listed --annotate depth=depth-model --output new",
+    CAPTION,
 )
 ENDS = (  # commands that write a file in the end
     "report run",

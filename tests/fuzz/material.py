@@ -13,7 +13,9 @@ from inputs import SCENES
 from micro_model import write_micro_model
 from PIL import Image
 from test_annotate import write_depth_model
+from test_folder_layouts import CAPTIONS, LAYOUTS, PAIRS
 from test_sources import graph, insdet, write, write_table
+from tiny_captioner import write_captioner
 
 SHAPES = ((48, 32), (32, 32), (40, 64), (64, 48))
 SUFFIXES = (".png", ".jpg", ".tiff", ".avif")
@@ -80,6 +82,8 @@ def make(folder: Path) -> None:
     write_depth_model(folder / "depth-model")
     photos(folder / "photos")
     listed(folder / "listed")
+    as_it_lies(folder)
+    write_captioner(folder / "captioner")
     graph(folder / "graph")
     (folder / "table").mkdir()
     write_table(folder / "table", "parquet")
@@ -139,6 +143,19 @@ def listed(folder: Path) -> None:
         rows.append({"reference": f"{(k + 1) % 3}.png", "target": f"{k}.png", "caption": colour})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+
+
+def as_it_lies(folder: Path) -> None:
+    """Pairs by prefix, in a shard, and in the two tables of an imagefolder."""
+    layouts = {
+        "named": LAYOUTS["depth_0001"],
+        "shards": LAYOUTS["tar"],
+        "imagefolder": LAYOUTS["metadata.jsonl"],
+        "sheet": LAYOUTS["metadata.csv"],
+    }
+    for name, write_layout in layouts.items():
+        (folder / name).mkdir()
+        write_layout(folder / name, PAIRS, CAPTIONS)
 
 
 def subjects(folder: Path) -> None:

@@ -37,9 +37,12 @@ def parts_in(words: Iterable[str]) -> set[str]:
 
 
 NAMES = frozenset(
-    "annotated compare.toml depth-model dreambench dreambooth encodings evaluated graph grids "
-    "insdet kohya.safetensors left right listed lora.safetensors made micro own photos "
-    "prompts.json run run.toml table thing thing.toml".split()
+    (
+        "annotated captioner compare.toml depth-model dreambench dreambooth encodings evaluated "
+        "graph grids imagefolder insdet kohya.safetensors left listed lora.safetensors made "
+        "micro named own photos prompts.json right run run.toml shards sheet table thing "
+        "thing.toml"
+    ).split()
 )
 
 

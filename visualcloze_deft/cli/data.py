@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, Commands, cli
 from visualcloze_deft.cli.options import OVERWRITE, SEED, TASK_FOLDERS, places, png_path, run_of
 from visualcloze_deft.cli.train import of_a_run
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
 from visualcloze_deft.training.files_needed import check_run
+
+if TYPE_CHECKING:
+    from visualcloze_deft.data.check import SourceReport
+    from visualcloze_deft.task_registry.task import Task
 
 
 @cli.group(cls=Commands, context_settings=CONTEXT)
@@ -25,48 +31,81 @@ CHECKED_SCENES = 8  # are a few seconds of one processor
 
 
 @data.command("check", context_settings=CONTEXT)
-@click.argument("source", metavar="NAME=PATH")
+@click.argument("sources", nargs=-1, required=True, metavar="NAME=PATH...")
 @TASK_FOLDERS
 @click.option(
     "--workers",
     type=click.IntRange(0, 256),
     help="The number of reading processes. The default is one per core.",
 )
-def check_data(source: str, task_folders: tuple[str, ...], workers: int | None) -> None:
-    """Read all pictures of a source: what it has, how masks and depth were read, which tasks it
-    serves, what was left out and what is broken, and why.
+def check_data(
+    sources: tuple[str, ...], task_folders: tuple[str, ...], workers: int | None
+) -> None:
+    """Read all pictures of sources: what they have, how files were read, which tasks they serve,
+    what was left out and all that is broken, and why. Ends with the command that trains on them.
 
-    Exit code 1 where something is broken.
+    Exit code 1 where something is broken, 2 where a source cannot be opened.
 
     \b
-    vcdeft data check graph200k=/data/graph200k
+    vcdeft data check folder=photos
+    vcdeft data check graph200k=/data/graph200k folder=photos
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     check_handles(readers=workers, lower="--workers")
+    from visualcloze_deft.data.served import train_command
+    from visualcloze_deft.task_registry.files import load_tasks
+
+    tasks = load_tasks(map(Path, task_folders))
+    reports: dict[str, SourceReport] = {}
+    unopened = []
+    for source in dict.fromkeys(sources):
+        if len(sources) > 1:
+            click.echo(f"\n== {source}")
+        try:
+            reports[source] = _checked(source, tasks, workers)
+        except UserError as error:
+            unopened.append(error)
+            if len(sources) > 1:
+                click.echo(f"broken: {error}", err=True)
+    if len(sources) == 1 and unopened:
+        raise unopened[0]
+    if broken := sum(len(one.broken) for one in reports.values()):
+        click.echo(f"{broken} pictures or rows are broken", err=True)
+    kinds = {source: one.kinds for source, one in reports.items()}
+    if command := train_command(kinds, tasks, task_folders):
+        click.echo(f"\ntrain on it, here on the built-in model:\n  {command}")
+    if unopened or broken:
+        raise SystemExit(2 if unopened else 1)
+
+
+def _checked(source: str, tasks: Mapping[str, Task], workers: int) -> SourceReport:
+    """Say what there is to say of one source."""
     from tqdm import tqdm
 
     from visualcloze_deft.data.check import look_at_all, report
     from visualcloze_deft.data.left_out import left_out
     from visualcloze_deft.data.sources import open_source
-    from visualcloze_deft.task_registry.files import load_tasks
+    from visualcloze_deft.data.sources.folder import Folder
 
-    tasks = load_tasks(map(Path, task_folders))
     if source == "scenes":  # which have no end
         source = f"scenes={CHECKED_SCENES}"
         click.echo(f"scenes are made without end; {CHECKED_SCENES} of them:")
-    opened = open_source(source, size=512, seed=0)
+    faults: list[UserError] = []
+    try:
+        opened = open_source(source, size=512, seed=0, on_fault=faults.append)
+    finally:
+        for fault in faults:
+            click.echo(f"broken: {fault}", err=True)
     items = look_at_all(opened, workers=workers)
     seen = tqdm(items, desc="reading", total=len(opened), unit="item")
-    lines, broken = report(seen, tasks)
-    for line in lines:
+    found = report(seen, tasks, notes=opened.notes if isinstance(opened, Folder) else ())
+    for line in found.lines:
         click.echo(line)
     for line in left_out(opened):
         click.echo(f"left out: {line}", err=True)
-    for line in broken:
+    for line in found.broken:
         click.echo(f"broken: {line}", err=True)
-    if broken:
-        click.echo(f"{len(broken)} pictures are broken", err=True)
-        raise SystemExit(1)
+    return replace(found, broken=[*map(str, faults), *found.broken])
 
 
 @data.command("preview", context_settings=CONTEXT)
@@ -127,6 +166,71 @@ def annotate_data(source: str, annotate: tuple[str, ...], output: str) -> None:
         click.echo(f"broken: {line}", err=True)
     if written.broken:
         click.echo(f"{len(written.broken)} items cannot be annotated", err=True)
+        raise SystemExit(1)
+
+
+@data.command("caption", context_settings=CONTEXT)
+@click.argument("source", metavar="folder=PATH")
+@click.option(
+    "--model",
+    required=True,
+    metavar="PLACE",
+    help="A vision-language model: a folder or hub id that transformers' image-text-to-text reads.",
+)
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    help="The question to the model. The default asks for one or two sentences.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=4,
+    show_default=True,
+    help="The number of images that the model sees at once.",
+)
+@click.option(
+    "--output",
+    metavar="DIR",
+    help="A folder for all captions. By default each stands beside its image.",
+)
+@click.option("--overwrite", is_flag=True, help="Writes captions anew, also those edited by hand.")
+def caption_data(
+    source: str, model: str, prompt: str | None, batch: int, output: str | None, overwrite: bool
+) -> None:
+    """Write a caption for each target that has none, with a vision-language model.
+
+    A caption is a .txt beside its image, or in caption/ beside a shard. 'folder' reads it there.
+    Edit it as you like: the same command keeps the captions that are there, so it also continues an
+    interrupted one. Exit code 1 where something is broken.
+
+    \b
+    vcdeft data caption folder=photos --model HuggingFaceTB/SmolVLM-Instruct
+    vcdeft data caption folder=photos --model qwen --prompt "Name the object in three words."
+    """
+    from visualcloze_deft.config.source_specs import name_and_place
+    from visualcloze_deft.data.annotation.caption_models import check_captioner
+    from visualcloze_deft.data.annotation.captions import caption
+    from visualcloze_deft.data.sources.folder import Folder
+
+    name, place = name_and_place(source)
+    if name != "folder" or not place:
+        raise UserError(f"{source!r}: captions are written for folder=PATH alone")
+    opened = Folder(Path(place))
+    check_captioner(model)
+    written = caption(
+        opened,
+        model,
+        prompt=prompt,
+        batch=batch,
+        output=Path(output) if output else None,
+        overwrite=overwrite,
+    )
+    click.echo(f"{output or source}: {written.made} captions made, {written.kept} were there")
+    for line in written.broken:
+        click.echo(f"broken: {line}", err=True)
+    if written.broken:
+        click.echo(f"{len(written.broken)} images have no caption", err=True)
         raise SystemExit(1)
 
 

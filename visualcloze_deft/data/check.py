@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft.data.base import Source
-from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits, missing
+from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits
+from visualcloze_deft.data.served import served, unpaired
 from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.images.depth import SPAN
 from visualcloze_deft.images.maps import MASKS, TURNED
@@ -97,8 +98,21 @@ def _look(index: int) -> ItemReport:
     return look(_source, index)
 
 
-def report(seen: Iterable[ItemReport], tasks: Mapping[str, Task]) -> tuple[list[str], list[str]]:
-    """Lines that say what there is, and lines that say what is broken."""
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """A source that was read whole. lines: what there is; broken: what is not, and why. kinds: how
+    many items have which roles; roles: all of them, in the order of the data."""
+
+    lines: Sequence[str]
+    broken: Sequence[str]
+    kinds: Counter[frozenset[str]]
+    roles: Sequence[str]
+
+
+def report(
+    seen: Iterable[ItemReport], tasks: Mapping[str, Task], *, notes: Sequence[str] = ()
+) -> SourceReport:
+    """What is told of a source. notes: how it was read, beside what its pictures tell."""
     found: dict[str, list[PictureReport]] = defaultdict(list)
     texts: Counter[str] = Counter()
     broken: list[str] = []
@@ -111,8 +125,21 @@ def report(seen: Iterable[ItemReport], tasks: Mapping[str, Task]) -> tuple[list[
         for role, picture in one.pictures.items():
             found[role].append(picture)
         broken += [f"{one.key}{role and f', {role}'}: {why}" for role, why in one.faults.items()]
+    remarks = [*notes, *remarks_on(found, unsure)]
+    if remarks:
+        remarks = ["", "how files were read", *(f"  {line}" for line in remarks)]
+    lines = [*sizes_of(found, texts, sum(kinds.values())), *remarks, *served(kinds, tasks)]
+    lines += [f"  {line}" for line in unpaired(kinds, tasks, [*found])]
+    broken = [one_line(line) for line in broken]
+    return SourceReport(lines=lines, broken=broken, kinds=kinds, roles=[*found])
+
+
+def sizes_of(
+    found: Mapping[str, Sequence[PictureReport]], texts: Counter[str], count: int
+) -> list[str]:
+    """Lines on how many pictures and texts there are, and how large."""
     width = max(map(len, [*found, *texts, "role"])) + 2
-    lines = [f"{sum(kinds.values())} items", "", f"{'role':{width}}items  pixels, middle of all"]
+    lines = [f"{count} items", "", f"{'role':{width}}items  pixels, middle of all"]
     for role, pictures in sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])):
         sizes = [picture.size for picture in pictures]
         middle = " x ".join(
@@ -120,16 +147,20 @@ def report(seen: Iterable[ItemReport], tasks: Mapping[str, Task]) -> tuple[list[
         )
         least, most = min(map(min, sizes)), max(map(max, sizes))
         lines.append(f"{role:{width}}{len(sizes):5}  {middle} ({least} to {most} a side)")
-    lines += [f"{name:{width}}{count:5}  (text)" for name, count in texts.most_common()]
-    notes = [line for role, pictures in found.items() for line in noted(role, pictures)]
-    notes += [
-        f"{role}: {count} lie beside a target that EXIF turns, and no shape tells whether they are "
-        "turned alike; see 'vcdeft data preview'"
-        for role, count in unsure.items()
-    ]
-    if notes:
-        lines += ["", "how files were read", *(f"  {line}" for line in notes)]
-    return lines + served(kinds, tasks), [one_line(line) for line in broken]
+    return lines + [f"{name:{width}}{count:5}  (text)" for name, count in texts.most_common()]
+
+
+def remarks_on(
+    found: Mapping[str, Sequence[PictureReport]], unsure: Mapping[str, int]
+) -> Iterator[str]:
+    """How the files of all roles were read. unsure: role -> how many maps `doubtful` names."""
+    for role, pictures in found.items():
+        yield from noted(role, pictures)
+    for role, count in unsure.items():
+        yield (
+            f"{role}: {count} lie beside a target that EXIF turns, and no shape tells whether they "
+            "are turned alike; see 'vcdeft data preview'"
+        )
 
 
 def doubtful(pictures: Mapping[str, PictureReport]) -> list[str]:
@@ -162,20 +193,3 @@ def noted(role: str, pictures: Sequence[PictureReport]) -> Iterator[str]:
     levels = round(statistics.median(picture.levels for picture in pictures))
     if levels < PLAIN:
         yield f"{role}: uses {levels} of 255 levels, in the middle of all; is it meant so dark?"
-
-
-def served(kinds: Counter[frozenset[str]], tasks: Mapping[str, Task]) -> list[str]:
-    """Lines that say which tasks find their roles."""
-    lines = ["", "tasks that it serves, by group: how many, and with how many items"]
-    by_group: dict[str, list[int]] = defaultdict(list)
-    for task in tasks.values():
-        count = sum(n for roles, n in kinds.items() if not missing(task.roles, roles))
-        if count:
-            by_group[task.group].append(count)
-    if not by_group:
-        asked = [t.name for t in tasks.values() if any(not missing(t.conditions, k) for k in kinds)]
-        lines.append(f"  none; it can ask, without truth: {', '.join(asked) or 'nothing'}")
-    for group, counts in by_group.items():
-        span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        lines.append(f"  {group:40}{len(counts):3} with {span} items")
-    return lines

@@ -54,6 +54,8 @@ def box_of(mask: Image.Image) -> Image.Image:
 
 
 DERIVED: dict[str, Derived] = {
+    # another word for the target, for tasks whose columns are called before and after
+    "after": Derived(needs=("target",), make=lambda found, _: found["target"]),
     "box": Derived(needs=("mask",), make=lambda found, _: box_of(found["mask"])),
     "canny": Derived(needs=("target",), make=lambda found, _: canny(found["target"])),
     "foreground": Derived(

@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+from PIL import Image
 
 from visualcloze_deft.data.base import Item
 from visualcloze_deft.errors import printable, reading
-from visualcloze_deft.images.depth import declared
+from visualcloze_deft.images.depth import Depth, declared
 from visualcloze_deft.images.maps import read_role
 from visualcloze_deft.images.reading import files_below
 from visualcloze_deft.storage.atomic import atomic_write
 from visualcloze_deft.storage.inside import path_inside
+from visualcloze_deft.storage.tar_members import member_at
 
-FORMAT = "2"  # part of every key: raise it when what a row holds changes
+FORMAT = "3"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
 CHUNK = 10_000  # rows held while an index is made
 _SCHEMA = pa.schema(
@@ -40,7 +42,8 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An item on paper. paths: role -> file in the source's folder, as it is written there."""
+    """An item on paper. paths: role -> file in the source's folder, as it is written there, or the
+    place of a member of an archive, see `storage.tar_members`."""
 
     key: str
     paths: Mapping[str, str]
@@ -89,13 +92,19 @@ class Indexed:
         return Item(
             key=row["key"],
             images={
-                role: partial(
-                    read_role, role, path_inside(str(self.folder), os.fsdecode(path)), self.depth
-                )
+                role: partial(picture_at, role, str(self.folder), os.fsdecode(path), self.depth)
                 for role, path in paths
             },
             texts=texts,
         )
+
+
+def picture_at(role: str, folder: str, place: str, depth: Depth | None) -> Image.Image:
+    """The picture at a place of `Row.paths`, in the sense of its role."""
+    member = member_at(place)
+    if member is None:
+        return read_role(role, path_inside(folder, place), depth)
+    return read_role(role, f"{folder}/{member.archive}/{member.name}", depth, member.read(folder))
 
 
 def index(
@@ -164,8 +173,13 @@ def key_of_files(paths: Iterable[Path]) -> str:
 def key_of_names(folder: Path) -> str:
     """A key of the paths, sizes and times of all files in `folder` and its subfolders, and of what
     links in it lead to; a folder that links lead to again is told once."""
+    return key_of_states(files_below(folder))
+
+
+def key_of_states(paths: Iterable[str]) -> str:
+    """A key of the paths, sizes and times of files, which are not read."""
     digest = hashlib.sha256(FORMAT.encode())
-    for path in files_below(folder):
+    for path in paths:
         told = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing
         name = os.fsencode(os.path.abspath(path))
         digest.update(b"%b\0%d\0%d\n" % (name, told.st_size, told.st_mtime_ns))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from visualcloze_deft.errors import PARSED, UserError, why
+from visualcloze_deft.errors import PARSED, OnFault, UserError, stop, why
 from visualcloze_deft.images.colour import as_srgb
 from visualcloze_deft.images.orientation import upright, upright_size
 
@@ -68,16 +68,29 @@ def picture_size(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def images_in(folder: Path) -> dict[str, Path]:
-    """The pictures in `folder` by stem, sorted; of hidden files, none."""
+def images_in(folder: Path, *, on_fault: OnFault = stop) -> dict[str, Path]:
+    """The pictures in `folder` by stem, sorted; of hidden files, none.
+
+    on_fault: gets what is wrong with a second picture of a stem, which is then left out.
+    """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-            continue
+    for path in sorted(path for path in folder.iterdir() if is_picture(path)):
         if path.stem in found:
-            raise UserError(f"{path}: {found[path.stem].name} has the same stem; keep one of them")
-        found[path.stem] = path
+            same = found[path.stem].name
+            on_fault(UserError(f"{path}: {same} has the same stem; keep one of them"))
+        else:
+            found[path.stem] = path
     return found
+
+
+def any_images_in(folder: Path) -> bool:
+    """Whether `images_in` finds a picture in `folder`."""
+    return any(is_picture(path) for path in folder.iterdir())
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file has the name of a picture, and is not hidden."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -19,7 +19,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 
 from visualcloze_deft.errors import PARSED, UserError, why
 
-UNLOADABLE = (*PARSED, RuntimeError, AssertionError, ImportError, StrictDataclassError)
+UNLOADABLE: tuple[type[Exception], ...] = (
+    *PARSED,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+    StrictDataclassError,
+)
 """What transformers and diffusers raise of files that hold something else than they build. What the
 library `tokenizers` raises is an Exception and nothing more."""
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -14,6 +14,8 @@ def located(where: str, folder: str, name: str) -> str:
     longest end of it that exists below `folder`. Raises `UserError`, which begins with `where`,
     where a path leads out of the folder. A link in the folder may lead anywhere, it is the user's.
     """
+    if "\0" in name:  # also what would be taken for a member of an archive
+        raise UserError(f"{where}: {name} is the name of no file")
     if not name.isascii():
         try:
             os.fsencode(name)

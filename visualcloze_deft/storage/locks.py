@@ -68,6 +68,19 @@ def only_writer(path: Path, *, name: str = LOCK, patience: float = 10.0) -> Iter
             os.close(descriptor)
 
 
+@contextmanager
+def folder_held(path: Path) -> Iterator[None]:
+    """Hold a folder of the user's own, in which no file for a lock is left. Raises `UserError`
+    where another process holds it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not locked(descriptor, path):
+            raise UserError(f"{path}: another process is writing there; end it first")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def opened_lock(file: Path) -> int:
     """The descriptor of a lock file, which is made where there is none. Its content, if it is not
     ours, stays; a link is not followed."""

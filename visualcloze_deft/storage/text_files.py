@@ -17,10 +17,15 @@ REPLACED = "\ufffd"
 
 def read_text(path: Path) -> str:
     """The text in `path`. Raises `UserError` where it is no file, or not UTF-8."""
+    return as_text(str(path), read_bytes(path))
+
+
+def as_text(where: str, data: bytes) -> str:
+    """The text that `data`, read from `where`, holds. Raises `UserError` where it is not UTF-8."""
     try:
-        return read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"{where}: cannot be read as UTF-8 text: {error}") from None
 
 
 def check_file(path: Path) -> None:

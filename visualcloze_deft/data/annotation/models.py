@@ -98,11 +98,17 @@ def check_model(role: str, place: str) -> None:
         )
 
 
-def config_of(where: str, place: str) -> dict[str, Any]:
-    """The settings of the model in a folder or on the hub; `where` is for messages."""
+FILES = ("config.json", "preprocessor_config.json", "*.safetensors")
+
+
+def config_of(where: str, place: str, *, files: Sequence[str] = FILES) -> dict[str, Any]:
+    """The settings of the model in a folder or on the hub; `where` is for messages.
+
+    files: patterns of the names that a folder must have.
+    """
     path: Path | str = Path(place) / "config.json"
     if Path(place).is_dir():
-        for name in ("config.json", "preprocessor_config.json", "*.safetensors"):
+        for name in files:
             if not any(Path(place).glob(name)):
                 raise UserError(f"{where}: no {name} in this folder; found {listing(Path(place))}")
     elif not HUB_ID.fullmatch(place):
@@ -254,4 +260,5 @@ class AnnotatorFile(SettingsFile):
     """What is read of the settings of a model of transformers that computes pictures."""
 
     architectures: list[str] | None = None
+    model_type: str | None = None
     id2label: dict[str, str] | None = None

@@ -15,30 +15,34 @@ from visualcloze_deft.data.sources.graph200k import Graph200K
 from visualcloze_deft.data.sources.insdet import InsDet
 from visualcloze_deft.data.sources.photos import Photos
 from visualcloze_deft.data.sources.scenes import Scenes, Subject
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import OnFault, UserError, stop, suggestion
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
     """size: the side in pixels pictures are wanted at; seed: of what is made, not read; cache: a
-    folder for indexes, None for none."""
+    folder for indexes, None for none; on_fault: gets what is wrong with an item that is passed
+    over, of sources that are told by rows."""
 
     size: int
     seed: int
     cache: Path | None = None
+    on_fault: OnFault = stop
 
 
-def open_source(spec: str, *, size: int, seed: int, cache: Path | None = None) -> Source:
+def open_source(
+    spec: str, *, size: int, seed: int, cache: Path | None = None, on_fault: OnFault = stop
+) -> Source:
     """The source named by `spec`.
 
-    size, seed, cache: see `Opening`.
+    size, seed, cache, on_fault: see `Opening`.
     """
     name, argument = name_and_place(spec)
     if name not in SOURCES:
         raise UserError(f"unknown data source {name!r}; {suggestion(name, SOURCES)}")
     if name not in PROCEDURAL and not argument:
         raise UserError(f"data source {name!r} needs a path: {name}=PATH")
-    return SOURCES[name](argument, Opening(size=size, seed=seed, cache=cache))
+    return SOURCES[name](argument, Opening(size=size, seed=seed, cache=cache, on_fault=on_fault))
 
 
 def _scenes(count: str, opening: Opening) -> Source:
@@ -67,7 +71,7 @@ def _graph200k(place: str, opening: Opening) -> Source:
     """Unpacked (a data.json beside its pictures), or as a table: a folder of parquet or arrow
     files, or a data set of the hub, with "@SPLIT" behind it ("train" where not said)."""
     if Path(place).is_file() or (Path(place) / "data.json").is_file():
-        return Graph200K(Path(place), cache=opening.cache)
+        return Graph200K(Path(place), cache=opening.cache, on_fault=opening.on_fault)
     from visualcloze_deft.data.sources.graph200k_hub import GraphTable
 
     return GraphTable(place)
@@ -85,7 +89,9 @@ ROLES_OF: dict[str, frozenset[str]] = {  # what items of a source may have; "fol
 SOURCES: dict[str, Callable[[str, Opening], Source]] = {
     "scenes": _scenes,
     "subject": _subject,
-    "folder": lambda path, opening: Folder(Path(path), cache=opening.cache),
+    "folder": lambda path, opening: Folder(
+        Path(path), cache=opening.cache, on_fault=opening.on_fault
+    ),
     "graph200k": _graph200k,
     "photos": lambda path, _: Photos(Path(path)),
     "dreambooth": lambda path, _: DreamBooth(Path(path)),

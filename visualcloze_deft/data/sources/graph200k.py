@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.data.index import Indexed, Row, index, key_of_files
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import OnFault, UserError, stop, suggestion
 from visualcloze_deft.images.reading import listing
 from visualcloze_deft.storage.inside import located, path_inside
 from visualcloze_deft.storage.text_files import parse_json, read_bytes, sound
@@ -51,12 +51,13 @@ CONSISTENT = 3  # least objectConsistency of a reference (VisualCloze, arXiv 250
 class Graph200K(Indexed):
     """The source `graph200k` at `root`, a folder with `data.json`, or that file itself.
 
-    cache: where its index is kept, see `index`.
+    cache: where its index is kept, see `index`. on_fault: gets what is wrong with an item, which
+    is then passed over; by default the first ends all.
     """
 
     may_have = frozenset(ROLES.values()) | {r for roles in LISTS.values() for r in roles.values()}
 
-    def __init__(self, root: Path, *, cache: Path | None = None) -> None:
+    def __init__(self, root: Path, *, cache: Path | None = None, on_fault: OnFault = stop) -> None:
         if not root.exists():
             raise UserError(f"{root}: no such folder")
         path = root / "data.json" if root.is_dir() else root
@@ -65,26 +66,37 @@ class Graph200K(Indexed):
                 f"{path}: no such file; expected the data.json that unpacking Graph200K writes, "
                 f"found {listing(path.parent)}"
             )
-        rows = index(lambda: items_of(path), key=lambda: key_of_files([path]), cache=cache)
+        rows = index(
+            lambda: items_of(path, on_fault), key=lambda: key_of_files([path]), cache=cache
+        )
+        if not rows.num_rows:
+            raise UserError(f"{path}: no item of it can be read")
         super().__init__("graph200k", path.parent, rows)
 
 
-def items_of(path: Path) -> Iterator[Row]:
+def items_of(path: Path, on_fault: OnFault) -> Iterator[Row]:
     """The items in `data.json`, whose first has its pictures."""
-    folder = str(path.parent)
     for number, row in enumerate(read_rows(path)):
-        where = f"{path}, item {number}"
-        names = {
-            role: located(f"{where}: {condition}", folder, name)
-            for role, (condition, name) in picture_names(row).items()
-        }
-        for name in names.values() if number == 0 else ():
-            if not os.path.isfile(path_inside(folder, name)):
-                raise UserError(
-                    f"{where}: no such file {path_inside(folder, name)}; "
-                    f"paths are relative to {path.name}"
-                )
-        yield Row(key=f"item {number}", paths=names, texts=texts(row))
+        try:
+            yield item_of(path, number, row)
+        except UserError as fault:
+            on_fault(fault)
+
+
+def item_of(path: Path, number: int, row: Any) -> Row:
+    where, folder = f"{path}, item {number}", str(path.parent)
+    _check(where, row)
+    names = {
+        role: located(f"{where}: {condition}", folder, name)
+        for role, (condition, name) in picture_names(row).items()
+    }
+    for name in names.values() if number == 0 else ():
+        if not os.path.isfile(path_inside(folder, name)):
+            raise UserError(
+                f"{where}: no such file {path_inside(folder, name)}; "
+                f"paths are relative to {path.name}"
+            )
+    return Row(key=f"item {number}", paths=names, texts=texts(row))
 
 
 def picture_names(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -125,14 +137,11 @@ def _in_sentence(words: str) -> str:
     return f"{words[0].lower()}{words[1:]}".rstrip(".")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The checked list in `data.json`."""
+def read_rows(path: Path) -> list[Any]:
+    """The list in `data.json`."""
     rows = parse_json(str(path), read_bytes(path))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of items, found {str(rows)[:60]!r}")
-    file = str(path)
-    for number, row in enumerate(rows):
-        _check(f"{file}, item {number}", row)
     return rows
 
 

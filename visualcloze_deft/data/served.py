@@ -1,0 +1,127 @@
+"""Which tasks data serves, which of its roles no task pairs, and the command that trains on it."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from visualcloze_deft.data.derive import DERIVED, missing
+from visualcloze_deft.task_registry.task import ROLE, Task
+
+Kinds = Counter[frozenset[str]]  # how many items have just these roles
+WIDTH = 100  # characters of a line of names
+MOST_PARTS = 8  # names and groups that a command lists, before it says "all"
+
+
+def served(kinds: Kinds, tasks: Mapping[str, Task]) -> list[str]:
+    """Lines that name the tasks that find their roles, by group."""
+    lines = ["", "tasks that it serves, by group: how many, and with how many items"]
+    for group, counts in counts_by_group(kinds, tasks).items():
+        least, most = min(counts.values()), max(counts.values())
+        span = f"{least}" if least == most else f"{least} to {most}"
+        lines.append(f"  {group:40}{len(counts):3} with {span} items")
+        indent = " " * 4
+        lines += textwrap.wrap(
+            ", ".join(counts),
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
+    if len(lines) == 2:
+        asked = [t.name for t in tasks.values() if any(not missing(t.conditions, k) for k in kinds)]
+        lines.append(f"  none; it can ask, without truth: {', '.join(asked) or 'nothing'}")
+    return lines
+
+
+def counts_by_group(kinds: Kinds, tasks: Mapping[str, Task]) -> dict[str, dict[str, int]]:
+    """Group -> name of a task that is served -> the number of its items."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for task in tasks.values():
+        if count := sum(n for roles, n in kinds.items() if not missing(task.roles, roles)):
+            found[task.group][task.name] = count
+    return found
+
+
+def unpaired(kinds: Kinds, tasks: Mapping[str, Task], order: Sequence[str]) -> list[str]:
+    """Lines on roles of the data that no task puts beside others. order: of roles in items."""
+    columns = dict.fromkeys(
+        tuple(sorted(own, key=order.index))
+        for roles in kinds
+        if len(own := _unpaired_in(roles, tasks)) > 1
+    )
+    return [line for own in columns for line in _advice([*own])]
+
+
+def _unpaired_in(roles: frozenset[str], tasks: Mapping[str, Task]) -> set[str]:
+    """The roles of an item that no task uses, with one that such a role may be paired with."""
+    used = {
+        role
+        for task in tasks.values()
+        if not missing(task.roles, roles)
+        for wanted in task.roles
+        for role in ((wanted,) if wanted in roles else DERIVED[wanted].needs)
+    }
+    left = set(roles - used)
+    return (
+        left | {min(used, key=lambda role: role != "target")} if len(left) == 1 and used else left
+    )
+
+
+def _advice(columns: list[str]) -> Iterator[str]:
+    columns.sort(key="target".__eq__)
+    if odd := [role for role in columns if not ROLE.fullmatch(role)]:
+        yield (
+            f"no task can name the role {odd[0]!r}: letters, digits, '_' and '-' only; rename it"
+        )
+        return
+    *conditions, target = columns
+    yield (
+        f"no task pairs {' + '.join(conditions)} -> {target}; write one: "
+        f"vcdeft tasks new NAME --columns {','.join(columns)}"
+    )
+
+
+def train_command(
+    kinds: Mapping[str, Kinds], tasks: Mapping[str, Task], folders: Iterable[str]
+) -> str:
+    """The command that trains on the data that serves a task; "" where none does.
+
+    kinds: of each NAME=PATH. folders: with task files of the user's own.
+    """
+    useful = {spec: own for spec, own in kinds.items() if counts_by_group(own, tasks)}
+    if not useful:
+        return ""
+    words = ["vcdeft", "train", *(word for spec in useful for word in ("--data", spec))]
+    words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
+    words += [word for folder in folders for word in ("--task-folder", folder)]
+    return shlex.join([*words, "--output", str(free_output(next(iter(useful))))])
+
+
+def tasks_for(kinds: Kinds, tasks: Mapping[str, Task]) -> str:
+    """What `--tasks` takes: the tasks whose pictures all are in the data; where there are none, or
+    too many to list, all that it serves."""
+    own = counts_by_group(
+        kinds, {n: t for n, t in tasks.items() if any(t.columns.keys() <= kind for kind in kinds)}
+    )
+    whole = Counter(task.group for task in tasks.values())
+    parts = [
+        part
+        for group, counts in own.items()
+        for part in ([group] if len(counts) == whole[group] else counts)
+    ]
+    return ",".join(parts) if 0 < len(parts) <= MOST_PARTS else "all"
+
+
+def free_output(spec: str) -> Path:
+    """A run folder called as the data, which is not there yet."""
+    name, _, place = spec.partition("=")
+    stem = Path(place).stem if Path(place).exists() and Path(place).stem else name
+    path = Path("runs", stem)
+    number = 2
+    while path.exists():
+        path, number = Path("runs", f"{stem}-{number}"), number + 1
+    return path

@@ -1,0 +1,1 @@
+"""How a user's own pictures may lie in a folder: one module for each layout of `folder`."""

@@ -1,0 +1,27 @@
+"""Pictures in sub-folders, which are roles: `before/0001.jpg`, `after/0001.jpg`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from visualcloze_deft.data.index import Row
+from visualcloze_deft.data.sources.layouts.reading import Reading, check_role, paired
+from visualcloze_deft.images.reading import any_images_in, folders_in, images_in
+
+
+def fits(path: Path) -> bool:
+    return path.is_dir() and any(any_images_in(folder) for folder in folders_in(path))
+
+
+def read(path: Path, reading: Reading) -> Iterator[Row]:
+    """The items whose pictures have one name in several sub-folders."""
+    items: dict[str, dict[str, str]] = defaultdict(dict)
+    roles = [folder for folder in folders_in(path) if any_images_in(folder)]
+    for folder in roles:
+        check_role(str(folder), folder.name)
+        for stem, picture in images_in(folder, on_fault=reading.on_fault).items():
+            items[stem][folder.name] = f"{folder.name}/{picture.name}"
+    reading.note(f"sub-folders are roles: {', '.join(folder.name for folder in roles)}")
+    return paired(path, items, reading)
