@@ -38,11 +38,12 @@ from visualcloze_deft.adapters.verify import (
 from visualcloze_deft.backbones import lora_files, lora_names, tensor_files
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
+from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
 from visualcloze_deft.config.numbers import is_scale
 from visualcloze_deft.errors import UserError, writing
 from visualcloze_deft.paths import BASE
+from visualcloze_deft.storage.adapter_places import CONFIG, TASKS, adapter_folder, task_folders_of
 from visualcloze_deft.storage.atomic import output_folder, staged_at
 
 Format = Literal["peft", "diffusers", "comfyui", "kohya", "merged"]
@@ -72,7 +73,7 @@ def export(
     """
     if not is_scale(scale) or scale == 0:
         raise UserError(f"--scale {scale}: give a number other than 0 up to 1e6, e.g. 1")
-    folder = run / "adapter" if (run / "adapter").is_dir() else run
+    folder = adapter_folder(run)
     config, told = files.read_config(folder), read_metadata(folder)
     model = model or named(folder, "--model", told.get("base_model"), config) or TINY
     lora = lora or named(folder, "--model-lora", told.get("base_lora")) or None
@@ -151,6 +152,8 @@ class Exported:
             staged.mkdir()
             for name in (CONFIG, WEIGHTS):
                 shutil.copy(folder / name, staged)
+            for tasks in task_folders_of([folder]):
+                shutil.copytree(tasks, staged / TASKS)
         elif self.kind == "merged":
             merge(self.base(), self.changes, self.written).save_pretrained(staged)
             tensor_files.open_to(staged)

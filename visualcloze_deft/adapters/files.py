@@ -23,9 +23,10 @@ from visualcloze_deft.adapters.injection import (
 )
 from visualcloze_deft.adapters.methods import NAME, file_name
 from visualcloze_deft.backbones import tensor_files
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, adapter_settings
+from visualcloze_deft.backbones.peft_files import WEIGHTS, adapter_settings
 from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError, reading
+from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder
 from visualcloze_deft.storage.hub import loading
 
 
@@ -58,7 +59,9 @@ class StoredAdapter:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """Raises `UserError` where files are missing or truncated, or hold what is not finite."""
+    """The adapter in a folder, or of a run folder. Raises `UserError` where files are missing or
+    truncated, or hold what is not finite."""
+    folder = adapter_folder(folder)
     return StoredAdapter(folder=folder, config=read_config(folder), tensors=read_weights(folder))
 
 

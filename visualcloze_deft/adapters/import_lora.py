@@ -10,9 +10,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from visualcloze_deft.backbones import lora_files, tensor_files
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError, writing
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.atomic import output_folder, staged_at
 
 

@@ -23,11 +23,12 @@ from visualcloze_deft.backbones.lora_names import (
 )
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.model_settings import AdapterFile
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, adapter_settings
+from visualcloze_deft.backbones.peft_files import WEIGHTS, adapter_settings
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.patterns import matches
 from visualcloze_deft.errors import UserError, reading
 from visualcloze_deft.runtime.launch import say_once
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.settings_files import check_fields
 from visualcloze_deft.storage.text_files import brief, parse_json
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from visualcloze_deft.backbones.model_files import file_of, hub_files
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
+from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.hub import HUB_ID
 
 

@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 
 from visualcloze_deft.backbones.model_settings import AdapterFile
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.settings_files import checked
 from visualcloze_deft.storage.text_files import check_file
 
-CONFIG = "adapter_config.json"  # peft's names for an adapter's settings and tensors
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"  # peft's name for an adapter's tensors
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:

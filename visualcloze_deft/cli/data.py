@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, Commands, cli
-from visualcloze_deft.cli.options import FOLDERS, OVERWRITE, SEED, places, png_path, run_of
+from visualcloze_deft.cli.options import OVERWRITE, SEED, TASK_FOLDERS, places, png_path, run_of
 from visualcloze_deft.cli.train import of_a_run
 from visualcloze_deft.runtime.open_files import check_handles
 from visualcloze_deft.training.files_needed import check_run
@@ -26,13 +26,13 @@ CHECKED_SCENES = 8  # are a few seconds of one processor
 
 @data.command("check", context_settings=CONTEXT)
 @click.argument("source", metavar="NAME=PATH")
-@FOLDERS
+@TASK_FOLDERS
 @click.option(
     "--workers",
     type=click.IntRange(0, 256),
     help="The number of reading processes. The default is one per core.",
 )
-def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> None:
+def check_data(source: str, task_folders: tuple[str, ...], workers: int | None) -> None:
     """Read all pictures of a source: what it has, how masks and depth were read, which tasks it
     serves, what was left out and what is broken, and why.
 
@@ -50,7 +50,7 @@ def check_data(source: str, folders: tuple[str, ...], workers: int | None) -> No
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.task_registry.files import load_tasks
 
-    tasks = load_tasks(map(Path, folders))
+    tasks = load_tasks(map(Path, task_folders))
     if source == "scenes":  # which have no end
         source = f"scenes={CHECKED_SCENES}"
         click.echo(f"scenes are made without end; {CHECKED_SCENES} of them:")

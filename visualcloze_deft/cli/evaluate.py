@@ -13,6 +13,7 @@ from visualcloze_deft.cli.options import (
     MOST_IMAGES,
     REVISION,
     SEED,
+    TASK_FOLDERS,
     given_but,
     places,
     sources_named,
@@ -149,13 +150,7 @@ Options = Mapping[str, Any]
     type=click.IntRange(1),
     help="The number of generating processes. The default is one per GPU.",
 )
-@click.option(
-    "--task-folder",
-    "tasks_from",
-    multiple=True,
-    metavar="DIR",
-    help="A folder with your own task files. Repeatable.",
-)
+@TASK_FOLDERS
 @click.option("--dry-run", is_flag=True, help="Checks everything and lists the images to make.")
 def evaluate(
     adapter: str | None,
@@ -230,14 +225,14 @@ def of_suite(
     settings = InferenceSettings(
         model=str(pinned(options["model"], options["revision"])),
         adapters={} if adapter == "none" else with_scales([adapter]),
-        task_folders=options["tasks_from"],
+        task_folders=options["task_folders"],
         **{name: options[name] for name in SETTINGS},
     )
     making = GridSettings(
         data=sources_named(options["data"]),
         validation_every=options["validation_every"] or 0,
         annotate=places(options["annotate"]),
-        task_folders=options["tasks_from"],
+        task_folders=options["task_folders"],
         **{name: options[name] for name in ("seed", "rows", "limit", "tasks")},
     )
     asked = EvaluationRequest(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, cli
-from visualcloze_deft.cli.options import MOST_IMAGES, REVISION, with_scales
+from visualcloze_deft.cli.options import MOST_IMAGES, REVISION, TASK_FOLDERS, with_scales
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
 
@@ -143,13 +143,7 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="The attention kernel: native, cudnn, flash, efficient, math or another backend of "
     "diffusers. auto takes the fastest kernel of the GPU whose results are right.",
 )
-@click.option(
-    "--task-folder",
-    "tasks_from",
-    multiple=True,
-    metavar="DIR",
-    help="A folder with your own task files. Repeatable.",
-)
+@TASK_FOLDERS
 @click.option("--dry-run", is_flag=True, help="Checks all grids and lists the images to make.")
 @click.pass_obj
 def infer(
@@ -163,7 +157,6 @@ def infer(
     strength: float | None,
     processes: int | None,
     encodings: str | None,
-    tasks_from: tuple[str, ...],
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -196,7 +189,6 @@ def infer(
             adapters=with_scales(adapter),
             upsampling=None if upsample is None else Upsampling(scale=upsample, strength=chosen),
             encodings=Path(encodings) if encodings else None,
-            task_folders=tasks_from,
             **options,
         ),
         processes=processes or 0,

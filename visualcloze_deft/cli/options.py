@@ -36,6 +36,15 @@ ANNOTATE = click.option(
 )
 
 
+TASK_FOLDERS = click.option(
+    "--task-folder",
+    "task_folders",
+    multiple=True,
+    metavar="DIR",
+    help="A folder with your own task files, beside the shipped ones. Repeatable.",
+)
+
+
 def number_or_word(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
     number = text is not None and text.isdecimal() and len(text) < 10
     return int(text) if number and text is not None else text
@@ -73,6 +82,8 @@ RUN_OPTIONS = [
     DATA,
     ANNOTATE,
     setting("--tasks", "data.tasks"),
+    TASK_FOLDERS,
+    setting("--validation-every", "data.validation_every", type=int, metavar="N"),
     setting("--method", "adapter.method"),
     setting("--rank", "adapter.rank", type=int),
     setting("--zero", "zero", callback=number_or_word),
@@ -113,11 +124,13 @@ def run_of(
 
     options = dict(options)
     options["model"] = pinned(options["model"], options.pop("revision", None))
+    folders = options.pop("task_folders", ())
     names = {
         "tasks": "data.tasks",
         "method": "adapter.method",
         "rank": "adapter.rank",
         "resolution": "data.resolution",
+        "validation_every": "data.validation_every",
         "lr": "optimiser.lr",
     }
     given = [
@@ -128,18 +141,21 @@ def run_of(
     ]
     if data:
         given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
+    if folders:
+        given.append(f"data.task_folders={json.dumps(list(folders), ensure_ascii=False)}")
     for role, place in places(annotate).items():
         given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
     return load_run(config or config_for(options["model"], data), [*given, *overrides])
 
 
 def with_scales(given: Sequence[str]) -> dict[Path, float]:
-    """The folders and scales that `--adapter` names.
+    """The adapter folders and scales that `--adapter` names; a run folder stands for its adapter.
 
     >>> with_scales(["a", "b=0.5"])
     {PosixPath('a'): 1.0, PosixPath('b'): 0.5}
     """
     from visualcloze_deft.config.numbers import is_scale
+    from visualcloze_deft.storage.adapter_places import adapter_folder
 
     found: dict[Path, float] = {}
     for text in given:
@@ -152,9 +168,10 @@ def with_scales(given: Sequence[str]) -> dict[Path, float]:
             raise UserError(f"--adapter {text!r}: {number!r} is no number") from None
         if not is_scale(scale):
             raise UserError(f"--adapter {text!r}: give a number up to 1e6 as its scale, e.g. 1")
-        if Path(folder) in found:
+        place = adapter_folder(Path(folder))
+        if place in found:
             raise UserError(f"--adapter {folder}: named twice; give it one scale")
-        found[Path(folder)] = scale
+        found[place] = scale
     return found
 
 
@@ -178,15 +195,6 @@ def sources_named(data: Sequence[str]) -> dict[str, str]:
     from visualcloze_deft.config.source_specs import named_places
 
     return named_places(data, option="--data")
-
-
-FOLDERS = click.option(
-    "--task-folder",
-    "folders",
-    multiple=True,
-    metavar="DIR",
-    help="A folder with your own task files, beside the shipped ones. Repeatable.",
-)
 
 
 RESOLUTION = click.option(
@@ -244,7 +252,7 @@ def png_path(output: str, *, overwrite: bool) -> Path:
 
 def preview_run(
     name: str,
-    folders: tuple[str, ...],
+    task_folders: tuple[str, ...],
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     validation_every: int | None,
@@ -256,7 +264,7 @@ def preview_run(
     from visualcloze_deft.config.run_settings import parse_run
 
     made = all(source.startswith("scenes") for source in data)
-    wanted: dict[str, Any] = {"tasks": name, "task_folders": folders}
+    wanted: dict[str, Any] = {"tasks": name, "task_folders": task_folders}
     wanted["resolution"] = resolution or (resolution_of(TINY) if made else FLUX_RESOLUTION)
     wanted |= {"validation_every": validation_every or 0, "annotate": places(annotate)}
     if data:

@@ -12,13 +12,13 @@ from visualcloze_deft.cli.app import CONTEXT, Commands, cli
 from visualcloze_deft.cli.options import (
     ANNOTATE,
     DATA,
-    FOLDERS,
     HOLD_OUT,
     MOST_IMAGES,
     OVERWRITE,
     RESOLUTION,
     REVISION,
     SEED,
+    TASK_FOLDERS,
     png_path,
     preview_run,
 )
@@ -35,13 +35,13 @@ def tasks() -> None:
 
 
 @tasks.command("list", context_settings=CONTEXT)
-@FOLDERS
+@TASK_FOLDERS
 @click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
-def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
+def list_tasks(task_folders: tuple[str, ...], as_json: bool) -> None:
     """All tasks by group: what is shown -> what is generated, in the roles that data must have."""
     from visualcloze_deft.task_registry.files import load_tasks
 
-    known = load_tasks(map(Path, folders))
+    known = load_tasks(map(Path, task_folders))
     if as_json:
         entries = [{"name": task.name, **task.as_file()} for task in known.values()]
         click.echo(json.dumps(entries, indent=1, ensure_ascii=False))
@@ -59,14 +59,14 @@ def list_tasks(folders: tuple[str, ...], as_json: bool) -> None:
 
 @tasks.command("show", context_settings=CONTEXT)
 @click.argument("name")
-@FOLDERS
+@TASK_FOLDERS
 @click.option(
     "--model", help="Shows how much of a grid's text the text encoders of this model read."
 )
 @REVISION
 @click.option("--content", default="", metavar="TEXT", help="A content sentence for --model.")
 def show_task(
-    name: str, folders: tuple[str, ...], model: str | None, revision: str | None, content: str
+    name: str, task_folders: tuple[str, ...], model: str | None, revision: str | None, content: str
 ) -> None:
     """What task NAME shows, generates and says, and which data it can be made from.
 
@@ -79,7 +79,7 @@ def show_task(
     from visualcloze_deft.task_registry.files import load_tasks
 
     model = pinned(model, revision)
-    known = load_tasks(map(Path, folders))
+    known = load_tasks(map(Path, task_folders))
     if name not in known:
         raise UserError(f"unknown task {name!r}; {suggestion(name, known)}")
     task = known[name]
@@ -120,19 +120,58 @@ def show_text(task: Task, model: str, content: str) -> None:
             click.echo(f"  lost: {lost}")
 
 
+@tasks.command("new", context_settings=CONTEXT)
+@click.argument("name")
+@click.option(
+    "--columns",
+    required=True,
+    metavar="ROLE,ROLE,...",
+    help="The columns of a row, in order: the roles of your data. The last one is generated.",
+)
+@click.option(
+    "--targets",
+    default="",
+    metavar="ROLE,...",
+    help="The last columns, where several are generated.",
+)
+@click.option(
+    "--task-folder",
+    default="my_tasks",
+    show_default=True,
+    metavar="DIR",
+    help="The folder to write into. Other commands take the same option.",
+)
+def new_task(name: str, columns: str, targets: str, task_folder: str) -> None:
+    """Write a task file with comments, for a task that none of the shipped ones is.
+
+    \b
+    vcdeft tasks new relight --columns before,after
+    vcdeft train --tasks relight --task-folder my_tasks --data folder=PATH
+    """
+    from visualcloze_deft.task_registry.new_task import write_new_task
+
+    split = [
+        [part.strip() for part in text.split(",") if part.strip()] for text in (columns, targets)
+    ]
+    path = write_new_task(name, split[0], Path(task_folder), targets=split[1])
+    click.echo(f"{path}: edit its sentences, then")
+    click.echo(f"  vcdeft tasks check {path}")
+    click.echo(f"  vcdeft train --tasks {name} --task-folder {task_folder} --data folder=PATH")
+
+
 @tasks.command("check", context_settings=CONTEXT)
 @click.argument("file", required=False)
-@FOLDERS
-def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
+@TASK_FOLDERS
+def check_tasks(file: str | None, task_folders: tuple[str, ...]) -> None:
     """Say what is wrong with a task FILE, and where; without one, check all files."""
     from visualcloze_deft.task_registry.files import load_roles, load_tasks, read_tasks
 
     if file is not None and not Path(file).is_file():
         raise UserError(f"{file}: no such file")
     if file is None:
-        found = list(load_tasks(map(Path, folders)).values())
+        found = list(load_tasks(map(Path, task_folders)).values())
     else:
-        found = read_tasks(Path(file), load_roles([*map(Path, folders), Path(file).parent]))
+        found = read_tasks(Path(file), load_roles([*map(Path, task_folders), Path(file).parent]))
     click.echo(f"{len(found)} tasks, nothing wrong" if len(found) > 3 else "nothing wrong")
     for task in found if len(found) <= 3 else ():
         click.echo(f"  {task.name}: {task.sentence()}")
@@ -140,7 +179,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 
 @tasks.command("preview", context_settings=CONTEXT)
 @click.argument("name")
-@FOLDERS
+@TASK_FOLDERS
 @DATA
 @ANNOTATE
 @click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True)
@@ -156,7 +195,7 @@ def check_tasks(file: str | None, folders: tuple[str, ...]) -> None:
 @OVERWRITE
 def preview(
     name: str,
-    folders: tuple[str, ...],
+    task_folders: tuple[str, ...],
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     count: int,
@@ -178,7 +217,7 @@ def preview(
     from visualcloze_deft.training.run_data import mixture_of
     from visualcloze_deft.training.sample_sheets import example_sheet
 
-    run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
+    run = preview_run(name, task_folders, data, annotate, validation_every, seed, resolution)
     mixture = mixture_of(run, held_out=True)
     path = png_path(output, overwrite=overwrite)
     drawn = one_of_each(mixture, each) if each else [mixture[k] for k in range(count)]
@@ -188,7 +227,7 @@ def preview(
 
 @tasks.command("example", context_settings=CONTEXT)
 @click.argument("name")
-@FOLDERS
+@TASK_FOLDERS
 @DATA
 @ANNOTATE
 @click.option(
@@ -205,7 +244,7 @@ def preview(
 @click.option("--output", default="grids", show_default=True, metavar="DIR")
 def example(
     name: str,
-    folders: tuple[str, ...],
+    task_folders: tuple[str, ...],
     data: tuple[str, ...],
     annotate: tuple[str, ...],
     count: int,
@@ -227,7 +266,7 @@ def example(
     from visualcloze_deft.training.run_data import resolution_of, sources_of, tasks_of
     from visualcloze_deft.training.sample_sheets import grids_to_try
 
-    run = preview_run(name, folders, data, annotate, validation_every, seed, resolution)
+    run = preview_run(name, task_folders, data, annotate, validation_every, seed, resolution)
     _, tasks = tasks_of(run)
     grids = grids_to_try(
         tasks,

@@ -46,6 +46,7 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.launch import launch, process_count
 from visualcloze_deft.runtime.signals import ASKING, exit_status
+from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.storage.atomic import check_foreign
 from visualcloze_deft.storage.locks import LOCK, only_writer
 from visualcloze_deft.storage.toml_files import read_toml
@@ -155,7 +156,7 @@ def check_before(training: Training, mixture: Mixture) -> None:
             f"{other.now!r}; put it back, remove that folder, or choose another output"
         )
     try:
-        resume.check_tasks(mixture, training.folder / run_folder.TASKS)
+        resume.check_tasks(mixture, training.folder / TASKS)
     except UserError as error:
         raise UserError(f"{training.folder}: {str(error).removeprefix('--resume: ')}") from None
 

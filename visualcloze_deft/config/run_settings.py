@@ -35,6 +35,7 @@ from visualcloze_deft.config.source_specs import from_root, spec_from_root
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.storage.adapter_places import adapter_folder
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.storage.toml_files import read_toml
@@ -105,6 +106,10 @@ def _some_positive(weights: tuple[float, ...]) -> tuple[float, ...]:
 
 def _folder_or_word(place: str) -> str:
     return place if place in ("", "run") else os.path.abspath(place)
+
+
+def _adapter_place(place: str | None) -> str | None:
+    return place and str(adapter_folder(Path(place)))
 
 
 def _none_or_some(every: int) -> int:
@@ -193,9 +198,9 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[str, AfterValidator(sound_pattern)] = "default"
     """Regular expression for whole layer names; "default": attention and feed-forward layers."""
-    init_from: str | None = None
-    """An adapter folder of the same method and rank that training starts from. Its layers and its
-    scale are kept: `alpha` and `target_modules` must not be set beside it."""
+    init_from: Annotated[str | None, AfterValidator(_adapter_place)] = None
+    """An adapter or run folder of the same method and rank that training starts from. Its layers
+    and its scale are kept: `alpha` and `target_modules` must not be set beside it."""
     p_lr_ratio: Factor = 0.1
     """Learning rate of DEFT's P relative to R's (the authors' 0.1); PaRa's P takes the full."""
 

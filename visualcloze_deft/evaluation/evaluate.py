@@ -195,7 +195,11 @@ def complete(
     ways = {IMAGES: asked.settings}
     if asked.against_base:
         ways[BASE] = replace(
-            asked.settings, adapters={}, clip_text=shared["clip_text"], cells=shared["cells"]
+            asked.settings,
+            adapters={},
+            task_folders=tuple(map(str, asked.settings.all_task_folders)),
+            clip_text=shared["clip_text"],
+            cells=shared["cells"],
         )
     found = []
     for name, settings in ways.items():

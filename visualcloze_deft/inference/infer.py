@@ -77,7 +77,7 @@ def infer(
     if not dry_run:
         folder_of(settings.model)  # whose fingerprint the records hold
     since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
-    tasks = load_tasks(map(Path, settings.task_folders))
+    tasks = load_tasks(settings.all_task_folders)
     shared = shared_of(settings)
     entries = read_entries(examples)
     plans = grid_jobs(entries, tasks, settings, shared, output)
@@ -253,7 +253,7 @@ def load(settings: InferenceSettings, adapters: Mapping[StoredAdapter, float]) -
         clip_text=settings.clip_text,
         cells=settings.cells,
         encodings=settings.encodings,
-        task_folders=settings.task_folders,
+        task_folders=settings.all_task_folders,
         attention=NATIVE if offloaded else settings.attention,
     )
     acceleration.enable(

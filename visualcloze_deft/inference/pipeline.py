@@ -75,6 +75,7 @@ from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
 )
+from visualcloze_deft.storage.adapter_places import task_folders_of
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             transformer=transformer,
         )
         self.register_to_config(resolution=resolution, cells=cells, clip_text=clip_text)
-        self.tasks = load_tasks(Path(folder) for folder in task_folders)
+        self.task_folders = [*map(Path, task_folders)]
+        self.tasks = load_tasks(self.task_folders)
         self.blend = ActiveAdapters(transformer, merge=merge)
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
@@ -217,7 +219,7 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
             cells=cells or known_or_default(told.get("cells"), get_args(Cells)),
             clip_text=clip_text or known_or_default(told.get("clip_text"), get_args(ClipText)),
             encodings=encodings,
-            task_folders=task_folders,
+            task_folders=(*task_folders, *task_folders_of(one.folder for one in wanted)),
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)
@@ -321,7 +323,8 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
         """Read an adapter (peft's format) and use it beside those in use; returns its name.
 
-        adapter_name: by default that of the folder, or of the run it lies in.
+        folder: of the adapter, or of the run that trained it. The tasks that it was trained on are
+        known from then on. adapter_name: by default that of the folder, or of its run.
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
         name = adapter_name or name_of(Path(folder))
@@ -329,9 +332,12 @@ class InContextPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.blend.check_reachable()
         adapter = files.read(Path(folder))
         if base := self.config.get("_name_or_path"):
-            check_base(Path(folder), base, lora=self.lora)
-            self._say_other_lora(Path(folder))
+            check_base(adapter.folder, base, lora=self.lora)
+            self._say_other_lora(adapter.folder)
+        task_folders = [*self.task_folders, *task_folders_of([adapter.folder])]
+        tasks = load_tasks(task_folders)
         self.blend.add(name, adapter)
+        self.tasks, self.task_folders = tasks, task_folders
         return name
 
     def _say_other_lora(self, folder: Path) -> None:

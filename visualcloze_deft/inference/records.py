@@ -18,7 +18,7 @@ from visualcloze_deft.backbones.attention import AUTO
 from visualcloze_deft.backbones.flux_fill.files import resolution_of
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.model_files import index_of
-from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS, read_metadata
+from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.config.sameness import MAY_DIFFER, differences
@@ -30,6 +30,7 @@ from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Entry, Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text
+from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.atomic import atomic_write, check_foreign, clear_parts, write_text
 from visualcloze_deft.storage.hashing import digest
 from visualcloze_deft.storage.locks import CLAIMS

@@ -12,6 +12,7 @@ from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.upsampling import Upsampling
+from visualcloze_deft.storage.adapter_places import task_folders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +40,8 @@ class InferenceSettings:
     attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False
+
+    @property
+    def all_task_folders(self) -> tuple[Path, ...]:
+        """The folders of the user's own tasks, and of those that the adapters were trained on."""
+        return (*map(Path, self.task_folders), *task_folders_of(self.adapters))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.paths import TASKS
+from visualcloze_deft.storage.adapter_places import is_of_adapter
 from visualcloze_deft.storage.toml_files import read_toml
 from visualcloze_deft.task_registry.task import CONTENTS, NAME, ROLE, Task, first_phrase
 
@@ -234,17 +235,48 @@ def load_tasks(folders: Iterable[Path] = ()) -> dict[str, Task]:
     """All tasks by name, group by group: the shipped ones and those of `folders`.
 
     No two may have one name. A folder's words do not change the tasks before it.
+
+    The folder `tasks` of an adapter holds the tasks that it was trained on. They replace shipped
+    tasks of their names, and give way to a user's own. Raises `UserError` where two adapters were
+    trained on different tasks of one name.
     """
+    given = [*dict.fromkeys(folders)]
     roles = Roles()
     tasks: dict[str, Task] = {}
-    for folder in (TASKS, *folders):
+    for folder in (TASKS, *(one for one in given if not is_of_adapter(one))):
         roles = roles | _roles_in(folder)
-        for path in sorted(folder.glob("*.toml")):
-            for task in read_tasks(path, roles) if path.name != ROLES_FILE else ():
-                if task.name in tasks:
-                    raise UserError(
-                        f"{path}: a task {task.name!r} is declared in {tasks[task.name].path} "
-                        "already; rename one"
-                    )
-                tasks[task.name] = task
+        for task in _tasks_in(folder, roles):
+            if task.name in tasks:
+                raise UserError(
+                    f"{task.path}: a task {task.name!r} is declared in {tasks[task.name].path} "
+                    "already; rename one"
+                )
+            tasks[task.name] = task
+    own = {name for name, task in tasks.items() if task.path.parent != TASKS}
+    trained = _carried([one for one in given if is_of_adapter(one)], but=own)
+    tasks |= {name: task for name, task in trained.items() if not is_same(task, tasks.get(name))}
     return dict(sorted(tasks.items(), key=lambda pair: (pair[1].group, pair[0])))
+
+
+def _tasks_in(folder: Path, roles: Roles) -> Iterator[Task]:
+    for path in sorted(folder.glob("*.toml")):
+        if path.name != ROLES_FILE:
+            yield from read_tasks(path, roles)
+
+
+def _carried(folders: Iterable[Path], *, but: Collection[str]) -> dict[str, Task]:
+    """The tasks of several adapters, without those that are called as one of `but`."""
+    found: dict[str, Task] = {}
+    for folder in folders:
+        for task in _tasks_in(folder, Roles()):
+            if task.name not in but and not is_same(task, found.setdefault(task.name, task)):
+                raise UserError(
+                    f"{task.path}: another adapter was trained on another task {task.name!r} "
+                    f"({found[task.name].path}); give the one that you mean with --task-folder"
+                )
+    return {name: task for name, task in found.items() if name not in but}
+
+
+def is_same(task: Task, other: Task | None) -> bool:
+    """Whether two tasks say the same, whichever files declare them."""
+    return other is not None and task.as_file() == other.as_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.room import Room, put_back, short_of_memory
+from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.storage.atomic import write_png
 from visualcloze_deft.training import checkpoint, run_folder
 from visualcloze_deft.training.checkpoint import Progress
@@ -104,11 +106,13 @@ class RunOutputs:
             self.put("adapter", gather_adapter(self.engine), attention)
 
     def put(self, name: str, tensors: dict[str, Tensor], attention: str) -> None:
-        if self.first:
-            with checkpoint.disk_errors(self.output):
-                checkpoint.replace(
-                    self.output / name,
-                    lambda folder: self.write_adapter(
-                        folder, tensors, step=self.run.steps, attention=attention
-                    ),
-                )
+        """The adapter folder `name`, with the files of the tasks that it was trained on."""
+        if not self.first:
+            return
+
+        def fill(folder: Path) -> None:
+            self.write_adapter(folder, tensors, step=self.run.steps, attention=attention)
+            shutil.copytree(self.output / TASKS, folder / TASKS)
+
+        with checkpoint.disk_errors(self.output):
+            checkpoint.replace(self.output / name, fill)

@@ -17,6 +17,7 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.memory import LEAST, decided, load_of
 from visualcloze_deft.runtime.gpus import check_alike, gpus_here, precision_on
+from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.training import deepspeed_settings
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import newest
@@ -26,7 +27,6 @@ from visualcloze_deft.training.run_folder import (
     INDEX,
     MISSING,
     SETTINGS,
-    TASKS,
     _version,
     describe,
     encodings_folder,

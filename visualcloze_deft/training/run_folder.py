@@ -22,6 +22,7 @@ from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.config.run_settings import Run, write_run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.storage.atomic import check_foreign, write_text
 from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.locks import LOCK, only_writer
@@ -29,7 +30,7 @@ from visualcloze_deft.storage.settings_files import SettingsFile, checked
 from visualcloze_deft.storage.toml_files import read_toml
 from visualcloze_deft.training.checkpoint import disk_errors
 
-SETTINGS, VERSIONS, TASKS = "settings.toml", "versions.json", "tasks"
+SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
 ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
