@@ -41,6 +41,11 @@ class PublicBase:
     hub: str | None
     licence: Licence
 
+    @property
+    def words(self) -> str:
+        """What a sentence calls it."""
+        return "the small model built into visualcloze_deft" if self.name == TINY else self.name
+
 
 def public_base(model: str, given: str | None = None) -> PublicBase:
     """What to call the base `model` of a run in public. given: its id on the hub, for a folder.

@@ -75,8 +75,7 @@ def front_matter(facts: RunFacts) -> str:
 def link_of(facts: RunFacts) -> str:
     if facts.base.hub:
         return f"[{facts.base.hub}](https://huggingface.co/{facts.base.hub})"
-    built_in = facts.base.name == "tiny"
-    return "the small model built into visualcloze_deft" if built_in else facts.base.name
+    return facts.base.words
 
 
 def task_rows(facts: RunFacts) -> list[tuple[str, str, str]]:

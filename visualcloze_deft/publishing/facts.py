@@ -135,17 +135,18 @@ def settings_of(facts: RunFacts) -> list[tuple[str, str]]:
     rate = f"{run.optimiser.lr:g}, {run.optimiser.schedule}"
     made = [
         ("adapter", f"{facts.method}, rank {adapter.rank}"),
-        ("base", facts.base.name + (f", with the LoRA {facts.lora} merged" if facts.lora else "")),
+        ("base", facts.base.words + (f", with the LoRA {facts.lora} merged" if facts.lora else "")),
         ("data", sources_of(run)),
         ("tasks", str(len(facts.tasks))),
         ("steps", f"{facts.steps}, {facts.examples} examples in all"),
-        ("batch", f"{part} per process, {run.accumulate} before a step"),
+        ("batch", f"{part} per process"),
         ("learning rate", rate),
         ("cells", f"{data.cells}; resolution: {side}"),
         ("text for CLIP", run.clip_text),
         ("seed", str(run.seed)),
     ]
     changed = {
+        "batches before a step": run.accumulate if run.accumulate > 1 else None,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout or None,
         "layers": adapter.target_modules if adapter.target_modules != "default" else None,

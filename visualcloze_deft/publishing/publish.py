@@ -66,7 +66,7 @@ def message_of(facts: RunFacts) -> str:
 
 
 def uploaded(to: Target, address: str) -> str:
-    kept = "; a commit on top of what was there, no file was deleted" if to.exists else ""
+    kept = "; what else was there stays" if to.exists else ""
     return f"uploaded: {address}{kept}"
 
 
