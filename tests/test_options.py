@@ -40,6 +40,10 @@ OPTIONS = {
         "--memory --method --model --output --processes --rank --resolution --revision --run "
         "--seed --set --steps --task-folder --tasks --validation-every --zero"
     ),
+    "publish": (
+        "RUN --base --dry-run --dtype --evaluation --format --model --model-lora --private --repo "
+        "--revision --without-pictures"
+    ),
     "report": "RUN",
     "tasks check": "FILE --task-folder",
     "tasks example": (

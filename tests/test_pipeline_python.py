@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import VisualClozePipeline
 from hub_cache import in_hub_cache
-from hub_server import local_hub
+from hub_server import TOKEN, hub_server, use
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -276,13 +276,16 @@ def test_a_pipeline_is_pushed_with_a_card_and_nothing_of_this_machine(
 ) -> None:
     pipe = InContextPipeline.from_pretrained(micro_model, adapter=adapter)
     wanted = made(pipe)
-    with local_hub(monkeypatch) as repos:
-        address = pipe.push_to_hub("someone/mugs", token="hf_x", private=True)
-        assert address.endswith("/someone/mugs/commit/1")
-        pushed = dict(repos["someone/mugs"])
-        repos["someone/mugs"]["README.md"] = b"mine"
-        pipe.push_to_hub("someone/mugs", token="hf_x")
-        assert repos["someone/mugs"]["README.md"] == b"mine"
+    with hub_server() as hub:
+        use(hub, monkeypatch)
+        address = pipe.push_to_hub("someone/mugs", token=TOKEN, private=True)
+        repository = hub.repos["someone/mugs"]
+        assert repository.private
+        assert "/someone/mugs/commit/" in address
+        pushed = dict(repository.files)
+        repository.files["README.md"] = b"mine"
+        pipe.push_to_hub("someone/mugs", token=TOKEN)
+        assert repository.files["README.md"] == b"mine"
     card = pushed["README.md"].decode()
     assert "library_name: diffusers" in card
     assert 'from_pretrained("someone/mugs")' in card
@@ -299,12 +302,13 @@ def test_what_cannot_be_saved_makes_no_repository(
     micro_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = InContextPipeline.from_pretrained(micro_model, adapter=adapter, merge=False)
-    with local_hub(monkeypatch) as repos:
+    with hub_server() as hub:
+        use(hub, monkeypatch)
         with pytest.raises(UserError, match="push_to_hub: adapters stand beside the weights"):
-            beside.push_to_hub("someone/mugs", token="hf_x")
+            beside.push_to_hub("someone/mugs", token=TOKEN)
         with pytest.raises(UserError, match="weights are safetensors alone"):
-            beside.push_to_hub("someone/mugs", token="hf_x", safe_serialization=False)
-    assert not repos
+            beside.push_to_hub("someone/mugs", token=TOKEN, safe_serialization=False)
+    assert not hub.repos
 
 
 def test_a_push_that_the_hub_refuses_is_one_line(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from visualcloze_deft.backbones.model_settings import AdapterFile
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG
 from visualcloze_deft.storage.settings_files import checked
-from visualcloze_deft.storage.text_files import check_file
+from visualcloze_deft.storage.tensor_headers import read_texts
 
 WEIGHTS = "adapter_model.safetensors"  # peft's name for an adapter's tensors
 
@@ -39,10 +37,4 @@ def settings_file(adapter: Path) -> Path | None:
 
 def read_metadata(adapter: Path) -> dict[str, str]:
     """What the adapter in a folder, or in a LoRA file, says of itself."""
-    path = weights_file(adapter)
-    check_file(path)
-    try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing, damaged or truncated ({error})") from None
+    return read_texts(weights_file(adapter))

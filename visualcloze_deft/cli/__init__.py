@@ -18,6 +18,7 @@ from visualcloze_deft.cli import (  # noqa: F401  which register their commands
     data,
     evaluate,
     infer,
+    publish,
     tasks,
     train,
 )

@@ -61,6 +61,7 @@ def train(
         process_count,
         rank,
     )
+    from visualcloze_deft.training.deepspeed_settings import check_installed
     from visualcloze_deft.training.dry_run import dry_run_of, report
     from visualcloze_deft.training.preparation import as_decided, prepare
     from visualcloze_deft.training.run_folder import SETTINGS, run_lock
@@ -80,6 +81,7 @@ def train(
     with ExitStack() as held:
         run = held.enter_context(dry_run_of(wanted)) if dry_run and rank() == 0 else wanted
         if already_launched():
+            check_installed()
             from visualcloze_deft.training.train import train as train_here
 
             train_here(run, resume=resume, prepared=prepared(), allowed=allowed, divide=divide)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.records import GridJob, done
-from visualcloze_deft.runtime.signals import LAUNCHER, StopRequest, exit_status, handling
+from visualcloze_deft.runtime.signals import KILL, LAUNCHER, StopRequest, exit_status, handling
 
 SINCE = "VCDEFT_SINCE"  # when --overwrite was asked for, for the processes that share its list
 WAIT = 0.5  # seconds between two looks at what other processes make
@@ -50,7 +50,7 @@ def share(
     def pass_on(number: int, _: FrameType | None) -> None:
         again = asked.twice(number)
         for process in started:
-            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            process.send_signal(KILL if again else signal.SIGTERM)
 
     with (
         handling(pass_on),

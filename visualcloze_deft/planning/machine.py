@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
+
+import psutil
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.gpus import gpus_here
@@ -27,7 +28,7 @@ def memory_here(processes: int) -> int:
 
 def main_memory() -> int:
     """Bytes of the machine's memory, or of what a container is given of it (cgroup v2)."""
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    whole = psutil.virtual_memory().total
     try:
         return min(whole, int(CONTAINER.read_text()))
     except (OSError, ValueError):  # there is none, or it is "max"

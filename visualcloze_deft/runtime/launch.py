@@ -17,12 +17,12 @@ import psutil
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.gpus import check_alike, gpus_here
-from visualcloze_deft.runtime.signals import LAUNCHER, StopRequest, exit_status, handling
+from visualcloze_deft.runtime.signals import KILL, LAUNCHER, StopRequest, exit_status, handling
 
 logger = logging.getLogger(__name__)
 
 CPU_PROCESSES = 2
-ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -signal.SIGKILL)
+ENDED_AS_ASKED = (exit_status(signal.SIGTERM), -signal.SIGTERM, -KILL)
 # What sets torch's allocator: the last, for all kinds of device, where none of the others does.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # What tells a process its place in a group; DeepSpeed looks for a missing one through MPI.
@@ -146,7 +146,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             raise SystemExit(exit_status(number))
         for child in children:
             with suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+                child.send_signal(KILL if again else signal.SIGTERM)
 
     try:
         with handling(pass_on):

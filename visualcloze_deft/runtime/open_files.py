@@ -3,7 +3,7 @@ are too few, reading processes stop in the middle of a batch and nobody is told.
 
 from __future__ import annotations
 
-import resource
+import sys
 
 from visualcloze_deft.errors import UserError
 
@@ -11,9 +11,14 @@ OWN = 256  # of a process: libraries, models, pictures, other processes of its g
 PIPES = 4  # to each process that it starts
 ENOUGH = 1 << 16  # of which no command needs more
 
+if sys.platform != "win32":
+    import resource
+
 
 def raise_limit() -> None:
     """Have this process, and those that it starts, open as many files as the system lets it."""
+    if sys.platform == "win32":  # where no such limit can be set
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -27,6 +32,8 @@ def check_handles(*, readers: int = 0, lower: str = "") -> None:
 
 
 def check_allowed(needed: int, *, lower: str) -> None:
+    if sys.platform == "win32":
+        return
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise UserError(

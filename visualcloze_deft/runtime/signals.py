@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if sys.platform == "win32":
+    ASKING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    KILL = signal.SIGTERM  # which ends a process there at once
+else:
+    ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    KILL = signal.SIGKILL
 ONE_REQUEST = 2.0  # seconds: launchers and queues pass one request on as several signals
 
 LAUNCHER = "VCDEFT_LAUNCHER"  # number of the process of ours that started this one
@@ -67,9 +72,9 @@ def end_with(parent: int) -> None:
     parent: number of the process that must still be there.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(END_WITH_PARENT, KILL)
         if os.getppid() != parent:  # it ended before
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), KILL)
 
 
 def exit_status(number: int) -> int:

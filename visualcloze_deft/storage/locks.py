@@ -1,10 +1,10 @@
 """Locks of folders and of work that several processes share: the system lets go of them however a
-process ends."""
+process ends. Windows has no such locks: there, nothing is locked."""
 
 from __future__ import annotations
 
-import fcntl
 import os
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -15,6 +15,13 @@ from tqdm import tqdm
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.atomic import output_folder
+
+if sys.platform == "win32":
+    OPENING = os.O_RDWR | os.O_CREAT
+else:
+    import fcntl
+
+    OPENING = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 CLAIMS = ".claims"
 
@@ -31,6 +38,8 @@ class WorkLocks:
 
     def take(self, name: str) -> bool:
         """Whether this process may work on the item."""
+        if sys.platform == "win32":
+            return True
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(name.encode()))
         except (BlockingIOError, PermissionError):
@@ -40,6 +49,8 @@ class WorkLocks:
         return True
 
     def release(self, name: str) -> None:
+        if sys.platform == "win32":
+            return
         with suppress(OSError):
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1, zlib.crc32(name.encode()))
 
@@ -84,9 +95,8 @@ def folder_held(path: Path) -> Iterator[None]:
 def opened_lock(file: Path) -> int:
     """The descriptor of a lock file, which is made where there is none. Its content, if it is not
     ours, stays; a link is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(file, flags, 0o666)
+        descriptor = os.open(file, OPENING, 0o666)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be opened as a lock ({error.strerror}); remove it, or choose another "
@@ -97,6 +107,8 @@ def opened_lock(file: Path) -> int:
 
 def locked(descriptor: int, path: Path) -> bool:
     """Whether this process has the lock now, or the file system has no locks."""
+    if sys.platform == "win32":
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,6 +3,7 @@ is silent about all others."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from visualcloze_deft.errors import PARSED, UserError, suggestion, why
 from visualcloze_deft.runtime.launch import device_environment
 from visualcloze_deft.storage.text_files import brief
 
+REQUIREMENT = "deepspeed>=0.19.8,<0.20"  # of pyproject.toml, which asks for it on Linux alone
 LARGEST = 2**63 - 1
 NUMBERS: dict[type, tuple[type, ...]] = {
     int: (int,),
@@ -62,11 +64,20 @@ class Asked(dict[str, Any]):
         return self  # what is asked of a copy is asked of this
 
 
+def check_installed() -> None:
+    """Raise `UserError` where DeepSpeed, which only training needs, is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"training needs DeepSpeed, which is not installed; pip install '{REQUIREMENT}' ninja"
+        )
+
+
 def check(run: Run) -> None:
     """Raise `UserError` where `run.deepspeed` names what DeepSpeed does not know, or a value is of
     another kind than DeepSpeed's default."""
     if not run.deepspeed:
         return
+    check_installed()
     for value in leaves(run.deepspeed):
         if isinstance(value, int | float) and not abs(value) <= LARGEST:
             raise UserError(f"deepspeed: {brief(value)}: no number of 64 bits")

@@ -152,6 +152,7 @@ def check_settings(run: Run) -> None:
             f"optimiser.warmup = {run.optimiser.warmup}: longer than the {run.steps} steps of the "
             'run; give less, or "auto"'
         )
+    deepspeed_settings.check_installed()
     deepspeed_settings.check(run)
     check_subject(run)
     for gpu in gpus_here():

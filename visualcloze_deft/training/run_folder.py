@@ -26,7 +26,7 @@ from visualcloze_deft.storage.adapter_places import TASKS
 from visualcloze_deft.storage.atomic import check_foreign, write_text
 from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.locks import LOCK, only_writer
-from visualcloze_deft.storage.settings_files import SettingsFile, checked
+from visualcloze_deft.storage.settings_files import SettingsFile, Share, checked
 from visualcloze_deft.storage.toml_files import read_toml
 from visualcloze_deft.training.checkpoint import disk_errors
 from visualcloze_deft.training.run_data import resolution_of
@@ -144,6 +144,7 @@ class VersionsFile(SettingsFile):
     attention_check: str = ""
     not_finite: Mapping[str, str] = Field(default_factory=dict)
     norms: str = ""
+    task_proportions: dict[str, Share] = Field(default_factory=dict)
 
 
 def record(output: Path, facts: Mapping[str, object]) -> None:
