@@ -137,6 +137,7 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
     from visualcloze_deft.training.memory_report import in_short
     from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
     from visualcloze_deft.training.run_data import weights_of
+    from visualcloze_deft.training.summary import samples_in_words, steps_in_words
 
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     by_group: dict[str, list[float]] = {}
@@ -154,11 +155,8 @@ def describe_run(run: Run, mixture: Mixture, processes: int) -> None:
         click.echo(f"         {unweighted} more have weight 0 here; --tasks NAME trains one")
     if left_out := len(weights) - unweighted - len(mixture.tasks):
         click.echo(f"         {left_out} more are left out: no data has their roles")
-    part = f"{run.batch_tokens} tokens" if run.batch_tokens else f"{run.batch} grids"
-    click.echo(
-        f"training {run.steps} steps of {processes} x {run.accumulate} x {part}, "
-        f"ZeRO-{run.zero}, into {run.output}"
-    )
+    click.echo(f"training {steps_in_words(run, processes)}, ZeRO-{run.zero}, into {run.output}")
+    click.echo(f"samples  {samples_in_words(run)}")
     memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
     for line in in_short(memory, memory_here(processes)):
         click.echo(line)
