@@ -31,3 +31,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted_as(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> counted_as(1, "grid"), counted_as(1200, "grid")
+    ('1 grid', '1,200 grids')
+    """
+    return f"{number:,} {thing}" + ("s" if number != 1 else "")

@@ -286,8 +286,9 @@ class Loop:
         """Publish the adapter, the last sheet and the report; also where a resumed run has no step
         left."""
         self.outputs.publish(attention=self.stepper.kernels.attention)
-        with self.console.shown(self.step, leave=False):
-            self.sample()
+        if self.run.sample_grids:
+            with self.console.shown(self.step, leave=False):
+                self.sample()
         self.watch.close()
         if self.rank == 0:
             write_report(self.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from visualcloze_deft.config.run_settings import Run
+from visualcloze_deft.reporting.numbers import counted_as
 
 
 def steps_in_words(run: Run, processes: int) -> str:
@@ -19,8 +20,8 @@ def steps_in_words(run: Run, processes: int) -> str:
     times = f"{run.accumulate} times " if run.accumulate > 1 else ""
     if run.batch_tokens:
         return f"{run.steps:,} steps: {times}up to {run.batch_tokens:,} tokens {where}"
-    part = counted(run.batch, "grid")
-    whole = counted(run.batch * run.accumulate * processes, "grid")
+    part = counted_as(run.batch, "grid")
+    whole = counted_as(run.batch * run.accumulate * processes, "grid")
     return f"{run.steps:,} steps of {whole}: {times}{part} {where}"
 
 
@@ -29,8 +30,5 @@ def samples_in_words(run: Run) -> str:
     if not run.sample_grids:
         return "no sample sheets"
     between = f", every {run.sample_every:,} steps" if run.sample_every else ""
-    return f"up to {counted(run.sample_grids, 'grid')} before the first step{between}, at the end"
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("s" if number != 1 else "")
+    grids = counted_as(run.sample_grids, "grid")
+    return f"up to {grids} before the first step{between}, and at the end"
