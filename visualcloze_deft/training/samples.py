@@ -9,6 +9,7 @@ Nothing here draws from a process's generators, so that a run trains alike with 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -35,7 +36,7 @@ from visualcloze_deft.storage.atomic import atomic_write, write_png
 from visualcloze_deft.task_registry.task import Task
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.engine import published
-from visualcloze_deft.training.metrics_log import from_first
+from visualcloze_deft.training.metrics_log import from_first, gathered
 from visualcloze_deft.training.sample_sheets import STEPS, Made, Sample, answer, sheet_of
 from visualcloze_deft.training.step import first_said
 
@@ -79,7 +80,9 @@ class BasePictures:
         self.about = {**told, "resolution": run.data.resolution, "cells": run.data.cells}
 
     def record(self, example: Example) -> dict[str, Any]:
+        seen = hashlib.sha256(b"".join(cell.tobytes() for row in example.complete for cell in row))
         asked = {"keys": example.keys, "prompt": str(example.prompt), "steps": STEPS}
+        asked["pixels"] = seen.hexdigest()
         record: dict[str, Any] = json.loads(json.dumps(self.about | asked))
         return record
 
@@ -104,8 +107,7 @@ class BasePictures:
 
 
 class SampleSheets:
-    """The sheets of a run: every process samples, as weights are gathered from all; the first one
-    draws and writes."""
+    """The sheets of a run: the processes share its grids, and the first one draws and writes."""
 
     def __init__(
         self,
@@ -148,12 +150,11 @@ class SampleSheets:
         self, examples: Sequence[Example], room: Room, step: int, doing: Doing
     ) -> dict[str, Answers]:
         """What each column of the sheet shows of the examples."""
-        told = f"sheet of step {step}"
         with self.as_base():
-            found = {BASE: self.of_base(examples, room, partial(each, doing, f"{told}: base"))}
+            found = {BASE: self.of_base(examples, room, f"sheet of step {step}: base", doing)}
         if step or self.adapter_differs_at_start:
-            watched = each(doing, f"{told}: adapter", examples)
-            found[f"adapter, step {step}"] = [self.tried(one, room) for one in watched]
+            what = f"sheet of step {step}: adapter"
+            found[f"adapter, step {step}"] = self.made_of(examples, room, what, doing)
         return found
 
     @property
@@ -171,23 +172,36 @@ class SampleSheets:
                 held.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
-    def of_base(
-        self,
-        examples: Sequence[Example],
-        room: Room,
-        watched: Callable[[Sequence[Example]], Iterator[Example]],
-    ) -> Answers:
+    def of_base(self, examples: Sequence[Example], room: Room, what: str, doing: Doing) -> Answers:
         """The base's answers: those that were kept, the others made and kept."""
         found = from_first(
             lambda: [self.base.kept(one) for one in examples], rank=self.rank, world=self.world
         )
         missing = [k for k, made in enumerate(found) if made is None]
-        wanted = [examples[k] for k in missing]
-        for k, one in zip(missing, watched(wanted), strict=True):
-            found[k] = made = self.tried(one, room)
+        answers = self.made_of([examples[k] for k in missing], room, what, doing)
+        for k, made in zip(missing, answers, strict=True):
+            found[k] = made
             if made is not None and self.rank == 0:
-                self.base.keep(one, made)
+                self.base.keep(examples[k], made)
         return found
+
+    def made_of(self, examples: Sequence[Example], room: Room, what: str, doing: Doing) -> Answers:
+        """What the model makes of the examples, which the processes share."""
+        found: Answers = []
+        for first in range(0, len(examples), self.world):
+            some = examples[first : first + self.world]
+            tasks = ", ".join(dict.fromkeys(one.task for one in some))
+            doing(f"{what}, grid {first + 1} of {len(examples)}, {tasks}")
+            found += self.shared(some, room)
+        return found
+
+    def shared(self, examples: Sequence[Example], room: Room) -> Answers:
+        """Each process makes one of the examples. Where one has no memory for its own, all make
+        each in turn, so that no other is left out."""
+        own = self.tried(examples[min(self.rank, len(examples) - 1)], room)
+        if own is None:  # in all processes
+            return [self.tried(one, room) for one in examples] if len(examples) > 1 else [None]
+        return [*gathered(own, self.world)[: len(examples)]]
 
     def tried(self, example: Example, room: Room) -> Made | None:
         try:
@@ -216,10 +230,3 @@ class SampleSheets:
         if drawn:
             self.folder.mkdir(exist_ok=True)
             write_png(self.folder / f"step-{step:06d}.png", sheet_of(drawn))
-
-
-def each(doing: Doing, what: str, examples: Sequence[Example]) -> Iterator[Example]:
-    """The examples in turn. doing: told each."""
-    for number, example in enumerate(examples, 1):
-        doing(f"{what}, grid {number} of {len(examples)}, {example.task}")
-        yield example
