@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import tomli_w
+from PIL import Image
 from processes import run, vcdeft
 from safetensors.torch import load_file
 from scipy import stats
@@ -23,18 +24,21 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.comparison import compare
-from visualcloze_deft.comparison.measure import Measured, place_of, psnr, query_sets, questions
+from visualcloze_deft.comparison.changes import MARKED, Compared, line_of
+from visualcloze_deft.comparison.measure import place_of, psnr, query_sets, questions
+from visualcloze_deft.comparison.plots import fields as fields_of
+from visualcloze_deft.comparison.records import Measured
 from visualcloze_deft.comparison.report import (
     CSV,
     REPORT,
     RESULTS,
+    SAMPLES,
     TABLE,
     read_results,
     write_reports,
 )
-from visualcloze_deft.comparison.tables import Compared
 from visualcloze_deft.comparison.trainings import Training, trainings
-from visualcloze_deft.config.comparison import Comparison, load_comparison
+from visualcloze_deft.config.comparison import Comparison, load_comparison, write_comparison
 from visualcloze_deft.config.run_settings import load_run, write_run
 from visualcloze_deft.evaluation.metrics import fidelity
 from visualcloze_deft.paths import CONFIGS
@@ -351,25 +355,27 @@ def test_adjusted_p_are_never_smaller_and_keep_their_order() -> None:
 
 
 def test_psnr_of_a_grid_is_the_mean_of_what_an_evaluation_measures() -> None:
-    from PIL import Image
-
     black, grey = (Image.new("RGB", (8, 8), (value,) * 3) for value in (0, 16))
     assert psnr([grey], [black]) == fidelity.psnr(grey, black)
     both = [fidelity.psnr(grey, black), fidelity.psnr(black, black)]
     assert psnr([grey, black], [black, black]) == pytest.approx(np.mean(both))
 
 
-def made(training: Training, seed: int) -> list[Compared]:
-    """Figures of a training, drawn."""
+def made(
+    training: Training, seed: int, *, grids: int = 6, apart: float = 0.0, **groups: float
+) -> list[Compared]:
+    """Figures of a training, drawn. apart: how much more DEFT changes. groups: the change of each
+    that was asked."""
     rng = np.random.default_rng([seed, training.seed, METHODS.index(training.method)])
 
     def figures(shift: float) -> Measured:
         return Measured(
-            errors=tuple(rng.uniform(0.1, 0.5, 6) * (1 - shift / 10)),
-            psnr=tuple(rng.normal(20 + shift, 1, 6)),
+            errors=tuple(rng.uniform(0.1, 0.5, grids) * (1 - shift / 10)),
+            psnr=tuple(rng.normal(20 + shift, 1, grids)),
             seconds=1.0,
         )
 
+    changes = groups or {"new": 2.0, "old": -1.0}
     tasks = {"colourisation": "new", "image-to-normals": "new", "depth-to-image": "old"}
     return [
         Compared(
@@ -377,10 +383,90 @@ def made(training: Training, seed: int) -> list[Compared]:
             group=group,
             task=task,
             before=figures(0),
-            after=figures(2.0 if group == "new" else -1.0),
+            after=figures(changes[group] + apart * (training.method == "deft")),
         )
         for task, group in tasks.items()
+        if group in changes
     ]
+
+
+def reported(path: Path, output: Path, *more: str, **drawn: Any) -> tuple[str, str]:
+    """Table and page of drawn figures of a comparison."""
+    output.mkdir()
+    found = planned(path, *more)
+    for training in found:
+        training.folder.mkdir(parents=True, exist_ok=True)
+        line = {"step": 1, "loss": 1.0, "seconds": 60.0, "examples": 1, "tasks": {}}
+        run_folder.append_line(training.folder / run_folder.METRICS, line)
+    (output / compare.SETTINGS).write_text("")
+    write_reports([one for training in found for one in made(training, 3, **drawn)], output)
+    return (output / TABLE).read_text(), (output / REPORT).read_text()
+
+
+def test_without_old_tasks_a_report_is_of_gain_alone(
+    comparison_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    for methods in ('["deft","lora"]', '["deft"]'):
+        place = tmp_path / str(len(methods))
+        table, page = reported(comparison_file(), place, f"methods={methods}", new=2.0)
+        assert table.startswith("### Gain\n")
+        assert "retention" not in table + page
+        assert ("### Methods in pairs" in table) == ("lora" in methods)
+        assert page.count("<svg") == 2
+
+
+def test_one_seed_is_said_and_gives_no_interval_that_looks_as_over_seeds(
+    comparison_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    table, page = reported(comparison_file(), tmp_path / "one", "seeds=[0]", grids=24, new=2.0)
+    said = "One seed: no spread between trainings is known."
+    assert said in table
+    assert said in page
+    assert "other seeds" not in table
+    assert "seeds that agree" not in table
+    assert " (grids +" in table
+    assert " *" not in table
+    assert "1 seed x 2 tasks x 24 grids" in table
+
+
+def test_a_difference_over_few_grids_is_not_marked(
+    comparison_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ('methods=["deft","para"]', 'match=["rank"]')
+    few, many = (
+        reported(comparison_file(), tmp_path / str(grids), *words, grids=grids, apart=7.0)[0]
+        for grids in (MARKED - 1, MARKED)
+    )
+    assert " *, 2 of 2 |" not in few
+    assert f"none over fewer than {MARKED} grids" in few
+    assert " *, 2 of 2 |" in many
+    assert "fewer than" not in many
+
+
+def test_matches_of_the_same_trainings_have_one_chart(
+    comparison_file: Callable[..., Path],
+) -> None:
+    path = comparison_file()
+    lines = [line_of(one) for training in planned(path) for one in made(training, 3)]
+    assert [*fields_of(lines)] == ["rank", "parameters"]  # PaRa has two ranks
+    without = [line for line in lines if line["method"] != "para"]
+    ((match, entered),) = fields_of(without).items()
+    assert match == "rank and parameters"
+    assert [method for method, _ in entered] == ["deft", "deft-relaxed", "lora"]
+
+
+def test_a_comparison_without_old_tasks_is_written_as_it_was_read(
+    comparison_file: Callable[..., Path], micro_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "gain.toml"
+    own = fields(micro_model, tmp_path / "out")
+    del own["old"]
+    path.write_text(tomli_w.dumps(own))
+    comparison = load_comparison(str(path))
+    write_comparison(comparison, tmp_path / "again.toml")
+    assert load_comparison(str(tmp_path / "again.toml")) == comparison
+    asked = query_sets(comparison, trainings(comparison)[0].run)
+    assert {one.group for one in asked} == {"new"}
 
 
 def test_the_report_holds_what_the_results_say(
@@ -479,7 +565,10 @@ def test_what_is_finished_is_not_done_again(
     lost = output / "evaluations" / "lora-r4-s0" / "new-colourisation.json"
     before = {file: file.stat().st_mtime_ns for file in output.glob("evaluations/*/*.json")}
     figures = json.loads(lost.read_text())
-    lost.unlink()
+    with Image.open(output / SAMPLES) as sheet:
+        assert sheet.width > 5 * 144  # a condition, the base, two methods and the truth
+        shown = sheet.tobytes()
+    (output / "evaluations" / "lora-r4-s0" / "samples" / "new-colourisation-1-0.png").unlink()
     main(["compare", str(path), *few, "--dry-run"])
     said = capsys.readouterr().out
     assert "0 of 2 trainings to do" in said
@@ -488,6 +577,10 @@ def test_what_is_finished_is_not_done_again(
     again = {file: file.stat().st_mtime_ns for file in output.glob("evaluations/*/*.json")}
     assert [file for file in again if again[file] != before[file]] == [lost]
     assert json.loads(lost.read_text()) | {"seconds": 0} == figures | {"seconds": 0}
+    with Image.open(output / SAMPLES) as sheet:
+        assert sheet.tobytes() == shown
+    assert "data:image/jpeg" in (output / REPORT).read_text()
+    assert not list(output.glob("runs/*/sheets"))  # trainings of a comparison make none
 
     base = json.loads((output / "evaluations" / "base" / "new-colourisation.json").read_text())
     assert base["psnr"] != figures["psnr"]
@@ -546,8 +639,6 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
 def test_a_comparison_is_written_as_it_was_read(
     comparison_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from visualcloze_deft.config.comparison import write_comparison
-
     comparison = load_comparison(str(comparison_file()))
     assert isinstance(comparison, Comparison)
     write_comparison(comparison, tmp_path / "again.toml")

@@ -30,7 +30,7 @@ from visualcloze_deft.backbones.flux_fill.sizes import flux
 from visualcloze_deft.backbones.peft_files import CONFIG, WEIGHTS
 from visualcloze_deft.cli import main
 from visualcloze_deft.cli.app import cli
-from visualcloze_deft.comparison.measure import Measured, read_measured, write_measured
+from visualcloze_deft.comparison.records import Measured, read_measured, write_measured
 from visualcloze_deft.config import patterns
 from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter, Run, load_run, write_run

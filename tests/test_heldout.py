@@ -18,11 +18,9 @@ from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.diffusion.timesteps import shift
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.sampling.encoding import PixelExample, draw_noise
-from visualcloze_deft.sampling.room import Room
 from visualcloze_deft.training import run_data, validation
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
-from visualcloze_deft.training.sample_sheets import sample_sheet
 from visualcloze_deft.training.validation import ValidationLosses
 
 
@@ -121,13 +119,13 @@ def test_pictures_are_measured_on_where_some_are_held_out_and_else_refused(
     assert {key for i in range(20) for key in held_out[i].keys} == {"3", "7"}
 
 
-def test_a_sheet_shows_the_same_grids_from_the_same_noise_each_time(
-    models: Models, micro_model: Path
-) -> None:
-    run = run_on(micro_model)
-    first, _ = sample_sheet(models, run_data.mixture_of(run), Room(models))
-    torch.rand(3)  # whatever training draws in between
-    second, _ = sample_sheet(models, run_data.mixture_of(run), Room(models))
-    assert first is not None
-    assert second is not None
-    assert first.tobytes() == second.tobytes()
+def test_why_the_training_loss_is_higher_names_the_settings_of_the_run(micro_model: Path) -> None:
+    plain, led = (
+        validation.why_training_is_higher(run_on(micro_model, f"scheduled_sampling={share}"))
+        for share in (0, 0.6)
+    )
+    assert "scheduled_sampling" not in plain
+    assert "60% of its samples start from a step of the model's own (scheduled_sampling)" in led
+    averaged = run_on(micro_model, "ema=0.99", "adapter.dropout=0.1")
+    assert "10% dropout" in validation.why_training_is_higher(averaged)
+    assert "(ema)" in validation.why_training_is_higher(averaged)

@@ -48,8 +48,7 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
     base += ["--steps", str(STEPS), "--batch", "2", "--output", str(output), "--lr", "0.01"]
     sets = (
         "optimiser.warmup=2 save_every=2 context_weight=0.3 timestep_sampling=uniform "
-        "timestep_shift=2 scheduled_sampling=0.5 "
-        "ema=0.6"
+        "timestep_shift=2 scheduled_sampling=0.5 ema=0.6 sample_grids=2"
     )
     return [*base, *(word for setting in sets.split() for word in ("--set", setting)), *more]
 

@@ -74,15 +74,16 @@ def test_a_line_a_step_says_what_happened_and_trackers_the_same(
     planned = StepPlan(first=0, parts=((0, 1, 2),), tokens=(30,))
     told = {2: seen("b", 4.0), 0: seen("a", 1.0), 1: seen("a", 2.0, tokens=20)}
     figures = {"step": 7, "examples": 3, "norms": {"P": 0.5}}
-    merged = watched.step(planned, told, figures, seconds=0.5)
+    merged, written = watched.step(planned, told, figures, seconds=0.5)
     assert list(merged) == [0, 1, 2]
     measured = {
         1: ValidationLosses(task="a", errors=(1.0, 3.0)),
         0: ValidationLosses(task="b", errors=(0.0, 1.0)),
     }
-    watched.evaluated(7, 3, measured, [0.25, 0.75])
+    assert watched.evaluated(7, 3, measured, [0.25, 0.75]) == 1.25
     watched.close()
     (line,) = lines(tmp_path / run_folder.METRICS)
+    assert line == written
     assert line["tasks"] == {"a": 1.5, "b": 4.0}
     assert (line["loss"], line["tokens"], line["norms"]) == (7 / 3, 30, {"P": 0.5})
     assert (line["examples_per_second"], line["tokens_per_second"]) == (6, 80)
@@ -221,18 +222,20 @@ class Page(HTMLParser):
         self.text += data
 
 
-def written_run(folder: Path, steps: int) -> Path:
-    """A run folder as `steps` steps would leave it."""
+def written_run(folder: Path, steps: int, **more: float) -> Path:
+    """A run folder as `steps` steps would leave it. more: losses of other tasks."""
     folder.mkdir()
     write_run(Run(output="<b>runs</b>"), folder / run_folder.SETTINGS)
     for step in range(1, steps + 1):
         line = {"step": step, "examples": 4 * step, "loss": 1 / step, "lr": 1e-4, "seconds": 0.5}
-        run_folder.append_line(folder / run_folder.METRICS, line | {"tasks": {"a<b": 1 / step}})
+        run_folder.append_line(
+            folder / run_folder.METRICS, line | {"tasks": {"a<b": 1 / step} | more}
+        )
     return folder
 
 
 def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) -> None:
-    folder = written_run(tmp_path / "run", 40)
+    folder = written_run(tmp_path / "run", 40, c=0.1)
     for step in (0, 20):
         line = {"step": step, "examples": 4 * step, "loss": 0.5, "tasks": {"a<b": 0.25}}
         run_folder.append_line(folder / run_folder.EVALUATION, line | {"times": {"0.500": 0.5}})
@@ -247,7 +250,8 @@ def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) 
     text = report.write_report(folder).read_text()
     page = Page(text)
     assert "40 of 1000, 160 examples" in page.text
-    assert "0.5000 at step 0, 0.5000 at step 20" in page.text
+    assert "The training loss may stand above the validation loss" in page.text
+    assert "0.500 at step 0, 0.500 at step 20" in page.text
     assert "a<b" in page.text
     assert "<cut short>" in page.text
     assert page.tags.count("img") == 1
@@ -258,6 +262,12 @@ def test_the_report_shows_what_there_is_and_needs_no_other_file(tmp_path: Path) 
     svgs = [f"<svg{part.split('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
     assert len(svgs) == 5  # loss, by task, by time, learning rate, examples per second
     assert all(ET.fromstring(svg).tag.endswith("svg") for svg in svgs)
+
+
+def test_a_chart_that_would_show_another_one_again_is_left_out(tmp_path: Path) -> None:
+    one, two = written_run(tmp_path / "one", 9), written_run(tmp_path / "two", 9, c=0.1)
+    titles = [report.write_report(folder).read_text().count("<svg") for folder in (one, two)]
+    assert titles == [3, 4]  # loss, learning rate, examples per second; and loss by task
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -271,6 +281,14 @@ def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite() -> None
     smoothed = plots.smooth(y)
     assert np.isnan(smoothed[0])
     assert smoothed[1:].tolist() == [2.0] * 4
+
+
+def test_a_value_without_weight_does_not_move_a_mean() -> None:
+    y, weights = np.array([1.0, 5.0, 9.0]), np.array([2.0, 0.0, 1.0])
+    assert plots.smooth(y, share=1.0, weights=weights)[1] == 1
+    heavier, lighter = (plots.smooth(y, share=1.0, weights=w)[-1] for w in (weights + 1, weights))
+    assert 1 < lighter < 9
+    assert heavier != lighter
 
 
 def test_a_loss_that_was_not_finite_is_a_gap() -> None:

@@ -5,8 +5,8 @@ Names, settings and files are peft's; LoRA's layers too, while DEFT's and PaRa's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -139,6 +139,21 @@ def changes_of(transformer: nn.Module, scale: float = 1.0) -> dict[str, Change]:
             own = scale * layer.scaling[NAME]
             found[name] = (a.detach().float(), own * b.detach().float())
     return found
+
+
+@contextmanager
+def without_adapter(transformer: nn.Module) -> Iterator[None]:
+    """Inside, the network computes as the base. Parameters stay trainable, as peft's
+    `disable_adapters` would not leave them, and an engine around them notices nothing."""
+    found = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in found]
+    for layer in found:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(found, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def detach(transformer: Any) -> None:

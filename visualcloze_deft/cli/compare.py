@@ -32,12 +32,13 @@ def compare_methods(
     config: str, output: str | None, dry_run: bool, overrides: tuple[str, ...]
 ) -> None:
     """Train DEFT, PaRa and LoRA on the same examples in the same order, at the same rank and with
-    as many trained values, several seeds each; then measure the gain on what is new and what is
-    kept of the old.
+    as many trained values, several seeds each; then measure the gain on what is new and, where the
+    file names old tasks, what is kept of those.
 
     CONFIG is a comparison file (TOML) or the name of a shipped one: compare-scenes,
-    compare-subject, compare-flux, compare-flux-subject. Results are tables (Markdown, CSV), a page
-    that opens without a server and a line for each task: see docs/compare.md. A call that was ended
+    compare-subject, compare-flux, compare-flux-subject. Results are tables (Markdown, CSV),
+    samples of all methods side by side, a page that opens without a server and a line for each
+    task: see docs/compare.md. A call that was ended
     goes on where it stopped: the same command.
 
     \b

@@ -4,6 +4,7 @@ is new and retention of what is old.
 OUTPUT/compare.toml          what was asked
 OUTPUT/runs/NAME/            a folder of `vcdeft train` for each training
 OUTPUT/evaluations/NAME/     what each adapter, and the base, was measured to do
+OUTPUT/samples.png           what each made of a few grids, see `samples`
 OUTPUT/results.jsonl ...     see `report`
 
 What is there is not done again: a call that was ended goes on where it stopped, and one with more
@@ -22,21 +23,19 @@ from typing import Literal
 from tqdm import tqdm
 
 from visualcloze_deft.adapters.metadata import check_base
-from visualcloze_deft.comparison.measure import (
+from visualcloze_deft.comparison.changes import Compared
+from visualcloze_deft.comparison.measure import load, measure, query_sets, use
+from visualcloze_deft.comparison.records import (
     BASE,
     Measured,
     QuerySet,
     asked_with,
     file_of,
-    load,
-    measure,
-    query_sets,
     read_measured,
-    use,
     write_measured,
 )
 from visualcloze_deft.comparison.report import write_reports
-from visualcloze_deft.comparison.tables import Compared
+from visualcloze_deft.comparison.samples import SampleFiles, contact_sheet
 from visualcloze_deft.comparison.trainings import RUNS, Training, trainings
 from visualcloze_deft.config import overrides
 from visualcloze_deft.config.comparison import Comparison, write_comparison
@@ -52,6 +51,7 @@ from visualcloze_deft.storage.locks import LOCK, only_writer
 from visualcloze_deft.storage.toml_files import read_toml
 from visualcloze_deft.training import preparation, resume, run_data, run_folder
 from visualcloze_deft.training.files_needed import check_run
+from visualcloze_deft.training.summary import steps_in_words
 
 State = Literal["to do", "begun", "finished"]
 
@@ -68,12 +68,24 @@ class Plan:
     processes: int
 
     @property
+    def samples(self) -> SampleFiles:
+        return SampleFiles(self.comparison)
+
+    @property
+    def by_method(self) -> list[Training]:
+        """The trainings in the order of the methods."""
+        return sorted(self.trainings, key=lambda t: self.comparison.methods.index(t.method))
+
+    @property
     def output(self) -> Path:
         return Path(self.comparison.output)
 
     def measured(self, training: Training | None, one: QuerySet) -> Measured | None:
-        """What an adapter, or the base, was measured to do; None where it was not yet."""
+        """What an adapter, or the base, was measured to do; None where it was not yet, or its
+        pictures are missing."""
         if training is not None and state_of(training) != "finished":
+            return None
+        if not self.samples.complete(training, one):
             return None
         return read_measured(*self.place(training, one))
 
@@ -103,7 +115,8 @@ def compare(comparison: Comparison) -> Path:
         write_comparison(comparison, output / SETTINGS)
         train_all(plan, waiting)
         measure_all(plan)
-        return write_reports(compared(plan), output)
+        sheet = contact_sheet(plan.samples, plan.asked, plan.by_method)
+        return write_reports(compared(plan), output, samples=sheet)
 
 
 def planned(comparison: Comparison, *, cache: Path | None = None) -> Plan:
@@ -222,14 +235,16 @@ def measure_all(plan: Plan) -> None:
             for one in tasks:
                 bar.set_postfix_str(f"{adapter.name if adapter else BASE}: {one.task.name}")
                 path, wanted = plan.place(adapter, one)
-                write_measured(path, measure(pipe, run, one, plan.comparison.evaluate), wanted)
+                measured, answers = measure(pipe, run, one, plan.comparison.evaluate)
+                plan.samples.write(adapter, one, answers)
+                write_measured(path, measured, wanted)
                 bar.update()
 
 
 def compared(plan: Plan) -> list[Compared]:
     """What was measured: a value for each method, rank, seed and task, in their order."""
     found = []
-    for training in sorted(plan.trainings, key=lambda t: plan.comparison.methods.index(t.method)):
+    for training in plan.by_method:
         for one in plan.asked:
             before, after = plan.measured(None, one), plan.measured(training, one)
             assert before is not None
@@ -260,10 +275,9 @@ def described(plan: Plan) -> Iterator[str]:
             f"{training.parameters / budget:13.1%}  {state_of(training)}, "
             f"{len(plan.asked) - left} of {len(plan.asked)} tasks measured"
         )
-    each = plan.processes * run.accumulate * run.batch
-    grids = f"{run.batch_tokens} tokens a process" if run.batch_tokens else f"{each} grids"
     waiting = sum(state_of(one) != "finished" for one in plan.trainings)
-    yield f"{waiting} of {len(plan.trainings)} trainings to do, {run.steps} steps of {grids} each"
+    each = steps_in_words(run, plan.processes)
+    yield f"{waiting} of {len(plan.trainings)} trainings to do, each {each}"
     left = sum(len(plan.unmeasured(one)) for one in (None, *plan.trainings))
     yield (
         f"{left} of {(len(plan.trainings) + 1) * len(plan.asked)} times a task to measure, "

@@ -1,31 +1,22 @@
 """What `vcdeft compare` measures of an adapter: its error on held-out grids of each task.
 
-OUTPUT/evaluations/NAME/TASK.json   figures of every grid, and what they were measured with; "base"
-                                    is the model without adapter
-
 Axes: g grids, the same ones for every adapter.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
-from pydantic import ConfigDict, Field
 
 from visualcloze_deft.backbones.base import Models
-from visualcloze_deft.backbones.lora_places import lora_file
-from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.precision import dtype_of
-from visualcloze_deft.backbones.table import fingerprint
+from visualcloze_deft.comparison.records import Measured, QuerySet
 from visualcloze_deft.comparison.trainings import Training
 from visualcloze_deft.config import seeds
 from visualcloze_deft.config.comparison import SEED, Comparison, Evaluate, Group
@@ -45,38 +36,21 @@ from visualcloze_deft.data.queries import query_at
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.evaluation.metrics import fidelity
 from visualcloze_deft.inference.pipeline import InContextPipeline
-from visualcloze_deft.sampling.denoising import GUIDANCE
 from visualcloze_deft.sampling.encoding import PixelExample, in_pixels
 from visualcloze_deft.sampling.examples import complete_examples, truths_of
-from visualcloze_deft.storage.atomic import write_text
-from visualcloze_deft.storage.hashing import digest_of
-from visualcloze_deft.storage.settings_files import SettingsFile, checked
 from visualcloze_deft.task_registry.task import Task
 from visualcloze_deft.training import run_data, validation
 from visualcloze_deft.training.objective import GridLoss
 
-BASE = "base"  # the name of the model without adapter
 ROWS = 2  # one in-context example, and the query
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuerySet:
-    """One task as it is asked of every adapter, in so many grids. group: "new" or "old"."""
+class Answer:
+    """A held-out grid and the pictures that a model made of its hidden cells, left to right."""
 
-    group: str
-    grids: int
-    task: Task
-    mixture: Mixture
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Figures of one task's grids, in order. errors: velocity error of what is generated, mean over
-    five times. psnr: in dB, of what is generated. seconds: what measuring took."""
-
-    errors: tuple[float, ...]
-    psnr: tuple[float, ...]
-    seconds: float
+    example: Example
+    made: Sequence[Image.Image]
 
 
 def query_sets(comparison: Comparison, run: Run, *, cache: Path | None = None) -> list[QuerySet]:
@@ -100,7 +74,7 @@ def query_sets(comparison: Comparison, run: Run, *, cache: Path | None = None) -
     ]
     names = [one.task.name for one in found]
     twice = [name for name in names if names.count(name) > 1]
-    if twice and comparison.new.sources == comparison.old.sources:
+    if twice and len({group.sources for group in comparison.groups.values()}) == 1:
         raise UserError(f"{twice[0]} is both new and old; name it once, or give new.sources")
     for one in found:
         if (one.task.name in trained) != (one.group == "new"):
@@ -164,80 +138,6 @@ def place_of(spec: str) -> tuple[str, str] | None:
     return name, whole if split == "train" else f"{whole}@{split}"
 
 
-def folder_of(comparison: Comparison, name: str) -> Path:
-    return Path(comparison.output) / "evaluations" / name
-
-
-def file_of(comparison: Comparison, name: str, one: QuerySet) -> Path:
-    return folder_of(comparison, name) / f"{one.group}-{one.task.name}.json"
-
-
-def asked_with(
-    comparison: Comparison, run: Run, one: QuerySet, adapter: Path | None
-) -> dict[str, Any]:
-    """All that decides what is measured: figures of other settings are not taken for these."""
-    return {
-        "adapter_sha256": digest_of(adapter / WEIGHTS) if adapter else None,
-        "model": fingerprint(run.model) or run.model,
-        "model_lora": run.model_lora,
-        "model_lora_sha256": run.model_lora and digest_of(lora_file(run.model_lora)),
-        "quantise": run.quantise,
-        "computed": [fastest(), str(dtype_of(run.precision, fastest())), *versions()],
-        "clip_text": run.clip_text,
-        "cells": run.data.cells,
-        "resolution": one.mixture.resolution,
-        "times": [run.timestep_sampling, run.timestep_shift],
-        "guidance": [run.guidance, GUIDANCE],
-        "task": one.task.as_file(),
-        "sources": comparison.groups[one.group].sources or run.data.sources,
-        "annotate": run.data.annotate,
-        "validation_every": run.data.validation_every,
-        "grids": one.grids,
-        "steps": comparison.evaluate.steps,
-        "psnr": "mean of pictures",
-    }
-
-
-@cache
-def versions() -> tuple[str, ...]:
-    return tuple(f"{name} {version(name)}" for name in ("visualcloze-deft", "torch"))
-
-
-class MeasuredFile(SettingsFile):
-    """What `write_measured` wrote; figures of a training that went astray may be no numbers."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    asked: dict[str, Any]
-    errors: list[float]
-    psnr: list[float]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def read_measured(path: Path, wanted: Mapping[str, Any]) -> Measured | None:
-    """What was measured with these settings before; None where nothing was."""
-    if not path.exists():
-        return None
-    try:
-        fields = checked(path, MeasuredFile, "no figures of a comparison")
-    except UserError as error:
-        raise UserError(f"{error}; remove it") from None
-    if fields["asked"] != json.loads(json.dumps(wanted)):
-        return None
-    errors, psnr = tuple(fields["errors"]), tuple(fields["psnr"])
-    if not len(errors) == len(psnr) == wanted["grids"]:
-        raise UserError(
-            f"{path}: figures of {len(errors)} grids, not of {wanted['grids']}; remove it"
-        )
-    return Measured(errors=errors, psnr=psnr, seconds=fields["seconds"])
-
-
-def write_measured(path: Path, measured: Measured, wanted: Mapping[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**vars(measured), "asked": wanted}, indent=1))
-
-
 def load(run: Run) -> InContextPipeline:
     """The base that a run trains on, for any of its adapters, which stay beside it as in training:
     merged into bfloat16 weights, small changes would be rounded away."""
@@ -259,18 +159,21 @@ def use(pipe: InContextPipeline, training: Training | None) -> None:
         pipe.load_adapter(training.folder / "adapter", training.name)
 
 
-def measure(pipe: InContextPipeline, run: Run, one: QuerySet, settings: Evaluate) -> Measured:
-    """Velocity errors and PSNR of the pipeline on held-out grids of a task."""
+def measure(
+    pipe: InContextPipeline, run: Run, one: QuerySet, settings: Evaluate
+) -> tuple[Measured, list[Answer]]:
+    """Velocity errors and PSNR of the pipeline on held-out grids of a task, and its answers."""
     began = time.monotonic()
     examples = questions(one.mixture, one.task, one.grids)
     errors = errors_of(pipe.models, run, examples)
     made = complete_examples(pipe.models, examples, steps=settings.steps, batch=settings.batch)
-    pairs = zip(made, examples, strict=True)
-    return Measured(
+    answers = [Answer(example=e, made=m) for e, m in zip(examples, made, strict=True)]
+    measured = Measured(
         errors=tuple(errors),
-        psnr=tuple(psnr(images, truths_of(example)) for images, example in pairs),
+        psnr=tuple(psnr(one.made, truths_of(one.example)) for one in answers),
         seconds=time.monotonic() - began,
     )
+    return measured, answers
 
 
 def questions(mixture: Mixture, task: Task, count: int) -> list[Example]:

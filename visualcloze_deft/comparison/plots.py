@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -10,19 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from visualcloze_deft.adapters.method_table import METHODS
-from visualcloze_deft.comparison.tables import (
-    GROUPS,
+from visualcloze_deft.comparison.changes import (
     MEASURES,
+    ONE_SEED,
     Measure,
     changes,
     distinct_values,
     entrants,
+    groups_of,
     matches,
     matching_lines,
+    one_seed,
 )
 from visualcloze_deft.config.run_settings import Method
 from visualcloze_deft.reporting.plots import Lines, Numbers, smooth, thinned, values
-from visualcloze_deft.reporting.random_effects import Estimate, estimate
+from visualcloze_deft.reporting.random_effects import estimate
 
 
 def colour_of(method: str) -> str:
@@ -30,57 +32,80 @@ def colour_of(method: str) -> str:
     return METHODS[cast(Method, method)].colour
 
 
+def fields(lines: Lines) -> dict[str, dict[tuple[str, int], Lines]]:
+    """Matches -> who takes part. Matches of the same entrants are one: their charts are equal."""
+    found: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for match in matches(lines):
+        found.setdefault(tuple(sorted(entrants(lines, match))), []).append(match)
+    return {" and ".join(same): entrants(lines, same[0]) for same in found.values()}
+
+
 def draw_scatter(lines: Lines) -> Figure:
-    """Gain against retention: a panel for each match and measure; small points are seeds."""
-    every = matches(lines)
-    figure = Figure(figsize=(6.2 * len(MEASURES), 4.4 * len(every)), layout="constrained")
+    """Gain against retention, or gain alone: a panel for each match and measure; small points are
+    seeds, where there are several."""
+    every, groups = fields(lines), groups_of(lines)
+    height = 4.4 if len(groups) > 1 else 1.2 + 0.4 * max(map(len, every.values()))
+    figure = Figure(figsize=(6.2 * len(MEASURES), height * len(every)), layout="constrained")
     panels = figure.subplots(len(every), len(MEASURES), squeeze=False)
-    for match, of_match in zip(every, panels, strict=True):
+    for (match, told), of_match in zip(every.items(), panels, strict=True):
         for measure, axes in zip(MEASURES, of_match, strict=True):
-            for own in entrants(lines, match).values():
-                ends = [
-                    estimate(changes(matching_lines(own, group=group), measure)) for group in GROUPS
-                ]
-                draw_method(axes, own, ends, measure)
-            axes.axhline(0, color="#888", linewidth=0.8)
+            for place, own in enumerate(told.values()):
+                draw_method(axes, own, measure, place)
             axes.axvline(0, color="#888", linewidth=0.8)
             axes.set_xlabel(f"gain on the new, {measure.name} [{measure.unit}]")
-            axes.set_ylabel(f"retention of the old [{measure.unit}]")
             axes.set_title(f"matched by {match}", fontsize=11, loc="left")
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=8, frameon=False)
+            if len(groups) > 1:
+                axes.axhline(0, color="#888", linewidth=0.8)
+                axes.set_ylabel(f"retention of the old [{measure.unit}]")
+                axes.legend(fontsize=8, frameon=False)
+            else:
+                axes.set_yticks(range(len(told)), [named(*entrant) for entrant in told])
+                axes.set_ylim(len(told) - 0.5, -0.5)
+    if one_seed(lines):
+        figure.supxlabel(f"{ONE_SEED} Bars: 95 % interval for other grids alone.", fontsize=9)
     return figure
 
 
-def draw_method(axes: Axes, own: Lines, ends: Sequence[Estimate], measure: Measure) -> None:
-    """One method's point with its intervals, and those of its seeds."""
+def named(method: str, rank: int) -> str:
+    return f"{method}, rank {rank}"
+
+
+def draw_method(axes: Axes, own: Lines, measure: Measure, place: int) -> None:
+    """One method's point with its intervals, and those of its seeds. place: its height, where
+    there is gain alone."""
     method, rank = own[0]["method"], own[0]["rank"]
-    new, old = (changes(matching_lines(own, group=group), measure).mean(axis=1) for group in GROUPS)
-    shown = np.vectorize(measure.shown)
-    axes.plot(shown(new), shown(old), ".", color=colour_of(method), alpha=0.5, markersize=5)
-    (x, y), bars = ([measure.shown(one.mean) for one in ends], [])
-    for one in ends:
+    shown, at, bars, seeds = np.vectorize(measure.shown), [], [], []
+    for group in groups_of(own):
+        found = changes(matching_lines(own, group=group), measure)
+        one = estimate(found)
         low, mean, high = (measure.shown(value) for value in (one.low, one.mean, one.high))
+        at.append(mean)
         bars.append([[max(mean - low, 0)], [max(high - mean, 0)]])
-    label = f"{method}, rank {rank}"
+        seeds.append(shown(found.mean(axis=1)))
+    if len(at) == 1:
+        at.append(place)
+        bars.append([[0], [0]])
+        seeds.append(np.full(len(seeds[0]), place))
+    if not one_seed(own):
+        axes.plot(*seeds, ".", color=colour_of(method), alpha=0.5, markersize=5)
     style: dict[str, Any] = {
         "fmt": "o",
         "color": colour_of(method),
         "capsize": 3,
-        "label": label,
+        "label": named(method, rank),
     }
-    axes.errorbar([x], [y], xerr=bars[0], yerr=bars[1], **style)
+    axes.errorbar([at[0]], [at[1]], xerr=bars[0], yerr=bars[1], **style)
 
 
 def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
     """Training losses, mean over seeds and smoothed, and their difference to the first method's:
     every method sees the same examples with the same noise, so that the noise goes with it."""
-    every = matches(lines)
+    every = fields(lines)
     figure = Figure(figsize=(12.4, 3.6 * len(every)), layout="constrained")
     panels = figure.subplots(len(every), 2, squeeze=False)
-    for match, (left, right) in zip(every, panels, strict=True):
-        own = entrants(lines, match).items()
-        known = alike({method: mean_loss(told, steps) for (method, _), told in own})
+    for (match, own), (left, right) in zip(every.items(), panels, strict=True):
+        known = alike({method: mean_loss(told, steps) for (method, _), told in own.items()})
         first = next(iter(known))
         for method, loss in known.items():
             x = np.arange(1.0, len(loss) + 1)
@@ -90,10 +115,13 @@ def draw_curves(lines: Lines, steps: Mapping[str, Lines]) -> Figure:
                 "linewidth": 1.2,
             }
             left.plot(*thinned(x, smooth(loss, share=1 / 15)), **style)
-            right.plot(*thinned(x, smooth(loss - known[first], share=1 / 15)), **style)
+            if len(known) > 1:
+                right.plot(*thinned(x, smooth(loss - known[first], share=1 / 15)), **style)
         left.set_title(f"Training loss, matched by {match}", fontsize=11, loc="left")
         right.set_title(f"The same minus {first}'s", fontsize=11, loc="left")
-        for axes in (left, right):
+        if len(known) == 1:  # which would show nothing but 0
+            right.remove()
+        for axes in (left, right)[: len(known)]:
             axes.set_xlabel("step")
             axes.grid(alpha=0.25)
             axes.legend(fontsize=8, frameon=False)

@@ -89,12 +89,12 @@ def trainings(comparison: Comparison) -> list[Training]:
 
 
 def shared_fields(comparison: Comparison) -> dict[str, Any]:
-    """The settings of a run that all trainings share."""
+    """The settings of a run that all trainings share. Sheets of their own they have where asked."""
     for name in flat(comparison.run):
         if name in OWNED:
             raise UserError(f"run.{name} is decided by {OWNED[name]!r}; set that one")
     base = read_toml(find_config(comparison.base)) if comparison.base else {}
-    return deep_merge(base, comparison.run)
+    return deep_merge({"sample_grids": 0}, deep_merge(base, comparison.run))
 
 
 def method_run(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from visualcloze_deft.config.numbers import LARGEST, Positive
+from visualcloze_deft.config.numbers import LARGEST, Count, Positive
 from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.run_settings import Method, Section, setting_names
 from visualcloze_deft.config.secrets import without_secrets
@@ -69,6 +69,8 @@ class Evaluate(Section):
     """Sampling steps of the pictures whose PSNR is measured."""
     batch: Positive = 8
     """Grids that are generated together."""
+    samples: Count = 3
+    """Grids of each task that the contact sheet shows, with the first seed's answers; 0: none."""
 
 
 class Comparison(Section):
@@ -101,13 +103,13 @@ class Comparison(Section):
     the same order, with the same noise."""
     new: Group
     """What is to be learned: gain is measured on it."""
-    old: Group
-    """What the base knows and is not trained: retention is measured on it."""
+    old: Group | None = None
+    """What the base knows and is not trained: retention is measured on it. Without, gain alone."""
     evaluate: Evaluate = Evaluate()
 
     @property
     def groups(self) -> dict[str, Group]:
-        return {"new": self.new, "old": self.old}
+        return {"new": self.new} | ({"old": self.old} if self.old else {})
 
 
 def load_comparison(file: str, overrides: Sequence[str] = ()) -> Comparison:
@@ -133,5 +135,5 @@ def load_comparison(file: str, overrides: Sequence[str] = ()) -> Comparison:
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write all settings of a comparison but secrets in TOML."""
-    fields = without_secrets(comparison.model_dump(mode="json"))
+    fields = without_secrets(comparison.model_dump(mode="json", exclude_none=True))
     write_text(path, tomli_w.dumps(fields))

@@ -399,7 +399,10 @@ class Run(Section):
     not_finite_at_most: Count = 5
     """Steps in a row without a finite gradient, each skipped by all processes, that a run bears."""
     sample_every: Count = 0
-    """Steps between sample sheets; 0: only at the end."""
+    """Steps between sample sheets; 0: only before the first step and after the last."""
+    sample_grids: Count = 12
+    """Grids on a sample sheet at most, of the tasks drawn most often, up to four of a task; each
+    takes 20 sampling steps of the adapter, once also of the base. 0: no sheets."""
     data: Data = Data()
     subject: Subject = Subject()
     adapter: Adapter = Adapter()

@@ -17,8 +17,8 @@ Command = Literal["train --resume", "compare", "plan --run", "infer"]
 # over machines, not what it learns.
 SPREAD = frozenset(
     "output zero gradient_checkpointing attention offload save_every keep_checkpoints compile "
-    "timeout not_finite_at_most sample_every data.workers data.skip_at_most data.embedding_cache "
-    "offload_encoders deepspeed logging".split()
+    "timeout not_finite_at_most sample_every sample_grids data.workers data.skip_at_most "
+    "data.embedding_cache offload_encoders deepspeed logging".split()
 )
 MAY_DIFFER: Mapping[Command, frozenset[str]] = MappingProxyType(
     {
@@ -29,7 +29,7 @@ MAY_DIFFER: Mapping[Command, frozenset[str]] = MappingProxyType(
         "compare": SPREAD,
         # They leave the time of a step as it is.
         "plan --run": frozenset(
-            "output steps seed save_every sample_every keep_checkpoints timeout "
+            "output steps seed save_every sample_every sample_grids keep_checkpoints timeout "
             "not_finite_at_most context_weight guidance clip_text timestep_sampling timestep_shift "
             "adapter.alpha adapter.init_from adapter.p_lr_ratio model_lora data.validation_every "
             "data.skip_at_most logging optimiser".split()

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -20,39 +21,68 @@ METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 PREVIEW = "preview"  # what a record says of a picture that may be drawn anew
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
 TITLE_LINES = 5
+LINE = 14  # pixels of a line of text
+NO_LABELS: Mapping[int, Sequence[str]] = MappingProxyType({})
 
 Cells = Sequence[Sequence[Image.Image | None]]
 
 
 def draw_grid(
-    rows: Cells, *, title: str = "", made: Sequence[tuple[int, int]] = (), cell: int = 128
+    rows: Cells,
+    *,
+    title: str = "",
+    made: Sequence[tuple[int, int]] = (),
+    cell: int = 128,
+    labels: Mapping[int, Sequence[str]] = NO_LABELS,
 ) -> Image.Image:
     """One grid; `made` lists (row, column) of generated cells, which get a red frame.
 
-    Cells keep their aspect inside `cell` x `cell` pixels; missing ones are drawn as "?".
+    Cells keep their aspect inside `cell` x `cell` pixels; missing ones are drawn as "?". labels:
+    row -> a text above each of its cells.
     """
-    font = caption_font()
     width = max(len(row) for row in rows) * (cell + GAP) + GAP
     lines = textwrap.wrap(title, max(width // 6, 12), max_lines=TITLE_LINES, placeholder=" ...")
-    top = GAP + 14 * len(lines)
-    page = Image.new("RGB", (width, top + len(rows) * (cell + GAP) + GAP), PAPER)
+    heights = [cell + GAP + (LINE if r in labels else 0) for r in range(len(rows))]
+    top = GAP + LINE * len(lines)
+    page = Image.new("RGB", (width, top + sum(heights) + GAP), PAPER)
     pen = ImageDraw.Draw(page)
     for k, line in enumerate(lines):
-        pen.text((GAP, GAP // 2 + 14 * k), line, fill=INK, font=font)
+        pen.text((GAP, GAP // 2 + LINE * k), line, fill=INK, font=caption_font())
     for r, row in enumerate(rows):
+        y = top + sum(heights[: r + 1]) - cell
         for c, image in enumerate(row):
-            x, y = GAP + c * (cell + GAP), top + GAP + r * (cell + GAP)
-            if image is None:
-                pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=MARK)
-                pen.text((x + cell // 2 - 4, y + cell // 2 - 7), "?", fill=MARK, font=font)
-                continue
-            shown = enlarge(image, cell)
-            left, upper = x + (cell - shown.width) // 2, y + (cell - shown.height) // 2
-            page.paste(shown, (left, upper))
-            if (r, c) in made:
-                frame = (left - 2, upper - 2, left + shown.width + 1, upper + shown.height + 1)
-                pen.rectangle(frame, outline=MARK, width=2)
+            x = GAP + c * (cell + GAP)
+            draw_cell(page, image, (x, y), cell=cell, framed=(r, c) in made)
+        for c, label in enumerate(labels.get(r, ())):
+            at = GAP + c * (cell + GAP), y - LINE
+            pen.text(at, fitting(label, cell), fill=INK, font=caption_font())
     return page
+
+
+def draw_cell(
+    page: Image.Image, image: Image.Image | None, at: tuple[int, int], *, cell: int, framed: bool
+) -> None:
+    """One picture in the middle of its square, which begins at `at`; a missing one as "?"."""
+    pen, (x, y) = ImageDraw.Draw(page), at
+    if image is None:
+        pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=MARK)
+        pen.text((x + cell // 2 - 4, y + cell // 2 - 7), "?", fill=MARK, font=caption_font())
+        return
+    shown = enlarge(image, cell)
+    left, upper = x + (cell - shown.width) // 2, y + (cell - shown.height) // 2
+    page.paste(shown, (left, upper))
+    if framed:
+        frame = (left - 2, upper - 2, left + shown.width + 1, upper + shown.height + 1)
+        pen.rectangle(frame, outline=MARK, width=2)
+
+
+def fitting(text: str, width: int) -> str:
+    """`text`, cut where it is wider than so many pixels."""
+    if caption_font().getlength(text) <= width:
+        return text
+    while text and caption_font().getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
 
 
 @cache
@@ -71,12 +101,12 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     )
 
 
-def draw_sheet(pictures: Sequence[Image.Image], *, columns: int) -> Image.Image:
-    """Pictures of any size in rows of `columns`, top left aligned."""
+def draw_sheet(pictures: Sequence[Image.Image], *, columns: int, gap: int = 0) -> Image.Image:
+    """Pictures of any size in rows of `columns`, top left aligned, `gap` pixels apart."""
     rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
-    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(len(rows[0]))]
-    heights = [max(picture.height for picture in row) for row in rows]
-    page = Image.new("RGB", (sum(widths), sum(heights)), PAPER)
+    widths = [max(row[c].width for row in rows if c < len(row)) + gap for c in range(len(rows[0]))]
+    heights = [max(picture.height for picture in row) + gap for row in rows]
+    page = Image.new("RGB", (sum(widths) - gap, sum(heights) - gap), PAPER)
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
             page.paste(picture, (sum(widths[:c]), sum(heights[:r])))

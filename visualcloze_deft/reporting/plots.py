@@ -32,14 +32,15 @@ def values(lines: Lines, *path: str) -> Numbers:
     return np.array(found)
 
 
-def smooth(y: Numbers, *, share: float = 1 / 30) -> Numbers:
+def smooth(y: Numbers, *, share: float = 1 / 30, weights: Numbers | None = None) -> Numbers:
     """A running mean without the lag of its start, over about this share of the finite values; it
-    stays where a value is not finite."""
+    stays where a value is not finite. weights: how much each value counts."""
     keep = 1 - 1 / max(np.isfinite(y).sum() * share, 1.0)
+    each = np.ones(len(y)) if weights is None else weights
     total, weight, found = 0.0, 0.0, np.full(len(y), np.nan)
-    for k, value in enumerate(y):
+    for k, (value, own) in enumerate(zip(y, each, strict=True)):
         if np.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
+            total, weight = keep * total + own * value, keep * weight + own
         found[k] = total / weight if weight else np.nan
     return found
 

@@ -30,6 +30,7 @@ class StepLine(Line):
     seconds: Annotated[float, Field(ge=0)]
     loss: Figure
     tasks: dict[str, Figure]
+    exact: dict[str, Figure] = Field(default_factory=dict)
     norms: dict[str, Figure] = Field(default_factory=dict)
     lr: Figure = None
     gradient_norm: Figure = None

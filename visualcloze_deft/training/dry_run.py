@@ -13,6 +13,7 @@ from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting.contact_sheet import check_replaceable, write_preview
+from visualcloze_deft.reporting.numbers import duration, three_digits
 from visualcloze_deft.storage import jsonl
 from visualcloze_deft.storage.atomic import output_folder
 from visualcloze_deft.training import checkpoint, preparation, run_folder
@@ -74,16 +75,18 @@ def report(run: Run, rehearsed: Run) -> list[str]:
     output = Path(os.path.realpath(run.output))
     sheet = sheet_of(output)
     output_folder(sheet.parent)
-    drawn = read_image(max((folder / "sheets").glob("*.png")))
-    write_preview(drawn, sheet, of=f"a dry run of {run.output}")
-    hours = run.steps * step["seconds"] / 3600
+    drawn = max((folder / run_folder.SHEETS).glob("*.png"), default=None)
+    if drawn is not None:
+        write_preview(read_image(drawn), sheet, of=f"a dry run of {run.output}")
     size = f"{each / 1e6:,.1f} MB"
+    seconds, whole = three_digits(step["seconds"]), duration(run.steps * step["seconds"])
+    loss = three_digits(step["loss"])
     found = [
-        f"dry run  step 1: {step['examples']} grids, {step['seconds']:.1f} s, loss {step['loss']}",
-        f"         {run.steps} such steps: {hours:.1f} hours (a first step is slower)",
+        f"dry run  step 1: {step['examples']} grids, {seconds} s, loss {loss}",
+        f"         {run.steps} such steps: {whole} (a first step is slower)",
         f"         checkpoint {size}; {run.keep_checkpoints} are kept; {free / 1e6:,.0f} MB free",
-        f"         sheet {sheet}",
     ]
+    found += [f"         sheet {sheet}"] if drawn else []
     if warning := checkpoint.short_of_room(folder.parent, (run.keep_checkpoints + 1) * each):
         found.append(f"         {warning}")
     return found

@@ -34,6 +34,7 @@ from visualcloze_deft.training import (
 )
 from visualcloze_deft.training.batch_schedule import StepPlan
 from visualcloze_deft.training.checkpoint import Progress
+from visualcloze_deft.training.console import Console
 from visualcloze_deft.training.datasets import PixelDataset, RankBatchSampler
 from visualcloze_deft.training.engine import (
     adapter_norms,
@@ -42,10 +43,11 @@ from visualcloze_deft.training.engine import (
     torch_optimiser,
 )
 from visualcloze_deft.training.faults import Faults
-from visualcloze_deft.training.metrics_log import ExampleLoss, MetricsLog, mean_error
+from visualcloze_deft.training.metrics_log import ExampleLoss, MetricsLog
 from visualcloze_deft.training.outputs import RunOutputs
 from visualcloze_deft.training.rate_schedules import averaging_factor, learning_rate_factor
 from visualcloze_deft.training.report import write_report
+from visualcloze_deft.training.samples import SampleSheets
 from visualcloze_deft.training.step import Batch, Stepper, first_said, seen_in
 
 
@@ -87,7 +89,11 @@ class Loop:
         self.step = start.step if start else 0
         self.examples = start.examples if start else 0
         self.faults = Faults(run, first=rank == 0, start=start)
-        self.outputs = RunOutputs(run, models, engine, shown, rank=rank, world=world)
+        self.outputs = RunOutputs(run, models, engine, rank=rank)
+        self.sheets = SampleSheets(
+            run, models, engine, shown, base=self.outputs.base, rank=rank, world=world
+        )
+        self.console = Console(run, first=rank == 0)
         self.stepper = Stepper(
             engine,
             run,
@@ -112,23 +118,14 @@ class Loop:
             num_workers=run.data.workers,
             worker_init_fn=ignore_signals,  # a signal to all must leave the last step its data
         )
-        if not self.watch.has_evaluated(self.step):  # a run may have been ended before it did
-            self.evaluate()
         # closed however the loop ends: reading processes, deaf to signals, end with their iterator
-        with (
-            closing(self.watch.timed(iter(loader))) as batches,
-            tqdm(
-                desc="training",
-                total=run.steps,
-                initial=self.step,
-                unit="step",
-                disable=self.rank != 0,
-                smoothing=0.05,
-                mininterval=1.0,
-            ) as bar,
-        ):
+        with self.console.shown(self.step), closing(self.watch.timed(iter(loader))) as batches:
+            if not self.watch.has_evaluated(self.step):  # a run may have been ended before it did
+                self.evaluate()
+            if self.step == 0:
+                self.sample()
             for planned in islice(self.plan.steps(self.examples), remaining):
-                self.take_step(planned, batches, bar)
+                self.take_step(planned, batches)
                 done = self.step
                 leaving = self.stopping and done < run.steps
                 if not leaving:
@@ -141,7 +138,7 @@ class Loop:
                     self.sample()
 
     def take_step(
-        self, planned: StepPlan, batches: Iterator[list[PixelExample | UserError]], bar: Any
+        self, planned: StepPlan, batches: Iterator[list[PixelExample | UserError]]
     ) -> None:
         run = self.run
         self.watchdog.doing(f"step {self.step + 1}")
@@ -159,8 +156,9 @@ class Loop:
             stepped = self.engine.was_step_applied()
             average(self.engine, averaging_factor(self.step, run.ema) if stepped else 1.0)
         self.examples += planned.examples
-        seen = seen_in(step, torch.cat(errors).tolist())
-        everyone = self.record(planned, seen, factor, time.monotonic() - began, bar)
+        told = torch.cat(errors).tolist()
+        seen = seen_in(step, told, scheduled_sampling=run.scheduled_sampling)
+        everyone = self.record(planned, seen, factor, time.monotonic() - began)
         self.faults.count_step(planned, everyone, self.stepper, step=self.step)
 
     def agreed(self, drawn: Sequence[PixelExample | UserError]) -> Sequence[PixelExample]:
@@ -214,7 +212,6 @@ class Loop:
         seen: dict[int, ExampleLoss],
         factor: float,
         seconds: float,
-        bar: Any,
     ) -> dict[int, ExampleLoss]:
         """Write what came of a step; returns what all processes saw, by example."""
         figures: dict[str, Any] = {
@@ -226,10 +223,9 @@ class Loop:
             figures["gradient_norm"] = float(norm)
         if self.watch.norms_due(self.step):
             figures["norms"] = adapter_norms(self.engine)
-        everyone = self.watch.step(planned, seen, figures, seconds=seconds)
+        everyone, line = self.watch.step(planned, seen, figures, seconds=seconds)
         if self.rank == 0:
-            bar.update(1)
-            bar.set_postfix(loss=f"{mean_error(everyone.values()):.3f}", refresh=False)
+            self.console.step(self.step, line)
         self.faults.count_skipped(everyone, step=self.step)
         return everyone
 
@@ -238,13 +234,16 @@ class Loop:
         run, every = self.run, self.run.logging.validate_every
         if not every or (self.step % every and self.step < run.steps):
             return
-        self.watchdog.doing(f"the validation loss of step {self.step}")
+        self.doing(f"the validation loss of step {self.step}")
         own = validation.share(run.logging.validation_examples, rank=self.rank, world=self.world)
-        with published(self.engine, averaged=self.run.ema > 0 and self.step > 0):
+        averaged = run.ema > 0 and self.step > 0
+        with self.console.working("validation"), published(self.engine, averaged=averaged):
             found = validation.losses(
                 self.engine.module, self.models, self.held_out, run, own=own, agreed=self.agreed
             )
-        self.watch.evaluated(self.step, self.examples, found, validation.times_of(run).tolist())
+        times = validation.times_of(run).tolist()
+        loss = self.watch.evaluated(self.step, self.examples, found, times)
+        self.console.validated(self.step, loss)
 
     def leave(self) -> None:
         """End early, as asked; everything is saved."""
@@ -271,17 +270,25 @@ class Loop:
             norms=self.stepper.kernels.norms,
             explained=self.stepper.explained,
         )
-        self.together(self.outputs.save(progress))
+        with self.console.working("save"):
+            self.together(self.outputs.save(progress))
 
     def sample(self) -> None:
-        self.watchdog.doing(f"the sheet of step {self.step}")
-        self.outputs.sample(self.step)
+        with self.console.working("sheet"):
+            self.sheets.write(self.step, self.doing)
+
+    def doing(self, what: str) -> None:
+        """This process has come as far as that between two steps."""
+        self.watchdog.doing(what)
+        self.console.doing(what)
 
     def finish(self) -> None:
         """Publish the adapter, the last sheet and the report; also where a resumed run has no step
         left."""
         self.outputs.publish(attention=self.stepper.kernels.attention)
-        self.sample()
+        if self.run.sample_grids:
+            with self.console.shown(self.step, leave=False):
+                self.sample()
         self.watch.close()
         if self.rank == 0:
             write_report(self.output)

@@ -31,13 +31,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleLoss:
-    """What became of one example: its task, loss and image tokens, and how many items it took."""
+    """What became of one example: its task, loss and image tokens, and how many items it took.
+    exact: its weight in the loss without scheduled samples."""
 
     task: str
     error: float
     tokens: int
     items: int
     skipped: tuple[Skipped, ...]
+    exact: float = 1.0
 
 
 class OfTask(Protocol):
@@ -109,8 +111,9 @@ class MetricsLog:
         figures: Mapping[str, Any],
         *,
         seconds: float,
-    ) -> dict[int, ExampleLoss]:
-        """Write a step's line and curves; what all processes saw, by index.
+    ) -> tuple[dict[int, ExampleLoss], dict[str, Any]]:
+        """Write a step's line and curves. Returns what all processes saw, by index, and the line,
+        which the first process alone has.
 
         figures: what the loop alone knows, "step" and "examples" first.
         """
@@ -119,6 +122,7 @@ class MetricsLog:
         shares = gathered(own, self.world)
         merged = {i: one for part in shares for i, one in part.seen.items()}
         merged = dict(sorted(merged.items()))
+        line: dict[str, Any] = {}
         if self.first:
             waited = sum(part.waited for part in shares) / len(shares)
             line = {
@@ -129,12 +133,14 @@ class MetricsLog:
                 "waiting": round(waited / seconds, 4),
                 "memory": max(part.memory for part in shares),
             }
+            if self.run.scheduled_sampling:
+                line["exact"] = exact_loss(merged.values())
             if planned.tokens:
                 line |= {"tokens": sum(planned.tokens), "idle": round(planned.idle, 4)}
             if self.compiling:
                 line["compiling"] = round(self.compiling.share, 4)
             self.write(run_folder.METRICS, line)
-        return merged
+        return merged, line
 
     def rates(self, seen: Collection[ExampleLoss], seconds: float) -> dict[str, float]:
         """Examples and image tokens per second, and which share of the GPUs' peak that is."""
@@ -149,8 +155,8 @@ class MetricsLog:
 
     def evaluated(
         self, step: int, examples: int, own: dict[int, ValidationLosses], times: Collection[float]
-    ) -> None:
-        """Write the loss on held-out grids, from what each process measured."""
+    ) -> float:
+        """Write the loss on held-out grids, from what each process measured; returns its mean."""
         shares = gathered(own, self.world)
         merged = dict(sorted((i, one) for part in shares for i, one in part.items()))
         if self.first:
@@ -161,6 +167,7 @@ class MetricsLog:
             }
             line = {"step": step, "examples": examples, **task_means(merged.values())}
             self.write(run_folder.EVALUATION, line | {"times": by_time}, prefix="evaluation/")
+        return mean_error(merged.values())
 
     def write(self, file: str, line: Mapping[str, Any], *, prefix: str = "") -> None:
         """A line of `file`, and its numbers as curves."""
@@ -228,6 +235,15 @@ def task_means(seen: Collection[OfTask]) -> dict[str, Any]:
         by_task.setdefault(one.task, []).append(one)
     means = {task: mean_error(found) for task, found in sorted(by_task.items())}
     return {"loss": mean_error(seen), "tasks": means}
+
+
+def exact_loss(seen: Collection[ExampleLoss]) -> dict[str, float]:
+    """The mean loss without scheduled samples and its weight, near 1; no loss where all are."""
+    weight = sum(one.exact for one in seen)
+    if not weight:
+        return {"weight": 0.0}
+    loss = sum(one.exact * one.error for one in seen if one.exact) / weight
+    return {"loss": loss, "weight": round(weight / len(seen), 4)}
 
 
 def mean_error(seen: Collection[OfTask]) -> float:

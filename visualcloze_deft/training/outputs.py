@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside its metrics: checkpoints, samples, adapters."""
+"""What a run leaves in its folder beside its metrics and samples: checkpoints, adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from tqdm import tqdm
 from visualcloze_deft.adapters import files
 from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.config.run_settings import Run
-from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.sampling.room import Room, put_back, short_of_memory
 from visualcloze_deft.storage.adapter_places import TASKS
-from visualcloze_deft.storage.atomic import write_png
 from visualcloze_deft.training import checkpoint, run_folder
 from visualcloze_deft.training.checkpoint import Progress
 from visualcloze_deft.training.engine import (
@@ -24,25 +21,17 @@ from visualcloze_deft.training.engine import (
     gather_adapter,
     gather_average,
     gather_moments,
-    published,
 )
-from visualcloze_deft.training.sample_sheets import sample_sheet
-from visualcloze_deft.training.step import first_said
 
 
 class RunOutputs:
     """Every process calls each method, as weights are gathered from all; the first one writes."""
 
-    def __init__(
-        self, run: Run, models: Models, engine: Any, shown: Mixture, *, rank: int, world: int
-    ) -> None:
-        """shown: what samples are made of."""
+    def __init__(self, run: Run, models: Models, engine: Any, *, rank: int) -> None:
         self.run = run
         self.models = models
         self.engine = engine
-        self.shown = shown
         self.first = rank == 0
-        self.world = world
         self.output = Path(run.output)
         self.base = run_folder.base_of(run)
 
@@ -76,25 +65,6 @@ class RunOutputs:
         files.save(
             self.models.denoiser, folder, base=self.run.model, tensors=tensors, metadata=told
         )
-
-    def sample(self, step: int) -> None:
-        """A picture of what the adapter makes. Grids that memory is too small for are left out, in
-        all processes, and training goes on."""
-        room = Room(
-            self.models,
-            split=self.run.zero == 3 and self.world > 1,
-            agree=lambda failure: first_said(failure, self.world),
-        )
-        averaged = self.run.ema > 0 and step > 0
-        with published(self.engine, averaged=averaged), put_back(room):
-            page, left_out = sample_sheet(self.models, self.shown, room)
-        if self.first:
-            if room.made:
-                tqdm.write(f"sheet of step {step}: {short_of_memory(left_out)}")
-            if page is not None:
-                folder = self.output / "sheets"
-                folder.mkdir(exist_ok=True)
-                write_png(folder / f"step-{step:06d}.png", page)
 
     def publish(self, *, attention: str) -> None:
         """The adapter of the last step, and with an average that one, too, each whole or not at

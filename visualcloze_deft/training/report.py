@@ -13,6 +13,7 @@ from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError, printable
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting import page
+from visualcloze_deft.reporting.numbers import duration, three_digits
 from visualcloze_deft.reporting.plots import (
     Lines,
     Numbers,
@@ -27,8 +28,10 @@ from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import EvaluationLine, SkippedLine, StepLine, read_lines
 from visualcloze_deft.storage.text_files import read_text
 from visualcloze_deft.training import run_folder
+from visualcloze_deft.training.validation import why_training_is_higher
 
 REPORT = "report.html"
+EXACT = "training loss without scheduled samples"
 TASKS = 10  # curves in one picture, those with most examples; the table has all tasks
 
 
@@ -45,10 +48,12 @@ def write_report(folder: Path) -> Path:
         raise UserError(f"{folder}: the run has not taken a step yet")
     evaluations = read_lines(folder / run_folder.EVALUATION, EvaluationLine)
     skipped = read_lines(folder / run_folder.SKIPPED, SkippedLine)
-    above = [*facts(load_run(str(settings)), steps, evaluations), *kernels(folder)]
+    run = load_run(str(settings))
+    above = [*facts(run, steps, evaluations), *kernels(folder)]
     curves = page.Drawings(svgs=pictures(steps, evaluations))
+    why = [page.Text(text=text) for text in why_apart(run, steps, evaluations)]
     sections = [
-        page.Section(parts=[page.Table(rows=above), curves]),
+        page.Section(parts=[page.Table(rows=above), *why, curves]),
         page.Section(title="Tasks", parts=[task_table(steps, evaluations)]),
         *last_sheet(folder),
         page.Section(title="Skipped", parts=skipped_parts(skipped)),
@@ -62,7 +67,6 @@ def write_report(folder: Path) -> Path:
 def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
     """What stands at the top of the page."""
     last, spent = steps[-1], sum(line["seconds"] for line in steps)
-    before, now = ends(values(steps, "loss"))
     found = [
         ("model", run.model + (f" with {run.model_lora}" if run.model_lora else "")),
         ("adapter", f"{run.adapter.method}, rank {run.adapter.rank}"),
@@ -70,23 +74,37 @@ def facts(run: Run, steps: Lines, evaluations: Lines) -> list[tuple[str, str]]:
         ("steps", f"{last['step']} of {run.steps}, {last['examples']} examples"),
         (
             "time in steps",
-            f"{spent / 60:.1f} minutes, {last['examples'] / (spent or 1):.2f} examples/s",
+            f"{duration(spent)}, {three_digits(last['examples'] / (spent or 1))} examples/s",
         ),
-        ("training loss", f"{before:.4f} in the first eighth of the steps, {now:.4f} in the last"),
+        ("training loss", eighths(*ends(values(steps, "loss")))),
     ]
+    if np.isfinite(values(steps, "exact", "loss")).any():
+        found.append((EXACT, eighths(*exact_ends(steps))))
     if evaluations:
         first, last_one = evaluations[0], evaluations[-1]
         text = ", ".join(
-            f"{loss_text(line['loss'])} at step {line['step']}" for line in (first, last_one)
+            f"{three_digits(line['loss'])} at step {line['step']}" for line in (first, last_one)
         )
         found.append(("validation loss", text))
     if last.get("memory") is not None:
-        found.append(("memory", f"{last['memory'] / 2**30:.2f} GiB at most in a process"))
+        found.append(("memory", f"{three_digits(last['memory'] / 2**30)} GiB at most in a process"))
     return found
 
 
-def loss_text(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
+def eighths(before: float, now: float) -> str:
+    return (
+        f"{three_digits(before)} in the first eighth of the steps, {three_digits(now)} in the last"
+    )
+
+
+def why_apart(run: Run, steps: Lines, evaluations: Lines) -> list[str]:
+    """Why the training and the validation loss differ, where both stand."""
+    if not evaluations:
+        return []
+    said = why_training_is_higher(run)
+    if np.isfinite(values(steps, "exact", "loss")).any():
+        said += f" Compare the validation loss with the {EXACT}, which leaves those samples out."
+    return [said]
 
 
 def kernels(folder: Path) -> list[tuple[str, str]]:
@@ -108,6 +126,18 @@ def ends(y: Numbers) -> tuple[float, float]:
     return (float(y[:part].mean()), float(y[-part:].mean())) if part else (np.nan, np.nan)
 
 
+def exact_ends(steps: Lines) -> tuple[float, float]:
+    """`ends` of the loss without scheduled samples, each step by its weight."""
+    loss, weight = values(steps, "exact", "loss"), values(steps, "exact", "weight")
+    known = np.isfinite(loss)
+    loss, weight = loss[known], weight[known]
+    part = -(-len(loss) // 8)
+    first, last = (
+        np.average(loss[at], weights=weight[at]) for at in (slice(part), slice(-part, None))
+    )
+    return float(first), float(last)
+
+
 def pictures(steps: Lines, evaluations: Lines) -> list[str]:
     """The curves as SVG; those that the run has no numbers for are left out."""
     drawn: list[tuple[str, str, Callable[[Axes], None]]] = [
@@ -116,7 +146,7 @@ def pictures(steps: Lines, evaluations: Lines) -> list[str]:
         ("Validation loss, mean and by time", "", lambda axes: draw_times(axes, evaluations)),
         ("Learning rate", "", lambda axes: draw(axes, steps, "lr")),
         ("Examples per second", "", lambda axes: draw(axes, rates(steps), "examples_per_second")),
-        ("Image tokens per second", "", lambda axes: draw(axes, steps, "tokens_per_second")),
+        ("Image tokens per second", "", lambda axes: draw_tokens(axes, steps)),
         ("Waiting", "share of a step", lambda axes: draw_waiting(axes, steps)),
         ("Use of the GPUs' peak", "share", lambda axes: draw(axes, steps, "utilisation")),
         ("Memory", "GiB", lambda axes: draw(axes, steps, "memory", unit=2**30)),
@@ -131,16 +161,26 @@ def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:
     smoothed = smooth(y)
     axes.plot(*thinned(x, y), color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(*thinned(x, smoothed), color="C0", label="training, smoothed")
+    exact = values(steps, "exact", "loss")
+    if np.isfinite(exact).any():
+        exact = smooth(exact, weights=values(steps, "exact", "weight"))
+        axes.plot(*thinned(x, exact), color="C1", label="without scheduled samples, smoothed")
+        smoothed = np.concatenate([smoothed, exact])
     if evaluations:
         x, held_out = values(evaluations, "step"), values(evaluations, "loss")
         axes.plot(x, held_out, "o-", color="C3", markersize=4, label="validation")
         smoothed = np.concatenate([smoothed, held_out])
-    keep_in_view(axes, y, smoothed)
+    if np.nanmax(smoothed) > 10 * np.nanmin(smoothed):
+        axes.set_yscale("log")
+    else:
+        keep_in_view(axes, y, smoothed)
 
 
 def draw_tasks(axes: Axes, steps: Lines) -> None:
-    x = values(steps, "step")
-    for task in [task for task, _ in seen_tasks(steps).most_common(TASKS)]:
+    x, seen = values(steps, "step"), seen_tasks(steps)
+    if len(seen) == 1:  # the loss of all
+        return
+    for task in [task for task, _ in seen.most_common(TASKS)]:
         y = values(steps, "tasks", task)
         known = np.isfinite(y)
         axes.plot(
@@ -169,6 +209,14 @@ def rates(steps: Lines) -> Lines:
         {"examples_per_second": (line["examples"] - seen) / (line["seconds"] or 1), **line}
         for line, seen in zip(steps, before, strict=True)
     ]
+
+
+def draw_tokens(axes: Axes, steps: Lines) -> None:
+    """Nothing where all grids have one size: the curve of examples then shows the same."""
+    sizes = values(steps, "tokens_per_second") / values(steps, "examples_per_second")
+    sizes = sizes[np.isfinite(sizes)]
+    if len(sizes) and np.ptp(sizes) > 1e-3 * sizes.max():
+        draw(axes, steps, "tokens_per_second")
 
 
 def draw_waiting(axes: Axes, steps: Lines) -> None:
@@ -203,19 +251,25 @@ def task_table(steps: Lines, evaluations: Lines) -> page.Table:
         before, now = ends(values(steps, "tasks", task))
         held = values(evaluations, "tasks", task)
         held = held[np.isfinite(held)]
-        row = [task, str(count), f"{before:.4f}", f"{now:.4f}"]
-        rows.append(row + ([f"{held[0]:.4f}", f"{held[-1]:.4f}"] if len(held) else ["", ""]))
+        row = [task, str(count), three_digits(before), three_digits(now)]
+        rows.append(row + ([*map(three_digits, held[[0, -1]])] if len(held) else ["", ""]))
     return page.Table(rows=rows, head=head)
 
 
 def last_sheet(folder: Path) -> list[page.Section]:
     """The newest sample sheet, where there is one."""
-    sheets = sorted((folder / "sheets").glob("step-*.png"))
+    sheets = sorted((folder / run_folder.SHEETS).glob("step-*.png"))
     if not sheets:
         return []
     picture = page.Picture(image=read_image(sheets[-1]), alt="sample sheet")
-    words = page.Text(text="Red frames: what was made.")
-    return [page.Section(title=f"Sample sheet, {sheets[-1].stem}", parts=[words, picture])]
+    words = (
+        "Each grid: an example above, the query below. Red frames are generated, from the same "
+        "noise by the base and by the adapter."
+    )
+    if earlier := [sheet.stem for sheet in sheets[:-1]]:
+        words += f" The folder {run_folder.SHEETS} also has {', '.join(earlier[-5:])}."
+    parts: list[page.Part] = [page.Text(text=words), picture]
+    return [page.Section(title=f"Samples, {sheets[-1].stem}", parts=parts)]
 
 
 def skipped_parts(skipped: Lines) -> list[page.Part]:

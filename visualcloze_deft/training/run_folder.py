@@ -35,6 +35,7 @@ SETTINGS, VERSIONS = "settings.toml", "versions.json"
 INDEX = "index"  # folder of the sources' indexes
 ENCODINGS = "encodings"  # folder of what strips and texts were encoded to
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"  # a line a step; a line an unreadable item
+SHEETS = "sheets"  # folder of what a run's model makes of the same grids at several steps
 EVALUATION = "evaluation.jsonl"  # a line each time held-out grids are looked at
 WRITING = ".writing"  # the lock of the process that trains, within its launcher's
 BEFORE_A_RUN = (LOCK, WRITING, INDEX, ENCODINGS, f".{VERSIONS}.*.part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -23,13 +24,15 @@ from visualcloze_deft.sampling.denoising import (
     pictures_of,
     tokens_of,
 )
-from visualcloze_deft.sampling.room import NoRoom, Room
+from visualcloze_deft.sampling.room import Room
 from visualcloze_deft.task_registry.task import Task
 
-SHOWN = 12
-"""Tasks on a sheet made while training."""
 STEPS = 20
-"""Steps of the sheets made while training."""
+"""Sampling steps of the sheets made while training."""
+TRUTH = "truth"
+
+Made = Sequence[Image.Image]
+"""The pictures of a grid's hidden cells, left to right."""
 
 
 def grids_to_try(
@@ -53,21 +56,14 @@ def grids_to_try(
     return chain(*(each.grids(**fields) for each in asked.values()), known)
 
 
-def sample_sheet(
-    models: Models, mixture: Mixture, room: Room
-) -> tuple[Image.Image | None, list[str]]:
-    """For each of the tasks drawn most often a grid with the model's answer framed, and the truth
-    beside it; and the tasks of grids that memory is too small for. None where all are."""
-    pages, left_out = [], []
-    for example in queries(mixture, tasks=SHOWN):
-        try:
-            made = answer(models, example, room)
-        except NoRoom:
-            left_out.append(example.task)
-        else:
-            pages.append(sample_page(example, made))
-    page = draw_sheet(pages, columns=min(4, len(pages))) if pages else None
-    return page, left_out
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A grid and what was made of its hidden cells. roles: of its columns. made: label -> pictures,
+    None where there are none."""
+
+    example: Example
+    roles: Sequence[str]
+    made: Mapping[str, Made | None]
 
 
 def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
@@ -83,20 +79,29 @@ def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
     return room.attempt(lambda: pictures_of(models, tokens, built))[0]
 
 
-def sample_page(example: Example, made: Sequence[Image.Image]) -> Image.Image:
-    """One grid with the images `made` in its hidden cells framed, and the truth beside it."""
-    answers = iter(made)
-    last = [
-        next(answers) if hidden else image
-        for image, hidden in zip(example.rows[-1], example.hidden, strict=True)
-    ]
-    truth = [
-        image for image, hidden in zip(example.rows[-1], example.hidden, strict=True) if hidden
-    ]
-    rows = [*example.rows[:-1], [*last, *truth]]
-    framed = [(len(rows) - 1, c) for c, hidden in enumerate(example.hidden) if hidden]
+def sheet_of(samples: Sequence[Sample]) -> Image.Image:
+    """Samples beside each other, all cells of one size."""
+    columns = 1 if len(samples) == 1 else min(3, -(-len(samples) // 2))
+    return draw_sheet([sample_page(one) for one in samples], columns=columns, gap=12)
+
+
+def sample_page(sample: Sample) -> Image.Image:
+    """One grid, its visible columns first. Below the examples the query: its conditions, the
+    pictures `made` with a red frame, then the truth."""
+    example = sample.example
+    order = sorted(range(len(example.hidden)), key=lambda c: example.hidden[c])
+    seen = order[: len(order) - sum(example.hidden)]
+    targets = order[len(seen) :]
+    *above, query = [[row[c] for c in order] for row in example.rows]
+    last, labels, framed = query[: len(seen)], [sample.roles[c] for c in seen], []
+    for label, pictures in {**sample.made, TRUTH: query[len(seen) :]}.items():
+        if label != TRUTH:
+            framed += [(len(above), len(last) + k) for k in range(len(targets))]
+        last += pictures or [None] * len(targets)
+        labels += [f"{label}: {sample.roles[c]}" if len(targets) > 1 else label for c in targets]
     words = f"{example.task}: {example.content}" if example.content else example.task
-    return draw_grid(rows, title=words, made=framed)
+    heads = {0: [sample.roles[c] for c in order], len(above): labels}
+    return draw_grid([*above, last], title=words, made=framed, labels=heads)
 
 
 def example_sheet(examples: list[Example]) -> Image.Image:

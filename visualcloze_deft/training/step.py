@@ -19,7 +19,7 @@ from visualcloze_deft.backbones import attention, kernels
 from visualcloze_deft.backbones.attention_check import Shapes
 from visualcloze_deft.backbones.kernels import Kernels, Suspect
 from visualcloze_deft.config.run_settings import Run
-from visualcloze_deft.sampling.encoding import PixelExample, TokenBatch
+from visualcloze_deft.sampling.encoding import NEAREST, PixelExample, TokenBatch
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.checkpoint import Progress
 from visualcloze_deft.training.metrics_log import ExampleLoss, gathered
@@ -44,11 +44,15 @@ class Batch:
         return [index for group in self.groups for index in group.indices][: len(self.drawn)]
 
 
-def seen_in(step: Sequence[Batch], errors: Sequence[float]) -> dict[int, ExampleLoss]:
-    """What became of the examples of a step, by index; errors: their losses, batch after batch."""
+def seen_in(
+    step: Sequence[Batch], errors: Sequence[float], *, scheduled_sampling: float = 0.0
+) -> dict[int, ExampleLoss]:
+    """What became of the examples of a step, by index; errors: their losses, batch after batch.
+    scheduled_sampling: the run's."""
     error_of = dict(zip((i for batch in step for i in batch.indices), errors, strict=True))
     groups = [group for batch in step for group in batch.groups]
     tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
+    weight_of = exact_weights(groups, scheduled_sampling) if scheduled_sampling else {}
     return {
         one.index: ExampleLoss(
             task=one.task,
@@ -56,10 +60,27 @@ def seen_in(step: Sequence[Batch], errors: Sequence[float]) -> dict[int, Example
             tokens=tokens_of[one.index],
             items=len(one.grid.strips),
             skipped=one.skipped,
+            exact=weight_of.get(one.index, 1.0),
         )
         for batch in step
         for one in batch.drawn
     }
+
+
+def exact_weights(groups: Sequence[TokenBatch], scheduled_sampling: float) -> dict[int, float]:
+    """By index, how much each sample counts in the loss without scheduled samples: 0 for those.
+
+    Times below `NEAREST` have no scheduled samples, so the others there count less: weighted, the
+    times are as training draws them.
+    """
+    found = {}
+    for group in groups:
+        for index, t, start in zip(
+            group.indices, group.t.tolist(), group.start.tolist(), strict=True
+        ):
+            alone = 1 - scheduled_sampling if t > NEAREST else 1.0
+            found[index] = 0.0 if start > t else alone and 1 / alone
+    return found
 
 
 def first_said(text: str | None, world: int) -> str | None:

@@ -14,6 +14,7 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
 from visualcloze_deft.planning.machine import memory_here
 from visualcloze_deft.planning.memory import plan_here
+from visualcloze_deft.reporting.numbers import counted_as
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.memory_report import in_short
 from visualcloze_deft.training.preparation import load_in, plan_of, to_plan
@@ -32,7 +33,8 @@ def summary_of(run: Run, mixture: Mixture, *, processes: int) -> Iterator[str]:
     yield from table_of_draws(mixture)
     yield from (f"         {line}" for line in remarks_on_tasks(run, mixture))
     yield f"hidden   {hidden_cells(run.data.recipe)}"
-    yield f"training {run.steps} steps of {batches(run, processes)}, ZeRO-{run.zero}"
+    yield f"training {steps_in_words(run, processes)}, ZeRO-{run.zero}"
+    yield f"samples  {samples_in_words(run)}"
     yield f"output   {run.output}; the share of each task is in versions.json"
     memory = plan_here(to_plan(run), load_in(run, mixture), processes=processes)
     yield from in_short(memory, memory_here(processes))
@@ -114,16 +116,32 @@ def hidden_cells(recipe: Recipe) -> str:
     )
 
 
-def batches(run: Run, processes: int) -> str:
-    """What a step computes.
+def steps_in_words(run: Run, processes: int) -> str:
+    """How many steps, and the grids of each.
 
-    >>> batches(Run(batch=8), 2)
-    '8 grids on each of 2 processes'
+    >>> steps_in_words(Run(steps=200, batch=8), 2)
+    '200 steps of 16 grids: 8 grids on each of 2 processes'
+    >>> steps_in_words(Run(steps=200, batch=1, accumulate=8), 1)
+    '200 steps of 8 grids: 8 times 1 grid on 1 process'
+    >>> steps_in_words(Run(steps=9, batch_tokens=4000), 2)
+    '9 steps: up to 4,000 tokens on each of 2 processes'
     """
-    grids = "1 grid" if run.batch == 1 else f"{run.batch} grids"
-    part = f"{run.batch_tokens} tokens" if run.batch_tokens else grids
-    times = f"{run.accumulate} x " if run.accumulate > 1 else ""
-    return f"{times}{part}" + (f" on each of {processes} processes" if processes > 1 else "")
+    where = f"on each of {processes} processes" if processes > 1 else "on 1 process"
+    times = f"{run.accumulate} times " if run.accumulate > 1 else ""
+    if run.batch_tokens:
+        return f"{run.steps:,} steps: {times}up to {run.batch_tokens:,} tokens {where}"
+    part = counted_as(run.batch, "grid")
+    whole = counted_as(run.batch * run.accumulate * processes, "grid")
+    return f"{run.steps:,} steps of {whole}: {times}{part} {where}"
+
+
+def samples_in_words(run: Run) -> str:
+    """Which sample sheets a run makes."""
+    if not run.sample_grids:
+        return "no sample sheets"
+    between = f", every {run.sample_every:,} steps" if run.sample_every else ""
+    grids = counted_as(run.sample_grids, "grid")
+    return f"up to {grids} before the first step{between}, and at the end"
 
 
 def waiting(run: Run, mixture: Mixture, processes: int) -> str:

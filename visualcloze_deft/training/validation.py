@@ -47,6 +47,24 @@ def times_of(run: Run) -> Tensor:
     return timesteps.shift(drawn, run.timestep_shift)
 
 
+def why_training_is_higher(run: Run) -> str:
+    """Why the training loss of this run may stand above its validation loss, in a sentence."""
+    reasons = []
+    if run.scheduled_sampling:
+        reasons.append(
+            f"up to {run.scheduled_sampling:.0%} of its samples start from a step of the model's "
+            "own (scheduled_sampling)"
+        )
+    if run.adapter.dropout:
+        reasons.append(f"{run.adapter.dropout:.0%} dropout is on")
+    if run.ema:
+        reasons.append("it is of the last weights, not of their average (ema)")
+    reasons.append("it draws all times, also the ends of their range, where errors are largest")
+    *others, last = reasons
+    listed = f"{', '.join(others)}, and {last}" if others else last
+    return f"The training loss may stand above the validation loss of the same grids: {listed}."
+
+
 def share(count: int, *, rank: int, world: int) -> list[int]:
     """The indices of one process's held-out grids, as many for each: some may be seen twice.
 
