@@ -8,6 +8,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.tar_members import member_at, members_of
+from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
 
 Pictures = Mapping[str, Mapping[str, int]]  # item -> role -> grey value
@@ -539,11 +542,12 @@ def test_a_check_ends_with_the_command_that_trains_on_the_data(
     [
         (
             "lit unlit",
-            "no task pairs lit -> unlit; write one: vcdeft tasks new NAME --columns lit,",
+            "no task pairs lit -> unlit of folder; .*: vcdeft tasks new NAME --columns lit,unlit",
         ),
-        ("lit target", "no task pairs lit -> target; .* --columns lit,target"),
+        ("output input mask2", r"no task pairs input \+ mask2 -> output of folder"),
+        ("lit target", "no task pairs lit -> target of folder; .* --columns lit,target"),
         ("depth lit target", "no task pairs lit -> target"),
-        ("a b c", r"no task pairs a \+ b -> c; .* --columns a,b,c"),
+        ("a b c", r"no task pairs a \+ b -> c of folder; .* --columns a,b,c"),
         ("my-photos 1x", "no task can name the role '1x'"),
     ],
 )
@@ -570,24 +574,40 @@ def test_photos_serve_what_is_made_of_a_target_and_the_check_names_the_other_way
     assert Folder(tmp_path).item(2).texts == {"caption": "photo 2"}
 
 
-def test_a_task_of_before_and_after_is_served_by_any_pair_with_a_target(tmp_path: Path) -> None:
-    task = {"summary": "s", "group": "g", "instruction": '"From {before} to {after}."'}
-    lines = [
-        f"{key} = {value if key == 'instruction' else repr(value)}" for key, value in task.items()
-    ]
-    columns = ['content = ""', "[columns]", 'before = "b"', 'after = "a"']
-    put(tmp_path / "tasks" / "relight.toml", "\n".join([*lines, *columns]))
-    for role, value in (("before", 3), ("after", 200)):
-        put(tmp_path / "data" / role / "1.png", png(value))
+@every_layout
+@pytest.mark.parametrize("columns", ["before,after", "before,target"])
+def test_pairs_of_before_and_after_serve_a_task_of_either_name_in_every_layout(
+    tmp_path: Path, layout: str, columns: str
+) -> None:
+    pairs = {item: {"before": v["depth"], "after": v["target"]} for item, v in PAIRS.items()}
+    LAYOUTS[layout](tmp_path / "data", pairs, CAPTIONS)
+    own = write_new_task("relight", columns.split(","), tmp_path / "own").parent
     told = {
         "data.sources": [f"folder={tmp_path / 'data'}"],
-        "data.task_folders": [str(tmp_path / "tasks")],
+        "data.task_folders": [str(own)],
         "data.resolution": 32,
     }
     run = load_run(None, [*(f"{k}={json.dumps(v)}" for k, v in told.items()), "data.tasks=relight"])
-    mixture = mixture_of(run)
-    row = mixture[0].rows[-1]
-    assert [np.asarray(cell).mean() for cell in row] == [3, 200]
+    row = mixture_of(run)[0].rows[-1]
+    assert [np.asarray(cell).mean() for cell in row] in [[*v.values()] for v in pairs.values()]
+
+
+@pytest.mark.processes
+def test_the_command_that_a_check_ends_with_runs_as_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("before/1", "after/1", "before/2", "after/2"):
+        put(tmp_path / "my data" / f"{name}.png", png(len(name)))
+    own = write_new_task("relight", ["before", "after"], tmp_path / "my tasks").parent
+    said, _, _ = checked(capsys, f"folder={tmp_path / 'my data'}", "--task-folder", str(own))
+    program, *words = shlex.split(said.rstrip().splitlines()[-1])
+    assert (program, words[0]) == ("vcdeft", "train")
+    assert words[words.index("--tasks") + 1] == "image-editing,relight"
+    short = ["--steps", "1", "--batch", "1", "--processes", "1"]
+    command = [sys.executable, "-m", "visualcloze_deft", *words, *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "my data" / "adapter" / "tasks" / "relight.toml").is_file()
 
 
 def test_a_folder_opens_as_a_source_from_a_table_or_a_shard(tmp_path: Path) -> None:

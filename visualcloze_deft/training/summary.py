@@ -11,7 +11,7 @@ from pathlib import Path
 from visualcloze_deft.config.run_settings import Recipe, Run
 from visualcloze_deft.data.eligible import unused_sources
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
+from visualcloze_deft.data.unpaired import missing_tasks
 from visualcloze_deft.planning.machine import memory_here
 from visualcloze_deft.planning.memory import plan_here
 from visualcloze_deft.reporting.numbers import counted_as
@@ -84,8 +84,7 @@ def remarks_on_data(run: Run, mixture: Mixture) -> Iterator[str]:
     for source in unused_sources(mixture.tasks, mixture.sources):
         yield f"{source.name} has nothing that these tasks are trained on"
     for source in mixture.sources:
-        if columns := unpaired_columns(source, known):
-            yield task_to_write(source, columns)
+        yield from missing_tasks(source, known)
 
 
 def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:
