@@ -232,6 +232,13 @@ def test_a_shard_is_read_as_the_datasets_library_reads_it(tmp_path: Path) -> Non
             assert np.array_equal(row[f"{role}.png"].convert("RGB"), item.image(role))
 
 
+def test_sub_folders_with_capitals_are_the_roles_that_tasks_name(tmp_path: Path) -> None:
+    subfolders(tmp_path, {"1": {"Before": 3, "After": 4, "My": 5}}, {"1": ""})
+    item = Folder(tmp_path).item(0)
+    assert [*item.images] == ["before", "My", "target"]
+    assert item.image("target").getpixel((0, 0)) == (4, 4, 4)
+
+
 # ---- names
 
 
@@ -255,6 +262,8 @@ def test_a_shard_is_read_as_the_datasets_library_reads_it(tmp_path: Path) -> Non
         ("7_object_masks 7_target", {"7": "object_masks target"}),
         ("image_1_0003 image_2_0003 target_0003", {"0003": "image_1 image_2 target"}),
         ("1-before 1-after", {"1": "before target"}),
+        ("Before_1 After_1 BEFORE_2 AFTER_2", {"1": "before target", "2": "before target"}),
+        ("1_Depth 1_Target", {"1": "depth target"}),
     ],
 )
 def test_a_name_holds_a_role_at_its_end_or_its_beginning(
@@ -281,6 +290,10 @@ def test_a_name_holds_a_role_at_its_end_or_its_beginning(
         ("before_1 after_1 before_2", "before_2.png: stands alone; .* sub-folder target"),
         ("lit_1 unlit_1 lit_2", "lit_2.png: stands alone"),
         ("1_depth 1_target 2", "2.png: expected a role at the end, such as 2_target"),
+        (
+            "1_depth 1-depth 1_target",
+            "1_depth.png: 1-depth.png is depth of '1' too; keep one|1-dep",
+        ),
         ("depth_1 target_1 2", "2.png: expected a role at the beginning, such as target_2"),
         ("IMG_1 IMG_2 forest_rain", r"IMG_1.png \(and 1 more\): expected a role at the end"),
     ],
@@ -301,6 +314,7 @@ def test_names_that_may_mean_two_things_are_refused(
         ("target/1.png 1_target.png", "both .* keep one layout"),
         ("rows.jsonl a.tar", "both a table .* and shards .*; keep one layout"),
         ("metadata.csv metadata.jsonl", "both metadata.csv and metadata.jsonl; keep one"),
+        ("Depth/1.png depth/1.png", "depth: Depth is the role depth too; keep one of them"),
         ("a.tar b.png", "both shards .*; keep one layout"),
         ("train/metadata.jsonl", "the folder train has a layout: folder=.*train"),
         ("a.tar.gz", r"expected .*shards \*\.tar.* found a\.tar\.gz"),
@@ -514,7 +528,7 @@ def test_a_check_of_graph200k_lists_every_fault(
         ("before after", "image-editing"),
         ("depth target", "depth-to-image,image-to-depth"),
         ("target", "all"),
-        ("image_1 image_2 target", "pairs"),
+        ("image_1 image_2 target", "image-composition"),
     ],
 )
 def test_a_check_ends_with_the_command_that_trains_on_the_data(

@@ -64,8 +64,9 @@ def needed(wanted: Sequence[str], roles: Collection[str]) -> set[str]:
 
 def place(role: str) -> tuple[int, str]:
     """What columns are sorted by: what is shown, other roles by name, what is generated."""
-    shown = FIRST.index(role) - len(FIRST) if role in FIRST else 0
-    return (1 + LAST.index(role) if role in LAST else shown), role
+    word = role.lower()
+    shown = FIRST.index(word) - len(FIRST) if word in FIRST else 0
+    return (1 + LAST.index(word) if word in LAST else shown), role
 
 
 def check_paired(
