@@ -206,8 +206,10 @@ def test_a_lora_file_is_the_adapter_it_was_exported_from(
     assert made(pipe).tobytes() == base.tobytes()
     ways: dict[str, Any] = {
         "lora": lambda: pipe.load_adapter(lora),
-        "one": lambda: pipe.load_lora_weights(lora, adapter_name="one"),
-        "two": lambda: pipe.load_lora_weights(str(lora.parent), "lora.safetensors", "two"),
+        "one": lambda: pipe.load_lora_weights(lora, "one"),
+        "two": lambda: pipe.load_lora_weights(
+            str(lora.parent), weight_name="lora.safetensors", adapter_name="two"
+        ),
         "default_0": lambda: pipe.load_lora_weights(load_file(lora)),
     }
     for name, load in ways.items():

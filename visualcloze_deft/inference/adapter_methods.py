@@ -63,13 +63,15 @@ class AdapterMethods:
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
-        weight_name: str | None = None,
         adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
     ) -> str:
         """As diffusers: use a LoRA beside the adapters in use; returns its name.
 
-        It is a file, a folder or hub id that holds one (`weight_name`, where there are several), or
-        its tensors. Names of diffusers, kohya, ComfyUI and others are known, see `lora_files.read`.
+        It is a file, a folder or hub id that holds one, or its tensors. Names of diffusers, kohya,
+        ComfyUI and others are known, see `lora_files.read`. weight_name: the file in the folder or
+        repository, where there are several, maybe in a folder there ("loras/mugs.safetensors").
         Raises `UserError` where the name is taken, or something in it would not be used.
         """
         place = pretrained_model_name_or_path_or_dict
