@@ -128,7 +128,9 @@ def command(line: str) -> None:
     program, *words = shlex.split(line)
     assert program == "vcdeft"
     if words[0] == "train":
-        words[words.index("--steps") + 1] = "2"
+        steps, output = words.index("--steps") + 1, words.index("--output") + 1
+        words[steps] = "2"
+        words[output] = str(Path(words[output]).absolute())  # the process starts elsewhere
         run([*words, *shlex.split(SHORT)], processes=1)
     else:
         main(words)

@@ -183,6 +183,8 @@ def test_a_message_begins_with_the_argument_that_is_wrong(
         {"dtype": "float32"},
         {"device": "gpu0"},
         {"adapter": "gone"},
+        {"adapter": 5},
+        {"adapter": [5]},
     ],
 )
 def test_loading_names_the_argument_that_is_wrong(micro_model: Path, wrong: dict[str, Any]) -> None:
@@ -252,6 +254,17 @@ def test_one_scale_may_hold_for_several_adapters(
     pipe.load_lora_weights(lora, adapter_name="b")
     pipe.set_adapters(["a", "b"], 0.5)
     assert close(made(pipe), wanted)
+    pipe.unload_lora_weights()
+
+
+def test_an_adapter_is_named_once_and_by_text(adapter: Path, pipe: InContextPipeline) -> None:
+    with pytest.raises(UserError, match="adapter_name 5: give text"):
+        pipe.load_adapter(adapter, 5)  # type: ignore[arg-type]
+    assert pipe.load_adapter(adapter, "a") == "a"
+    with pytest.raises(UserError, match=r"adapter_names .*: give each once"):
+        pipe.set_adapters(["a", "a"], [1, 2])
+    with pytest.raises(UserError, match=r"adapter_weights .*: 2 scales for 1 names"):
+        pipe.set_adapters("a", [1, 2])
     pipe.unload_lora_weights()
 
 

@@ -55,7 +55,7 @@ class LoadingMethods:
         pretrained_model_name_or_path: str | Path = TINY,
         *,
         adapter: Adapters | None = None,
-        lora: str | None = None,
+        lora: str | Path | None = None,
         device: str | None = None,
         dtype: Dtype | None = None,
         torch_dtype: Dtype | None = None,
@@ -115,6 +115,7 @@ class LoadingMethods:
         elif lora is not None or adapter is not None:
             given_name = "lora" if adapter is None else "adapter"
             raise UserError(f"{given_name} changes the transformer, and transformer is None")
+        lora = None if lora is None else str(lora)
         if lora is not None:
             check_lora(lora)
         wanted, folders = stored_adapters(adapter, name), folders_of(task_folders)
