@@ -82,10 +82,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures() -> dict[str, Any]:
+def given() -> dict[str, Any]:
     """What a block finds under the names that it does not define."""
-    found = {}
-    for name in ("depth1", "photo1", "depth2", "depth_a", "photo_a", "depth_b"):
+    found: dict[str, Any] = {"InContextPipeline": InContextPipeline}
+    for name in ("depth1", "photo1", "depth2"):
         found[name] = Image.effect_noise((64, 48), 90).convert("RGB")
     return found
 
@@ -95,7 +95,7 @@ def test_a_block_of_python_runs_as_it_is_printed(
     desk: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(desk)
-    names = pictures()
+    names = given()
     exec(blocks()[name].replace(ON_HUB, str(BASE)), names)
     if "there" in names:  # made by diffusers, and by us with the adapter
         check_equal(names)
@@ -136,6 +136,7 @@ def command(line: str) -> None:
         main(words)
 
 
+@pytest.mark.scripts
 def test_the_notebook_runs_from_the_first_cell_to_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,6 +257,15 @@ def test_one_scale_may_hold_for_several_adapters(
     pipe.unload_lora_weights()
 
 
+def test_a_file_that_is_not_there_or_in_the_way_is_named(
+    lora: Path, pipe: InContextPipeline
+) -> None:
+    with pytest.raises(UserError, match=r"weight_name 'b\.safetensors': no such file"):
+        pipe.load_lora_weights(lora.parent, weight_name="b.safetensors")
+    with pytest.raises(UserError, match=r"save_directory .*: a file"):
+        pipe.save_pretrained(lora)
+
+
 def test_an_adapter_is_named_once_and_by_text(adapter: Path, pipe: InContextPipeline) -> None:
     with pytest.raises(UserError, match="adapter_name 5: give text"):
         pipe.load_adapter(adapter, 5)  # type: ignore[arg-type]
