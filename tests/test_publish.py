@@ -260,8 +260,15 @@ def test_no_path_and_no_option_of_a_tracker_is_in_any_file(
 
 @pytest.mark.parametrize(
     "words",
-    ["/home/anna/flux", "~/flux", r"C:\Users\anna", "../data", "hf_" + "a" * 34]
-    + ["https://me:word@host/a", "file:///a"],
+    [
+        "/home/anna/flux",
+        "~/flux",
+        r"C:\Users\anna",
+        "../data",
+        "hf_" + "a" * 34,
+        "https://me:word@host/a",
+        "file:///a",
+    ],
 )
 def test_words_of_a_task_that_tell_of_a_machine_are_refused(
     copied: Path, tmp_path: Path, refused: Refused, words: str
@@ -285,8 +292,14 @@ def test_a_header_that_tells_of_a_machine_is_refused(
 
 @pytest.mark.parametrize(
     "text",
-    ["https://huggingface.co/a/b", "day/night and 1/2/3", "ComfyUI/models/loras", "<b>a</b>"]
-    + [r".*blocks\\.\\d+\\.(attn|ff)", "a ratio of 3:4, on / off"],
+    [
+        "https://huggingface.co/a/b",
+        "day/night and 1/2/3",
+        "ComfyUI/models/loras",
+        "<b>a</b>",
+        r".*blocks\\.\\d+\\.(attn|ff)",
+        "a ratio of 3:4, on / off",
+    ],
 )
 def test_words_that_tell_of_no_machine_are_let_through(text: str) -> None:
     assert list(privacy.private_in(text, privacy.names_here())) == []

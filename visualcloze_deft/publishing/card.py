@@ -62,7 +62,7 @@ def card_of(
 def front_matter(facts: RunFacts) -> str:
     """The YAML that the hub reads."""
     base, licence = facts.base, facts.base.licence
-    return ModelCardData(
+    told = ModelCardData(
         base_model=base.hub,
         license=licence.identifier,
         license_name=licence.name,
@@ -70,8 +70,10 @@ def front_matter(facts: RunFacts) -> str:
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["visualcloze", "in-context", "lora", facts.run.adapter.method, *sorted(facts.groups)],
-        **({"base_model_relation": "adapter"} if base.hub else {}),
-    ).to_yaml()
+    )
+    if base.hub:
+        told["base_model_relation"] = "adapter"
+    return told.to_yaml()
 
 
 def link_of(facts: RunFacts) -> str:
