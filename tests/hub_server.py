@@ -75,6 +75,8 @@ def hub_server() -> Iterator[Hub]:
 def use(hub: Hub, patch: pytest.MonkeyPatch, *, token: str | None = TOKEN) -> None:
     """Have this process's client talk to `hub`, as `Hub.environment` has those that start."""
     patch.setattr(constants, "ENDPOINT", hub.url)
+    template = "{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template}")
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     bars = import_module("huggingface_hub.utils.tqdm")  # the package has a class of that name
