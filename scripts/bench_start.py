@@ -2,9 +2,9 @@
 
     python scripts/bench_start.py [--tree FOLDER]... [--repeats 5]
 
-The help, a list of tasks, one image and one training step, all on the built-in model. Each --tree is
-a checkout; the trees take turns, and the medians are printed: seconds that pass, and seconds of
-the processors.
+The help, a list of tasks, one image and one training step, all on the built-in model. Each --tree
+is a checkout. The trees take turns, and the medians are printed: seconds that pass, and seconds
+of the processors.
 """
 
 from __future__ import annotations
