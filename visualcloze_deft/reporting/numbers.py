@@ -22,6 +22,18 @@ def three_digits(value: float | None) -> str:
     return f"{value:#.3g}".removesuffix(".")
 
 
+def decimals(mean: float, *, at_most: int) -> int:
+    """Places after the point of a mean and its interval, with which it has three digits.
+
+    >>> [decimals(mean, at_most=2) for mean in (0.2, -16.8, 131.8)]
+    [2, 1, 0]
+    >>> decimals(0.9876, at_most=3)
+    3
+    """
+    places = 3 if abs(mean) < 0.9995 else 2 if abs(mean) < 9.995 else 1 if abs(mean) < 99.95 else 0
+    return min(places, at_most)
+
+
 def duration(seconds: float) -> str:
     """A time as a clock shows it.
 
