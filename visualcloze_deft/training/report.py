@@ -271,7 +271,7 @@ def last_sheet(folder: Path) -> list[page.Section]:
     steps = [f"{step_of(sheet):,}" for sheet in sheets]
     if earlier := steps[:-1]:
         some = earlier if len(earlier) < 6 else [earlier[0], "...", *earlier[-4:]]
-        words += f" The folder {run_folder.SHEETS} also has those of step {', '.join(some)}."
+        words += f" Earlier ones lie in the folder {run_folder.SHEETS}: step {', '.join(some)}."
     parts: list[page.Part] = [page.Text(text=words), picture]
     return [page.Section(title=f"Samples at step {steps[-1]}", parts=parts)]
 
