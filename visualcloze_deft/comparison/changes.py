@@ -15,7 +15,7 @@ import numpy as np
 
 from visualcloze_deft.comparison.records import Measured
 from visualcloze_deft.comparison.trainings import Training
-from visualcloze_deft.reporting.numbers import decimals
+from visualcloze_deft.reporting.numbers import rounded
 from visualcloze_deft.reporting.plots import Lines
 from visualcloze_deft.reporting.random_effects import LEVEL, Estimate, Values, estimate, holm
 
@@ -86,8 +86,7 @@ class Row:
     def text(self) -> str:
         """The mean and its interval, as tables print it, which says where it is of grids alone."""
         found = [self.measure.shown(v) for v in (self.found.mean, self.found.low, self.found.high)]
-        digits = decimals(found[0], at_most=2)
-        mean, low, high = (f"{value:+.{digits}f}" for value in found)
+        mean, low, high = (rounded(value, places=2, sign=True) for value in found)
         return f"{mean} ({'grids ' if self.found.seeds == 1 else ''}{low} to {high})"
 
     @property

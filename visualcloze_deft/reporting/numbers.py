@@ -22,16 +22,16 @@ def three_digits(value: float | None) -> str:
     return f"{value:#.3g}".removesuffix(".")
 
 
-def decimals(mean: float, *, at_most: int) -> int:
-    """Places after the point of a mean and its interval, with which it has three digits.
+def rounded(value: float, *, places: int, sign: bool = False) -> str:
+    """A number with three digits, but at most so many after the point, as columns show it.
 
-    >>> [decimals(mean, at_most=2) for mean in (0.2, -16.8, 131.8)]
-    [2, 1, 0]
-    >>> decimals(0.9876, at_most=3)
-    3
+    >>> [rounded(value, places=2) for value in (0.0123, 9.876, -16.82, 566.62)]
+    ['0.01', '9.88', '-16.8', '567']
+    >>> rounded(0.9876, places=3), rounded(2.5, places=1, sign=True)
+    ('0.988', '+2.5')
     """
-    places = 3 if abs(mean) < 0.9995 else 2 if abs(mean) < 9.995 else 1 if abs(mean) < 99.95 else 0
-    return min(places, at_most)
+    own = sum(abs(value) < bound for bound in (0.9995, 9.995, 99.95))
+    return f"{value:{'+' if sign else ''}.{min(own, places)}f}"
 
 
 def duration(seconds: float) -> str:

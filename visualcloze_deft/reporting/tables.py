@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from visualcloze_deft.reporting.numbers import decimals
+from visualcloze_deft.reporting.numbers import rounded
 from visualcloze_deft.reporting.statistics import Figure
 
 NONE = "-"
@@ -24,8 +24,9 @@ def figure_text(one: Figure, digits: int, *, sign: bool = False) -> str:
     >>> figure_text(Figure(mean=24.76, low=20.13, high=30.0, count=9), 2)
     '24.8 (20.1 to 30.0, n 9)'
     """
-    plus, places = "+" if sign else "", decimals(one.mean, at_most=digits)
-    mean, low, high = (f"{value:{plus}.{places}f}" for value in (one.mean, one.low, one.high))
+    mean, low, high = (
+        rounded(value, places=digits, sign=sign) for value in (one.mean, one.low, one.high)
+    )
     return (
         f"{mean} (n {one.count})"
         if math.isnan(one.low)
