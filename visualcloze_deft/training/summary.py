@@ -120,6 +120,8 @@ def steps_in_words(run: Run, processes: int) -> str:
 
     >>> steps_in_words(Run(steps=200, batch=8), 2)
     '200 steps of 16 grids: 8 grids on each of 2 processes'
+    >>> steps_in_words(Run(steps=200, batch=8), 1)
+    '200 steps of 8 grids on 1 process'
     >>> steps_in_words(Run(steps=200, batch=1, accumulate=8), 1)
     '200 steps of 8 grids: 8 times 1 grid on 1 process'
     >>> steps_in_words(Run(steps=9, batch_tokens=4000), 2)
@@ -131,6 +133,8 @@ def steps_in_words(run: Run, processes: int) -> str:
         return f"{run.steps:,} steps: {times}up to {run.batch_tokens:,} tokens {where}"
     part = counted_as(run.batch, "grid")
     whole = counted_as(run.batch * run.accumulate * processes, "grid")
+    if part == whole:
+        return f"{run.steps:,} steps of {whole} {where}"
     return f"{run.steps:,} steps of {whole}: {times}{part} {where}"
 
 
