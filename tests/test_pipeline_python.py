@@ -184,6 +184,8 @@ def test_a_message_begins_with_the_argument_that_is_wrong(
         {"dtype": "float32"},
         {"device": "gpu0"},
         {"adapter": "gone"},
+        {"adapter": 5},
+        {"adapter": [5]},
     ],
 )
 def test_loading_names_the_argument_that_is_wrong(micro_model: Path, wrong: dict[str, Any]) -> None:
@@ -207,8 +209,10 @@ def test_a_lora_file_is_the_adapter_it_was_exported_from(
     assert made(pipe).tobytes() == base.tobytes()
     ways: dict[str, Any] = {
         "lora": lambda: pipe.load_adapter(lora),
-        "one": lambda: pipe.load_lora_weights(lora, adapter_name="one"),
-        "two": lambda: pipe.load_lora_weights(str(lora.parent), "lora.safetensors", "two"),
+        "one": lambda: pipe.load_lora_weights(lora, "one"),
+        "two": lambda: pipe.load_lora_weights(
+            str(lora.parent), weight_name="lora.safetensors", adapter_name="two"
+        ),
         "default_0": lambda: pipe.load_lora_weights(load_file(lora)),
     }
     for name, load in ways.items():
@@ -251,6 +255,26 @@ def test_one_scale_may_hold_for_several_adapters(
     pipe.load_lora_weights(lora, adapter_name="b")
     pipe.set_adapters(["a", "b"], 0.5)
     assert close(made(pipe), wanted)
+    pipe.unload_lora_weights()
+
+
+def test_a_file_that_is_not_there_or_in_the_way_is_named(
+    lora: Path, pipe: InContextPipeline
+) -> None:
+    with pytest.raises(UserError, match=r"weight_name 'b\.safetensors': no such file"):
+        pipe.load_lora_weights(lora.parent, weight_name="b.safetensors")
+    with pytest.raises(UserError, match=r"save_directory .*: a file"):
+        pipe.save_pretrained(lora)
+
+
+def test_an_adapter_is_named_once_and_by_text(adapter: Path, pipe: InContextPipeline) -> None:
+    with pytest.raises(UserError, match="adapter_name 5: give text"):
+        pipe.load_adapter(adapter, 5)  # type: ignore[arg-type]
+    assert pipe.load_adapter(adapter, "a") == "a"
+    with pytest.raises(UserError, match=r"adapter_names .*: give each once"):
+        pipe.set_adapters(["a", "a"], [1, 2])
+    with pytest.raises(UserError, match=r"adapter_weights .*: 2 scales for 1 names"):
+        pipe.set_adapters("a", [1, 2])
     pipe.unload_lora_weights()
 
 

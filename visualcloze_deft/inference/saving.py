@@ -62,10 +62,13 @@ class SavingMethods:
         """As diffusers; merged adapters are then part of the weights, and paths of this machine
         are left out. The arguments of `push_to_hub` go with it; repo_id: by default the folder's.
 
-        Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
+        Raises `UserError` where the blocks are quantised, adapters stand beside the weights, or a
+        file is in the way.
         """
         self._check_saved("save_pretrained", options)
         folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(f"save_directory {folder}: a file; name a folder")
         super().save_pretrained(folder, **options)  # type: ignore[misc]
         tensor_files.open_to(folder)
         without_places(folder)
