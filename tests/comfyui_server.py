@@ -87,12 +87,12 @@ def serving(base: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = "--cpu --disable-auto-launch --disable-api-nodes --preview-method auto"
-    command = f"main.py {words} --listen 127.0.0.1 --port {port}".split()
+    program = str(Path(PLACE, "main.py").absolute())
+    command = [program, *f"{words} --listen 127.0.0.1 --port {port}".split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (base / "log.txt").open("w") as log:
         running = subprocess.Popen(
             [PYTHON, *command, "--base-directory", str(base)],
-            cwd=PLACE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -52,14 +52,18 @@ class Settings:
     ) -> Any:
         """The pipeline, its weights read. parts: networks that are there already are not read."""
         from visualcloze_deft import InContextPipeline
+        from visualcloze_deft.backbones.attention import AUTO, NATIVE
+        from visualcloze_deft.backbones.precision import default_dtype
 
+        place, offloaded = host.device(), self.offload != NONE
         told = {one.folder: one.scale for one in adapters}
         own = {"quantise": self.quantise} if parts is None else parts
         return InContextPipeline.from_pretrained(
             self.model,
             adapter=told or None,
-            device=host.device() if self.offload == NONE else "cpu",
-            dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+            device="cpu" if offloaded else place,
+            dtype=default_dtype(place) if self.dtype == AUTO else getattr(torch, self.dtype),
+            attention=NATIVE if offloaded else AUTO,  # enabling offloading chooses it
             **own,
         )
 
