@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from visualcloze_deft.comparison.measure import (
+from visualcloze_deft.comparison.measure import measure
+from visualcloze_deft.comparison.records import (
     Measured,
     QuerySet,
-    measure,
     read_measured,
     write_measured,
 )
@@ -101,7 +101,7 @@ def train(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> Non
         return
     words = [*arm.words, "--model", options.model, "--seed", str(seed), "--output", str(folder)]
     words += ["--steps", str(options.steps), "--processes", "1"]
-    words += sets(["sample_every=0", "logging.trackers=[]", f"save_every={options.steps}"])
+    words += sets(["sample_grids=0", "logging.trackers=[]", f"save_every={options.steps}"])
     words += sets(options.settings)
     subprocess.run(
         [sys.executable, "-m", "visualcloze_deft", "train", *words],
@@ -147,7 +147,7 @@ def figures(
     for row, one in query_sets(run, options, naming).items():
         wanted = {"grids": one.grids, "steps": settings.steps, "naming": vars(naming)}
         path = folder / f"{row}.json"
-        found[row] = read_measured(path, wanted) or measure(pipe, run, one, settings)
+        found[row] = read_measured(path, wanted) or measure(pipe, run, one, settings)[0]
         write_measured(path, found[row], wanted)
     return found
 
