@@ -46,8 +46,9 @@ def photos(folder: Path, count: int) -> Path:
 
 
 def learning(place: Path, *more: str) -> Run:
-    """A run on the photos in a folder, without a hold-out."""
-    plain = ["data.validation_every=0", "data.resolution=32", "data.recipe.run_length=1"]
+    """A run on the photos in a folder, without a hold-out, its texts in all words."""
+    plain = ["data.validation_every=0", "data.resolution=32"]
+    plain += ["data.recipe.run_length=1", "data.recipe.paraphrase=1"]
     return load_run("subject", [f'data.sources=["photos={place}"]', *plain, *more])
 
 
@@ -336,9 +337,9 @@ def test_the_page_leads_from_photos_to_an_image(
     """Its commands as they stand there, with fewer steps."""
     subjects = Path(os.environ["VCDEFT_DATA"]) / "dreambooth" / "dataset"
     shutil.copytree(subjects / "dog", tmp_path / "dog")
-    (tmp_path / "dogs" / "target").mkdir(parents=True)
+    (tmp_path / "dogs").mkdir()
     for name in ("cat", "teapot", "backpack"):
-        shutil.copy(subjects / name / "00.jpg", tmp_path / "dogs" / "target" / f"{name}.jpg")
+        shutil.copy(subjects / name / "00.jpg", tmp_path / "dogs" / f"{name}.jpg")
     grid = PAGE.read_text(encoding="utf-8").split("```json\n")[1].partition("```")[0]
     write(tmp_path / "dog.json", grid)
     monkeypatch.chdir(tmp_path)
@@ -348,6 +349,6 @@ def test_the_page_leads_from_photos_to_an_image(
         _, *words = shlex.split(line)
         done = vcdeft(*words, *smaller.get(words[0], "").split())
         assert done.returncode == 0, done.stderr[-2000:]
-    for folder in ("dog-images", "own-images"):
-        assert (tmp_path / folder / "001.png").is_file()
+    for image in ("dog-images/grid-001.png", "own-images/001.png"):
+        assert (tmp_path / image).is_file()
     assert (tmp_path / "runs" / "dog-prior" / "adapter").is_dir()
