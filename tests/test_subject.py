@@ -343,7 +343,10 @@ def test_the_page_leads_from_photos_to_an_image(
     grid = PAGE.read_text(encoding="utf-8").split("```json\n")[1].partition("```")[0]
     write(tmp_path / "dog.json", grid)
     monkeypatch.chdir(tmp_path)
-    smaller = {"train": "--steps 2 --batch 1 --processes 1", "infer": "--inference-steps 1"}
+    smaller = {
+        "train": "--steps 2 --batch 1 --processes 1 --set sample_grids=0",
+        "infer": "--inference-steps 1",
+    }
     own = "vcdeft infer --examples dog.json --adapter runs/dog --output own-images"
     for line in [*commands(PAGE), own]:
         _, *words = shlex.split(line)
