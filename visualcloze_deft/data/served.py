@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from visualcloze_deft.config.source_specs import is_of_photos
 from visualcloze_deft.data.derive import missing
 from visualcloze_deft.data.sources.layouts.reading import AFTER, TARGET
 from visualcloze_deft.task_registry.task import Task
@@ -58,7 +59,8 @@ def train_command(
     if not useful:
         return ""
     words = ["vcdeft", "train", *(word for spec in useful for word in ("--data", spec))]
-    words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
+    if not all(map(is_of_photos, useful)):  # one thing's photos have a run file, which names tasks
+        words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
     words += [word for folder in folders for word in ("--task-folder", folder)]
     return shlex.join([*words, "--output", str(free_output(next(iter(useful))))])
 
