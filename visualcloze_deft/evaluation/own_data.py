@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def training_data(adapters: Iterable[Path]) -> list[Data]:
 
 def held_out_by(adapters: Iterable[Path], spec: str) -> int | None:
     """The `validation_every` of the run that an adapter lies in, where it was trained on the data
-    `spec` (NAME=PATH); 0 where that run holds nothing out, None where no run was trained on it."""
+    `spec` (NAME=PATH); 0 where that run holds nothing out, None where no run was trained on it.
+    Of several runs, the one whose items all of them hold out."""
     given = spec_from_root(spec)
     found = [data.validation_every for data in training_data(adapters) if given in data.sources]
-    return min(found, default=None)
+    return math.lcm(*found) if found else None
 
 
 def remarks_on(held_out: int | None, spec: str) -> list[str]:
