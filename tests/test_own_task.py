@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder, task_folders_of
-from visualcloze_deft.task_registry.files import load_tasks, read_tasks
+from visualcloze_deft.task_registry.files import is_same, load_tasks, read_tasks
 from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
 from visualcloze_deft.training.summary import draws_of, summary_of
@@ -161,6 +162,14 @@ def test_adapters_of_different_tasks_of_one_name_are_refused(tmp_path: Path) -> 
     other = carried(tmp_path / "c", columns="lit,dark,unlit")
     with pytest.raises(UserError, match="another adapter was trained on another task 'relight'"):
         load_tasks(task_folders_of([*same, other]))
+
+
+def test_tasks_whose_columns_stand_in_another_order_are_not_the_same(tmp_path: Path) -> None:
+    folder = carried(tmp_path / "a", columns="lit,dark,unlit")
+    [task] = read_tasks(folder / "tasks" / "relight.toml")
+    swapped = replace(task, columns={role: task.columns[role] for role in ("dark", "lit", "unlit")})
+    assert is_same(task, replace(task))
+    assert not is_same(task, swapped)
 
 
 def test_a_run_folder_stands_for_its_adapter_and_before_for_its_newest_checkpoint(

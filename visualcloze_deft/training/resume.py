@@ -13,7 +13,7 @@ from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import step_of
 from visualcloze_deft.storage.text_files import read_text
-from visualcloze_deft.storage.toml_files import read_toml
+from visualcloze_deft.task_registry.files import is_same, read_tasks
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import Progress, newest
 from visualcloze_deft.training.run_folder import EVALUATION, METRICS, SETTINGS, SKIPPED
@@ -92,7 +92,7 @@ def check_tasks(mixture: Mixture, before: Path) -> None:
         )
     for name, task in mixture.tasks.items():
         kept = before / f"{name}.toml"
-        if read_toml(kept) != task.as_file():
+        if not any(is_same(task, one) for one in read_tasks(kept)):
             raise UserError(
                 f"--resume: task {name} of {task.path} has changed since the run began ({kept}); "
                 "put it back or start another --output"
