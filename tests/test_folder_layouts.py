@@ -529,6 +529,7 @@ def test_a_check_of_graph200k_lists_every_fault(
         ("depth target", "depth-to-image,image-to-depth"),
         ("target", "all"),
         ("image_1 image_2 target", "image-composition"),
+        ("before depth_edit target", "depth-editing,image-editing"),  # one is called as their group
     ],
 )
 def test_a_check_ends_with_the_command_that_trains_on_the_data(
