@@ -17,12 +17,13 @@ from diffusers import FluxTransformer2DModel
 from hub_server import Hub, Repository, hub_server, use
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from visualcloze_deft.adapters import files, injection, verify
 from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run_settings import Run, parse_run
+from visualcloze_deft.config.run_settings import Run, Subject, load_run, parse_run, write_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.publishing import bases, privacy
 from visualcloze_deft.reporting.contact_sheet import write_preview
@@ -167,6 +168,24 @@ def test_the_card_says_what_the_run_was(published: Path) -> None:
         assert words in card.text
     with Image.open(published / "images/samples.jpg") as sheet:
         assert sheet.size == (1600, 320)
+
+
+def test_the_card_and_the_headers_of_a_subject_name_it_and_count_its_class(
+    copied: Path, tmp_path: Path
+) -> None:
+    run = load_run(str(copied / "settings.toml"))
+    subject = Subject(trigger="sks", class_word="dog", class_data="dreambooth=x", class_weight=0.25)
+    run = run.model_copy(update={"subject": subject})
+    write_run(run, copied / "settings.toml")
+    shutil.rmtree(copied / "adapter")
+    write_adapter(run, copied / "adapter")
+    publish(copied, "--dry-run", tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out/README.md").text
+    assert "| `relight` | A street at night. | 80% |" in text
+    assert "| prior preservation | dreambooth, 20% of the examples |" in text
+    assert "the subject is called `sks dog`" in text
+    with safe_open(tmp_path / "out/comfyui/relight.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks"
 
 
 def test_a_base_on_the_hub_is_named_with_its_licence() -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from visualcloze_deft.adapters.export import export
+from visualcloze_deft.backbones.model_files import public_name
 from visualcloze_deft.backbones.peft_files import WEIGHTS, adapter_settings, read_metadata
 from visualcloze_deft.errors import writing
-from visualcloze_deft.publishing.bases import public_name
 from visualcloze_deft.publishing.facts import RunFacts
 from visualcloze_deft.storage.adapter_places import ADAPTER, CONFIG, TASKS
 from visualcloze_deft.storage.tensor_headers import copy_with_texts, read_texts

@@ -196,6 +196,7 @@ def adapter_metadata(
         **base,
         "step": str(step),
         "tasks": run.data.tasks,
+        **({"trigger": run.subject.trigger} if run.subject.trigger else {}),
     }
 
 
