@@ -16,7 +16,14 @@ from visualcloze_deft.storage.text_files import read_text
 from visualcloze_deft.task_registry.files import is_same, read_tasks
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import Progress, newest
-from visualcloze_deft.training.run_folder import EVALUATION, METRICS, SETTINGS, SKIPPED
+from visualcloze_deft.training.run_folder import (
+    EVALUATION,
+    METRICS,
+    SETTINGS,
+    SKIPPED,
+    items_of,
+    recorded,
+)
 
 DECIDED = (
     "zero",
@@ -96,6 +103,20 @@ def check_tasks(mixture: Mixture, before: Path) -> None:
             raise UserError(
                 f"--resume: task {name} of {task.path} has changed since the run began ({kept}); "
                 "put it back or start another --output"
+            )
+
+
+def check_items(mixture: Mixture, output: Path) -> None:
+    """Raise `UserError` where a source has other items than when the run in `output` began: others
+    would be drawn, and those that it held out are trained on. Older runs do not say."""
+    before = recorded(output).get("items", [])
+    sources = [source for one in mixture.whole for source in one.sources]
+    for source, then, now in zip(sources, before, items_of(mixture), strict=False):
+        if then != now:
+            raise UserError(
+                f"--resume: {source.name} has {now} items, and had {then} when the run began; "
+                "put its files back, start another --output with adapter.init_from, or say "
+                "--allow-change data.sources"
             )
 
 
