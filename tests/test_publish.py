@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,22 @@ def test_a_dry_run_replaces_the_one_before_unless_its_card_was_edited(
     line = refused("publish", trained, "--repo", "me/relight", "--dry-run", new)
     assert "edited since" in line
     assert "# My adapter" in card.read_text()
+
+
+def test_a_dry_run_writes_only_beside_and_into_its_folder(trained: Path, tmp_path: Path) -> None:
+    """In a home whose parent is somebody else's, nothing can be written above it."""
+    heard: list[str] = []
+    listening = True
+
+    def hear(event: str, told: tuple[object, ...]) -> None:
+        if listening and event == "tempfile.mkdtemp" and "vcdeft-" in str(told[0]):
+            heard.append(os.path.abspath(str(told[0])))
+
+    sys.addaudithook(hear)  # which stays, deaf
+    publish(trained, "--dry-run", tmp_path / "home" / "look")
+    listening = False
+    assert heard
+    assert all(Path(place).is_relative_to(tmp_path) for place in heard)
 
 
 def test_a_folder_of_somebody_elses_stays(trained: Path, tmp_path: Path, refused: Refused) -> None:

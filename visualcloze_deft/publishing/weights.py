@@ -44,7 +44,9 @@ def copy_adapter(facts: RunFacts, folder: Path) -> list[str]:
 
 def export_to(path: Path, kind: Format, asked: PublishRequest, facts: RunFacts) -> list[str]:
     """Export the adapter to the file `path`, verified. Returns what the reader must know."""
-    with tempfile.TemporaryDirectory(prefix="vcdeft-export-", dir=path.parents[-2]) as name:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="vcdeft-export-", dir=path.parent) as name:
         exported = Path(name) / "lora.safetensors"
         report = export(
             facts.folder,
@@ -55,7 +57,6 @@ def export_to(path: Path, kind: Format, asked: PublishRequest, facts: RunFacts) 
             lora=asked.lora,
         )
         with writing(path):
-            path.parent.mkdir(exist_ok=True)
             copy_with_texts(exported, path, public_texts(read_texts(exported), facts))
     return list(report.notes)
 
