@@ -14,7 +14,7 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, parse_run, write_run
-from visualcloze_deft.evaluation.own_data import held_out_by
+from visualcloze_deft.evaluation.own_data import held_out_by, remarks_on
 from visualcloze_deft.evaluation.suite_queries import GridSettings
 from visualcloze_deft.evaluation.suites import rows_of
 from visualcloze_deft.inference.pipeline import InContextPipeline
@@ -130,6 +130,8 @@ def test_items_that_one_of_several_runs_was_trained_on_are_not_held_out(
     kept = [k for k in range(100) if k % both == both - 1]
     assert kept == [k for k in range(100) if k % 4 == 3 and k % 6 == 5]
     assert held_out_by([four, none], spec) == 0
+    assert "it has seen some of them" in remarks_on(4, spec, 6)[0]
+    assert "those that training left out" in remarks_on(4, spec, 8)[0]
 
 
 def test_a_pipeline_knows_the_tasks_of_a_run_that_it_loads(
