@@ -399,6 +399,11 @@ def test_a_run_that_cannot_be_published_is_told(
     assert "no run there" in line(tmp_path)
     assert "--base x: no id on the hub" in line(copied, "--base", "x")
     assert "no evaluation there" in line(copied, "--evaluation", tmp_path)
+    further = {"step": 6, "examples": 12, "seconds": 1.0, "loss": 0.5, "tasks": {}}
+    before = (copied / "metrics.jsonl").read_bytes()
+    run_folder.append_line(copied / "metrics.jsonl", further)
+    assert "its adapter is of step 4, and the run has gone on to step 6; finish it" in line(copied)
+    (copied / "metrics.jsonl").write_bytes(before)
     (copied / "adapter" / CONFIG).rename(copied / "elsewhere.json")
     assert "finish it with 'vcdeft train" in line(copied)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.backbones.model_files import public_name
-from visualcloze_deft.backbones.peft_files import adapter_settings
+from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.config.source_specs import name_and_place
 from visualcloze_deft.errors import UserError
@@ -86,6 +86,7 @@ def facts_of(folder: Path, *, base: str | None) -> RunFacts:
     steps = read_lines(folder / run_folder.METRICS, StepLine)
     if not steps:
         raise UserError(f"{folder / run_folder.METRICS}: missing or empty; a run writes it")
+    check_step(folder, steps[-1]["step"])
     measured = read_lines(folder / run_folder.EVALUATION, EvaluationLine)
     recorded = run_folder.recorded(folder)
     of_tasks = 1 - run.subject.class_share
@@ -105,6 +106,17 @@ def facts_of(folder: Path, *, base: str | None) -> RunFacts:
             if isinstance(version := recorded.get(name), str) and version != run_folder.MISSING
         },
     )
+
+
+def check_step(folder: Path, step: int) -> None:
+    """Raise `UserError` where the run in `folder` has gone on since it wrote its adapter: figures
+    and samples are of `step` then, and the adapter is not."""
+    told = read_metadata(folder / ADAPTER).get("step", "")
+    if told not in ("", str(step)):
+        raise UserError(
+            f"{folder}: its adapter is of step {told}, and the run has gone on to step {step}; "
+            f"finish it with 'vcdeft train --output {folder} --resume'"
+        )
 
 
 def tasks_of(folder: Path) -> list[Task]:
