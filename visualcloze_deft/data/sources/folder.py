@@ -28,6 +28,7 @@ from visualcloze_deft.data.index import (
 from visualcloze_deft.data.sources.layouts import names, shards, subfolders, tables
 from visualcloze_deft.data.sources.layouts.reading import (
     TARGET,
+    TEXTS,
     Reading,
     places_of,
 )
@@ -104,6 +105,13 @@ class Folder(Indexed):
         named = places_of("caption", key) if self.by_name else []
         beside = Path(path_inside(str(self.folder), place)).with_suffix(".txt")
         return [*(self.folder / name for name in named), beside]
+
+    def text_files(self, index: int) -> list[Path]:
+        """All files that may hold a text of an item."""
+        key, kind = (self.table[name][index].as_py() for name in ("key", "kind"))
+        named = [place for text in TEXTS for place in places_of(text, key)] if self.by_name else []
+        captions = self.caption_files(index) if TARGET in kind.split(SEPARATOR) else []
+        return [*(self.folder / name for name in named), *captions]
 
     def caption_name(self, index: int) -> str:
         """What the caption of an item with a target is called in a folder of captions alone."""
