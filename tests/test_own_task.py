@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +14,13 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run_settings import Run, parse_run
+from visualcloze_deft.config.run_settings import Run, load_run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder, task_folders_of
 from visualcloze_deft.task_registry.files import is_same, load_tasks, read_tasks
 from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
-from visualcloze_deft.training.summary import draws_of, summary_of
+from visualcloze_deft.training.summary import draws_of, remarks_on_tasks, summary_of
 
 Refused = Callable[..., str]
 
@@ -129,6 +130,22 @@ def test_no_query_is_asked_twice(pairs: Path, tmp_path: Path) -> None:
     grids = json.loads((tmp_path / "grids" / "grid.json").read_text())
     asked = Counter((tmp_path / "grids" / grid["rows"][-1][0]).read_bytes() for grid in grids)
     assert sorted(asked.values()) == [1] * 5
+
+
+@pytest.mark.parametrize("roles", ["before depth_edit target depth", "target"])
+def test_the_advice_for_a_group_that_has_most_draws_it_less(tmp_path: Path, roles: str) -> None:
+    place = folder_of(tmp_path / "mine", roles, 3)
+    heavy = "image-editing/*" if "before" in roles else "restoration"
+    run = run_of(f"folder={place}", weights={heavy: 9.0}, resolution=32)
+    mixture = mixture_of(run)
+    [line] = [line for line in remarks_on_tasks(run, mixture) if "has most of it" in line]
+    words = shlex.split(line.partition(": ")[2])
+    setting, without = words[1], words[words.index("--tasks") + 1]
+    before, changed = draws_of(mixture)[0], load_run(None, [setting])
+    lighter = mixture_of(run_of(f"folder={place}", weights=changed.data.weights, resolution=32))
+    assert next(d for d in draws_of(lighter) if d.group == before.group).share < 0.2
+    left = mixture_of(run_of(f"folder={place}", tasks=without, resolution=32))
+    assert before.group not in {draws.group for draws in draws_of(left)}
 
 
 # ---- carrying it
