@@ -239,6 +239,21 @@ def test_sub_folders_with_capitals_are_the_roles_that_tasks_name(tmp_path: Path)
     assert item.image("target").getpixel((0, 0)) == (4, 4, 4)
 
 
+@pytest.mark.parametrize("write", [own_table, imagefolder_csv, shard, shards_with_json])
+def test_roles_with_capitals_are_those_that_tasks_name_in_tables_and_shards(
+    tmp_path: Path, write: Callable[[Path, Pictures, Texts], None]
+) -> None:
+    write(tmp_path, {"1": {"Depth": 3, "target": 4, "My": 5}}, {"1": "said"})
+    [kind] = Folder(tmp_path).kinds
+    assert kind == {"depth", "target", "My"}
+
+
+def test_two_names_of_one_role_in_a_row_are_refused(tmp_path: Path) -> None:
+    own_table(tmp_path, {"1": {"Depth": 3, "depth": 4, "target": 5}}, {"1": "said"})
+    with pytest.raises(UserError, match="line 1: two of Depth, depth, target are one role"):
+        Folder(tmp_path)
+
+
 # ---- names
 
 
