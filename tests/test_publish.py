@@ -108,7 +108,7 @@ def published(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a dry run writes, of all formats."""
     folder = tmp_path_factory.mktemp("published") / "me" / "relight"
     kinds = [word for kind in ("diffusers", "comfyui", "kohya") for word in ("--format", kind)]
-    publish(trained, "--dry-run", folder, *kinds)
+    publish(trained, "--dry-run", folder, "--with-pictures", *kinds)
     return folder
 
 
@@ -242,7 +242,7 @@ def test_figures_are_those_of_the_evaluations_own_table(
     for adapter, output in ((trained, "own"), ("none", "base")):
         more = words if adapter != "none" else words[:-1]
         main(["eval", str(adapter), *more, "--output", str(tmp_path / output)])
-    given = ("--dry-run", tmp_path / "new", "--without-pictures", "--format", "kohya")
+    given = ("--dry-run", tmp_path / "new", "--format", "kohya")
     publish(trained, *given, "--evaluation", tmp_path / "own")
     card = (tmp_path / "new/README.md").read_text()
     rows = [
@@ -351,8 +351,8 @@ def test_a_dry_run_replaces_the_one_before_unless_its_card_was_edited(
     trained: Path, tmp_path: Path, refused: Refused
 ) -> None:
     new = tmp_path / "new"
-    publish(trained, "--dry-run", new, "--format", "diffusers")
-    publish(trained, "--dry-run", new, "--format", "kohya", "--without-pictures")
+    publish(trained, "--dry-run", new, "--format", "diffusers", "--with-pictures")
+    publish(trained, "--dry-run", new, "--format", "kohya")
     names = {path.name for path in new.iterdir()}
     assert names == {"README.md", "adapter", "kohya"}
     card = new / "README.md"
@@ -420,7 +420,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_an_upload_holds_what_the_dry_run_holds(hub: Hub, trained: Path, published: Path) -> None:
     kinds = [word for kind in ("diffusers", "comfyui", "kohya") for word in ("--format", kind)]
-    publish(trained, "--private", *kinds)
+    publish(trained, "--private", "--with-pictures", *kinds)
     repository = hub.repos["me/relight"]
     assert repository.private
     assert repository.commits == ["DEFT adapter of rank 3, 4 steps"]
