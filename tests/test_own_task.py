@@ -18,7 +18,7 @@ from visualcloze_deft.config.run_settings import Run, load_run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder, task_folders_of
 from visualcloze_deft.task_registry.files import is_same, load_tasks, read_tasks
-from visualcloze_deft.task_registry.new_task import write_new_task
+from visualcloze_deft.task_registry.new_task import PLACEHOLDER, write_new_task
 from visualcloze_deft.training.run_data import mixture_of
 from visualcloze_deft.training.summary import draws_of, remarks_on_tasks, summary_of
 
@@ -205,3 +205,17 @@ def test_a_run_folder_stands_for_its_adapter_and_before_for_its_newest_checkpoin
     assert adapter_folder(newest) == newest
     carried(run / "adapter")
     assert adapter_folder(run) == run / "adapter"
+
+
+def test_a_template_that_nobody_edited_is_remarked_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["tasks", "new", "relight", "--columns", "before,after"])
+    path = Path("my_tasks/relight.toml")
+    main(["tasks", "check", str(path)])
+    assert "the summary is still the template's: relight\n" in capsys.readouterr().out
+    path.write_text(path.read_text().replace(PLACEHOLDER, "Light from the left."))
+    capsys.readouterr()
+    main(["tasks", "check", str(path)])
+    assert capsys.readouterr().out.startswith("nothing wrong\n  relight: From the")
