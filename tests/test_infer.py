@@ -365,9 +365,9 @@ def test_several_adapters_and_scales(
     capsys.readouterr()
     given = (*words, "--inference-steps", 1, "--adapter", tmp_path / "one")
     output = tmp_path / "out-one"
-    other = (*words, "--inference-steps", 1, "--adapter", tmp_path / "two")
+    other = (*words, "--inference-steps", 1, "--adapter", f"{tmp_path}/two=0.5")
     line = refused("infer", *other, "--output", output)
-    assert f"made with adapters {tmp_path}/one=1.0, asked for is {tmp_path}/two=1.0; give" in line
+    assert f"made with adapters {tmp_path}/one=1.0, asked for is {tmp_path}/two=0.5; give" in line
     assert "made with adapters_config_sha256" in refused("infer", *given, "--output", output)
 
 
