@@ -372,9 +372,7 @@ def test_mistakes_on_the_command_line_are_one_line(
     ours = refused("import", folder, "--output", out)
     assert "a run or adapter folder, which needs no import; 'vcdeft export' writes its LoRA" in ours
     (tmp_path / "pairs").mkdir()
-    assert "pairs: a folder; name the" in refused(
-        "import", tmp_path / "pairs", "--output", out
-    )
+    assert "pairs: a folder; name the" in refused("import", tmp_path / "pairs", "--output", out)
     assert "no such file" in refused("import", tmp_path / "no.safetensors", "--output", out)
     (tmp_path / "text.safetensors").write_text("no tensors")
     assert "damaged" in refused("import", tmp_path / "text.safetensors", "--output", out)

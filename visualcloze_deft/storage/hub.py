@@ -33,6 +33,10 @@ HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?
 UNREACHED = (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError)  # HTTPError: the client's
 
 
+class Unreached(UserError):
+    """A model is neither in the cache here, nor can the hub be asked for it."""
+
+
 def hub_id(name: str) -> tuple[str, str | None]:
     """The repository, and the revision behind an @, of a model or LoRA on the hub.
 
@@ -84,7 +88,7 @@ def hub_errors(what: str) -> Iterator[None]:
         else:
             fault = f"the hub cannot be reached ({reason(error)})"
             more = "; HF_HUB_OFFLINE=1 asks the cache alone"
-        raise UserError(
+        raise Unreached(
             f"{what}: not in the hub's cache on this machine, and {fault}; name a folder here "
             f"instead, e.g. --model FOLDER{more}"
         ) from None
