@@ -381,7 +381,9 @@ def test_a_plan_for_flux_fill_needs_no_hub(
     words = ["plan", "--config", "flux-1gpu", "--grid", "3x3", "--memory", "24GB", "--json"]
     main([*words, "--revision", "gone", "--model", FILL])
     told = capsys.readouterr()
-    assert json.loads(told.out)["parameters"] == pytest.approx(11.9e9, rel=0.01)
+    plan = json.loads(told.out)
+    assert plan["parameters"] == pytest.approx(11.9e9, rel=0.01)
+    assert plan["model"] == f"{FILL}@gone"
     line = f"{FILL}@gone: not here, and the hub is not reached; planned from its known sizes\n"
     assert line in told.err
     assert "not in the hub's cache" in refused(*words, "--model", "nobody/another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,10 +168,12 @@ def plan(
     """
     from visualcloze_deft.training import memory_report
 
-    run = with_published_sizes(run_of(config, data, annotate, overrides, options))
+    asked = run_of(config, data, annotate, overrides, options)
+    run = with_published_sizes(asked)
     found = memory_report.memory_report_of(
         run, memory=memory, grid=grid, before=Path(before) if before else None
     )
+    found = replace(found, plan=replace(found.plan, run=asked))
     click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_table())
 
 
