@@ -91,8 +91,8 @@ def check_suite(name: str) -> None:
     if name == "photos":
         raise UserError(
             "--suite photos: photos of one thing have no ground truth; generate "
-            "images (vcdeft tasks example subject-driven --data photos=PATH, then vcdeft infer) and "
-            "compare them with the photos: vcdeft eval --images DIR --against PATH --unpaired"
+            "images (vcdeft tasks example subject-driven --data photos=PATH, then vcdeft infer), "
+            "and compare them with the photos: vcdeft eval --images DIR --against PATH --unpaired"
         )
     if name not in SUITES:
         raise UserError(f"--suite {name!r}: no such suite; {suggestion(name, SUITES)}")
