@@ -123,6 +123,25 @@ def test_pairs_that_no_task_names_are_met_with_the_task_to_write(
     assert way in refused("tasks", "example", "all", *data, "--output", tmp_path / "g")
 
 
+@pytest.mark.parametrize(("count", "every"), [(1, 0), (4, 4), (30, 10)])
+def test_a_run_says_how_pairs_of_ones_own_are_held_out(
+    tmp_path: Path, count: int, every: int
+) -> None:
+    folder = folder_of(tmp_path / "more", "before target", count)
+
+    def said(*sources: str, **data: object) -> list[str]:
+        run = run_of(*sources, tasks="image-editing", **data)
+        lines = summary_of(run, mixture_of(run), processes=1)
+        return [line.strip() for line in lines if "held out" in line]
+
+    way = f"nothing is held out: --validation-every {every} keeps one item in {every} for samples"
+    assert said(f"folder={folder}") == ([f"{way} and vcdeft eval"] if every else [])
+    assert said("scenes=9") == []
+    if every:
+        mixture_of(run_of(f"folder={folder}", validation_every=every), held_out=True)
+        assert said(f"folder={folder}", validation_every=every) == []
+
+
 def test_no_query_is_asked_twice(pairs: Path, tmp_path: Path) -> None:
     folder = write_new_task("relight", ["lit", "unlit"], tmp_path / "own").parent
     words = ["--data", f"folder={pairs}", "--task-folder", str(folder), "--count", "9"]
