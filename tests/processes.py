@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["visualcloze_deft.training.train", "visualcloze_deft.cli"])
+LAUNCHED = "MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split()
+"""What a launcher tells a process in its environment."""
 
 
 class Group:
@@ -106,8 +108,8 @@ def _run(
     said: str,
     function: Callable[..., None] | None,
 ) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-    place |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
+    values = ("127.0.0.1", port, rank, rank, world, world)
+    place = dict(zip(LAUNCHED, values, strict=True)) | {"OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in place.items()})
     descriptor = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

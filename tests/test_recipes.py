@@ -11,12 +11,12 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
-from test_memory import write_flux_settings
+
+from visualcloze_deft.cli import main
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("VCDEFT_DATA", "gone"))
@@ -27,7 +27,6 @@ SMALL = {
     "eval": "--inference-steps 1 --limit 1 --encoder none",
 }
 GOES_ON = {"share": ("pairs", "runs/pairs")}  # recipe -> whose folder it begins with
-HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "hub"}
 
 
 def recipes(page: str = "recipes") -> dict[str, list[str]]:
@@ -70,27 +69,22 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = "--tasks deblurring --method lora --rank 4 --output lora"
     vcdeft(folder, "train", *lora.split())
     vcdeft(folder, *"export lora --format diffusers --output my-lora.safetensors".split())
-    snapshot = folder / "hub" / "models--black-forest-labs--FLUX.1-Fill-dev"
-    (snapshot / "refs").mkdir(parents=True)
-    (snapshot / "refs" / "main").write_text("0" * 40)
-    write_flux_settings(snapshot / "snapshots" / ("0" * 40))
     return folder
 
 
 def vcdeft(desk: Path, *words: str) -> None:
     """Run a command in the folder `desk`, at its smallest."""
-    places = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     command = [*words, *shlex.split(SMALL.get(words[0], ""))]
-    done = subprocess.run(
-        [sys.executable, "-m", "visualcloze_deft", *command],
-        cwd=desk,
-        env=os.environ | HUB | {"PYTHONPATH": os.pathsep.join(places)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    processes.run([desk, *command], processes=1, function=in_folder)
+
+
+def in_folder(place: str, *words: str) -> None:
+    """`vcdeft WORDS` as if it were typed there; a training is its only process."""
+    os.chdir(place)
+    if words[0] != "train":
+        for name in processes.LAUNCHED:
+            del os.environ[name]
+    main(words)
 
 
 @pytest.mark.scripts
