@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
+from visualcloze_deft.adapters.contexts import check_context, context_of
 from visualcloze_deft.adapters.merging import ActiveAdapters
 from visualcloze_deft.adapters.metadata import check_base
 from visualcloze_deft.backbones.attention import AUTO, NATIVE, Choice, decide
@@ -39,6 +40,7 @@ from visualcloze_deft.backbones.lora_places import check_lora
 from visualcloze_deft.backbones.model_files import TINY, index_of, pinned
 from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
+from visualcloze_deft.config.numbers import is_whole
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
@@ -70,11 +72,10 @@ from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.saving import SavingMethods
 from visualcloze_deft.inference.upsampling import Enlarging
-from visualcloze_deft.sampling.denoising import (
-    GUIDANCE,
-    STEPS,
-)
+from visualcloze_deft.sampling.context import Context
+from visualcloze_deft.sampling.denoising import GUIDANCE, STEPS
 from visualcloze_deft.storage.adapter_places import task_folders_of
+from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,9 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         self.encodings = Recent(Path(encodings) if encodings else None)
         self.attention = Choice(backend=NATIVE)
         self.lora: str | None = None  # that the base was loaded with
+        self._full_steps: int | None = None
+        self._context: str | None = None
+        self._untrained = False
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
@@ -308,6 +312,44 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
         if self.attention.line:
             logger.info(self.attention.line)
 
+    def enable_context_cache(self, full_steps: int = 3) -> None:
+        """Compute all tokens of a grid in `full_steps` evenly spaced sampling steps alone. In the
+        others the targets attend to what such a step kept of examples, known cells and text.
+
+        Any weights do; images change a little, see docs/context-cache.md. As many as there are
+        steps change nothing. Upsampling has no context, and goes on as it is.
+        """
+        if not is_whole(full_steps) or full_steps < 1:
+            raise UserError(f"full_steps {brief(full_steps)}: give a whole number, 1 or more")
+        self._full_steps = int(full_steps)
+
+    def disable_context_cache(self) -> None:
+        self._full_steps = None
+
+    def set_context(self, context: str | None = None, *, untrained: bool = False) -> None:
+        """What known cells see: "full", all, in every step; "isolated", themselves alone, computed
+        once; None, as the adapters in use were trained, and full where they know both.
+
+        untrained: allows one that they were not trained with. The next call raises `UserError`
+        for such a context otherwise.
+        """
+        check_context(context)
+        self._context, self._untrained = context, untrained
+
+    @property
+    def context(self) -> Context:
+        """How the next call uses the tokens of examples, known cells and text."""
+        used = [self.blend.places[name] for name in self.blend.scales]
+        seen = context_of(used, self._context, untrained=self._untrained)
+        if seen == "full":
+            return Context(full_steps=self._full_steps)
+        if self._full_steps is not None:
+            raise UserError(
+                "context cache: an isolated context is computed once anyway; call "
+                "disable_context_cache(), or set_context('full')"
+            )
+        return Context(isolated=True)
+
     # Generation
 
     def encode_prompt(
@@ -455,6 +497,11 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             output_type=output_type,
         )
         self._check_parts(asked, with_text=prompt_embeds is None)
+        context = self.context
+        if context.cached(num_inference_steps) and self.transformer.is_cache_enabled:
+            raise UserError(
+                "context cache: not beside a cache of diffusers; call transformer.disable_cache()"
+            )
 
         def after(number: int, t: Tensor, x: Tensor) -> Tensor:
             bar.update()
@@ -473,6 +520,7 @@ class InContextPipeline(AdapterMethods, SavingMethods, DiffusionPipeline):  # ty
             interrupted=lambda: self._interrupt,
             at_time=lambda t: setattr(self, "_current_timestep", t),
             generator=generator,
+            context=context,
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,

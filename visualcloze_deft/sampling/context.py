@@ -54,8 +54,6 @@ class ContextPredictor:
             frozenset[int]() if context.isolated else full_steps_of(context.full_steps or 1, steps)
         )
         self.asked = 0
-        if context.isolated:
-            cache.prefill()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         times = t.expand(len(x))

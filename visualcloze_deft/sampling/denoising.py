@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import Latents, Models, Text
+from visualcloze_deft.backbones.base import ContextCache, Latents, Models, Text
 from visualcloze_deft.diffusion.flow import FLOW
 from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.grids import grid
@@ -51,10 +51,12 @@ def denoise(
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What samples of one shape are generated from."""
+    """What samples of one shape are generated from. prefilled: their isolated context, where it is
+    computed already."""
 
     latents: Latents
     text: Text
+    prefilled: ContextCache | None = None
 
 
 def predictor(
@@ -71,9 +73,8 @@ def predictor(
     context: how it uses the tokens that are known; all targets must be at the same places unless
     that is full.
     """
-    cache = models.networks.context_cache
-    if cache is not None and context.cached(steps):
-        kept = cache(models.denoiser, given.latents, text=given.text, guidance=guidance)
+    if context.cached(steps):
+        kept = given.prefilled or context_of(models, given, guidance=guidance, context=context)
         return ContextPredictor(kept, given.latents, context, steps=steps)
     denoiser, asked = models.denoiser, 0
     cached = getattr(denoiser, "is_cache_enabled", False)
@@ -97,6 +98,19 @@ def predictor(
         return predicted.float()
 
     return predict
+
+
+def context_of(
+    models: Models, given: Conditions, *, guidance: float, context: Context
+) -> ContextCache:
+    """What the context of samples is kept in; an isolated one is computed here."""
+    assert models.networks.context_cache is not None  # of all families that have a pipeline
+    cache = models.networks.context_cache(
+        models.denoiser, given.latents, text=given.text, guidance=guidance
+    )
+    if context.isolated:
+        cache.prefill()
+    return cache
 
 
 def draw_of(seed: int) -> torch.Generator:

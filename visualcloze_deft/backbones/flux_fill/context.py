@@ -176,9 +176,7 @@ class ContextCache:
             self.latents.some(chosen),
             text=self.text.some(chosen),
             guidance=self.guidance,
-            kept={
-                layer: (keys[chosen], values[chosen]) for layer, (keys, values) in self.kept.items()
-            },
+            kept={layer: (pick(k, chosen), pick(v, chosen)) for layer, (k, v) in self.kept.items()},
         )
 
     def full(self, noisy: Tensor, t: Tensor) -> Tensor:
@@ -222,3 +220,8 @@ class ContextCache:
             guidance=self.guidance if guidance is None else guidance,
             context=context,
         )
+
+
+def pick(kept: Tensor, places: Sequence[int]) -> Tensor:
+    """Of (b, n, h, d) the samples at `places`; the only one several times takes no more memory."""
+    return kept.expand(len(places), -1, -1, -1) if len(kept) == 1 else kept[list(places)]
