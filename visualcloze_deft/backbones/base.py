@@ -207,13 +207,15 @@ class Sizes(Protocol):
 class Load:
     """What a process computes at once: so many grids of `image` and `text` tokens each.
 
-    strip: image tokens of the widest row of a grid; without, a grid is one row.
+    strip: image tokens of the widest row of a grid; without, a grid is one row. isolated: whether
+    what is known is a call of its own, whose keys and values the targets read.
     """
 
     grids: int
     image: int
     text: int
     strip: int | None = None
+    isolated: bool = False
 
     @property
     def widest(self) -> int:
@@ -307,6 +309,7 @@ class Backbone:
     networks: Callable[[], Networks]
     """Its functions on torch modules, imported when they are asked for."""
 
-    flops: Callable[[Any, int, int], float] | None = None
-    """Operations of a sample's training step: told the denoiser's settings, image tokens and text
-    tokens. None where they are not counted."""
+    flops: Callable[[Any, int, int, int | None], float] | None = None
+    """Operations of a sample's training step: told the denoiser's settings, image tokens, text
+    tokens, and how many of the image are targets where a context sees itself alone, else None. None
+    where operations are not counted."""

@@ -52,6 +52,7 @@ def seen_in(
     error_of = dict(zip((i for batch in step for i in batch.indices), errors, strict=True))
     groups = [group for batch in step for group in batch.groups]
     tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
+    active_of = {i: active_tokens(group) for group in groups for i in group.indices}
     weight_of = exact_weights(groups, scheduled_sampling) if scheduled_sampling else {}
     return {
         one.index: ExampleLoss(
@@ -61,10 +62,16 @@ def seen_in(
             items=len(one.grid.strips),
             skipped=one.skipped,
             exact=weight_of.get(one.index, 1.0),
+            active=active_of[one.index],
         )
         for batch in step
         for one in batch.drawn
     }
+
+
+def active_tokens(group: TokenBatch) -> int | None:
+    """How many tokens of a sample are targets; None where all are computed together."""
+    return int((group.latents.is_target[0] > 0).sum()) if group.isolated else None
 
 
 def exact_weights(groups: Sequence[TokenBatch], scheduled_sampling: float) -> dict[int, float]:
