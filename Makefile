@@ -1,5 +1,5 @@
 # make demo: set up, train one DEFT adapter on all tasks, complete grids with it.
-# make test: set up and run the tests.   make check: ruff, mypy, the walls between packages, dead names, spelling.
+# make test: set up and run the tests.   make check: ruff, mypy, the walls between packages, dead names, spelling, Dockerfiles.
 # make gpu: on a machine with a GPU, check its results, try every command, measure; 15 minutes.
 # make test-processes: runs of all kinds, also killed, stopped and starved, then resumed; long.
 # make test-scripts: every script in scripts/ at its smallest.
@@ -49,6 +49,7 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/vulture
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile Dockerfile.cpu
 	$(BIN)/python scripts/prose.py README.md CONTRIBUTING.md docs/*.md --check
 
 # The next script also runs where the one before it found a fault.

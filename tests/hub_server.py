@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import tqdm
 
 TOKEN = "hf_" + "t" * 34
 LARGE = (".safetensors", ".jpg", ".png")  # what goes through LFS
@@ -75,9 +75,12 @@ def hub_server() -> Iterator[Hub]:
 def use(hub: Hub, patch: pytest.MonkeyPatch, *, token: str | None = TOKEN) -> None:
     """Have this process's client talk to `hub`, as `Hub.environment` has those that start."""
     patch.setattr(constants, "ENDPOINT", hub.url)
+    template = "{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template}")
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    patch.setitem(tqdm.progress_bar_states, "_global", False)
+    bars = import_module("huggingface_hub.utils.tqdm")  # the package has a class of that name
+    patch.setitem(bars.progress_bar_states, "_global", False)
     for place in ("HF_TOKEN_PATH", "AGENT_HARNESSES_PATH"):  # the person's who runs the tests
         patch.setattr(constants, place, "/proc/none")
     if token is None:

@@ -183,7 +183,7 @@ def test_mistakes_with_adapters_are_named(micro_model: Path, trained: dict[str, 
         pipe.set_adapters("def")
     with pytest.raises(UserError, match="scale nan"):
         pipe.set_adapters("deft", [float("nan")])
-    with pytest.raises(UserError, match="1 names and 2 scales"):
+    with pytest.raises(UserError, match="2 scales for 1 names"):
         pipe.set_adapters("deft", [1, 2])
     assert pipe.get_active_adapters() == ["deft"]
     assert same(weights(pipe.transformer), before)

@@ -266,7 +266,7 @@ def test_targets_at_other_places_are_computed_apart(pipe: InContextPipeline) -> 
 def test_full_steps_that_are_no_count_are_refused(
     pipe: InContextPipeline, full_steps: object
 ) -> None:
-    with pytest.raises(UserError, match="full_steps .*give a whole number, 1 or more"):
+    with pytest.raises(UserError, match="give a whole number, 1 or more"):
         pipe.enable_context_cache(full_steps)  # type: ignore[arg-type]
 
 
@@ -321,8 +321,8 @@ def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
 def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
     pipe: InContextPipeline, adapter_of
 ) -> None:
+    pipe.set_context("isolated")
     with pytest.raises(UserError, match="the base alone was not trained with it"):
-        pipe.set_context("isolated")
         images(pipe)
     pipe.load_adapter(adapter_of("mixed"), "both")
     assert pipe.context.isolated

@@ -17,7 +17,7 @@ from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.inference.grid_reading import read_requests
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.training.run_data import mixture_of
 from visualcloze_deft.training.summary import summary_of

@@ -36,7 +36,7 @@ from visualcloze_deft.config.patterns import matching
 from visualcloze_deft.config.run_settings import Adapter, Run, load_run, write_run
 from visualcloze_deft.data.index import Indexed, Row, index
 from visualcloze_deft.errors import MOST, UserError, reading
-from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.inference.grid_reading import read_requests
 from visualcloze_deft.inference.upsampling import Upsampling
 from visualcloze_deft.planning import sizes
 from visualcloze_deft.reporting import plots

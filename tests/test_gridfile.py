@@ -13,7 +13,8 @@ from PIL import Image
 
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.prompt import Prompt, layout_sentence
-from visualcloze_deft.inference.request import read_requests, request
+from visualcloze_deft.inference.grid_reading import read_requests
+from visualcloze_deft.inference.request import request
 from visualcloze_deft.task_registry.files import load_tasks
 
 TASKS = load_tasks()

@@ -18,7 +18,8 @@ from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.data.sources.insdet import View, alone
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.maps import read_role
-from visualcloze_deft.inference.request import read_requests, request
+from visualcloze_deft.inference.grid_reading import read_requests
+from visualcloze_deft.inference.request import request
 from visualcloze_deft.task_registry.files import load_tasks
 
 OBJECT = np.zeros((32, 32), bool)

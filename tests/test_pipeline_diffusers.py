@@ -232,14 +232,14 @@ def test_texts_are_encoded_in_isolation(micro_model: Path, made: str) -> None:
     assert grids.tokenizer_2 is None
     torch.testing.assert_close(latents(grids, **encoded(texts)), latents(whole, **encoded(whole)))
     with pytest.raises(
-        UserError, match=r"no text_encoder: load it with one, or give prompt_embeds"
+        UserError, match="text_encoder: this pipeline has none; load it with one, or give prompt"
     ):
         latents(grids)
-    with pytest.raises(UserError, match="no text_encoder"):
+    with pytest.raises(UserError, match="text_encoder: this pipeline has none"):
         grids.encode_prompt("x")
-    with pytest.raises(UserError, match="no transformer: load it with one"):
+    with pytest.raises(UserError, match="transformer: this pipeline has none; load it with one"):
         latents(texts, **encoded(whole))
-    with pytest.raises(UserError, match="no transformer"):
+    with pytest.raises(UserError, match="transformer: this pipeline has none"):
         texts.load_adapter("anywhere")
     with pytest.raises(UserError, match="transformer is None"):
         load(micro_model, transformer=None, lora="some.safetensors")

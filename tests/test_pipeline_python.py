@@ -12,6 +12,7 @@ import torch
 from diffusers import VisualClozePipeline
 from hub_cache import in_hub_cache
 from hub_server import TOKEN, hub_server, use
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -183,6 +184,8 @@ def test_a_message_begins_with_the_argument_that_is_wrong(
         {"dtype": "float32"},
         {"device": "gpu0"},
         {"adapter": "gone"},
+        {"adapter": 5},
+        {"adapter": [5]},
     ],
 )
 def test_loading_names_the_argument_that_is_wrong(micro_model: Path, wrong: dict[str, Any]) -> None:
@@ -206,8 +209,10 @@ def test_a_lora_file_is_the_adapter_it_was_exported_from(
     assert made(pipe).tobytes() == base.tobytes()
     ways: dict[str, Any] = {
         "lora": lambda: pipe.load_adapter(lora),
-        "one": lambda: pipe.load_lora_weights(lora, adapter_name="one"),
-        "two": lambda: pipe.load_lora_weights(str(lora.parent), "lora.safetensors", "two"),
+        "one": lambda: pipe.load_lora_weights(lora, "one"),
+        "two": lambda: pipe.load_lora_weights(
+            str(lora.parent), weight_name="lora.safetensors", adapter_name="two"
+        ),
         "default_0": lambda: pipe.load_lora_weights(load_file(lora)),
     }
     for name, load in ways.items():
@@ -235,8 +240,8 @@ def test_an_adapter_folder_is_taken_where_a_lora_is(adapter: Path, pipe: InConte
 def test_adapters_of_the_hub_are_known_by_their_repository(
     adapter: Path, pipe: InContextPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_hub_cache(adapter, "someone/mugs", tmp_path / "cache", monkeypatch)
-    assert pipe.load_adapter("someone/mugs") == "mugs"
+    in_hub_cache(adapter, "me/mugs", tmp_path / "cache", monkeypatch)
+    assert pipe.load_adapter("me/mugs") == "mugs"
     pipe.unload_lora_weights()
     with pytest.raises(UserError, match="adapter 'someone/gone': no file or folder here; hub id"):
         pipe.load_adapter("someone/gone")
@@ -250,6 +255,26 @@ def test_one_scale_may_hold_for_several_adapters(
     pipe.load_lora_weights(lora, adapter_name="b")
     pipe.set_adapters(["a", "b"], 0.5)
     assert close(made(pipe), wanted)
+    pipe.unload_lora_weights()
+
+
+def test_a_file_that_is_not_there_or_in_the_way_is_named(
+    lora: Path, pipe: InContextPipeline
+) -> None:
+    with pytest.raises(UserError, match=r"weight_name 'b\.safetensors': no such file"):
+        pipe.load_lora_weights(lora.parent, weight_name="b.safetensors")
+    with pytest.raises(UserError, match=r"save_directory .*: a file"):
+        pipe.save_pretrained(lora)
+
+
+def test_an_adapter_is_named_once_and_by_text(adapter: Path, pipe: InContextPipeline) -> None:
+    with pytest.raises(UserError, match="adapter_name 5: give text"):
+        pipe.load_adapter(adapter, 5)  # type: ignore[arg-type]
+    assert pipe.load_adapter(adapter, "a") == "a"
+    with pytest.raises(UserError, match=r"adapter_names .*: give each once"):
+        pipe.set_adapters(["a", "a"], [1, 2])
+    with pytest.raises(UserError, match=r"adapter_weights .*: 2 scales for 1 names"):
+        pipe.set_adapters("a", [1, 2])
     pipe.unload_lora_weights()
 
 
@@ -278,17 +303,17 @@ def test_a_pipeline_is_pushed_with_a_card_and_nothing_of_this_machine(
     wanted = made(pipe)
     with hub_server() as hub:
         use(hub, monkeypatch)
-        address = pipe.push_to_hub("someone/mugs", token=TOKEN, private=True)
-        repository = hub.repos["someone/mugs"]
+        address = pipe.push_to_hub("me/mugs", token=TOKEN, private=True)
+        repository = hub.repos["me/mugs"]
         assert repository.private
-        assert "/someone/mugs/commit/" in address
+        assert "/me/mugs/commit/" in address
         pushed = dict(repository.files)
         repository.files["README.md"] = b"mine"
-        pipe.push_to_hub("someone/mugs", token=TOKEN)
+        pipe.push_to_hub("me/mugs", token=TOKEN)
         assert repository.files["README.md"] == b"mine"
     card = pushed["README.md"].decode()
     assert "library_name: diffusers" in card
-    assert 'from_pretrained("someone/mugs")' in card
+    assert 'from_pretrained("me/mugs")' in card
     assert "Merged into its weights: demo (scale 1)." in card
     assert not any(str(micro_model.parent).encode() in content for content in pushed.values())
     for name, content in pushed.items():
@@ -305,16 +330,21 @@ def test_what_cannot_be_saved_makes_no_repository(
     with hub_server() as hub:
         use(hub, monkeypatch)
         with pytest.raises(UserError, match="push_to_hub: adapters stand beside the weights"):
-            beside.push_to_hub("someone/mugs", token=TOKEN)
+            beside.push_to_hub("me/mugs", token=TOKEN)
         with pytest.raises(UserError, match="weights are safetensors alone"):
-            beside.push_to_hub("someone/mugs", token=TOKEN, safe_serialization=False)
+            beside.push_to_hub("me/mugs", token=TOKEN, safe_serialization=False)
     assert not hub.repos
 
 
 def test_a_push_that_the_hub_refuses_is_one_line(
-    pipe: InContextPipeline,
+    pipe: InContextPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="push_to_hub 'someone/mugs': the hub cannot be reached"):
-        pipe.push_to_hub("someone/mugs")
-    with pytest.raises(UserError, match="push_to_hub 'a/b/c': the hub refuses"):
-        pipe.push_to_hub("a/b/c")
+    with hub_server() as hub:
+        use(hub, monkeypatch)
+        with pytest.raises(UserError, match="push_to_hub 'me/mugs': the hub does not know the tok"):
+            pipe.push_to_hub("me/mugs", token="hf_wrong")
+        with pytest.raises(UserError, match="push_to_hub 'a/b/c': no name of a repository"):
+            pipe.push_to_hub("a/b/c")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="push_to_hub 'me/mugs': HF_HUB_OFFLINE is set"):
+        pipe.push_to_hub("me/mugs")

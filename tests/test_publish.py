@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ def trained(micro_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         line = {"step": at, "loss": loss, "tasks": {"relight": loss}, "times": {}}
         run_folder.append_line(folder / "evaluation.jsonl", line)
     (folder / "sheets").mkdir()
-    sheet = Image.new("RGB", (1500, 300), "blue")
+    sheet = Image.new("RGB", (2000, 400), "blue")
     write_preview(sheet, folder / "sheets/step-000004.png", of=f"a run in {folder}")
     return folder
 
@@ -155,7 +156,7 @@ def test_the_card_says_what_the_run_was(published: Path) -> None:
     assert card.data.pipeline_tag == "image-to-image"
     for words in (
         "DEFT adapter of rank 3 for micro",
-        "| relighting | relight | 100% |",
+        "| `relight` | A street at night. | 100% |",
         "| all | 0.7500 | 0.2500 |",
         "| data | folder |",
         "4, 8 examples in all",
@@ -165,7 +166,7 @@ def test_the_card_says_what_the_run_was(published: Path) -> None:
     ):
         assert words in card.text
     with Image.open(published / "images/samples.jpg") as sheet:
-        assert sheet.size == (1200, 240)
+        assert sheet.size == (1600, 320)
 
 
 def test_a_base_on_the_hub_is_named_with_its_licence() -> None:
@@ -260,8 +261,15 @@ def test_no_path_and_no_option_of_a_tracker_is_in_any_file(
 
 @pytest.mark.parametrize(
     "words",
-    ["/home/anna/flux", "~/flux", r"C:\Users\anna", "../data", "hf_" + "a" * 34]
-    + ["https://me:word@host/a", "file:///a"],
+    [
+        "/home/anna/flux",
+        "~/flux",
+        r"C:\Users\anna",
+        "../data",
+        "hf_" + "a" * 34,
+        "https://me:word@host/a",
+        "file:///a",
+    ],
 )
 def test_words_of_a_task_that_tell_of_a_machine_are_refused(
     copied: Path, tmp_path: Path, refused: Refused, words: str
@@ -285,8 +293,14 @@ def test_a_header_that_tells_of_a_machine_is_refused(
 
 @pytest.mark.parametrize(
     "text",
-    ["https://huggingface.co/a/b", "day/night and 1/2/3", "ComfyUI/models/loras", "<b>a</b>"]
-    + [r".*blocks\\.\\d+\\.(attn|ff)", "a ratio of 3:4, on / off"],
+    [
+        "https://huggingface.co/a/b",
+        "day/night and 1/2/3",
+        "ComfyUI/models/loras",
+        "<b>a</b>",
+        r".*blocks\\.\\d+\\.(attn|ff)",
+        "a ratio of 3:4, on / off",
+    ],
 )
 def test_words_that_tell_of_no_machine_are_let_through(text: str) -> None:
     assert list(privacy.private_in(text, privacy.names_here())) == []
@@ -300,6 +314,14 @@ def test_the_name_of_who_is_logged_in_is_found_but_not_in_its_own_repository(
     found = list(privacy.private_in("by anna7.", privacy.names_here()))
     assert found == [("a name of this machine or its user", "anna7")]
     assert not list(privacy.private_in("by anna7.", privacy.names_here(but=["anna7", "a"])))
+
+
+def test_a_user_without_a_name_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert privacy.user_here() == ""
+    assert len(privacy.names_here()) <= 1
 
 
 # ---- the folder of a dry run

@@ -26,6 +26,7 @@ SMALL = {
     "infer": "--inference-steps 1",
     "eval": "--inference-steps 1 --limit 1 --encoder none",
 }
+GOES_ON = {"share": ("pairs", "runs/pairs")}  # recipe -> whose folder it begins with
 HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "hub"}
 
 
@@ -99,7 +100,8 @@ def vcdeft(desk: Path, *words: str) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs photographs: VCDEFT_DATA")
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_runs_as_it_is_printed(desk: Path, name: str) -> None:
-    for line in recipes()[name]:
+    before, made = GOES_ON.get(name, ("", "."))
+    for line in [*([] if (desk / made).exists() else recipes()[before]), *recipes()[name]]:
         program, command, *words = shlex.split(line, comments=True)
         assert program == "vcdeft"
         vcdeft(desk, command, *words)

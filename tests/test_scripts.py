@@ -98,6 +98,12 @@ def test_the_data_bench_times_grids_tables_and_waiting(script: Script, photos: s
 
 
 @pytest.mark.scripts
+def test_the_start_bench_times_whole_commands(script: Script) -> None:
+    rows = script("bench_start.py", "--repeats", 1).splitlines()
+    assert len(rows) == 2 + 4
+
+
+@pytest.mark.scripts
 def test_the_encodings_bench_tells_how_often_an_entry_is_met_again(
     script: Script, photos: str
 ) -> None:

@@ -27,7 +27,7 @@ from visualcloze_deft.errors import MOST, UserError
 from visualcloze_deft.evaluation.folders import read_texts
 from visualcloze_deft.evaluation.settings import state_of
 from visualcloze_deft.evaluation.subject_suites import read_prompts
-from visualcloze_deft.inference.request import read_requests
+from visualcloze_deft.inference.grid_reading import read_requests
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import read_lines
 from visualcloze_deft.storage.text_files import read_json

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from visualcloze_deft.task_registry.files import load_tasks
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_images_are_built_from_all_that_the_wheel_holds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    about = project["project"]
+    needed = {*wheel["packages"], *wheel["force-include"], about["readme"], *about["license-files"]}
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    assert kept == needed | {"pyproject.toml"}
 
 
 def test_a_wheel_used_from_another_folder_finds_what_it_ships(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ SCENES = (
 SIDES = "eval --images left --against right --prompts prompts.json --encoder none --output new"
 OWN = "tasks example own-task --task-folder own --data folder=photos --resolution 32 --output new"
 CAPTION = "data caption folder=named --model captioner --overwrite"
+PUBLISH = "publish run --repo me/new --format kohya --evaluation evaluated --dry-run new"
 OF_LIBRARIES = (
     "micro",
     "depth-model",
@@ -172,6 +173,14 @@ def subjects() -> Iterator[Subject]:
         words="export run --format diffusers --output new.safetensors",
         files="run/*.toml", kind="toml", whole=False,
     )  # fmt: skip
+
+    yield Subject(words=PUBLISH, files=config, kind="json", typed=ADAPTER_KEYS)
+    yield Subject(words=PUBLISH, files=tensors, kind="weights")
+    yield Subject(words=PUBLISH, files="run/adapter/tasks/*.toml", kind="toml")
+    yield Subject(words=PUBLISH, files="run/*.toml", kind="toml", whole=False)
+    yield Subject(words=PUBLISH, files="run/*.json*", kind="bytes", whole=False, weight=2)
+    yield Subject(words=PUBLISH, files="run/sheets/*.png", kind="picture")
+    yield Subject(words=PUBLISH, files="evaluated/*.json*", kind="bytes", whole=False, weight=2)
 
     yield Subject(words="plan --config run.toml", files="run.toml", kind="toml", typed=WHOLE)
     planned = "plan --config run.toml --run run"
@@ -317,6 +326,7 @@ def renamed_folder(folder: Path, rng: random.Random) -> Input:
         ("micro", "plan --model={} --processes 1"),
         ("run", "report {}"),
         ("run", "export {} --format diffusers --output new.safetensors"),
+        ("new", PUBLISH.replace("--dry-run new", "--dry-run={}")),
         ("grids", "infer --examples={} --model micro --inference-steps 1 --output new"),
         ("left", "eval --images={} --against right --encoder none --output new"),
         ("own", "tasks list --task-folder={}"),
@@ -360,6 +370,7 @@ SHORT = (  # commands that end soon whatever their numbers are
     f"{SCENES.replace('evaluated', 'new')} --dry-run",
     "export run --format diffusers --output new.safetensors",
     "import lora.safetensors --model micro --output new",
+    PUBLISH,
     "tasks list",
     "tasks check own/own-task.toml",
     "tasks show depth-to-image",
@@ -383,6 +394,7 @@ ENDS = (  # commands that write a file in the end
     CHECK.format("folder=photos"),
     "export run --format peft --output new",
     "export run --format merged --model micro --output new",
+    PUBLISH,
     SIDES,
     SCENES,
     "tasks example depth-to-image --resolution 32 --count 3 --output new",

@@ -45,6 +45,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import visualcloze_deft.adapters.export
     import visualcloze_deft.comparison.compare
     import visualcloze_deft.evaluation.evaluate
+    import visualcloze_deft.publishing.card
+    import visualcloze_deft.publishing.figures
+    import visualcloze_deft.publishing.weights
     import visualcloze_deft.training.cache_latents
     import visualcloze_deft.training.train  # noqa: F401
 

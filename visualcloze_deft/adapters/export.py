@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoModel
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.headers import Format, date_of, header, notes_on
-from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.adapters.metadata import check_base, named
 from visualcloze_deft.adapters.places import name_of
 from visualcloze_deft.adapters.verify import (
     NOISE,
@@ -37,7 +37,7 @@ from visualcloze_deft.adapters.verify import (
 )
 from visualcloze_deft.backbones import lora_files, lora_headers, lora_names, tensor_files
 from visualcloze_deft.backbones.lora_names import Change
-from visualcloze_deft.backbones.model_files import TINY, folder_here, on_hub
+from visualcloze_deft.backbones.model_files import TINY
 from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata, weights_file
 from visualcloze_deft.backbones.table import backbone_of, backbone_of_network
 from visualcloze_deft.config.numbers import is_scale
@@ -205,20 +205,6 @@ class Exported:
         held = (written,) if merged else (written, precision)  # in what it is read
         check(report, beyond, max(TOLERANCE[one] for one in held))
         return report
-
-
-def named(
-    folder: Path, option: str, told: str | None, config: PeftConfig | None = None
-) -> str | None:
-    """What an adapter names as its base. Nothing is downloaded for it: raises `UserError` where
-    that is not on this machine."""
-    name = told or (config.base_model_name_or_path if config else None)
-    if name and on_hub(name) and folder_here(name) is None:
-        raise UserError(
-            f"adapter {folder}: trained on {name!r}, which is not on this machine; give {option} "
-            f"{name} to have it downloaded, or name where it lies"
-        )
-    return name
 
 
 def check_names(kind: Format, changes: dict[str, Change], shapes: lora_names.Shapes) -> None:

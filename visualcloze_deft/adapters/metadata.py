@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from peft import PeftConfig
+
 from visualcloze_deft.adapters.method_table import method_of
 from visualcloze_deft.backbones.lora_places import lora_file
-from visualcloze_deft.backbones.model_files import folder_of
+from visualcloze_deft.backbones.model_files import folder_here, folder_of, on_hub
 from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError
@@ -82,3 +84,17 @@ def check_start(folder: Path, method: str, rank: int, lora: str | None) -> None:
             f"{told.get('base_lora') or 'none'} merged, this run's has {lora or 'none'} (their "
             "hashes count where names are the same); set model_lora"
         )
+
+
+def named(
+    folder: Path, option: str, told: str | None, config: PeftConfig | None = None
+) -> str | None:
+    """What an adapter names as its base. Nothing is downloaded for it: raises `UserError` where
+    that is not on this machine."""
+    name = told or (config.base_model_name_or_path if config else None)
+    if name and on_hub(name) and folder_here(name) is None:
+        raise UserError(
+            f"adapter {folder}: trained on {name!r}, which is not on this machine; give {option} "
+            f"{name} to have it downloaded, or name where it lies"
+        )
+    return name

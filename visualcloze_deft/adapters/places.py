@@ -15,6 +15,7 @@ from visualcloze_deft.backbones.peft_files import WEIGHTS, settings_file
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import ADAPTER, CHECKPOINTS, run_folder_of
 from visualcloze_deft.storage.hub import HUB_ID
+from visualcloze_deft.storage.text_files import brief
 
 SUFFIX = ".safetensors"
 
@@ -37,6 +38,8 @@ def adapter_at(place: str | Path, shapes: Callable[[], Shapes]) -> StoredAdapter
 
 def found(place: str | Path) -> Path:
     """Where the adapter lies here; that of a hub id is downloaded where the cache lacks it."""
+    if not isinstance(place, str | Path):
+        raise UserError(f"adapter {brief(place)}: give a folder, a LoRA file, or a hub id")
     path = Path(place)
     if isinstance(place, Path) or path.exists() or not HUB_ID.fullmatch(place):
         return path

@@ -29,6 +29,8 @@ def lora_file(name: str, file: str | None = None) -> Path:
     if path.is_file():
         return path
     check_place(name)
+    if file and path.is_dir() and not (path / file).is_file():
+        raise UserError(f"weight_name {file!r}: no such file in {path}")
     file = file or file_in(name)
     if path.is_dir():
         return path / file

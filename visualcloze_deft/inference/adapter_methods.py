@@ -20,6 +20,7 @@ from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.inference.arguments import enough_memory, names_of
 from visualcloze_deft.storage.adapter_places import task_folders_of
+from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.task import Task
 
@@ -48,6 +49,7 @@ class AdapterMethods:
         Raises `UserError` where the name is taken or the adapter does not fit.
         """
         self.need("transformer")
+        check_name(adapter_name)
         self.blend.check_reachable()
         found = adapter_at(adapter, self._shapes)
         name = adapter_name or name_of(Path(adapter) if Path(adapter).exists() else found.folder)
@@ -63,19 +65,22 @@ class AdapterMethods:
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
-        weight_name: str | None = None,
         adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
     ) -> str:
         """As diffusers: use a LoRA beside the adapters in use; returns its name.
 
-        It is a file, a folder or hub id that holds one (`weight_name`, where there are several), or
-        its tensors. Names of diffusers, kohya, ComfyUI and others are known, see `lora_files.read`.
+        It is a file, a folder or hub id that holds one, or its tensors. Names of diffusers, kohya,
+        ComfyUI and others are known, see `lora_files.read`. weight_name: the file in the folder or
+        repository, where there are several, maybe in a folder there ("loras/mugs.safetensors").
         Raises `UserError` where the name is taken, or something in it would not be used.
         """
         place = pretrained_model_name_or_path_or_dict
         if not isinstance(place, Mapping):
             return self.load_adapter(lora_file(str(place), weight_name), adapter_name)
         self.need("transformer")
+        check_name(adapter_name)
         name = adapter_name or f"default_{len(self.blend.known)}"
         self.blend.add(name, self._of_tensors(place))
         return name
@@ -98,12 +103,19 @@ class AdapterMethods:
         adapter_names: str | Sequence[str],
         adapter_weights: float | Sequence[float] | None = None,
     ) -> None:
-        """Use exactly these, each with its scale (1 by default); none: the base alone."""
+        """Use exactly these, each with its scale (1 by default); none: the base alone.
+
+        Raises `UserError` where a name is not known or given twice, or a scale is no number.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         same = 1.0 if adapter_weights is None else adapter_weights
         weights = [same] * len(names) if isinstance(same, int | float) else list(same)
         if len(weights) != len(names):
-            raise UserError(f"set_adapters: {len(names)} names and {len(weights)} scales")
+            raise UserError(
+                f"adapter_weights {brief(weights)}: {len(weights)} scales for {len(names)} names"
+            )
+        if len(set(names)) < len(names):
+            raise UserError(f"adapter_names {brief(names)}: give each once, with one scale")
         self.blend.use(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
@@ -128,3 +140,9 @@ class AdapterMethods:
     def _say_other_lora(self, adapter: Path) -> None:
         if line := lora_mismatch(adapter, self.lora):
             logger.warning("%s", line)
+
+
+def check_name(adapter_name: object) -> None:
+    """Raise `UserError` where this can be no adapter's name. None stands for the usual one."""
+    if adapter_name is not None and not (isinstance(adapter_name, str) and adapter_name):
+        raise UserError(f"adapter_name {brief(adapter_name)}: give text")

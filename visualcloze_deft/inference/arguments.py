@@ -22,8 +22,9 @@ from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.inference.grid_reading import read_requests
 from visualcloze_deft.inference.pictures import Picture
-from visualcloze_deft.inference.request import Request, read_requests, request
+from visualcloze_deft.inference.request import Request, request
 from visualcloze_deft.inference.upsampling import Enlarging, as_upsampling
 from visualcloze_deft.sampling.room import ran_out
 from visualcloze_deft.storage.text_files import brief

@@ -28,6 +28,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import grid_cells, strip_shapes
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.checks import check, described, other_bases, unread_words
+from visualcloze_deft.inference.grid_reading import Entry, read_entries
 from visualcloze_deft.inference.output import NotFinite
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.inference.records import (
@@ -43,7 +44,7 @@ from visualcloze_deft.inference.records import (
     shared_of,
     write,
 )
-from visualcloze_deft.inference.request import Entry, Request, read_entries
+from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.inference.workers import SINCE, WAIT, share
 from visualcloze_deft.runtime.launch import check_processes, prepared

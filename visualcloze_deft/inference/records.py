@@ -27,8 +27,9 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 from visualcloze_deft.inference.arguments import known_or_default
+from visualcloze_deft.inference.grid_reading import Entry
 from visualcloze_deft.inference.output import Answer
-from visualcloze_deft.inference.request import Entry, Request
+from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text
 from visualcloze_deft.storage.atomic import atomic_write, check_foreign, clear_parts, write_text

@@ -1,43 +1,23 @@
-"""What `vcdeft infer --examples` reads: a JSON file of one grid or a list of them, or a folder of
-such files."""
+"""One grid to complete, checked: its pictures, task, texts and seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from visualcloze_deft.config.numbers import is_number, is_whole
+from visualcloze_deft.config.numbers import is_whole
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
-from visualcloze_deft.images.depth import declared
-from visualcloze_deft.inference.pictures import picture, read_once
+from visualcloze_deft.inference.pictures import picture
 from visualcloze_deft.inference.upsampling import Enlarging, Upsampling, each
-from visualcloze_deft.storage.text_files import brief, read_json, sound
+from visualcloze_deft.storage.text_files import brief, sound
 from visualcloze_deft.task_registry.task import Task
 
-_KEYS: dict[str, tuple[type, ...]] = {
-    "task": (str, type(None)),
-    "task_prompt": (str, type(None)),
-    "content_prompt": (str, type(None)),
-    "rows": (list,),
-    "seed": (int, list, type(None)),
-    "upsampling": (dict, list, int, float, type(None)),
-}
-_UPSAMPLING_KEYS: dict[str, tuple[type, ...]] = {
-    "scale": (int, float),
-    "width": (int, type(None)),
-    "height": (int, type(None)),
-    "strength": (int, float),
-    "prompt": (str, type(None)),
-}
 MOST_SEED = 2**63 - 1
-RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say more than a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,169 +135,3 @@ def seeds_of(seed: int | Sequence[int], images: int = 1) -> tuple[int, ...]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seed {brief(list(seeds))}: give one or more, each once")
     return seeds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One grid of a file, its pictures not read yet. name: of what is made of it; where: in words.
-    folder: that its paths start from."""
-
-    name: str
-    where: str
-    folder: Path
-    value: Any
-
-    def request(
-        self,
-        tasks: Mapping[str, Task],
-        *,
-        seed: int | None = None,
-        images: int = 1,
-        upsampling: Upsampling | None = None,
-    ) -> Request:
-        """The grid with its pictures. seed: replaces its own; images: see `request`; upsampling:
-        where it names none. Errors name file, grid and key."""
-        with self.errors():
-            return _read_entry(self, tasks, seed=seed, images=images, upsampling=upsampling)
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Put the grid's place before what is wrong with it."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{self.where}: {error}") from None
-
-
-def read_entries(path: Path) -> list[Entry]:
-    """All grids of a file, or of every .json file in a folder but for records of `vcdeft infer`."""
-    if not path.is_dir():
-        return _entries_of(path, "")
-    files = sorted(file for file in path.glob("*.json") if file.is_file())
-    every = [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
-    entries = [e for e in every if not (isinstance(e.value, dict) and RECORDED in e.value)]
-    if not entries:
-        raise UserError(f"examples {path}: no .json file of grids in this folder")
-    return entries
-
-
-def read_requests(
-    path: Path,
-    tasks: Mapping[str, Task],
-    *,
-    seed: int | None = None,
-    images: int = 1,
-    upsampling: Upsampling | None = None,
-) -> list[Request]:
-    """All grids of a file or folder with their pictures, see `Entry.request`."""
-    return [
-        entry.request(tasks, seed=seed, images=images, upsampling=upsampling)
-        for entry in read_entries(path)
-    ]
-
-
-def _entries_of(path: Path, prefix: str) -> list[Entry]:
-    try:
-        content = read_json(path)
-    except UserError as error:
-        raise UserError(f"examples {error}") from None
-    values = content if isinstance(content, list) else [content]
-    if not values:
-        raise UserError(f"{path}: the list of grids is empty")
-    return [
-        Entry(
-            name=f"{prefix}{number:03d}",
-            where=f"{path}, grid {number}" if isinstance(content, list) else str(path),
-            folder=path.parent,
-            value=value,
-        )
-        for number, value in enumerate(values, 1)
-    ]
-
-
-def check_keys(value: Any, known: Mapping[str, tuple[type, ...]], what: str) -> None:
-    """Raise `UserError` unless `value` is an object of these keys and types."""
-    if not isinstance(value, dict):
-        raise UserError(f"expected {what}, found {value!r}")
-    for key, found in value.items():
-        if key not in known:
-            raise UserError(f"unknown key {key!r}; {suggestion(key, known)}")
-        if not isinstance(found, known[key]) or isinstance(found, bool):
-            kinds = " or ".join(dict.fromkeys(_WORDS[kind] for kind in known[key]))
-            raise UserError(f"{key} must be {kinds}, not {found!r}")
-
-
-def _read_entry(
-    entry: Entry,
-    tasks: Mapping[str, Task],
-    *,
-    seed: int | None,
-    images: int,
-    upsampling: Upsampling | None,
-) -> Request:
-    value = entry.value
-    if isinstance(value, dict) and RECORDED in value:  # what `vcdeft infer` wrote of a grid
-        value = {key: value[key] for key in _KEYS if key in value}
-    check_keys(value, _KEYS, "an object with the key 'rows'")
-    if "rows" not in value:
-        raise UserError("the key 'rows' is missing")
-    paths: list[tuple[Path | None, ...]] = []
-    for r, row in enumerate(value["rows"], 1):
-        if not isinstance(row, list):
-            raise UserError(f"row {r} must be a list of paths, not {row!r}")
-        for cell in row:
-            if not isinstance(cell, str | None):
-                raise UserError(f"row {r}: a cell is a path or null, not {cell!r}")
-        paths.append(
-            tuple(None if cell is None else (entry.folder / cell).absolute() for cell in row)
-        )
-    own = value.get("seed")
-    depth = declared(entry.folder)
-    task = value.get("task")
-    read = [
-        [
-            (None, None) if path is None else read_once(role, path, depth)
-            for role, path in zip(roles_of(task, tasks, len(row)), row, strict=True)
-        ]
-        for row in paths
-    ]
-    asked = request(
-        [[image for image, _ in row] for row in read],
-        tasks,
-        task=task,
-        task_prompt=value.get("task_prompt"),
-        content_prompt=value.get("content_prompt"),
-        seed=seed if seed is not None else own if own is not None else 0,
-        images=images,
-        upsampling=_upsampling(value.get("upsampling"), upsampling),
-    )
-    digests = tuple(tuple(digest for _, digest in row) for row in read)
-    return replace(asked, paths=tuple(paths), digests=digests)
-
-
-def _upsampling(
-    told: Any, otherwise: Upsampling | None
-) -> Upsampling | list[Upsampling | None] | None:
-    if told is None:
-        return otherwise
-    if isinstance(told, list):
-        return [None if one is None else _one_upsampling(one) for one in told]
-    return _one_upsampling(told)
-
-
-def _one_upsampling(told: Any) -> Upsampling:
-    if is_number(told):
-        return Upsampling(scale=told)
-    check_keys(told, _UPSAMPLING_KEYS, "an object, a number or null for upsampling")
-    prompt = told.get("prompt")
-    return Upsampling(**told | {"prompt": None if prompt is None else sound(prompt)})
-
-
-_WORDS = {
-    str: "text",
-    type(None): "null",
-    list: "a list",
-    int: "a whole number",
-    float: "a number",
-    dict: "an object",
-}

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from visualcloze_deft.adapters.merging import ActiveAdapters
 from visualcloze_deft.backbones import tensor_files
 from visualcloze_deft.backbones.model_files import on_hub
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.storage.hub import HUB_ID, pushing
+from visualcloze_deft.storage.hub import HUB_ID
+from visualcloze_deft.storage.hub_upload import uploading
 
 ORIGIN = "_name_or_path"  # a key of diffusers' and transformers' settings files
+CARD_FILE = "README.md"
 TAGS = ["visualcloze", "flux", "in-context", "image-to-image"]
 CARD = """
 # {name}
@@ -61,10 +62,13 @@ class SavingMethods:
         """As diffusers; merged adapters are then part of the weights, and paths of this machine
         are left out. The arguments of `push_to_hub` go with it; repo_id: by default the folder's.
 
-        Raises `UserError` where the blocks are quantised or adapters stand beside the weights.
+        Raises `UserError` where the blocks are quantised, adapters stand beside the weights, or a
+        file is in the way.
         """
         self._check_saved("save_pretrained", options)
         folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(f"save_directory {folder}: a file; name a folder")
         super().save_pretrained(folder, **options)  # type: ignore[misc]
         tensor_files.open_to(folder)
         without_places(folder)
@@ -116,10 +120,10 @@ class SavingMethods:
         create_pr: bool,
     ) -> str:
         hub = HfApi(token=token)
-        with pushing(f"push_to_hub {repo_id!r}"):
+        with uploading(f"push_to_hub {repo_id!r}"):
             repo = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if not has_card(hub, repo):
-                self.card(repo).save(folder / "README.md")
+            if not hub.file_exists(repo, CARD_FILE):
+                self.card(repo).save(folder / CARD_FILE)
             made = hub.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -156,13 +160,6 @@ class SavingMethods:
             raise UserError(f"{what}: a quantised base is not saved; load it unquantised")
         if any(self.blend.scales.values()) and not self.blend.merge:
             raise UserError(f"{what}: adapters stand beside the weights; load with merge")
-
-
-def has_card(hub: HfApi, repo: str) -> bool:
-    try:
-        return hub.file_exists(repo, "README.md")
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return False
 
 
 def without_places(folder: Path) -> None:

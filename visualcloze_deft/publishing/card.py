@@ -15,7 +15,8 @@ from visualcloze_deft.reporting import tables
 from visualcloze_deft.task_registry.task import Task
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-LISTED = 12  # tasks of a group that are named; of more the first, and how many
+LISTED = 12  # tasks that have a row each; also those of a group that are named
+SHARE = "share of the examples"
 
 
 def card_of(
@@ -47,7 +48,7 @@ def card_of(
         name=repo.split("/")[1],
         base_id=facts.base.hub or "PATH_OF_THE_BASE",
         base_link=link_of(facts),
-        tasks=tables.markdown(["group", "tasks", "share of the examples"], task_rows(facts)),
+        tasks=tables.markdown(*task_table(facts)),
         validation=tables.markdown(head, losses) if losses else "",
         example=example,
         grid=grid_of(example),
@@ -62,7 +63,7 @@ def card_of(
 def front_matter(facts: RunFacts) -> str:
     """The YAML that the hub reads."""
     base, licence = facts.base, facts.base.licence
-    return ModelCardData(
+    told = ModelCardData(
         base_model=base.hub,
         license=licence.identifier,
         license_name=licence.name,
@@ -70,8 +71,10 @@ def front_matter(facts: RunFacts) -> str:
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["visualcloze", "in-context", "lora", facts.run.adapter.method, *sorted(facts.groups)],
-        **({"base_model_relation": "adapter"} if base.hub else {}),
-    ).to_yaml()
+    )
+    if base.hub:
+        told["base_model_relation"] = "adapter"
+    return told.to_yaml()
 
 
 def link_of(facts: RunFacts) -> str:
@@ -80,15 +83,26 @@ def link_of(facts: RunFacts) -> str:
     return facts.base.words
 
 
-def task_rows(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """A row for each group of tasks."""
+def task_table(facts: RunFacts) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """What each task does and how often it was drawn; of many tasks, the groups."""
+    if len(facts.tasks) > LISTED:
+        return ["group", "tasks", SHARE], group_rows(facts)
+    tasks = [task for group in facts.groups.values() for task in group]
+    rows = [(f"`{task.name}`", task.summary, share_text(facts, [task])) for task in tasks]
+    return ["task", "what it does", SHARE], rows
+
+
+def group_rows(facts: RunFacts) -> list[tuple[str, str, str]]:
     rows = []
     for group, tasks in facts.groups.items():
-        names = ", ".join(task.name for task in tasks[:LISTED])
+        names = ", ".join(f"`{task.name}`" for task in tasks[:LISTED])
         more = f" and {len(tasks) - LISTED} more" if len(tasks) > LISTED else ""
-        share = f"{facts.share(tasks):.0%}" if facts.shares else tables.NONE
-        rows.append((group, names + more, share))
+        rows.append((group, names + more, share_text(facts, tasks)))
     return rows
+
+
+def share_text(facts: RunFacts, tasks: Sequence[Task]) -> str:
+    return f"{facts.share(tasks):.0%}" if facts.shares else tables.NONE
 
 
 def validation_of(facts: RunFacts) -> tuple[list[str], list[list[str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,8 +135,7 @@ def read_results(path: Path) -> list[Scored]:
 
 def scored(line: ResultLine) -> Scored:
     shot = Shot(image=Path(line.image), row=line.row, unit=line.unit, grid=line.grid)
-    base: Mapping[str, float] | None = line.base
-    return Scored(shot=shot, scores=line.scores, base=base)
+    return Scored(shot=shot, scores=line.scores, base=line.base)
 
 
 def few(found: Sequence[Scored]) -> list[str]:

@@ -74,9 +74,17 @@ def names_here(*, but: Collection[str] = ()) -> list[re.Pattern[str]]:
     A name that could be any word counts only before an @.
     """
     found = []
-    for name in (getpass.getuser(), socket.gethostname()):
+    for name in (user_here(), socket.gethostname()):
         if len(name) >= LEAST and name.lower() not in (*but, "localhost"):
             word = re.escape(name)
             ends = r"@" if name.isalpha() else r"(?!\w)"
             found.append(re.compile(rf"(?<!\w){word}{ends}", re.IGNORECASE))
     return found
+
+
+def user_here() -> str:
+    """The user's name; nothing where the system knows none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # of Python before and from 3.13
+        return ""

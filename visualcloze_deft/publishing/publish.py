@@ -21,7 +21,7 @@ from visualcloze_deft.publishing.privacy import check_public
 from visualcloze_deft.publishing.upload import Target, check_name, target, upload
 
 CARD, PICTURE = "README.md", "images/samples.jpg"
-WIDEST = 1200  # pixels of the sample sheet
+WIDEST = 1600  # pixels of the sample sheet
 Format = Literal["diffusers", "comfyui", "kohya"]
 
 

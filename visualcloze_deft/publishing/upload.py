@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from visualcloze_deft.errors import UserError, why
-
-NO_TOKEN = "no token; 'hf auth login' stores one, or put it in HF_TOKEN"
-REFUSALS = {
-    401: "the hub does not know the token; 'hf auth login' stores another, or set HF_TOKEN",
-    402: "the hub wants to be paid for it",
-    403: "this token may not write there; give one with the right to write, or another --repo",
-    429: "the hub has had too many requests; try later",
-}
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.storage.hub_upload import uploading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +48,7 @@ def target(repo: str, *, private: bool) -> Target:
     repository is open to all and `private` is asked for.
     """
     api = HfApi()
-    with hub_says(f"publish to {repo}"):
+    with uploading(f"publish to {repo}"):
         check_owner(repo, api.whoami())
         found = repository(api, repo)
     if private and found is not None and not found.private:
@@ -97,32 +81,8 @@ def upload(folder: Path, to: Target, *, message: str) -> str:
     """Put the files of `folder` into the repository, in one commit on top of what is there. No file
     is deleted there. Returns the address of the repository."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    with hub_says(f"publish to {to.repo}"), warnings.catch_warnings():
+    with uploading(f"publish to {to.repo}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on the card's front matter
         address = to.api.create_repo(to.repo, private=to.private, exist_ok=True)
         to.api.upload_folder(repo_id=to.repo, folder_path=folder, commit_message=message)
     return str(address)
-
-
-@contextmanager
-def hub_says(what: str) -> Iterator[None]:
-    """What the hub's client raises within, as one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except LocalTokenNotFoundError:
-        raise UserError(f"{what}: {NO_TOKEN}") from None
-    except OfflineModeIsEnabled:
-        raise UserError(f"{what}: HF_HUB_OFFLINE is set; unset it, or give --dry-run") from None
-    except HfHubHTTPError as error:
-        said = REFUSALS.get(error.response.status_code, "the hub refuses")
-        reason = error.server_message or why(error)
-        raise UserError(f"{what}: {said} ({reason[:160]})") from None
-    except HTTPError as error:  # the client's own: no connection, no answer
-        raise UserError(
-            f"{what}: {constants.ENDPOINT} cannot be reached ({why(error)[:120]})"
-        ) from None
-    except (RuntimeError, ValueError) as error:  # of the upload: files sent in vain, odd answers
-        cause = error.__cause__ or error
-        raise UserError(f"{what}: the upload failed ({why(cause)[:200]})") from None

@@ -76,20 +76,6 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def pushing(what: str) -> Iterator[None]:
-    """What the hub's client raises of an upload, as one line."""
-    try:
-        yield
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = next(
-            line for line in [*str(error).splitlines(), "no reason given"] if line.strip()
-        )
-        raise UserError(f"{what}: the hub refuses: {reason[:200]}") from None
-    except UNREACHED as error:
-        raise UserError(f"{what}: the hub cannot be reached ({why(error)[:120]})") from None
-
-
-@contextmanager
 def loading(where: str, way_out: str) -> Iterator[None]:
     """What libraries raise within, on the files of a model, as one line."""
     try:

@@ -1,4 +1,4 @@
-"""The texts in the headers of safetensors files, read and replaced without a look at the tensors."""
+"""The texts in the headers of safetensors files, read and replaced; the tensors are not read."""
 
 from __future__ import annotations
 
