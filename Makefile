@@ -46,11 +46,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy integrations/comfyui
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/vulture
 	$(BIN)/codespell
 	$(BIN)/hadolint Dockerfile Dockerfile.cpu
-	$(BIN)/python scripts/prose.py README.md CONTRIBUTING.md docs/*.md --check
+	$(BIN)/python scripts/prose.py README.md CONTRIBUTING.md docs/*.md integrations/*/README.md --check
 
 # The next script also runs where the one before it found a fault.
 gpu:

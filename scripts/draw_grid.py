@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from families import families
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.queries import query_of
@@ -34,7 +34,7 @@ def drawn(rows: list[list[Image.Image | None]], title: str) -> Image.Image:
     step = CELL + 4 * GAP
     page = Image.new("RGB", (EDGE + 2 * step, 2 * (CELL + GAP) + 2 * EDGE), "white")
     pen = ImageDraw.Draw(page)
-    font: ImageFont.FreeTypeFont = caption_font().font_variant(size=13)
+    font = caption_font(13)
     pen.text((EDGE, 6), title, fill=INK, font=font)
     for r, row in enumerate(rows):
         y = EDGE + r * (CELL + GAP)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from visualcloze_deft.comparison.measure import (
+from visualcloze_deft.comparison.measure import measure
+from visualcloze_deft.comparison.records import (
     Measured,
     QuerySet,
-    measure,
     read_measured,
     write_measured,
 )
@@ -47,6 +47,10 @@ COLUMNS = {
     "new pictures of the object": ("new",),
     "other things, same task": (SUBJECT_TASK,),
     "other tasks": OTHERS,
+}
+AGAINST = {
+    "`subject` against the defaults": ("subject", "defaults"),
+    "with prior preservation against without": ("prior", "subject"),
 }
 Figures = Mapping[str, Measured]
 MARKS = "<!-- subject:begin -->\n", "<!-- subject:end -->"
@@ -101,7 +105,7 @@ def train(folder: Path, arm: Arm, seed: int, options: argparse.Namespace) -> Non
         return
     words = [*arm.words, "--model", options.model, "--seed", str(seed), "--output", str(folder)]
     words += ["--steps", str(options.steps), "--processes", "1"]
-    words += sets(["sample_every=0", "logging.trackers=[]", f"save_every={options.steps}"])
+    words += sets(["sample_grids=0", "logging.trackers=[]", f"save_every={options.steps}"])
     words += sets(options.settings)
     subprocess.run(
         [sys.executable, "-m", "visualcloze_deft", "train", *words],
@@ -147,7 +151,7 @@ def figures(
     for row, one in query_sets(run, options, naming).items():
         wanted = {"grids": one.grids, "steps": settings.steps, "naming": vars(naming)}
         path = folder / f"{row}.json"
-        found[row] = read_measured(path, wanted) or measure(pipe, run, one, settings)
+        found[row] = read_measured(path, wanted) or measure(pipe, run, one, settings)[0]
         write_measured(path, found[row], wanted)
     return found
 
@@ -174,7 +178,7 @@ def changes(of: Sequence[Figures], than: Sequence[Figures]) -> list[tuple[str, s
 
 
 def table(rows: Mapping[str, list[tuple[str, str]]]) -> Iterator[str]:
-    for kind, measured in enumerate(("PSNR [dB]", "velocity error [%]")):
+    for kind, measured in enumerate(("PSNR, gain [dB]", "velocity error, fall [%]")):
         yield f"| {measured} | {' | '.join(COLUMNS)} |"
         yield f"|{'---|' * (1 + len(COLUMNS))}"
         for title, found in rows.items():
@@ -199,7 +203,7 @@ def main() -> None:
     parser.add_argument("--arms", default="defaults,subject,prior")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--grids", type=int, default=16, help="new pictures of the object")
-    parser.add_argument("--old-grids", type=int, default=8, help="of each task that the base knows")
+    parser.add_argument("--old-grids", type=int, default=6, help="of each task that the base knows")
     parser.add_argument("--inference-steps", type=int, default=8)
     parser.add_argument("--class-data", default="scenes")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
@@ -229,14 +233,15 @@ def main() -> None:
         ]
         rows[arm.title] = changes(of[name], [base] * len(seeds))
         print(f"{time.monotonic() - began:.0f} s: {name} measured", flush=True)
-    if {"subject", "prior"} <= of.keys():
-        rows["prior preservation, with less without"] = changes(of["prior"], of["subject"])
+    for title, (one, than) in AGAINST.items():
+        if {one, than} <= of.keys():
+            rows[title] = changes(of[one], of[than])
     text = "\n".join(table(rows))
     said = (
-        f"Change from the base; above 0 is better. {len(seeds)} seeds, {options.steps} steps of 8 "
-        f"grids, {options.grids} new pictures of the object, {options.old_grids} grids of each "
-        f"other task, {options.inference_steps} sampling steps. In brackets the 95 % interval for "
-        "other seeds and grids.\n"
+        "Change from the base, or from another training; above 0 is better. "
+        f"{len(seeds)} seeds, {options.steps} steps of 8 grids, {options.grids} new pictures of "
+        f"the object, {options.old_grids} grids of each other task, {options.inference_steps} "
+        "sampling steps. In brackets the 95 % interval for other seeds and grids.\n"
     )
     print(f"{text}\n{said}")
     write_text(options.output / "table.md", f"{text}\n{said}")

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from visualcloze_deft.backbones.flux_fill.files import CHANNELS, NETWORKS, PARTS, TOKENIZERS
 
+collect_ignore = ["comfyui_client.py", "comfyui_server.py"]  # run by ComfyUI's own Python
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -31,6 +31,7 @@ from visualcloze_deft.evaluation.subject_suites import read_prompts
 from visualcloze_deft.evaluation.suite_queries import GridSettings
 from visualcloze_deft.evaluation.suites import SUITES, rows_of
 from visualcloze_deft.images.reading import read_image
+from visualcloze_deft.reporting.numbers import three_digits
 
 REAL = Path(os.environ.get("VCDEFT_DATA", "none"))
 lite0 = pytest.mark.skipif(
@@ -117,7 +118,7 @@ def test_the_table_is_the_mean_of_the_lines(evaluated: Path) -> None:
             low, high = float(row[f"{title} low"]), float(row[f"{title} high"])
             assert low <= float(row[title]) <= high
     text = (evaluated / "table.md").read_text()
-    assert f"{float(rows['image-to-depth']['PSNR, dB']):.2f} (" in text
+    assert f"{three_digits(float(rows['image-to-depth']['PSNR, dB']))} (" in text
 
 
 def test_every_table_is_a_file_of_its_own(evaluated: Path) -> None:
@@ -364,7 +365,7 @@ def test_sets_are_compared_under_the_encoders_own_name(tmp_path: Path) -> None:
     with (tmp_path / "out" / "sets.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["distance"], row["encoder"], row["n"]) == ("KID", "efficientnet-lite0", "4")
-    assert f"| {float(row['value']):.4g} | {float(row['deviation']):.2g} | 4 |" in text
+    assert f"| {three_digits(float(row['value']))} | {float(row['deviation']):.2g} | 4 |" in text
     assert not (tmp_path / "out" / "retention.csv").exists()
     assert "| PSNR" not in text
     assert "CLIP-I" not in text

@@ -8,6 +8,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.tar_members import member_at, members_of
+from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
 
 Pictures = Mapping[str, Mapping[str, int]]  # item -> role -> grey value
@@ -229,6 +232,13 @@ def test_a_shard_is_read_as_the_datasets_library_reads_it(tmp_path: Path) -> Non
             assert np.array_equal(row[f"{role}.png"].convert("RGB"), item.image(role))
 
 
+def test_sub_folders_with_capitals_are_the_roles_that_tasks_name(tmp_path: Path) -> None:
+    subfolders(tmp_path, {"1": {"Before": 3, "After": 4, "My": 5}}, {"1": ""})
+    item = Folder(tmp_path).item(0)
+    assert [*item.images] == ["before", "My", "target"]
+    assert item.image("target").getpixel((0, 0)) == (4, 4, 4)
+
+
 # ---- names
 
 
@@ -252,6 +262,8 @@ def test_a_shard_is_read_as_the_datasets_library_reads_it(tmp_path: Path) -> Non
         ("7_object_masks 7_target", {"7": "object_masks target"}),
         ("image_1_0003 image_2_0003 target_0003", {"0003": "image_1 image_2 target"}),
         ("1-before 1-after", {"1": "before target"}),
+        ("Before_1 After_1 BEFORE_2 AFTER_2", {"1": "before target", "2": "before target"}),
+        ("1_Depth 1_Target", {"1": "depth target"}),
     ],
 )
 def test_a_name_holds_a_role_at_its_end_or_its_beginning(
@@ -278,6 +290,10 @@ def test_a_name_holds_a_role_at_its_end_or_its_beginning(
         ("before_1 after_1 before_2", "before_2.png: stands alone; .* sub-folder target"),
         ("lit_1 unlit_1 lit_2", "lit_2.png: stands alone"),
         ("1_depth 1_target 2", "2.png: expected a role at the end, such as 2_target"),
+        (
+            "1_depth 1-depth 1_target",
+            "1_depth.png: 1-depth.png is depth of '1' too; keep one|1-dep",
+        ),
         ("depth_1 target_1 2", "2.png: expected a role at the beginning, such as target_2"),
         ("IMG_1 IMG_2 forest_rain", r"IMG_1.png \(and 1 more\): expected a role at the end"),
     ],
@@ -298,6 +314,7 @@ def test_names_that_may_mean_two_things_are_refused(
         ("target/1.png 1_target.png", "both .* keep one layout"),
         ("rows.jsonl a.tar", "both a table .* and shards .*; keep one layout"),
         ("metadata.csv metadata.jsonl", "both metadata.csv and metadata.jsonl; keep one"),
+        ("Depth/1.png depth/1.png", "depth: Depth is the role depth too; keep one of them"),
         ("a.tar b.png", "both shards .*; keep one layout"),
         ("train/metadata.jsonl", "the folder train has a layout: folder=.*train"),
         ("a.tar.gz", r"expected .*shards \*\.tar.* found a\.tar\.gz"),
@@ -511,7 +528,7 @@ def test_a_check_of_graph200k_lists_every_fault(
         ("before after", "image-editing"),
         ("depth target", "depth-to-image,image-to-depth"),
         ("target", "all"),
-        ("image_1 image_2 target", "pairs"),
+        ("image_1 image_2 target", "image-composition"),
     ],
 )
 def test_a_check_ends_with_the_command_that_trains_on_the_data(
@@ -539,11 +556,12 @@ def test_a_check_ends_with_the_command_that_trains_on_the_data(
     [
         (
             "lit unlit",
-            "no task pairs lit -> unlit; write one: vcdeft tasks new NAME --columns lit,",
+            "no task pairs lit -> unlit of folder; .*: vcdeft tasks new NAME --columns lit,unlit",
         ),
-        ("lit target", "no task pairs lit -> target; .* --columns lit,target"),
+        ("output input mask2", r"no task pairs input \+ mask2 -> output of folder"),
+        ("lit target", "no task pairs lit -> target of folder; .* --columns lit,target"),
         ("depth lit target", "no task pairs lit -> target"),
-        ("a b c", r"no task pairs a \+ b -> c; .* --columns a,b,c"),
+        ("a b c", r"no task pairs a \+ b -> c of folder; .* --columns a,b,c"),
         ("my-photos 1x", "no task can name the role '1x'"),
     ],
 )
@@ -570,24 +588,40 @@ def test_photos_serve_what_is_made_of_a_target_and_the_check_names_the_other_way
     assert Folder(tmp_path).item(2).texts == {"caption": "photo 2"}
 
 
-def test_a_task_of_before_and_after_is_served_by_any_pair_with_a_target(tmp_path: Path) -> None:
-    task = {"summary": "s", "group": "g", "instruction": '"From {before} to {after}."'}
-    lines = [
-        f"{key} = {value if key == 'instruction' else repr(value)}" for key, value in task.items()
-    ]
-    columns = ['content = ""', "[columns]", 'before = "b"', 'after = "a"']
-    put(tmp_path / "tasks" / "relight.toml", "\n".join([*lines, *columns]))
-    for role, value in (("before", 3), ("after", 200)):
-        put(tmp_path / "data" / role / "1.png", png(value))
+@every_layout
+@pytest.mark.parametrize("columns", ["before,after", "before,target"])
+def test_pairs_of_before_and_after_serve_a_task_of_either_name_in_every_layout(
+    tmp_path: Path, layout: str, columns: str
+) -> None:
+    pairs = {item: {"before": v["depth"], "after": v["target"]} for item, v in PAIRS.items()}
+    LAYOUTS[layout](tmp_path / "data", pairs, CAPTIONS)
+    own = write_new_task("relight", columns.split(","), tmp_path / "own").parent
     told = {
         "data.sources": [f"folder={tmp_path / 'data'}"],
-        "data.task_folders": [str(tmp_path / "tasks")],
+        "data.task_folders": [str(own)],
         "data.resolution": 32,
     }
     run = load_run(None, [*(f"{k}={json.dumps(v)}" for k, v in told.items()), "data.tasks=relight"])
-    mixture = mixture_of(run)
-    row = mixture[0].rows[-1]
-    assert [np.asarray(cell).mean() for cell in row] == [3, 200]
+    row = mixture_of(run)[0].rows[-1]
+    assert [np.asarray(cell).mean() for cell in row] in [[*v.values()] for v in pairs.values()]
+
+
+@pytest.mark.processes
+def test_the_command_that_a_check_ends_with_runs_as_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("before/1", "after/1", "before/2", "after/2"):
+        put(tmp_path / "my data" / f"{name}.png", png(len(name)))
+    own = write_new_task("relight", ["before", "after"], tmp_path / "my tasks").parent
+    said, _, _ = checked(capsys, f"folder={tmp_path / 'my data'}", "--task-folder", str(own))
+    program, *words = shlex.split(said.rstrip().splitlines()[-1])
+    assert (program, words[0]) == ("vcdeft", "train")
+    assert words[words.index("--tasks") + 1] == "image-editing,relight"
+    short = ["--steps", "1", "--batch", "1", "--processes", "1"]
+    command = [sys.executable, "-m", "visualcloze_deft", *words, *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "my data" / "adapter" / "tasks" / "relight.toml").is_file()
 
 
 def test_a_folder_opens_as_a_source_from_a_table_or_a_shard(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -41,6 +42,16 @@ def test_nothing_is_said_where_all_is_taken(pairs: Path) -> None:
     (pairs / ".DS_Store").write_text("a")
     (pairs / "README.md").write_text("a")
     assert lines(f"folder={pairs}") == ""
+
+
+def test_a_shard_is_taken_where_an_item_is_in_it(pairs: Path, tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        with tarfile.open(tmp_path / name, "w") as archive:
+            if name == "a.tar":
+                archive.add(pairs / "target" / "0.png", "0.png")
+    assert lines(f"folder={tmp_path / 'a.tar'}") == lines(f"folder={tmp_path}")
+    assert "b.tar: .tar is not read" in lines(f"folder={tmp_path}")
+    assert "a.tar" not in lines(f"folder={tmp_path}")
 
 
 def test_pictures_in_deeper_folders_and_other_files_are_named(

@@ -47,8 +47,8 @@ OPTIONS = {
     "report": "RUN",
     "tasks check": "FILE --task-folder",
     "tasks example": (
-        "NAME --annotate --count --data --output --resolution --rows --seed --task-folder "
-        "--validation-every"
+        "NAME --annotate --content --count --data --output --resolution --rows --seed "
+        "--task-folder --validation-every"
     ),
     "tasks new": "NAME --columns --targets --task-folder",
     "tasks list": "--json --task-folder",

@@ -157,7 +157,7 @@ def test_the_card_says_what_the_run_was(published: Path) -> None:
     for words in (
         "DEFT adapter of rank 3 for micro",
         "| `relight` | A street at night. | 100% |",
-        "| all | 0.7500 | 0.2500 |",
+        "| all | 0.750 | 0.250 |",
         "| data | folder |",
         "4, 8 examples in all",
         '"rows": [["example-day.png", "example-target.png"],',

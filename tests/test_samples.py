@@ -18,9 +18,17 @@ from visualcloze_deft.data.queries import query_of
 from visualcloze_deft.reporting.contact_sheet import draw_grid
 from visualcloze_deft.sampling.encoding import NEAREST, TokenBatch, encode, in_pixels
 from visualcloze_deft.sampling.room import Room
+from visualcloze_deft.storage.step_names import by_step, step_name, step_of
 from visualcloze_deft.training import run_data
 from visualcloze_deft.training.console import WINDOW, Console, RunningMean
-from visualcloze_deft.training.sample_sheets import Sample, answer, sample_page
+from visualcloze_deft.training.sample_sheets import (
+    CELL,
+    WIDTH,
+    Sample,
+    answer,
+    sample_page,
+    sheet_of,
+)
 from visualcloze_deft.training.samples import AT_MOST, grids_shown
 from visualcloze_deft.training.step import exact_weights
 
@@ -88,7 +96,28 @@ def test_a_page_shows_base_adapter_and_truth_at_one_size(micro_model: Path) -> N
     page = sample_page(Sample(example=example, roles=roles, made=made))
     none = sample_page(Sample(example=example, roles=roles, made={"base": None, "adapter": None}))
     assert page.size == none.size
-    assert page.width == draw_grid([[small] * 4]).width
+    assert page.width == draw_grid([[small] * 4], cell=CELL).width
+
+
+def test_a_sheet_is_no_wider_than_a_page_shows_in_full_size(micro_model: Path) -> None:
+    mixture = run_data.mixture_of(run_on(micro_model, "depth-to-image"))
+    example = query_of(mixture, mixture.tasks["depth-to-image"], index=0)
+    roles = mixture.tasks["depth-to-image"].roles
+    picture = [Image.new("RGB", (16, 16), "red")]
+    for made in ({"base": picture}, {"base": picture, "adapter": picture}):
+        one = Sample(example=example, roles=roles, made=made)
+        for count in (1, 2, 5, 12):
+            sheet = sheet_of([one] * count, title="Step 0")
+            assert sheet.width <= WIDTH
+            assert sheet.width // sample_page(one).width == min(2, -(-count // 2))
+
+
+def test_what_steps_name_is_in_their_order_and_other_files_are_none_of_it(tmp_path: Path) -> None:
+    steps = [0, 999_999, 1_000_000]
+    for name in (*map(step_name, steps), "step-x", "step-0000007", "step-٣", "step-"):
+        (tmp_path / f"{name}.png").touch()
+    assert [step_of(path) for path in by_step(tmp_path, ".png")] == steps
+    assert not by_step(tmp_path)
 
 
 def test_a_run_samples_the_base_first_once_and_trains_as_without_samples(

@@ -333,7 +333,7 @@ def test_subject_settings_are_measured_with_and_without_prior_preservation(
     words = ["--model", micro_model, "--report", page, "--set", "adapter.rank=2", *small.split()]
     said = script("measure_subject.py", *words)
     found = rows(said)
-    assert len(found) == 2 * (2 + 4)
+    assert len(found) == 2 * (2 + 5)
     assert all(len(row) == 4 for row in found)
     text = page.read_text()
     assert "old" not in text

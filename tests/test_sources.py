@@ -934,8 +934,8 @@ def example(name: str, root: Path) -> str:
         paint(root / "data" / "images" / "animal" / "00.jpg")
         write(root / "data" / "captions" / "animal" / "00.txt", "fox\na fox at sea\na fox in snow")
     else:
-        names = {"folder": ("a_depth", "a_target"), "dreambooth": ("cat/00", "cat/01")}[name]
-        for stem in names:
+        names = {"folder": "a_depth a_target", "dreambooth": "cat/00 cat/01", "photos": "00 01"}
+        for stem in names[name].split():
             paint(root / f"{stem}.jpg")
     return f"{name}={root}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from test_left_out import lines
 from test_sources import one_line, paint, real_data, write
 
 from visualcloze_deft.adapters import files
+from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Run, config_for, load_run
 from visualcloze_deft.data.base import Part
 from visualcloze_deft.data.eligible import EligibleItems
@@ -44,8 +46,9 @@ def photos(folder: Path, count: int) -> Path:
 
 
 def learning(place: Path, *more: str) -> Run:
-    """A run on the photos in a folder, without a hold-out."""
-    plain = ["data.validation_every=0", "data.resolution=32", "data.recipe.run_length=1"]
+    """A run on the photos in a folder, without a hold-out, its texts in all words."""
+    plain = ["data.validation_every=0", "data.resolution=32"]
+    plain += ["data.recipe.run_length=1", "data.recipe.paraphrase=1"]
     return load_run("subject", [f'data.sources=["photos={place}"]', *plain, *more])
 
 
@@ -176,6 +179,25 @@ def test_without_a_name_captions_stay_and_nothing_is_made_up(tmp_path: Path) -> 
     write(photos(tmp_path, 2) / "IMG 01.txt", "on a chair")
     source = Named(Photos(tmp_path), Naming())
     assert [source.item(k).texts for k in range(2)] == [{}, {"caption": "on a chair"}]
+
+
+def test_a_grid_that_is_written_says_the_words_of_the_command(tmp_path: Path) -> None:
+    place, output = photos(tmp_path / "dog", 4), tmp_path / "grids"
+    words = f"tasks example subject-driven --resolution 32 --data photos={place} --output {output}"
+    main([*words.split(), "--content", "sks dog asleep"])
+    (grid,) = json.loads((output / "grid.json").read_text())
+    assert grid["content_prompt"] == "sks dog asleep"
+    assert [len(row) for row in grid["rows"]] == [2, 2]
+
+
+def test_a_check_of_photos_names_the_command_that_learns_the_thing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path / "dog", 3)
+    monkeypatch.chdir(tmp_path)
+    main(["data", "check", "photos=dog", "--workers", "0"])
+    said = capsys.readouterr().out
+    assert said.endswith("\n  vcdeft train --data photos=dog --output runs/dog\n")
 
 
 # ---- prior preservation
@@ -315,16 +337,21 @@ def test_the_page_leads_from_photos_to_an_image(
     """Its commands as they stand there, with fewer steps."""
     subjects = Path(os.environ["VCDEFT_DATA"]) / "dreambooth" / "dataset"
     shutil.copytree(subjects / "dog", tmp_path / "dog")
-    (tmp_path / "dogs" / "target").mkdir(parents=True)
+    (tmp_path / "dogs").mkdir()
     for name in ("cat", "teapot", "backpack"):
-        shutil.copy(subjects / name / "00.jpg", tmp_path / "dogs" / "target" / f"{name}.jpg")
+        shutil.copy(subjects / name / "00.jpg", tmp_path / "dogs" / f"{name}.jpg")
     grid = PAGE.read_text(encoding="utf-8").split("```json\n")[1].partition("```")[0]
     write(tmp_path / "dog.json", grid)
     monkeypatch.chdir(tmp_path)
-    smaller = {"train": "--steps 2 --batch 1 --processes 1", "infer": "--inference-steps 1"}
-    for line in commands(PAGE):
+    smaller = {
+        "train": "--steps 2 --batch 1 --processes 1 --set sample_grids=0",
+        "infer": "--inference-steps 1",
+    }
+    own = "vcdeft infer --examples dog.json --adapter runs/dog --output own-images"
+    for line in [*commands(PAGE), own]:
         _, *words = shlex.split(line)
         done = vcdeft(*words, *smaller.get(words[0], "").split())
         assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "outputs" / "001.png").is_file()
+    for image in ("dog-images/grid-001.png", "own-images/001.png"):
+        assert (tmp_path / image).is_file()
     assert (tmp_path / "runs" / "dog-prior" / "adapter").is_dir()

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from . import host, package
 from .loading import Model
-from .pictures import image_of, picture_of, stacked
+from .pictures import image_of
 from .previews import CleanEstimate, drawing, query_latent
 from .rows import Query, Rows
-from .tasks import ChosenTask
+from .tasks import ChosenTask, tasks_with
 
 MOST_SEED = 2**53 - 1  # that a browser's numbers hold
 SHEET_CELL = 512  # pixels of a cell in the contact sheet at most
@@ -85,9 +84,11 @@ def grids_of(
     Raises `ValueError` for an unknown task, and where nothing tells how many columns there are.
     """
     if task and task.name not in tasks:
+        from visualcloze_deft.errors import suggestion
+
         raise ValueError(
             f"unknown task {task.name!r}: no file in models/vcdeft_tasks or task_folder declares "
-            "it, and no adapter brings it"
+            f"it, and no adapter brings it; {suggestion(task.name, tasks)}"
         )
     if examples:
         columns = len(examples[0])
@@ -108,13 +109,12 @@ def grids_of(
     return Grids(examples=examples, queries=query.rows(columns), words=words)
 
 
-def contact_sheet(examples: Rows, row: list[np.ndarray], targets: list[int]) -> Image.Image:
+def contact_sheet(examples: Rows, row: list[Image.Image], targets: list[int]) -> Image.Image:
     """The whole grid in one picture, its generated images in red frames."""
     from visualcloze_deft.reporting.contact_sheet import draw_grid
 
-    cells = [*examples, [picture_of(cell) for cell in row]]
-    side = min(max(max(row[c].shape[:2]) for c in targets), SHEET_CELL)
-    return draw_grid(cells, made=[(len(examples), c) for c in targets], cell=side)
+    side = min(max(max(row[c].size) for c in targets), SHEET_CELL)
+    return draw_grid([*examples, row], made=[(len(examples), c) for c in targets], cell=side)
 
 
 def enlarging(scale: float, strength: float) -> Any:
@@ -239,7 +239,7 @@ class Generate:
         host.make_room()
         with torch.inference_mode(False):  # ComfyUI's; the pipeline has its own no_grad
             pipe = model.loaded.pipeline(model.adapters)
-            pipe.tasks = {**pipe.tasks, **(task.known if task else {})}
+            pipe.tasks = tasks_with(task, pipe)
             grids = grids_of(query, examples, task=task, tasks=pipe.tasks, content=content_prompt)
             watch = Watch(
                 pipe,
@@ -256,9 +256,8 @@ class Generate:
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 resolution=resolution or None,
-                output_type="np",
                 callback_on_step_end=watch,
             )
         columns = zip(*(answer.images for answer in made.answers), strict=True)
         sheets = [contact_sheet(examples, [*a.row], grids.targets) for a in made.answers]
-        return [stacked(column) for column in columns], image_of(sheets)
+        return [image_of(column) for column in columns], image_of(sheets)

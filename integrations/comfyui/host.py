@@ -17,6 +17,7 @@ from PIL import Image
 CATEGORY = "visualcloze_deft"
 MODELS = "diffusers"  # ComfyUI's name of the folder
 ADAPTERS = "vcdeft_adapters"
+LORAS = "loras"  # ComfyUI's name, too
 TASKS = "vcdeft_tasks"
 
 for _name in (ADAPTERS, TASKS):
@@ -38,12 +39,24 @@ def folders_with(file: str, kind: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def stamp(folder: Path) -> str:
-    """A digest of the names, sizes and times of the files in a folder and its sub-folders; of a
-    name that is no folder, always the same."""
+def lora_files() -> dict[str, Path]:
+    """The LoRA files in models/loras, by the folder and their names."""
+    names = folder_paths.get_filename_list(LORAS)
+    found = {name: folder_paths.get_full_path(LORAS, name) for name in names}
+    return {
+        f"{LORAS}/{name}": Path(path)
+        for name, path in found.items()
+        if path and path.endswith(".safetensors")
+    }
+
+
+def stamp(place: Path) -> str:
+    """A digest of the name, size and time of a file, or of those in a folder, three levels deep; of
+    a name that is neither, always the same."""
+    inside = [path for depth in ("*", "*/*", "*/*/*") for path in place.glob(depth)]
     found = [
-        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted([*folder.glob("*"), *folder.glob("*/*")])
+        (path.relative_to(place).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in (place, *sorted(inside))
         if path.is_file()
     ]
     return hashlib.sha256(repr(found).encode()).hexdigest()

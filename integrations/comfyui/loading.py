@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import host, package
+
+if TYPE_CHECKING:
+    from visualcloze_deft.config.run_settings import Bits
+    from visualcloze_deft.inference.acceleration import Offload
 
 TINY = "tiny"
 NONE = "none"
@@ -21,7 +25,7 @@ BY_LAYERS = ("group", "sequential")  # adapters cannot be changed under these
 
 @dataclass(frozen=True, kw_only=True)
 class UsedAdapter:
-    """An adapter's folder, a digest of its files, and its scale."""
+    """An adapter's folder or LoRA file, a digest of it, and its scale."""
 
     folder: Path
     stamp: str
@@ -34,8 +38,8 @@ class Settings:
 
     model: str
     dtype: str
-    quantise: str
-    offload: str
+    quantise: Bits
+    offload: Offload
 
     def check(self) -> None:
         """Raise `UserError` where this machine cannot do it, before any weight is read."""
@@ -48,14 +52,18 @@ class Settings:
     ) -> Any:
         """The pipeline, its weights read. parts: networks that are there already are not read."""
         from visualcloze_deft import InContextPipeline
+        from visualcloze_deft.backbones.attention import AUTO, NATIVE
+        from visualcloze_deft.backbones.precision import default_dtype
 
+        place, offloaded = host.device(), self.offload != NONE
         told = {one.folder: one.scale for one in adapters}
         own = {"quantise": self.quantise} if parts is None else parts
         return InContextPipeline.from_pretrained(
             self.model,
             adapter=told or None,
-            device=host.device() if self.offload == NONE else "cpu",
-            dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+            device="cpu" if offloaded else place,
+            dtype=default_dtype(place) if self.dtype == AUTO else getattr(torch, self.dtype),
+            attention=NATIVE if offloaded else AUTO,  # enabling offloading chooses it
             **own,
         )
 
@@ -160,7 +168,7 @@ class LoadModel:
         return host.stamp(Path(chosen_model(model, model_path)))
 
     def load(
-        self, model: str, dtype: str, quantise: str, offload: str, model_path: str = ""
+        self, model: str, dtype: str, quantise: Bits, offload: Offload, model_path: str = ""
     ) -> tuple[Model]:
         package.require()
         name = chosen_model(model, model_path)
@@ -183,7 +191,8 @@ class LoadAdapter:
     CATEGORY = host.CATEGORY
     DESCRIPTION = (
         "Adds a DEFT, PaRa or LoRA adapter with its scale. Several in a chain are added up. "
-        "Adapters are folders in models/vcdeft_adapters, or any folder."
+        "Adapters are folders in models/vcdeft_adapters, FLUX LoRA files in models/loras, or what "
+        "adapter_path names."
     )
     FUNCTION = "add"
     RETURN_TYPES = ("VCDEFT_MODEL",)
@@ -196,8 +205,8 @@ class LoadAdapter:
             "required": {
                 "model": ("VCDEFT_MODEL", {"tooltip": "A loaded model, with or without adapters."}),
                 "adapter": (
-                    [NONE, *host.folders_with("adapter_config.json", host.ADAPTERS)],
-                    {"tooltip": "A folder in models/vcdeft_adapters."},
+                    [NONE, *known_adapters()],
+                    {"tooltip": "In models/vcdeft_adapters, or a LoRA file in models/loras."},
                 ),
                 "scale": (
                     "FLOAT",
@@ -215,7 +224,8 @@ class LoadAdapter:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "A folder in place of the dropdown's, e.g. RUN/adapter.",
+                        "tooltip": "An adapter, run folder, LoRA file or hub id in place of the "
+                        "dropdown's.",
                     },
                 ),
             },
@@ -223,23 +233,38 @@ class LoadAdapter:
 
     @classmethod
     def IS_CHANGED(cls, adapter: str, adapter_path: str = "", **_: object) -> str:
-        folder = chosen_adapter(adapter, adapter_path)
-        return host.stamp(folder) if folder else ""
+        return host.stamp(Path(chosen_adapter(adapter, adapter_path)))
 
     def add(self, model: Model, adapter: str, scale: float, adapter_path: str = "") -> tuple[Model]:
-        folder = chosen_adapter(adapter, adapter_path)
-        if folder is None:
+        place = chosen_adapter(adapter, adapter_path)
+        if place == NONE:
             return (model,)
-        if not folder.is_dir():
-            raise ValueError(f"adapter {folder}: no such folder")
+        package.require()
+        folder = checked_adapter(place, model.loaded.settings.model)
         if any(one.folder == folder for one in model.adapters):
             raise ValueError(f"adapter {folder}: it is loaded twice; keep one node of it")
         new = UsedAdapter(folder=folder, stamp=host.stamp(folder), scale=scale)
         return (replace(model, adapters=(*model.adapters, new)),)
 
 
-def chosen_adapter(adapter: str, adapter_path: str) -> Path | None:
-    """The given folder, or else that of the dropdown's name; None for none."""
-    if adapter_path.strip():
-        return Path(adapter_path.strip())
-    return host.folders_with("adapter_config.json", host.ADAPTERS).get(adapter)
+def known_adapters() -> dict[str, Path]:
+    """The adapters in ComfyUI's model folders by the names of the dropdown."""
+    return host.folders_with("adapter_config.json", host.ADAPTERS) | host.lora_files()
+
+
+def chosen_adapter(adapter: str, adapter_path: str) -> str:
+    """The given place, or else that of the dropdown's name."""
+    return adapter_path.strip() or str(known_adapters().get(adapter, adapter))
+
+
+def checked_adapter(place: str, model: str) -> Path:
+    """The folder or LoRA file of an adapter, which is read to see that it is whole.
+
+    Raises `UserError` where there is none, or it is of another base than `model`.
+    """
+    from visualcloze_deft.adapters.metadata import check_base
+    from visualcloze_deft.inference.arguments import stored_adapters
+
+    (stored,) = stored_adapters(place, model)
+    check_base(stored.folder, model, lora=None)
+    return stored.folder

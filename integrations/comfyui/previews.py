@@ -55,4 +55,4 @@ def drawing(pipe: Any) -> Callable[[Tensor], Image.Image] | None:
     if pipe.vae.config.scaling_factor == FLUX_SCALE:
         return lambda latent: previewer.decode_latent_to_preview_image("JPEG", latent)[1]
     decode = pipe.models.decode_latents
-    return lambda latent: pictures_of((decode(latent).movedim(1, -1) + 1) / 2)[0]
+    return lambda latent: pictures_of((decode(latent).movedim(1, -1) + 1) / 2, "preview")[0]

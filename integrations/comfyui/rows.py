@@ -25,7 +25,11 @@ def _sockets(tooltip: str) -> dict[str, Any]:
 def columns_of(images: Mapping[str, Tensor | None]) -> dict[int, list[Image.Image]]:
     """Column, counted from 1, -> its pictures, of the connected sockets `image_1`, ..."""
     named = {int(name.removeprefix("image_")): batch for name, batch in images.items()}
-    return {k: pictures_of(batch) for k, batch in sorted(named.items()) if batch is not None}
+    return {
+        k: pictures_of(batch, f"image_{k}")
+        for k, batch in sorted(named.items())
+        if batch is not None
+    }
 
 
 def lengthened(columns: Mapping[int, list[Image.Image]]) -> dict[int, list[Image.Image]]:
@@ -93,7 +97,9 @@ class Query:
         """
         wanted = self.generate or tuple(k for k in range(1, columns + 1) if k not in self.pictures)
         if beyond := sorted(k for k in {*self.pictures, *wanted} if k > columns):
-            raise ValueError(f"query row: column {beyond[0]} of a grid with {columns} columns")
+            k = beyond[0]
+            way = f"disconnect image_{k}" if k in self.pictures else "name another to generate"
+            raise ValueError(f"query row: column {k} of a grid with {columns} columns; {way}")
         known = {k: pictures for k, pictures in self.pictures.items() if k not in wanted}
         if gaps := [k for k in range(1, columns + 1) if k not in known and k not in wanted]:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,40 @@ NOT_INSTALLED = "visualcloze_deft is not installed"
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenTask:
-    """The words of a grid. name: of a task. known: the tasks of the node's folders by name; an
-    adapter may bring the named one. instruction: a sentence in place of the task's."""
+    """The words of a grid. name: of a task in `folders`, or of one that an adapter brings.
+    instruction: a sentence in place of the task's."""
 
     name: str
-    known: Mapping[str, Any]
+    folders: tuple[Path, ...]
     instruction: str
 
 
-def known_tasks(folder: str = "") -> dict[str, Any]:
-    """The shipped tasks, those in models/vcdeft_tasks, and those in `folder`, by name."""
+def folders_of(folder: str = "") -> tuple[Path, ...]:
+    """The folders of the user's task files: models/vcdeft_tasks, and `folder`."""
+    return (*host.places(host.TASKS), *([Path(folder.strip())] if folder.strip() else []))
+
+
+def known_tasks(folders: Iterable[Path]) -> dict[str, Any]:
+    """The shipped tasks and those in `folders`, by name."""
     from visualcloze_deft.task_registry.files import load_tasks
 
-    own = [Path(folder)] if folder else []
-    return dict(load_tasks([*host.places(host.TASKS), *own]))
+    return dict(load_tasks(folders))
+
+
+def tasks_with(task: ChosenTask | None, pipe: Any) -> dict[str, Any]:
+    """The shipped tasks, those of the node, and those that the pipeline's adapters bring."""
+    return known_tasks([*(task.folders if task else ()), *pipe.task_folders])
 
 
 def task_names() -> list[str]:
     """The names in the dropdown. Files of the user's that cannot be read are logged."""
     if package.missing():
         return [NOT_INSTALLED]
-    from visualcloze_deft.task_registry.files import load_tasks
-
     try:
-        return [*known_tasks()]
+        return [*known_tasks(folders_of())]
     except ValueError as error:  # at execution it is an error; here it would remove the node
         logging.warning("visualcloze_deft: %s", error)
-        return [*load_tasks()]
+        return [*known_tasks(())]
 
 
 def described(task: Any) -> str:
@@ -101,17 +108,16 @@ class ChooseTask:
 
     @classmethod
     def IS_CHANGED(cls, task_folder: str = "", **_: object) -> str:
-        folders = [*host.places(host.TASKS), *([Path(task_folder)] if task_folder else [])]
-        return " ".join(map(host.stamp, folders))
+        return " ".join(map(host.stamp, folders_of(task_folder)))
 
     def choose(
         self, task: str, name: str = "", task_folder: str = "", instruction: str = ""
     ) -> tuple[ChosenTask, str, str]:
         package.require()
-        known, chosen = known_tasks(task_folder.strip()), name.strip() or task
-        told = known.get(chosen)
+        folders, chosen = folders_of(task_folder), name.strip() or task
+        told = known_tasks(folders).get(chosen)
         return (
-            ChosenTask(name=chosen, known=known, instruction=instruction.strip()),
+            ChosenTask(name=chosen, folders=folders, instruction=instruction.strip()),
             described(told) if told else f"{chosen}: a task of the adapter",
             told.summary if told else "",
         )

@@ -86,6 +86,7 @@ def _checked(source: str, tasks: Mapping[str, Task], workers: int) -> SourceRepo
     from visualcloze_deft.data.left_out import left_out
     from visualcloze_deft.data.sources import open_source
     from visualcloze_deft.data.sources.folder import Folder
+    from visualcloze_deft.data.unpaired import missing_tasks_for
 
     if source == "scenes":  # which have no end
         source = f"scenes={CHECKED_SCENES}"
@@ -99,7 +100,7 @@ def _checked(source: str, tasks: Mapping[str, Task], workers: int) -> SourceRepo
     items = look_at_all(opened, workers=workers)
     seen = tqdm(items, desc="reading", total=len(opened), unit="item")
     found = report(seen, tasks, notes=opened.notes if isinstance(opened, Folder) else ())
-    for line in found.lines:
+    for line in [*found.lines, *missing_tasks_for(opened.name, found.kinds, tasks)]:
         click.echo(line)
     for line in left_out(opened):
         click.echo(f"left out: {line}", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -241,6 +242,9 @@ def preview(
     help="The number of grids for each task.",
 )
 @click.option("--rows", type=click.IntRange(1, 4), default=2, show_default=True)
+@click.option(
+    "--content", default="", help="The content prompt of all grids, in place of captions."
+)
 @HOLD_OUT
 @click.option("--seed", type=SEED, default=1, show_default=True)
 @RESOLUTION
@@ -252,6 +256,7 @@ def example(
     annotate: tuple[str, ...],
     count: int,
     rows: int,
+    content: str,
     validation_every: int | None,
     seed: int,
     resolution: int | None,
@@ -278,6 +283,7 @@ def example(
     grids = grids_to_try(
         tasks, sources, seed=seed, resolution=resolution_of(run), count=count, rows=rows
     )
+    grids = (replace(grid, content=content or grid.content) for grid in grids)
     made: Counter[str] = Counter()
     click.echo(write_grids(counted(grids, made), Path(output)))
     for task, number in made.items():

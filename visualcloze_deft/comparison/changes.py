@@ -15,11 +15,13 @@ import numpy as np
 
 from visualcloze_deft.comparison.records import Measured
 from visualcloze_deft.comparison.trainings import Training
+from visualcloze_deft.reporting.numbers import rounded
 from visualcloze_deft.reporting.plots import Lines
 from visualcloze_deft.reporting.random_effects import LEVEL, Estimate, Values, estimate, holm
 
 GROUPS = {"new": "gain", "old": "retention"}  # what a change is called
 MARKED = 8  # grids, of which fewer mark no difference
+PERCENT = f"{100 * LEVEL:.0f} %"  # of intervals, in words
 ONE_SEED = "One seed: no spread between trainings is known."
 
 
@@ -84,8 +86,7 @@ class Row:
     def text(self) -> str:
         """The mean and its interval, as tables print it, which says where it is of grids alone."""
         found = [self.measure.shown(v) for v in (self.found.mean, self.found.low, self.found.high)]
-        digits = decimals(found[0])
-        mean, low, high = (f"{value:+.{digits}f}" for value in found)
+        mean, low, high = (rounded(value, places=2, sign=True) for value in found)
         return f"{mean} ({'grids ' if self.found.seeds == 1 else ''}{low} to {high})"
 
     @property
@@ -93,15 +94,6 @@ class Row:
         """Whether a table marks it: not where few grids or one seed tell little of others."""
         told = self.found
         return self.p < 1 - LEVEL and told.grids >= MARKED and told.seeds > 1
-
-
-def decimals(mean: float) -> int:
-    """Places after the point of a mean and its interval: three digits of the mean, two at most.
-
-    >>> decimals(0.2), decimals(-16.8), decimals(131.8)
-    (2, 1, 0)
-    """
-    return 2 if abs(mean) < 9.995 else 1 if abs(mean) < 99.95 else 0
 
 
 def line_of(one: Compared) -> dict[str, Any]:

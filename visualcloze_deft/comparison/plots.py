@@ -13,6 +13,7 @@ from visualcloze_deft.adapters.method_table import METHODS
 from visualcloze_deft.comparison.changes import (
     MEASURES,
     ONE_SEED,
+    PERCENT,
     Measure,
     changes,
     distinct_values,
@@ -63,7 +64,9 @@ def draw_scatter(lines: Lines) -> Figure:
                 axes.set_yticks(range(len(told)), [named(*entrant) for entrant in told])
                 axes.set_ylim(len(told) - 0.5, -0.5)
     if one_seed(lines):
-        figure.supxlabel(f"{ONE_SEED} Bars: 95 % interval for other grids alone.", fontsize=9)
+        figure.supxlabel(
+            f"{ONE_SEED} Bars: the {PERCENT} interval for other grids alone.", fontsize=9
+        )
     return figure
 
 

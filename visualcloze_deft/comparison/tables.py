@@ -15,6 +15,7 @@ from visualcloze_deft.comparison.changes import (
     MARKED,
     MEASURES,
     ONE_SEED,
+    PERCENT,
     distinct_values,
     entrants,
     groups_of,
@@ -100,8 +101,8 @@ def minutes_text(minutes: float) -> str:
 def interval_in_words(lines: Lines) -> str:
     """What the brackets hold."""
     if one_seed(lines):
-        return f"{ONE_SEED} In brackets the {LEVEL:.0%} interval for other grids alone."
-    return f"In brackets the {LEVEL:.0%} interval for other seeds and grids."
+        return f"{ONE_SEED} In brackets the {PERCENT} interval for other grids alone."
+    return f"In brackets the {PERCENT} interval for other seeds and grids."
 
 
 def machine() -> str:
@@ -135,7 +136,7 @@ def pairs(lines: Lines) -> Section:
 def marks_in_words(lines: Lines) -> str:
     """Which differences are marked, see `Row.significant`."""
     if one_seed(lines):
-        return "With one seed no difference is marked."
+        return "With one seed, p is of other grids alone, and no difference is marked."
     few = min(line["grids"] for line in lines) < MARKED
     but = f", but none over fewer than {MARKED} grids" if few else ""
     return f"* below {1 - LEVEL:.2f}{but}. Then in how many seeds the difference has this sign."

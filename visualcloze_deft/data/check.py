@@ -13,7 +13,7 @@ from PIL import Image
 
 from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits
-from visualcloze_deft.data.served import served, unpaired
+from visualcloze_deft.data.served import served
 from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.images.depth import SPAN
 from visualcloze_deft.images.maps import MASKS, TURNED
@@ -101,12 +101,11 @@ def _look(index: int) -> ItemReport:
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
     """A source that was read whole. lines: what there is; broken: what is not, and why. kinds: how
-    many items have which roles; roles: all of them, in the order of the data."""
+    many items have which roles."""
 
     lines: Sequence[str]
     broken: Sequence[str]
     kinds: Counter[frozenset[str]]
-    roles: Sequence[str]
 
 
 def report(
@@ -129,9 +128,8 @@ def report(
     if remarks:
         remarks = ["", "how files were read", *(f"  {line}" for line in remarks)]
     lines = [*sizes_of(found, texts, sum(kinds.values())), *remarks, *served(kinds, tasks)]
-    lines += [f"  {line}" for line in unpaired(kinds, tasks, [*found])]
     broken = [one_line(line) for line in broken]
-    return SourceReport(lines=lines, broken=broken, kinds=kinds, roles=[*found])
+    return SourceReport(lines=lines, broken=broken, kinds=kinds)
 
 
 def sizes_of(

@@ -19,6 +19,7 @@ from visualcloze_deft.data.sources.photos import Photos
 from visualcloze_deft.errors import one_line
 from visualcloze_deft.images.reading import SUFFIXES, files_below, folders_in, images_in
 from visualcloze_deft.storage.inside import path_inside
+from visualcloze_deft.storage.tar_members import member_at
 
 NO_PICTURES = frozenset(  # suffixes of files that stand beside pictures and are none
     ".txt .json .jsonl .toml .md .csv .tsv .xml .yaml .yml .html .pdf .parquet .arrow .lock "
@@ -50,9 +51,12 @@ def left_out(source: Source) -> list[str]:
 
 
 def files_of(source: Indexed) -> Iterator[str]:
+    """The files that hold the pictures of a source: an archive, of those in one."""
     for paths in source.table["paths"]:
         for path in paths.as_py():
-            yield path_inside(str(source.folder), os.fsdecode(path))
+            place = os.fsdecode(path)
+            member = member_at(place)
+            yield path_inside(str(source.folder), member.archive if member else place)
 
 
 def unused(folder: Path, used: Iterable[str]) -> Iterator[str]:

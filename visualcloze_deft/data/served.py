@@ -1,15 +1,17 @@
-"""Which tasks data serves, which of its roles no task pairs, and the command that trains on it."""
+"""Which tasks data serves, and the command that trains on it."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from visualcloze_deft.data.derive import DERIVED, missing
-from visualcloze_deft.task_registry.task import ROLE, Task
+from visualcloze_deft.config.source_specs import is_of_photos
+from visualcloze_deft.data.derive import missing
+from visualcloze_deft.data.sources.layouts.reading import AFTER, TARGET
+from visualcloze_deft.task_registry.task import Task
 
 Kinds = Counter[frozenset[str]]  # how many items have just these roles
 WIDTH = 100  # characters of a line of names
@@ -46,45 +48,6 @@ def counts_by_group(kinds: Kinds, tasks: Mapping[str, Task]) -> dict[str, dict[s
     return found
 
 
-def unpaired(kinds: Kinds, tasks: Mapping[str, Task], order: Sequence[str]) -> list[str]:
-    """Lines on roles of the data that no task puts beside others. order: of roles in items."""
-    columns = dict.fromkeys(
-        tuple(sorted(own, key=order.index))
-        for roles in kinds
-        if len(own := _unpaired_in(roles, tasks)) > 1
-    )
-    return [line for own in columns for line in _advice([*own])]
-
-
-def _unpaired_in(roles: frozenset[str], tasks: Mapping[str, Task]) -> set[str]:
-    """The roles of an item that no task uses, with one that such a role may be paired with."""
-    used = {
-        role
-        for task in tasks.values()
-        if not missing(task.roles, roles)
-        for wanted in task.roles
-        for role in ((wanted,) if wanted in roles else DERIVED[wanted].needs)
-    }
-    left = set(roles - used)
-    return (
-        left | {min(used, key=lambda role: role != "target")} if len(left) == 1 and used else left
-    )
-
-
-def _advice(columns: list[str]) -> Iterator[str]:
-    columns.sort(key="target".__eq__)
-    if odd := [role for role in columns if not ROLE.fullmatch(role)]:
-        yield (
-            f"no task can name the role {odd[0]!r}: letters, digits, '_' and '-' only; rename it"
-        )
-        return
-    *conditions, target = columns
-    yield (
-        f"no task pairs {' + '.join(conditions)} -> {target}; write one: "
-        f"vcdeft tasks new NAME --columns {','.join(columns)}"
-    )
-
-
 def train_command(
     kinds: Mapping[str, Kinds], tasks: Mapping[str, Task], folders: Iterable[str]
 ) -> str:
@@ -96,7 +59,8 @@ def train_command(
     if not useful:
         return ""
     words = ["vcdeft", "train", *(word for spec in useful for word in ("--data", spec))]
-    words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
+    if not all(map(is_of_photos, useful)):  # one thing's photos have a run file, which names tasks
+        words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
     words += [word for folder in folders for word in ("--task-folder", folder)]
     return shlex.join([*words, "--output", str(free_output(next(iter(useful))))])
 
@@ -105,15 +69,20 @@ def tasks_for(kinds: Kinds, tasks: Mapping[str, Task]) -> str:
     """What `--tasks` takes: the tasks whose pictures all are in the data; where there are none, or
     too many to list, all that it serves."""
     own = counts_by_group(
-        kinds, {n: t for n, t in tasks.items() if any(t.columns.keys() <= kind for kind in kinds)}
+        kinds, {n: t for n, t in tasks.items() if any(as_read(t) <= kind for kind in kinds)}
     )
     whole = Counter(task.group for task in tasks.values())
     parts = [
         part
         for group, counts in own.items()
-        for part in ([group] if len(counts) == whole[group] else counts)
+        for part in ([group] if len(counts) == whole[group] > 1 else counts)
     ]
     return ",".join(parts) if 0 < len(parts) <= MOST_PARTS else "all"
+
+
+def as_read(task: Task) -> set[str]:
+    """The roles of a task, as pictures of a folder have them: "after" is read as the target."""
+    return {TARGET if role == AFTER else role for role in task.roles}
 
 
 def free_output(spec: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from visualcloze_deft.evaluation.cases import Shot
 from visualcloze_deft.evaluation.score_metrics import Metric, metric_of
 from visualcloze_deft.evaluation.scoring import Scores, SetScore
+from visualcloze_deft.reporting.numbers import three_digits
 from visualcloze_deft.reporting.statistics import Figure, difference, mean_ci, sign_flip_p
 from visualcloze_deft.reporting.tables import (
     NONE,
@@ -148,7 +149,7 @@ def set_cells(sets: Sequence[SetScore]) -> tuple[list[str], list[list[str]]]:
         [
             one.row,
             f"{one.kind} ({one.encoder})",
-            f"{one.distance.value:.4g}",
+            three_digits(one.distance.value),
             NONE if math.isnan(one.distance.deviation) else f"{one.distance.deviation:.2g}",
             str(one.distance.count),
             one.distance.warning or NONE,

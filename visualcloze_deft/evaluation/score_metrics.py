@@ -17,7 +17,7 @@ COMPARED = {  # role -> metric of two maps of it
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a table calls a number, how it is rounded, and whether more of it is better."""
+    """How a table calls a number, and whether more is better. digits: after the point at most."""
 
     title: str
     digits: int

@@ -9,9 +9,11 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCardData
 
-from visualcloze_deft.publishing.facts import RunFacts, settings_of, step_of
+from visualcloze_deft.publishing.facts import RunFacts, settings_of
 from visualcloze_deft.publishing.figures import Figures
 from visualcloze_deft.reporting import tables
+from visualcloze_deft.reporting.numbers import three_digits
+from visualcloze_deft.storage.step_names import step_of
 from visualcloze_deft.task_registry.task import Task
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -118,7 +120,7 @@ def validation_of(facts: RunFacts) -> tuple[list[str], list[list[str]]]:
 
 
 def loss_text(loss: float | None) -> str:
-    return tables.NONE if loss is None else f"{loss:.4f}"
+    return tables.NONE if loss is None else three_digits(loss)
 
 
 def grid_of(task: Task) -> str:

@@ -15,6 +15,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.publishing.bases import PublicBase, public_base, public_name
 from visualcloze_deft.storage.adapter_places import ADAPTER, CONFIG, TASKS
 from visualcloze_deft.storage.jsonl import EvaluationLine, StepLine, read_lines
+from visualcloze_deft.storage.step_names import by_step
 from visualcloze_deft.task_registry.files import read_tasks
 from visualcloze_deft.task_registry.task import Task
 from visualcloze_deft.training import run_folder
@@ -63,14 +64,7 @@ class RunFacts:
     @property
     def sheet(self) -> Path | None:
         """The newest sample sheet."""
-        sheets = (self.folder / "sheets").glob("step-*.png")
-        numbered = [path for path in sheets if path.stem.removeprefix("step-").isdecimal()]
-        return max(numbered, key=step_of, default=None)
-
-
-def step_of(sheet: Path) -> int:
-    """The step after which a sample sheet was made."""
-    return int(sheet.stem.removeprefix("step-"))
+        return next(reversed(by_step(self.folder / run_folder.SHEETS, ".png")), None)
 
 
 def facts_of(folder: Path, *, base: str | None) -> RunFacts:

@@ -35,7 +35,8 @@ def check_public(folder: Path, repo: str) -> None:
     """Raise `UserError` where a file of `folder` that can hold words, or its name, tells of this
     machine. repo: where it is published; its words are public."""
     names = names_here(but=repo.lower().split("/"))
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.suffix == ".md", path)):  # made of the others
         name = path.relative_to(folder).as_posix()
         for text in (name, *texts_of(path)):
             for kind, found in private_in(text, names):

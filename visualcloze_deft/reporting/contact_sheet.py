@@ -21,7 +21,9 @@ METADATA = "vcdeft"  # the text of a PNG file that holds the record of its image
 PREVIEW = "preview"  # what a record says of a picture that may be drawn anew
 GAP, PAPER, INK, MARK = 6, "white", (40, 40, 40), (214, 60, 60)
 TITLE_LINES = 5
-LINE = 14  # pixels of a line of text
+FONT, LINE = 12, 16  # pixels: of letters, and from line to line
+HEAD = 32  # pixels of the title of a sheet
+LETTER = 7  # pixels of a letter's width, about
 NO_LABELS: Mapping[int, Sequence[str]] = MappingProxyType({})
 
 Cells = Sequence[Sequence[Image.Image | None]]
@@ -34,14 +36,17 @@ def draw_grid(
     made: Sequence[tuple[int, int]] = (),
     cell: int = 128,
     labels: Mapping[int, Sequence[str]] = NO_LABELS,
+    title_lines: int = TITLE_LINES,
 ) -> Image.Image:
     """One grid; `made` lists (row, column) of generated cells, which get a red frame.
 
     Cells keep their aspect inside `cell` x `cell` pixels; missing ones are drawn as "?". labels:
-    row -> a text above each of its cells.
+    row -> a text above each of its cells. title_lines: at most, the rest of the title is cut.
     """
     width = max(len(row) for row in rows) * (cell + GAP) + GAP
-    lines = textwrap.wrap(title, max(width // 6, 12), max_lines=TITLE_LINES, placeholder=" ...")
+    lines = textwrap.wrap(
+        title, max(width // LETTER, 12), max_lines=title_lines, placeholder=" ..."
+    )
     heights = [cell + GAP + (LINE if r in labels else 0) for r in range(len(rows))]
     top = GAP + LINE * len(lines)
     page = Image.new("RGB", (width, top + sum(heights) + GAP), PAPER)
@@ -86,11 +91,11 @@ def fitting(text: str, width: int) -> str:
 
 
 @cache
-def caption_font() -> ImageFont.FreeTypeFont:
+def caption_font(size: int = FONT) -> ImageFont.FreeTypeFont:
     """Latin, Greek and Cyrillic letters; Pillow's own font stops at ASCII."""
     from matplotlib import get_data_path  # here: importing it takes long, and sheets are rare
 
-    return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+    return ImageFont.truetype(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
@@ -101,15 +106,19 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     )
 
 
-def draw_sheet(pictures: Sequence[Image.Image], *, columns: int, gap: int = 0) -> Image.Image:
+def draw_sheet(
+    pictures: Sequence[Image.Image], *, columns: int, gap: int = 0, title: str = ""
+) -> Image.Image:
     """Pictures of any size in rows of `columns`, top left aligned, `gap` pixels apart."""
     rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
     widths = [max(row[c].width for row in rows if c < len(row)) + gap for c in range(len(rows[0]))]
     heights = [max(picture.height for picture in row) + gap for row in rows]
-    page = Image.new("RGB", (sum(widths) - gap, sum(heights) - gap), PAPER)
+    top = HEAD if title else 0
+    page = Image.new("RGB", (sum(widths) - gap, top + sum(heights) - gap), PAPER)
+    ImageDraw.Draw(page).text((GAP, GAP), title, fill=INK, font=caption_font(HEAD // 2))
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
-            page.paste(picture, (sum(widths[:c]), sum(heights[:r])))
+            page.paste(picture, (sum(widths[:c]), top + sum(heights[:r])))
     return page
 
 

@@ -22,6 +22,18 @@ def three_digits(value: float | None) -> str:
     return f"{value:#.3g}".removesuffix(".")
 
 
+def rounded(value: float, *, places: int, sign: bool = False) -> str:
+    """A number with three digits, but at most so many after the point, as columns show it.
+
+    >>> [rounded(value, places=2) for value in (0.0123, 9.876, -16.82, 566.62)]
+    ['0.01', '9.88', '-16.8', '567']
+    >>> rounded(0.9876, places=3), rounded(2.5, places=1, sign=True)
+    ('0.988', '+2.5')
+    """
+    own = sum(abs(value) < bound for bound in (0.9995, 9.995, 99.95))
+    return f"{value:{'+' if sign else ''}.{min(own, places)}f}"
+
+
 def duration(seconds: float) -> str:
     """A time as a clock shows it.
 

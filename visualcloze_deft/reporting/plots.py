@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 POINTS = 600  # of a curve; more cannot be told apart
@@ -93,6 +93,14 @@ def keep_in_view(axes: Axes, y: Numbers, smoothed: Numbers) -> None:
         high = max(np.quantile(y, 0.99), *smoothed)
         margin = 0.05 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic height with plain numbers, also where it spans less than a power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw(axes: Axes, lines: Lines, name: str, *, unit: float = 1.0) -> None:

@@ -8,21 +8,25 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from visualcloze_deft.reporting.numbers import rounded
 from visualcloze_deft.reporting.statistics import Figure
 
 NONE = "-"
 
 
 def figure_text(one: Figure, digits: int, *, sign: bool = False) -> str:
-    """A figure in words.
+    """A figure in words, with three digits. digits: after the point at most.
 
     >>> figure_text(Figure(mean=0.83, low=0.8, high=0.862, count=64), 3)
     '0.830 (0.800 to 0.862, n 64)'
     >>> figure_text(Figure(mean=2.5, low=math.nan, high=math.nan, count=1), 1, sign=True)
     '+2.5 (n 1)'
+    >>> figure_text(Figure(mean=24.76, low=20.13, high=30.0, count=9), 2)
+    '24.8 (20.1 to 30.0, n 9)'
     """
-    plus = "+" if sign else ""
-    mean, low, high = (f"{value:{plus}.{digits}f}" for value in (one.mean, one.low, one.high))
+    mean, low, high = (
+        rounded(value, places=digits, sign=sign) for value in (one.mean, one.low, one.high)
+    )
     return (
         f"{mean} (n {one.count})"
         if math.isnan(one.low)

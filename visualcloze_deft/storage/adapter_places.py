@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from visualcloze_deft.storage.step_names import by_step
+
 CONFIG = "adapter_config.json"  # peft's settings file, which every adapter folder has
 ADAPTER, CHECKPOINTS, TASKS = "adapter", "checkpoints", "tasks"  # in a run folder
 
@@ -22,11 +24,7 @@ def adapter_folder(place: Path) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that hold an adapter, the newest last."""
-    found = (run / CHECKPOINTS).glob("step-*")
-    return sorted(
-        (path for path in found if (path / CONFIG).is_file()),
-        key=lambda path: (len(path.name), path.name),
-    )
+    return [path for path in by_step(run / CHECKPOINTS) if (path / CONFIG).is_file()]
 
 
 def run_folder_of(adapter: Path) -> Path:

@@ -24,6 +24,7 @@ from torch import Tensor
 from visualcloze_deft.backbones import tensor_files
 from visualcloze_deft.errors import PARSED, UserError, why
 from visualcloze_deft.storage.hashing import digest
+from visualcloze_deft.storage.step_names import by_step, step_name
 from visualcloze_deft.storage.text_files import read_object
 
 MOMENTS, PROGRESS = "optimiser.safetensors", "progress.json"
@@ -83,7 +84,7 @@ def save(
     anew. Raises `UserError` where the disk is full, the folder read-only or gone; what was saved
     before is then still there.
     """
-    final = folder / f"step-{progress.step:06d}"
+    final = folder / step_name(progress.step)
 
     def fill(at: Path) -> None:
         write_adapter(at)
@@ -98,7 +99,7 @@ def save(
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
         replace(final, fill)
-        for old in _by_step(folder)[:-keep]:
+        for old in by_step(folder)[:-keep]:
             if old != final:  # damaged ones of a higher number may stand beside it
                 shutil.rmtree(old)
     return final
@@ -175,7 +176,7 @@ def short_of_room(folder: Path, needed: int) -> str | None:
 def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     """The newest undamaged checkpoint, and a line about each newer one that is damaged."""
     warnings: list[str] = []
-    for path in reversed(_by_step(folder)):
+    for path in reversed(by_step(folder)):
         try:
             return Checkpoint(folder=path, progress=_check(path)), warnings
         except PARSED as error:
@@ -186,10 +187,6 @@ def newest(folder: Path) -> tuple[Checkpoint, list[str]]:
         f"--resume: no good checkpoint in {folder} ({len(warnings)} damaged); start again without "
         "--resume and with another --output"
     )
-
-
-def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _check(path: Path) -> Progress:

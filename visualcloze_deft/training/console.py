@@ -55,6 +55,7 @@ class Console:
         self.loss, self.exact, self.seconds = RunningMean(), RunningMean(), RunningMean()
         self.spent: dict[str, float] = {}
         self.explained = False
+        self.told = ""
         self.bar: Any = None
 
     @contextmanager
@@ -70,6 +71,7 @@ class Console:
             leave=leave,
         ) as self.bar:
             yield
+            self.bar.set_postfix_str(self.told)
 
     def doing(self, what: str) -> None:
         """Show what is done between steps."""
@@ -82,8 +84,9 @@ class Console:
         if "loss" in exact:
             self.exact.add(exact["loss"], exact["weight"])
         self.seconds.add(line["seconds"])
-        told = f"loss {three_digits(self.loss.mean)}, {three_digits(self.seconds.mean)} s/step"
-        self.bar.set_postfix_str(f"{told}, {duration(self.left(step))} left", refresh=False)
+        means = self.loss.mean, self.seconds.mean
+        self.told = "loss {}, {} s/step".format(*map(three_digits, means))
+        self.bar.set_postfix_str(f"{self.told}, {duration(self.left(step))} left", refresh=False)
         self.bar.update(1)
 
     @contextmanager

@@ -18,6 +18,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.planning.memory import LEAST, decided, load_of
 from visualcloze_deft.runtime.gpus import check_alike, gpus_here, precision_on
 from visualcloze_deft.storage.adapter_places import TASKS
+from visualcloze_deft.storage.step_names import by_step
 from visualcloze_deft.training import deepspeed_settings
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import newest
@@ -196,7 +197,7 @@ def load_in(run: Run, mixture: Mixture) -> Load:
 def to_plan(run: Run) -> Run:
     """`run` as its memory is planned: an adapter that it started from lies in its own checkpoint,
     once there is one, whatever became of the first folder."""
-    saved = sorted((Path(run.output) / "checkpoints").glob("step-*"))
+    saved = by_step(Path(run.output) / "checkpoints")
     if run.adapter.init_from is None or not saved:
         return run
     adapter = run.adapter.model_copy(update={"init_from": str(saved[-1])})

@@ -19,6 +19,7 @@ from visualcloze_deft.reporting.plots import (
     Numbers,
     draw,
     keep_in_view,
+    log_scale,
     picture,
     smooth,
     thinned,
@@ -26,6 +27,7 @@ from visualcloze_deft.reporting.plots import (
 )
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import EvaluationLine, SkippedLine, StepLine, read_lines
+from visualcloze_deft.storage.step_names import by_step, step_of
 from visualcloze_deft.storage.text_files import read_text
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.validation import why_training_is_higher
@@ -171,7 +173,7 @@ def draw_loss(axes: Axes, steps: Lines, evaluations: Lines) -> None:
         axes.plot(x, held_out, "o-", color="C3", markersize=4, label="validation")
         smoothed = np.concatenate([smoothed, held_out])
     if np.nanmax(smoothed) > 10 * np.nanmin(smoothed):
-        axes.set_yscale("log")
+        log_scale(axes)
     else:
         keep_in_view(axes, y, smoothed)
 
@@ -186,7 +188,7 @@ def draw_tasks(axes: Axes, steps: Lines) -> None:
         axes.plot(
             *thinned(x[known], smooth(y[known], share=1 / 8)), linewidth=1.2, label=printable(task)
         )
-        axes.set_yscale("log")  # a map is a tenth of a photo's loss
+        log_scale(axes)  # a map is a tenth of a photo's loss
 
 
 def seen_tasks(steps: Lines) -> Counter[str]:
@@ -258,7 +260,7 @@ def task_table(steps: Lines, evaluations: Lines) -> page.Table:
 
 def last_sheet(folder: Path) -> list[page.Section]:
     """The newest sample sheet, where there is one."""
-    sheets = sorted((folder / run_folder.SHEETS).glob("step-*.png"))
+    sheets = by_step(folder / run_folder.SHEETS, ".png")
     if not sheets:
         return []
     picture = page.Picture(image=read_image(sheets[-1]), alt="sample sheet")
@@ -266,10 +268,12 @@ def last_sheet(folder: Path) -> list[page.Section]:
         "Each grid: an example above, the query below. Red frames are generated, from the same "
         "noise by the base and by the adapter."
     )
-    if earlier := [sheet.stem for sheet in sheets[:-1]]:
-        words += f" The folder {run_folder.SHEETS} also has {', '.join(earlier[-5:])}."
+    steps = [f"{step_of(sheet):,}" for sheet in sheets]
+    if earlier := steps[:-1]:
+        some = earlier if len(earlier) < 6 else [earlier[0], "...", *earlier[-4:]]
+        words += f" Earlier ones lie in the folder {run_folder.SHEETS}: step {', '.join(some)}."
     parts: list[page.Part] = [page.Text(text=words), picture]
-    return [page.Section(title=f"Samples, {sheets[-1].stem}", parts=parts)]
+    return [page.Section(title=f"Samples at step {steps[-1]}", parts=parts)]
 
 
 def skipped_parts(skipped: Lines) -> list[page.Part]:

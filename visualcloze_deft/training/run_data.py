@@ -14,7 +14,7 @@ from visualcloze_deft.data.base import Part, Source, units_of
 from visualcloze_deft.data.eligible import eligible
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources import open_source
-from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
+from visualcloze_deft.data.unpaired import missing_tasks
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.task import Task
@@ -52,7 +52,7 @@ def mixture_of(run: Run, *, held_out: bool = False, cache: Path | None = None) -
 def why(run: Run, sources: Sequence[Source]) -> str:
     """What sources have of which no task can be made."""
     known = load_tasks(map(Path, run.data.task_folders))
-    hints = [task_to_write(s, columns) for s in sources if (columns := unpaired_columns(s, known))]
+    hints = [line for source in sources for line in missing_tasks(source, known)]
     has = [f"{s.name} has the roles {', '.join(sorted(s.roles))}" for s in sources]
     return "; ".join([*has, *hints])
 

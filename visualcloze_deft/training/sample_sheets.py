@@ -31,6 +31,7 @@ from visualcloze_deft.task_registry.task import Task
 STEPS = 20
 """Sampling steps of the sheets made while training."""
 TRUTH = "truth"
+CELL, GAP, WIDTH = 144, 12, 1240  # pixels: of a cell, between grids, of a page of HTML
 
 Made = Sequence[Image.Image]
 """The pictures of a grid's hidden cells, left to right."""
@@ -87,10 +88,13 @@ def answer(
     return room.attempt(lambda: pictures_of(models, tokens, built))[0]
 
 
-def sheet_of(samples: Sequence[Sample]) -> Image.Image:
-    """Samples beside each other, all cells of one size."""
-    columns = 1 if len(samples) == 1 else min(3, -(-len(samples) // 2))
-    return draw_sheet([sample_page(one) for one in samples], columns=columns, gap=12)
+def sheet_of(samples: Sequence[Sample], *, title: str) -> Image.Image:
+    """Samples beside each other, all cells of one size, as many in a row as a page shows in full
+    size."""
+    pages = [sample_page(one) for one in samples]
+    fitting = WIDTH // (max(page.width for page in pages) + GAP)
+    columns = max(1, min(fitting, -(-len(pages) // 2)))
+    return draw_sheet(pages, columns=columns, gap=GAP, title=title)
 
 
 def sample_page(sample: Sample) -> Image.Image:
@@ -109,7 +113,9 @@ def sample_page(sample: Sample) -> Image.Image:
         labels += [f"{label}: {sample.roles[c]}" if len(targets) > 1 else label for c in targets]
     words = f"{example.task}: {example.content}" if example.content else example.task
     heads = {0: [sample.roles[c] for c in order], len(above): labels}
-    return draw_grid([*above, last], title=words, made=framed, labels=heads)
+    return draw_grid(
+        [*above, last], title=words, title_lines=2, made=framed, cell=CELL, labels=heads
+    )
 
 
 def example_sheet(examples: list[Example]) -> Image.Image:

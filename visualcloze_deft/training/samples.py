@@ -34,6 +34,7 @@ from visualcloze_deft.reporting.contact_sheet import image_metadata, metadata_te
 from visualcloze_deft.sampling.context import FULL, Context
 from visualcloze_deft.sampling.room import NoRoom, Room, put_back, short_of_memory
 from visualcloze_deft.storage.atomic import atomic_write, write_png
+from visualcloze_deft.storage.step_names import step_name
 from visualcloze_deft.task_registry.task import Task
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.engine import published
@@ -156,7 +157,7 @@ class SampleSheets:
         if step or self.adapter_differs_at_start:
             what = f"sheet of step {step}: adapter"
             own = Context(isolated=self.run.context == "isolated")
-            found[f"adapter, step {step}"] = self.made_of(examples, room, what, doing, context=own)
+            found["adapter"] = self.made_of(examples, room, what, doing, context=own)
         return found
 
     @property
@@ -239,4 +240,6 @@ class SampleSheets:
         drawn = [one for one, found in zip(samples, newest, strict=True) if found is not None]
         if drawn:
             self.folder.mkdir(exist_ok=True)
-            write_png(self.folder / f"step-{step:06d}.png", sheet_of(drawn))
+            write_png(
+                self.folder / f"{step_name(step)}.png", sheet_of(drawn, title=f"Step {step:,}")
+            )

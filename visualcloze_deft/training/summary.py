@@ -11,7 +11,7 @@ from pathlib import Path
 from visualcloze_deft.config.run_settings import Recipe, Run
 from visualcloze_deft.data.eligible import unused_sources
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.unpaired import task_to_write, unpaired_columns
+from visualcloze_deft.data.unpaired import missing_tasks
 from visualcloze_deft.planning.machine import memory_here
 from visualcloze_deft.planning.memory import plan_here
 from visualcloze_deft.reporting.numbers import counted_as
@@ -84,8 +84,7 @@ def remarks_on_data(run: Run, mixture: Mixture) -> Iterator[str]:
     for source in unused_sources(mixture.tasks, mixture.sources):
         yield f"{source.name} has nothing that these tasks are trained on"
     for source in mixture.sources:
-        if columns := unpaired_columns(source, known):
-            yield task_to_write(source, columns)
+        yield from missing_tasks(source, known)
 
 
 def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:
@@ -121,6 +120,8 @@ def steps_in_words(run: Run, processes: int) -> str:
 
     >>> steps_in_words(Run(steps=200, batch=8), 2)
     '200 steps of 16 grids: 8 grids on each of 2 processes'
+    >>> steps_in_words(Run(steps=200, batch=8), 1)
+    '200 steps of 8 grids on 1 process'
     >>> steps_in_words(Run(steps=200, batch=1, accumulate=8), 1)
     '200 steps of 8 grids: 8 times 1 grid on 1 process'
     >>> steps_in_words(Run(steps=9, batch_tokens=4000), 2)
@@ -132,6 +133,8 @@ def steps_in_words(run: Run, processes: int) -> str:
         return f"{run.steps:,} steps: {times}up to {run.batch_tokens:,} tokens {where}"
     part = counted_as(run.batch, "grid")
     whole = counted_as(run.batch * run.accumulate * processes, "grid")
+    if part == whole:
+        return f"{run.steps:,} steps of {whole} {where}"
     return f"{run.steps:,} steps of {whole}: {times}{part} {where}"
 
 

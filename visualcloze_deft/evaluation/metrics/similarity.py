@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.reporting.numbers import three_digits
 
 Rows = NDArray[np.floating]
 Floats = NDArray[np.float64]
@@ -40,7 +41,7 @@ class Distance:
     def __str__(self) -> str:
         spread = "" if math.isnan(self.deviation) else f", deviation {self.deviation:.2g}"
         warning = f"; {self.warning}" if self.warning else ""
-        return f"{self.value:.4g} (n {self.count}{spread}{warning})"
+        return f"{three_digits(self.value)} (n {self.count}{spread}{warning})"
 
 
 def cosines(one: Rows, other: Rows) -> Floats:

@@ -20,12 +20,12 @@ from visualcloze_deft.data.sources.layouts.reading import (
     NO_ROLES,
     TARGET,
     Reading,
+    as_role,
+    known_roles,
     paired,
 )
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.reading import any_images_in, images_in
-from visualcloze_deft.paths import TASKS
-from visualcloze_deft.task_registry.files import ROLES_FILE, read_roles
 
 Side = Literal["suffix", "prefix"]
 
@@ -86,6 +86,13 @@ def read(path: Path, reading: Reading) -> Iterator[Row]:
         return paired(path, {s: {TARGET: found.name} for s, found in pictures.items()}, reading)
     if names.others:
         reading.on_fault(_without_role(path, names, pictures))
+    for stem, (item, role) in names.parts.items():
+        if (kept := names.items[item][role]) != stem:
+            reading.on_fault(
+                UserError(
+                    f"{pictures[stem]}: {pictures[kept].name} is {role} of {item!r} too; keep one"
+                )
+            )
     roles = dict.fromkeys(role for _, role in names.parts.values())
     reading.note(f"each name has its role as a {names.side}: {', '.join(roles)}")
     items = {
@@ -124,7 +131,7 @@ def read_as(side: Side, stems: Iterable[str]) -> Names:
     found = {stem: patterns()[side].fullmatch(stem) for stem in stems}
     return Names(
         side=side,
-        parts={stem: (match["item"], match["role"]) for stem, match in found.items() if match},
+        parts={s: (match["item"], as_role(match["role"])) for s, match in found.items() if match},
         others=tuple(stem for stem, match in found.items() if not match),
     )
 
@@ -150,17 +157,11 @@ def _without_role(path: Path, names: Names, pictures: Mapping[str, Path]) -> Use
 
 
 @cache
-def known_roles() -> frozenset[str]:
-    """The roles that the shipped tasks name."""
-    return frozenset(read_roles(TASKS / ROLES_FILE).phrases) | {AFTER}
-
-
-@cache
 def patterns() -> dict[Side, re.Pattern[str]]:
-    """How a stem is taken apart. A role is one word, or one of those that tasks name with an
-    underscore in them."""
-    long = sorted((role for role in known_roles() if "_" in role), key=len, reverse=True)
-    role = rf"(?P<role>{'|'.join(long)}|image_\d+|[a-z][a-z0-9]*)"
+    """How a stem is taken apart. A role is one word in small letters, or one that tasks name
+    in any."""
+    known = sorted(known_roles(), key=len, reverse=True)
+    role = rf"(?P<role>(?i:{'|'.join(known)})|image_\d+|[a-z][a-z0-9]*)"
     return {
         "suffix": re.compile(rf"(?P<item>.+?)[_-]{role}"),
         "prefix": re.compile(rf"{role}[_-](?P<item>.+)"),

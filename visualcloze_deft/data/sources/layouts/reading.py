@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from visualcloze_deft.data.index import Row
 from visualcloze_deft.errors import OnFault, UserError, stop
+from visualcloze_deft.paths import TASKS
 from visualcloze_deft.storage.text_files import read_text, sound
+from visualcloze_deft.task_registry.files import ROLES_FILE, read_roles
 
 TARGET = "target"
 AFTER = "after"  # another word for the target, which beginners of pairs have
@@ -32,6 +35,17 @@ class Reading:
         self.notes[line] = None
 
 
+@cache
+def known_roles() -> frozenset[str]:
+    """The roles that the shipped tasks name."""
+    return frozenset(read_roles(TASKS / ROLES_FILE).phrases) | {AFTER}
+
+
+def as_role(word: str) -> str:
+    """The role that a word of a user's means: one that tasks name, whatever its capitals."""
+    return word.lower() if word.lower() in known_roles() else word
+
+
 def check_role(where: str, role: str) -> None:
     if not role.strip() or not role.isprintable():
         raise UserError(f"{where}: the role {role!r} is no word; give it letters, no line break")
@@ -42,7 +56,8 @@ def with_target(paths: Mapping[str, str], reading: Reading) -> dict[str, str]:
     if AFTER not in paths or TARGET in paths:
         return dict(paths)
     reading.note("after: read as target; a task may call it either")
-    return {TARGET if role == AFTER else role: path for role, path in paths.items()}
+    others = {role: path for role, path in paths.items() if role != AFTER}
+    return {**others, TARGET: paths[AFTER]}
 
 
 def paired(root: Path, items: Mapping[str, Mapping[str, str]], reading: Reading) -> Iterator[Row]:
