@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flops import forward_flops
 from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, predict
@@ -150,6 +153,24 @@ def test_full_steps_are_evenly_spaced_from_the_first() -> None:
     assert sorted(full_steps_of(1, 30)) == [0]
     assert sorted(full_steps_of(4, 10)) == [0, 2, 5, 7]
     assert full_steps_of(30, 30) == frozenset(range(30))
+
+
+def test_an_isolated_context_takes_the_operations_that_are_counted(
+    models: Models, given: Conditions
+) -> None:
+    """In the linear layers and attention of blocks, and at both ends."""
+    cache, noisy = cache_of(models, given), noise_of(given)
+    injection.detach(models.transformer)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        cache.prefill()
+        cache.active(noisy, torch.ones(1))
+    found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    text, targets = given.text.text.shape[1], len(cache.targets)
+    config = models.transformer.config
+    linear, attention = forward_flops(config, noisy.shape[1], text, targets)
+    assert found.pop("aten.bmm") == attention
+    # beside what reads the time and the pooled text in each of the two calls
+    assert sum(found.values()) == pytest.approx(linear, rel=0.1)
 
 
 # ---- training
