@@ -24,7 +24,7 @@ mkdir -p wheels
     --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 \
     --platform manylinux1_x86_64 -d wheels \
     'diffusers>=0.42.1,<0.43' 'transformers>=5.23,<6' 'accelerate>=1.15,<2' \
-    'peft>=0.21.2,<0.22' 'datasets>=5.2,<6' 'huggingface-hub>=1.33,<2' 'einops>=0.8.2' \
+    'peft>=0.21.2,<0.22' 'datasets>=5.2,<6' 'huggingface-hub==1.33.*' 'einops>=0.8.2' \
     'click>=8.2,<9' 'tomli-w>=1.1' 'tqdm>=4.66' 'psutil>=6' \
     'pydantic==2.14.4' 'pydantic-core==2.50.5' 'annotated-types' 'typing-inspection' \
     'typing-extensions' 'tokenizers>=0.22' 'safetensors>=0.5' 'hjson' 'dill<0.4.2' \

@@ -71,12 +71,15 @@ def spoiled_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def once(function: Backend) -> Backend:
-    """`function` in the first call of each process, and torch's own from then on."""
+    """`function` in the first call of each process with a gradient, and torch's own otherwise:
+    samples come before the first step."""
     calls: list[None] = []
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not query.requires_grad or calls:
+            return NATIVE(query=query, key=key, value=value)
         calls.append(None)
-        return (function if len(calls) == 1 else NATIVE)(query=query, key=key, value=value)
+        return function(query=query, key=key, value=value)
 
     return attend
 

@@ -275,10 +275,10 @@ def check_kinds(source: Annotated) -> None:
 
 
 def test_items_without_a_target_get_nothing(photos: Path, depth_model: Path) -> None:
-    rows = [{"target": "target/0.png"}, {"before": "target/1.png", "after": "target/2.png"}]
+    rows = [{"target": "target/0.png"}, {"before": "target/1.png", "edited": "target/2.png"}]
     (photos / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = Annotated(Folder(photos), {"depth": str(depth_model)})
-    assert set(source.item(1).images) == {"before", "after"}
+    assert set(source.item(1).images) == {"before", "edited"}
     check_kinds(source)
 
 

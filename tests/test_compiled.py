@@ -188,6 +188,7 @@ def test_a_compiled_run_over_many_shapes_has_the_losses_of_one_that_is_not(
     words = ["train", "--model", micro_model, "--tasks", "all", "--rank", "4", "--steps", "24"]
     rows = "data.recipe.examples=[1,1,1,1,1]"
     words += ["--set", rows, "--set", "data.recipe.run_length=1", "--lr", "0.001"]
+    words += ["--set", "sample_grids=2"]
     run([*words, "--output", tmp_path / "plain"], processes=1)
     group = Group([*words, "--output", tmp_path / "run", "--set", "compile=true"], processes=1)
     assert group.wait(500) == 0, group.said[-3000:]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import hub_server, use
 from PIL import Image
 from processes import run
 
@@ -67,7 +68,7 @@ def write_adapter(folder: Path, *, seed: int) -> None:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the docs name: runs, a LoRA, pictures, a grid, a pipeline."""
     folder = tmp_path_factory.mktemp("desk")
-    for seed, name in enumerate(("mine", "demo", "a", "b", "c")):
+    for seed, name in enumerate(("mine", "demo", "pairs", "a", "b", "c")):
         write_adapter(folder / "runs" / name, seed=seed)
     export.export(folder / "runs" / "mine", folder / "my-lora.safetensors", "diffusers")
     (folder / "loras").mkdir()
@@ -96,7 +97,9 @@ def test_a_block_of_python_runs_as_it_is_printed(
 ) -> None:
     monkeypatch.chdir(desk)
     names = given()
-    exec(blocks()[name].replace(ON_HUB, str(BASE)), names)
+    with hub_server() as hub:
+        use(hub, monkeypatch)
+        exec(blocks()[name].replace(ON_HUB, str(BASE)), names)
     if "there" in names:  # made by diffusers, and by us with the adapter
         check_equal(names)
 
@@ -109,7 +112,12 @@ def check_equal(names: dict[str, Any]) -> None:
 
 
 def test_the_pages_with_python_are_known() -> None:
-    assert {name.partition(":")[0] for name in blocks()} == {"README", "adapters", "inference"}
+    assert {name.partition(":")[0] for name in blocks()} == {
+        "README",
+        "adapters",
+        "inference",
+        "publish",
+    }
     assert any(name.startswith("adapters: The same picture in diffusers") for name in blocks())
 
 

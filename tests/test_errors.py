@@ -684,9 +684,9 @@ def test_a_damaged_index_names_its_item(tmp_path: Path) -> None:
 def test_a_name_in_a_picture_is_no_formula(name: str) -> None:
     bar = Figure(mean=1.0, low=0.5, high=1.5, count=3)
     svg_of(draw_bars(f"{name}, more is better", {name: bar}, {}))
-    lines = [STEP | {"step": k, "tasks": {name: 0.5, "other": 0.4}} for k in (1, 2, 3)]
+    lines = [STEP | {"step": k, "tasks": {name: 0.35, "a": 0.4, "b": 0.3}} for k in (1, 2, 3)]
     drawn = plots.picture("by task", "", lambda axes: report.draw_tasks(axes, lines))
-    plain = [STEP | {"step": k, "tasks": {"other": 0.4}} for k in (1, 2, 3)]
+    plain = [STEP | {"step": k, "tasks": {"a": 0.4, "b": 0.3}} for k in (1, 2, 3)]
     few = plots.picture("by task", "", lambda axes: report.draw_tasks(axes, plain))
     assert drawn.count("legend_1") == few.count("legend_1") == 1
     assert drawn.count('id="text_') == few.count('id="text_') + 1  # the name stands in the legend

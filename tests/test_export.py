@@ -430,6 +430,7 @@ def test_training_starts_from_an_imported_lora(micro_model: Path, tmp_path: Path
     )
     words = ["train", "--model", micro_model, "--method", "lora", "--rank", 3, "--steps", 1]
     words += ["--lr", "1e-9", "--tasks", "depth-to-image", "--output", tmp_path / "run"]
+    words += ["--set", "sample_grids=2"]
     processes.run([*words, "--set", f"adapter.init_from={start}"], processes=1)
     began = load_file(start / WEIGHTS)
     for name, tensor in load_file(tmp_path / "run" / "adapter" / WEIGHTS).items():

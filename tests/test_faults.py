@@ -50,7 +50,16 @@ RESUME = ["train", "--resume", "--output"]
 def words(model: Path, output: Path, *more: object) -> list[object]:
     base = ["train", "--model", model, "--tasks", "depth-to-image,novel-view", "--rank", 4]
     base += ["--steps", STEPS, "--batch", 2, "--output", output, "--lr", 0.01]
-    return [*base, "--set", "save_every=1", "--set", "keep_checkpoints=9", *more]
+    return [
+        *base,
+        "--set",
+        "save_every=1",
+        "--set",
+        "keep_checkpoints=9",
+        "--set",
+        "sample_grids=2",
+        *more,
+    ]
 
 
 def lines(output: Path) -> list[dict[str, object]]:

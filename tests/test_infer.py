@@ -488,6 +488,7 @@ def test_an_adapter_names_the_lora_that_was_merged_when_its_run_began(
     before, output = hashlib.sha256(lora.read_bytes()).hexdigest(), tmp_path / "run"
     words = ["train", "--model", micro_model, "--tasks", "depth-to-image", "--rank", 2]
     words += ["--set", f"model_lora={lora}", "--steps", 300, "--output", output]
+    words += ["--set", "sample_grids=2"]
     group = processes.Group([*words, "--set", "save_every=1"], processes=1)
     while not list(output.glob("checkpoints/step-*")):
         time.sleep(0.01)

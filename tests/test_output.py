@@ -26,7 +26,7 @@ LINE = "vcdeft: output"
 
 def words(model: Path, output: Path, *more: object) -> list[object]:
     base = ["train", "--model", model, "--tasks", "depth-to-image", "--rank", 2, "--batch", 1]
-    return [*base, "--steps", 2, "--output", output, *more]
+    return [*base, "--steps", 2, "--set", "sample_grids=2", "--output", output, *more]
 
 
 def content(folder: Path) -> dict[str, bytes]:
