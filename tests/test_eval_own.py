@@ -14,6 +14,9 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, parse_run, write_run
+from visualcloze_deft.evaluation.own_data import held_out_by, remarks_on
+from visualcloze_deft.evaluation.suite_queries import GridSettings
+from visualcloze_deft.evaluation.suites import rows_of
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.task_registry.new_task import write_new_task
 
@@ -93,6 +96,42 @@ def test_pairs_that_were_trained_on_are_told_so(
     words = ("--suite", f"folder={pairs}", "--limit", 1, "--output", tmp_path / "out")
     evaluate(micro_model, run, *words)
     assert "trained on these very items" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_no_query_is_among_the_rows_above_it(pairs: Path, trained: Path, every: int) -> None:
+    making = GridSettings(
+        data={"folder": str(pairs)},
+        resolution=32,
+        rows=ITEMS,
+        validation_every=every,
+        task_folders=(str(trained / "adapter" / "tasks"),),
+    )
+    [row] = rows_of("folder", making)
+    for k in range(row.count):
+        keys = row.make(k).example.keys
+        assert len({*keys}) == len(keys) > 1
+
+
+def test_items_that_one_of_several_runs_was_trained_on_are_not_held_out(
+    trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    def trained_with(every: int) -> Path:
+        run = shutil.copytree(trained, tmp_path / f"every-{every}")
+        text = (run / "settings.toml").read_text()
+        changed = text.replace(f"validation_every = {EVERY}", f"validation_every = {every}")
+        (run / "settings.toml").write_text(changed)
+        return run / "adapter"
+
+    spec, four, six, none = f"folder={pairs}", *map(trained_with, (4, 6, 0))
+    assert held_out_by([four], spec) == 4
+    both = held_out_by([four, six], spec)
+    assert both
+    kept = [k for k in range(100) if k % both == both - 1]
+    assert kept == [k for k in range(100) if k % 4 == 3 and k % 6 == 5]
+    assert held_out_by([four, none], spec) == 0
+    assert "it has seen some of them" in remarks_on(4, spec, 6)[0]
+    assert "those that training left out" in remarks_on(4, spec, 8)[0]
 
 
 def test_a_pipeline_knows_the_tasks_of_a_run_that_it_loads(

@@ -21,6 +21,7 @@ from PIL import Image
 
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import load_run
+from visualcloze_deft.data.base import Part
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.errors import UserError
@@ -237,6 +238,21 @@ def test_sub_folders_with_capitals_are_the_roles_that_tasks_name(tmp_path: Path)
     item = Folder(tmp_path).item(0)
     assert [*item.images] == ["before", "My", "target"]
     assert item.image("target").getpixel((0, 0)) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("write", [own_table, imagefolder_csv, shard, shards_with_json])
+def test_roles_with_capitals_are_those_that_tasks_name_in_tables_and_shards(
+    tmp_path: Path, write: Callable[[Path, Pictures, Texts], None]
+) -> None:
+    write(tmp_path, {"1": {"Depth": 3, "target": 4, "My": 5}}, {"1": "said"})
+    [kind] = Folder(tmp_path).kinds
+    assert kind == {"depth", "target", "My"}
+
+
+def test_two_names_of_one_role_in_a_row_are_refused(tmp_path: Path) -> None:
+    own_table(tmp_path, {"1": {"Depth": 3, "depth": 4, "target": 5}}, {"1": "said"})
+    with pytest.raises(UserError, match="line 1: two of Depth, depth, target are one role"):
+        Folder(tmp_path)
 
 
 # ---- names
@@ -529,6 +545,7 @@ def test_a_check_of_graph200k_lists_every_fault(
         ("depth target", "depth-to-image,image-to-depth"),
         ("target", "all"),
         ("image_1 image_2 target", "image-composition"),
+        ("before depth_edit target", "depth-editing,image-editing"),  # one is called as their group
     ],
 )
 def test_a_check_ends_with_the_command_that_trains_on_the_data(
@@ -629,3 +646,27 @@ def test_a_folder_opens_as_a_source_from_a_table_or_a_shard(tmp_path: Path) -> N
     shard(tmp_path / "b", PAIRS, CAPTIONS)
     for place in ("a/metadata.csv", "b/pairs-000.tar"):
         assert len(open_source(f"folder={tmp_path / place}", size=16, seed=0)) == 3
+
+
+def test_rows_that_share_a_picture_are_held_out_together(tmp_path: Path) -> None:
+    """Also where a third row has one picture of each, and names of one file are written in two
+    ways."""
+    names = [("a", "1"), ("b", "2"), ("./a", "3"), ("c", "3"), ("d", "4"), ("b", "5")]
+    for name in {name.strip("./") for pair in names for name in pair}:
+        Image.effect_noise((32, 32), 50).save(tmp_path / f"{name}.png")
+    rows = [{"before": f"{one}.png", "target": f"{other}.png"} for one, other in names]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = Folder(tmp_path)
+    assert source.units is not None
+    assert source.units.tolist() == [0, 1, 0, 0, 2, 1]
+    shown, kept = (Part(source, every=2, held_out=held_out) for held_out in (False, True))
+    pictures = [{name for k in part.own for name in rows[k].values()} for part in (shown, kept)]
+    assert not pictures[0] & pictures[1]
+
+
+def test_rows_without_a_picture_in_common_are_units_of_their_own(tmp_path: Path) -> None:
+    for name in "abcd":
+        Image.effect_noise((32, 32), 50).save(tmp_path / f"{name}.png")
+    rows = [{"before": "a.png", "target": "b.png"}, {"before": "c.png", "target": "d.png"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert Folder(tmp_path).units is None

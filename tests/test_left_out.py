@@ -44,6 +44,20 @@ def test_nothing_is_said_where_all_is_taken(pairs: Path) -> None:
     assert lines(f"folder={pairs}") == ""
 
 
+def test_texts_that_no_item_reads_are_named(pairs: Path) -> None:
+    for place in ("target/0.txt", "0_instruction.txt", "instruction/1.txt", "1.txt"):
+        (pairs / place).parent.mkdir(exist_ok=True)
+        (pairs / place).write_text("read")
+    assert lines(f"folder={pairs}") == ""
+    for place in ("before/0.txt", "captions/0.txt", "7.txt", ".cache/0.txt"):
+        (pairs / place).parent.mkdir(exist_ok=True)
+        (pairs / place).write_text("not read")
+    said = lines(f"folder={pairs}")
+    assert said.endswith("a text that is read for no item")
+    assert ".cache" not in said
+    assert all(name in said for name in ("before/0.txt", "captions/0.txt", "7.txt"))
+
+
 def test_a_shard_is_taken_where_an_item_is_in_it(pairs: Path, tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         with tarfile.open(tmp_path / name, "w") as archive:

@@ -43,7 +43,7 @@ OPTIONS = {
     ),
     "publish": (
         "RUN --base --dry-run --dtype --evaluation --format --model --model-lora --private --repo "
-        "--revision --without-pictures"
+        "--revision --with-pictures"
     ),
     "report": "RUN",
     "tasks check": "FILE --task-folder",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,13 @@ import pytest
 from PIL import Image
 
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run_settings import Run, parse_run
+from visualcloze_deft.config.run_settings import Run, load_run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder, task_folders_of
-from visualcloze_deft.task_registry.files import load_tasks, read_tasks
+from visualcloze_deft.task_registry.files import is_same, load_tasks, read_tasks
 from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
-from visualcloze_deft.training.summary import draws_of, summary_of
+from visualcloze_deft.training.summary import draws_of, remarks_on_tasks, summary_of
 
 Refused = Callable[..., str]
 
@@ -130,6 +132,22 @@ def test_no_query_is_asked_twice(pairs: Path, tmp_path: Path) -> None:
     assert sorted(asked.values()) == [1] * 5
 
 
+@pytest.mark.parametrize("roles", ["before depth_edit target depth", "target"])
+def test_the_advice_for_a_group_that_has_most_draws_it_less(tmp_path: Path, roles: str) -> None:
+    place = folder_of(tmp_path / "mine", roles, 3)
+    heavy = "image-editing/*" if "before" in roles else "restoration"
+    run = run_of(f"folder={place}", weights={heavy: 9.0}, resolution=32)
+    mixture = mixture_of(run)
+    [line] = [line for line in remarks_on_tasks(run, mixture) if "has most of it" in line]
+    words = shlex.split(line.partition(": ")[2])
+    setting, without = words[1], words[words.index("--tasks") + 1]
+    before, changed = draws_of(mixture)[0], load_run(None, [setting])
+    lighter = mixture_of(run_of(f"folder={place}", weights=changed.data.weights, resolution=32))
+    assert next(d for d in draws_of(lighter) if d.group == before.group).share < 0.2
+    left = mixture_of(run_of(f"folder={place}", tasks=without, resolution=32))
+    assert before.group not in {draws.group for draws in draws_of(left)}
+
+
 # ---- carrying it
 
 
@@ -161,6 +179,14 @@ def test_adapters_of_different_tasks_of_one_name_are_refused(tmp_path: Path) -> 
     other = carried(tmp_path / "c", columns="lit,dark,unlit")
     with pytest.raises(UserError, match="another adapter was trained on another task 'relight'"):
         load_tasks(task_folders_of([*same, other]))
+
+
+def test_tasks_whose_columns_stand_in_another_order_are_not_the_same(tmp_path: Path) -> None:
+    folder = carried(tmp_path / "a", columns="lit,dark,unlit")
+    [task] = read_tasks(folder / "tasks" / "relight.toml")
+    swapped = replace(task, columns={role: task.columns[role] for role in ("dark", "lit", "unlit")})
+    assert is_same(task, replace(task))
+    assert not is_same(task, swapped)
 
 
 def test_a_run_folder_stands_for_its_adapter_and_before_for_its_newest_checkpoint(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from diffusers import FluxTransformer2DModel
 from hub_server import Hub, Repository, hub_server, use
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from visualcloze_deft.adapters import files, injection, verify
 from visualcloze_deft.backbones.peft_files import WEIGHTS, read_metadata
 from visualcloze_deft.cli import main
-from visualcloze_deft.config.run_settings import Run, parse_run
+from visualcloze_deft.config.run_settings import Run, Subject, load_run, parse_run, write_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.publishing import bases, privacy
 from visualcloze_deft.reporting.contact_sheet import write_preview
@@ -106,7 +108,7 @@ def published(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a dry run writes, of all formats."""
     folder = tmp_path_factory.mktemp("published") / "me" / "relight"
     kinds = [word for kind in ("diffusers", "comfyui", "kohya") for word in ("--format", kind)]
-    publish(trained, "--dry-run", folder, *kinds)
+    publish(trained, "--dry-run", folder, "--with-pictures", *kinds)
     return folder
 
 
@@ -169,6 +171,24 @@ def test_the_card_says_what_the_run_was(published: Path) -> None:
         assert sheet.size == (1600, 320)
 
 
+def test_the_card_and_the_headers_of_a_subject_name_it_and_count_its_class(
+    copied: Path, tmp_path: Path
+) -> None:
+    run = load_run(str(copied / "settings.toml"))
+    subject = Subject(trigger="sks", class_word="dog", class_data="dreambooth=x", class_weight=0.25)
+    run = run.model_copy(update={"subject": subject})
+    write_run(run, copied / "settings.toml")
+    shutil.rmtree(copied / "adapter")
+    write_adapter(run, copied / "adapter")
+    publish(copied, "--dry-run", tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out/README.md").text
+    assert "| `relight` | A street at night. | 80% |" in text
+    assert "| prior preservation | dreambooth, 20% of the examples |" in text
+    assert "the subject is called `sks dog`" in text
+    with safe_open(tmp_path / "out/comfyui/relight.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks"
+
+
 def test_a_base_on_the_hub_is_named_with_its_licence() -> None:
     fill = bases.public_base("black-forest-labs/FLUX.1-Fill-dev@abc")
     assert (fill.hub, fill.licence.name) == (bases.FILL, "flux-1-dev-non-commercial-license")
@@ -222,7 +242,7 @@ def test_figures_are_those_of_the_evaluations_own_table(
     for adapter, output in ((trained, "own"), ("none", "base")):
         more = words if adapter != "none" else words[:-1]
         main(["eval", str(adapter), *more, "--output", str(tmp_path / output)])
-    given = ("--dry-run", tmp_path / "new", "--without-pictures", "--format", "kohya")
+    given = ("--dry-run", tmp_path / "new", "--format", "kohya")
     publish(trained, *given, "--evaluation", tmp_path / "own")
     card = (tmp_path / "new/README.md").read_text()
     rows = [
@@ -331,8 +351,8 @@ def test_a_dry_run_replaces_the_one_before_unless_its_card_was_edited(
     trained: Path, tmp_path: Path, refused: Refused
 ) -> None:
     new = tmp_path / "new"
-    publish(trained, "--dry-run", new, "--format", "diffusers")
-    publish(trained, "--dry-run", new, "--format", "kohya", "--without-pictures")
+    publish(trained, "--dry-run", new, "--format", "diffusers", "--with-pictures")
+    publish(trained, "--dry-run", new, "--format", "kohya")
     names = {path.name for path in new.iterdir()}
     assert names == {"README.md", "adapter", "kohya"}
     card = new / "README.md"
@@ -340,6 +360,22 @@ def test_a_dry_run_replaces_the_one_before_unless_its_card_was_edited(
     line = refused("publish", trained, "--repo", "me/relight", "--dry-run", new)
     assert "edited since" in line
     assert "# My adapter" in card.read_text()
+
+
+def test_a_dry_run_writes_only_beside_and_into_its_folder(trained: Path, tmp_path: Path) -> None:
+    """In a home whose parent is somebody else's, nothing can be written above it."""
+    heard: list[str] = []
+    listening = True
+
+    def hear(event: str, told: tuple[object, ...]) -> None:
+        if listening and event == "tempfile.mkdtemp" and "vcdeft-" in str(told[0]):
+            heard.append(os.path.abspath(str(told[0])))
+
+    sys.addaudithook(hear)  # which stays, deaf
+    publish(trained, "--dry-run", tmp_path / "home" / "look")
+    listening = False
+    assert heard
+    assert all(Path(place).is_relative_to(tmp_path) for place in heard)
 
 
 def test_a_folder_of_somebody_elses_stays(trained: Path, tmp_path: Path, refused: Refused) -> None:
@@ -363,6 +399,11 @@ def test_a_run_that_cannot_be_published_is_told(
     assert "no run there" in line(tmp_path)
     assert "--base x: no id on the hub" in line(copied, "--base", "x")
     assert "no evaluation there" in line(copied, "--evaluation", tmp_path)
+    further = {"step": 6, "examples": 12, "seconds": 1.0, "loss": 0.5, "tasks": {}}
+    before = (copied / "metrics.jsonl").read_bytes()
+    run_folder.append_line(copied / "metrics.jsonl", further)
+    assert "its adapter is of step 4, and the run has gone on to step 6; finish it" in line(copied)
+    (copied / "metrics.jsonl").write_bytes(before)
     (copied / "adapter" / CONFIG).rename(copied / "elsewhere.json")
     assert "finish it with 'vcdeft train" in line(copied)
 
@@ -379,7 +420,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_an_upload_holds_what_the_dry_run_holds(hub: Hub, trained: Path, published: Path) -> None:
     kinds = [word for kind in ("diffusers", "comfyui", "kohya") for word in ("--format", kind)]
-    publish(trained, "--private", *kinds)
+    publish(trained, "--private", "--with-pictures", *kinds)
     repository = hub.repos["me/relight"]
     assert repository.private
     assert repository.commits == ["DEFT adapter of rank 3, 4 steps"]

@@ -27,7 +27,9 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.sources.photos import MOST, Photos
 from visualcloze_deft.data.subject import ANOTHER, PHRASINGS, Named, Naming
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.training.resume import check_items
 from visualcloze_deft.training.run_data import mixture_of
+from visualcloze_deft.training.run_folder import describe
 from visualcloze_deft.training.subject import CLASS, check_subject
 
 ROLES = ["reference", "target"]
@@ -298,6 +300,16 @@ def test_a_name_without_photos_is_refused() -> None:
 
 
 # ---- runs
+
+
+def test_a_run_does_not_go_on_with_photos_that_came_or_went(tmp_path: Path) -> None:
+    place = photos(tmp_path / "dog", 5)
+    run = learning(place, "data.validation_every=2")
+    describe(run, mixture_of(run), tmp_path / "run")
+    check_items(mixture_of(run), tmp_path / "run")
+    (place / "another.png").write_bytes(next(place.glob("*.png")).read_bytes())
+    with pytest.raises(UserError, match="photos has 30 items, and had 20 when"):
+        check_items(mixture_of(run), tmp_path / "run")
 
 
 @pytest.mark.processes

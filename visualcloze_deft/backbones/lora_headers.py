@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from visualcloze_deft.backbones.lora_names import FileFormat
-from visualcloze_deft.backbones.model_files import TINY, on_hub
-from visualcloze_deft.storage.hub import hub_id
+from visualcloze_deft.backbones.model_files import FILL, TINY, public_name
 
 VERSION = "1.0.1"
 ARCHITECTURE = "flux-1-dev/lora"  # the id that sd-scripts writes for every LoRA of a FLUX.1 [dev]
@@ -26,7 +25,6 @@ NETWORK = "networks.lora_flux"  # its module that reads the names of the format 
 HINT = (
     "For FLUX.1-Fill with grids of images, as in VisualCloze: example rows, and a last row to fill."
 )
-FILL = "black-forest-labs/FLUX.1-Fill-dev"
 LICENCES = {TINY: "Apache-2.0", FILL: "FLUX.1 [dev] Non-Commercial License"}
 HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # key -> what stands before it
 
@@ -95,14 +93,3 @@ def description(told: Told) -> str:
         steps = f" for {about['step']} steps" if about.get("step") else ""
         text += f" Trained on the tasks {about['tasks']}{steps}."
     return text
-
-
-def public_name(base: str) -> str:
-    """A model without where it lies: "tiny", its id on the hub, or the last part of its path.
-
-    >>> public_name("someone/fill@v1"), public_name("/data/fill")
-    ('someone/fill', 'fill')
-    """
-    if base == TINY or not on_hub(base) or base.startswith("/"):
-        return base.rstrip("/").rpartition("/")[2]
-    return hub_id(base)[0]

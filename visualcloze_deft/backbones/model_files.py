@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,11 @@ from visualcloze_deft.backbones.model_settings import IndexFile, ShardsFile
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.paths import BASE
-from visualcloze_deft.storage.hub import UNREACHED, hub_errors, hub_id
+from visualcloze_deft.storage.hub import HUB_ID, UNREACHED, hub_errors, hub_id
 from visualcloze_deft.storage.settings_files import checked
 
 TINY = "tiny"
+FILL = "black-forest-labs/FLUX.1-Fill-dev"
 FOLDERS = (  # of parts, in diffusers' layout, of all families
     "transformer unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 )
@@ -31,6 +33,19 @@ DOWNLOADED = [  # of a part's folder: no pickles, and nothing that runs
 
 def on_hub(name: str) -> bool:
     return name != TINY and not Path(name).exists()
+
+
+def public_name(place: str) -> str:
+    """What is said of a model or a LoRA: its id on the hub, or the last part of its path.
+
+    >>> public_name("me/model@v1"), public_name("/data/flux-fill"), public_name("tiny")
+    ('me/model', 'flux-fill', 'tiny')
+    """
+    if not place or place == TINY:
+        return place
+    if HUB_ID.fullmatch(place) and not os.path.exists(place):
+        return hub_id(place)[0]
+    return os.path.basename(os.path.abspath(place))
 
 
 def folder_of(name: str, *, token: str | None = None) -> Path:

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     help="The precision of those LoRA files. The default is float32.",
 )
 @click.option(
-    "--without-pictures",
+    "--with-pictures",
     is_flag=True,
-    help="Leaves out the sample sheet, which shows pictures of your data.",
+    help="Shows the newest sample sheet, which holds pictures of your data.",
 )
 @click.option("--model", help="The base. By default it is the one that the adapter was trained on.")
 @REVISION
@@ -67,7 +67,7 @@ def publish(
     base: str | None,
     formats: tuple[Format, ...],
     dtype: Literal["float32", "bfloat16", "float16"] | None,
-    without_pictures: bool,
+    with_pictures: bool,
     model: str | None,
     revision: str | None,
     lora: str | None,
@@ -80,7 +80,7 @@ def publish(
 
     \b
     vcdeft publish runs/demo --repo me/grids --dry-run look
-    vcdeft publish runs/demo --repo me/grids --evaluation evaluation --private
+    vcdeft publish runs/demo --repo me/grids --with-pictures --evaluation evaluation --private
     """
     from visualcloze_deft.backbones.model_files import pinned
     from visualcloze_deft.publishing.publish import PublishRequest
@@ -96,7 +96,7 @@ def publish(
         dtype=dtype,
         model=pinned(model, revision),
         lora=lora,
-        pictures=not without_pictures,
+        pictures=with_pictures,
     )
     for line in publish_run(asked, into=Path(dry_run) if dry_run is not None else None):
         click.echo(line)

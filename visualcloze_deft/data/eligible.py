@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from visualcloze_deft.data.base import Item, Source, photos_of
 from visualcloze_deft.data.derive import missing
@@ -34,26 +35,25 @@ class EligibleItems:
         Of photos of one thing, those of the last item, which is asked for, are in no other.
         """
         if self.photos is not None:
-            *others, query = rng.permutation(len(self)).tolist()
-            return [*self._apart(others, [query])[: count - 1], query]
+            drawn = rng.permutation(len(self))
+            others = self._apart(drawn[:-1], drawn[-1:])[: count - 1]
+            return [*others.tolist(), int(drawn[-1])]
         found: list[int] = rng.choice(len(self), min(count, len(self)), replace=False).tolist()
         return found
 
     def others(self, taken: Collection[int], rng: np.random.Generator) -> Iterator[int]:
         """The places of all items but those `taken`, in a drawn order; of photos of one thing, of
         those that share none with them."""
-        for place in self._apart(rng.permutation(len(self)).tolist(), taken):
+        for place in self._apart(rng.permutation(len(self)), [*taken]).tolist():
             if place not in taken:  # drawn when the first one is asked for
                 yield place
 
-    def _apart(self, places: list[int], taken: Collection[int]) -> list[int]:
+    def _apart(self, places: NDArray[np.intp], taken: ArrayLike) -> NDArray[np.intp]:
         """Those of `places` whose items share no photo with the ones `taken`."""
         if self.photos is None:
             return places
-        shared = np.isin(self.photos[places], self.photos[[*taken]])
-        return [
-            place for place, found in zip(places, shared.tolist(), strict=True) if not any(found)
-        ]
+        shared = np.isin(self.photos[places], self.photos[np.asarray(taken, np.intp)])
+        return places[~shared.any(axis=1)]
 
     def item(self, place: int) -> Item:
         return self.source.item(self.index(place))

@@ -27,7 +27,7 @@ from visualcloze_deft.storage.atomic import atomic_write
 from visualcloze_deft.storage.inside import path_inside
 from visualcloze_deft.storage.tar_members import member_at
 
-FORMAT = "4"  # part of every key: raise it when what a row holds changes
+FORMAT = "5"  # part of every key: raise it when what a row holds changes
 SEPARATOR = "\n"  # no role has one
 CHUNK = 10_000  # rows held while an index is made
 _SCHEMA = pa.schema(

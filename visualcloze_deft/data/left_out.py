@@ -13,6 +13,7 @@ from visualcloze_deft.data.base import Source
 from visualcloze_deft.data.index import Indexed
 from visualcloze_deft.data.sources.dreambench_plus import DreamBenchPlus
 from visualcloze_deft.data.sources.dreambooth import DreamBooth
+from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.data.sources.graph200k_hub import COLUMNS, WORDS, GraphTable
 from visualcloze_deft.data.sources.insdet import SAME_PLACE, InsDet, boxes_of
 from visualcloze_deft.data.sources.photos import Photos
@@ -32,7 +33,10 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
 
 def left_out(source: Source) -> list[str]:
     """A line for each reason for which something in the folder of `source` is in no item."""
-    if isinstance(source, Indexed):
+    found: Iterable[str] = ()
+    if isinstance(source, Folder):
+        found = chain(unused(source.folder, files_of(source)), unread_texts(source))
+    elif isinstance(source, Indexed):
         found = unused(source.folder, files_of(source))
     elif isinstance(source, GraphTable):
         found = of_table(source)
@@ -45,8 +49,6 @@ def left_out(source: Source) -> list[str]:
         found = chain(of_photos(source), unused(source.folder, map(str, source.files)))
     elif isinstance(source, DreamBenchPlus):
         found = unused(source.images, map(str, source.pictures.values()))
-    else:
-        found = iter(())
     return [one_line(line) for line in found]
 
 
@@ -65,10 +67,9 @@ def unused(folder: Path, used: Iterable[str]) -> Iterator[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for path in files_below(folder):
         name = os.path.relpath(path, folder)
-        hidden = any(part.startswith(".") for part in name.split(os.sep))
         suffix = os.path.splitext(name)[1].lower()
         beside = suffix in NO_PICTURES and (suffix != CAPTION or os.path.isfile(path))
-        if hidden or beside or os.path.abspath(path) in taken:
+        if is_hidden(name) or beside or os.path.abspath(path) in taken:
             continue
         if not os.path.exists(path):
             reason = "a link that leads nowhere"
@@ -81,6 +82,21 @@ def unused(folder: Path, used: Iterable[str]) -> Iterator[str]:
         by_reason[reason].append(name)
     for reason, names in by_reason.items():
         yield f"{listed(names)}: {reason}"
+
+
+def unread_texts(source: Folder) -> Iterator[str]:
+    """Texts beside the pictures of a folder, or in folders there, that no item has."""
+    read = {str(path) for index in range(len(source)) for path in source.text_files(index)}
+    texts = (path for path in files_below(source.folder) if path.endswith(CAPTION))
+    lone = [path for path in texts if path not in read and os.path.isfile(path)]
+    names = (os.path.relpath(path, source.folder) for path in lone)
+    if seen := [name for name in names if not is_hidden(name)]:
+        yield f"{listed(seen)}: a text that is read for no item"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path, or a folder in it, begins with a point."""
+    return any(part.startswith(".") for part in name.split(os.sep))
 
 
 def listed(names: list[str]) -> str:

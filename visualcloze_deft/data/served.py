@@ -75,7 +75,7 @@ def tasks_for(kinds: Kinds, tasks: Mapping[str, Task]) -> str:
     parts = [
         part
         for group, counts in own.items()
-        for part in ([group] if len(counts) == whole[group] > 1 else counts)
+        for part in ([group] if len(counts) == whole[group] > 1 and group not in tasks else counts)
     ]
     return ",".join(parts) if 0 < len(parts) <= MOST_PARTS else "all"
 

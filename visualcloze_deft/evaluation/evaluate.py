@@ -143,11 +143,12 @@ def making_of(
         cells=shared["cells"],
         task_folders=tuple(map(str, asked.settings.all_task_folders)),
     )
-    if asked.suite != OWN or making.validation_every:
+    if asked.suite != OWN:
         return making, []
     spec = f"{OWN}={making.data.get(OWN, '')}"
     held_out = held_out_by(asked.settings.adapters, spec)
-    return replace(making, validation_every=held_out or 0), remarks_on(held_out, spec)
+    every = making.validation_every or held_out or 0
+    return replace(making, validation_every=every), remarks_on(held_out, spec, every)
 
 
 def described(asked: EvaluationRequest, rows: Sequence[Row], images: int) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from visualcloze_deft.data.derive import ALIKE
@@ -50,8 +51,9 @@ def partners(
     """
     truths = {stem: path for stem, path in others.items() if TRUTH.fullmatch(stem)}
     wanted = truths or dict(others)
-    found = {stem: partner for stem in made if (partner := partner_of(stem, wanted))}
-    check_partners((images, made, [*found]), (against, wanted, [*found.values()]))
+    grids = by_grid(truths)
+    found = {stem: partner for stem in made if (partner := partner_of(stem, wanted, grids))}
+    check_partners((images, made, {*found}), (against, wanted, {*found.values()}))
     for stem, partner in found.items():
         (a, b), (c, d) = picture_size(made[stem]), picture_size(partner)
         if abs(a * d / (b * c) - 1) > ALIKE:
@@ -62,34 +64,46 @@ def partners(
     return found
 
 
-def partner_of(stem: str, others: Mapping[str, Path]) -> Path | None:
-    """The picture among `others` that an image called `stem` is held to, if one is.
+def by_grid(truths: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+    """The truths of 'vcdeft tasks example', by grid and column.
 
-    >>> partner_of("001-seed7", {"001-22-truth": Path("a")}), partner_of("b", {"b": Path("b")})
-    (PosixPath('a'), PosixPath('b'))
+    >>> by_grid({"001-22-truth": Path("a")})
+    {'001': {'2': PosixPath('a')}}
+    """
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for stem, path in truths.items():
+        if told := TRUTH.fullmatch(stem):
+            found[told[1]][told[2]] = path
+    return dict(found)
+
+
+def partner_of(
+    stem: str, others: Mapping[str, Path], grids: Mapping[str, Mapping[str, Path]]
+) -> Path | None:
+    """The picture among `others` that an image called `stem` is held to, if one is. grids: see
+    `by_grid`.
+
+    >>> partner_of("001-seed7", {}, {"001": {"2": Path("a")}})
+    PosixPath('a')
     """
     if stem in others:
         return others[stem]
     parts = MADE.fullmatch(stem)
     name, column = parts.groups() if parts else (None, None)
-    of_grid = {
-        told[2]: path
-        for other, path in others.items()
-        if (told := TRUTH.fullmatch(other)) and told[1] == name
-    }
+    of_grid = grids.get(name or "", {})
     if column is None:
         return next(iter(of_grid.values())) if len(of_grid) == 1 else None
     return of_grid.get(column)
 
 
 def check_partners(
-    *sides: tuple[Path, Mapping[str, Path], Sequence[str | Path]],
+    *sides: tuple[Path, Mapping[str, Path], Set[str | Path]],
 ) -> None:
     """Raise `UserError` where a picture of a side is without a partner. Each side: its folder, its
     pictures by stem, and the stems or paths of those that have one."""
     way_out = "name pairs alike, or compare the folders as sets: --unpaired"
     for (folder, pictures, paired), (other, there, _) in zip(sides, reversed(sides), strict=True):
-        lonely = [p.name for stem, p in pictures.items() if not {stem, p}.intersection(paired)]
+        lonely = [p.name for stem, p in pictures.items() if not {stem, p} & paired]
         if lonely:
             more = f" and {len(lonely) - 1} more" if len(lonely) > 1 else ""
             raise UserError(

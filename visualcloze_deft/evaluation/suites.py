@@ -117,7 +117,7 @@ def folder(making: GridSettings) -> list[Row]:
     tasks = {name: known[name] for name in wanted}
     sources = opened("folder", making)
     check_paired(tasks, sources, known)
-    shown = opened("folder", making, held_out=False)
+    shown = opened("folder", making, held_out=False) if making.validation_every else ()
     return by_task(tasks, sources, making, usual=ITEMS, shown=shown)
 
 

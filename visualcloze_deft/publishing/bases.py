@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualcloze_deft.backbones.model_files import TINY, on_hub
+from visualcloze_deft.backbones.model_files import FILL, TINY, on_hub, public_name
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.storage.hub import HUB_ID, hub_id
-
-FILL = "black-forest-labs/FLUX.1-Fill-dev"
+from visualcloze_deft.storage.hub import HUB_ID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +67,3 @@ def checked_id(given: str, model: str) -> str:
     if found is None or Path(given).exists():
         raise UserError(f"--base {given}: no id on the hub; give one such as {FILL}")
     return found["repo"]
-
-
-def public_name(place: str) -> str:
-    """What is said of a model or a LoRA: its id on the hub, or the last part of its path.
-
-    >>> public_name("me/model@v1"), public_name("/data/flux-fill"), public_name("tiny")
-    ('me/model', 'flux-fill', 'tiny')
-    """
-    if not place or place == TINY:
-        return place
-    if HUB_ID.fullmatch(place) and not os.path.exists(place):
-        return hub_id(place)[0]
-    return os.path.basename(os.path.abspath(place))

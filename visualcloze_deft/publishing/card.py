@@ -15,6 +15,7 @@ from visualcloze_deft.reporting import tables
 from visualcloze_deft.reporting.numbers import three_digits
 from visualcloze_deft.storage.step_names import step_of
 from visualcloze_deft.task_registry.task import Task
+from visualcloze_deft.training.subject import naming_of
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LISTED = 12  # tasks that have a row each; also those of a group that are named
@@ -53,6 +54,7 @@ def card_of(
         tasks=tables.markdown(*task_table(facts)),
         validation=tables.markdown(head, losses) if losses else "",
         example=example,
+        subject=naming_of(facts.run).name,
         grid=grid_of(example),
         rows=[", ".join(cells) for cells in python_rows(example)],
         prompt=json.dumps(example.sentence(), ensure_ascii=False),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visualcloze_deft.backbones.peft_files import adapter_settings
+from visualcloze_deft.backbones.model_files import public_name
+from visualcloze_deft.backbones.peft_files import adapter_settings, read_metadata
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.config.source_specs import name_and_place
 from visualcloze_deft.errors import UserError
-from visualcloze_deft.publishing.bases import PublicBase, public_base, public_name
+from visualcloze_deft.publishing.bases import PublicBase, public_base
 from visualcloze_deft.storage.adapter_places import ADAPTER, CONFIG, TASKS
 from visualcloze_deft.storage.jsonl import EvaluationLine, StepLine, read_lines
 from visualcloze_deft.storage.step_names import by_step
@@ -85,15 +86,17 @@ def facts_of(folder: Path, *, base: str | None) -> RunFacts:
     steps = read_lines(folder / run_folder.METRICS, StepLine)
     if not steps:
         raise UserError(f"{folder / run_folder.METRICS}: missing or empty; a run writes it")
+    check_step(folder, steps[-1]["step"])
     measured = read_lines(folder / run_folder.EVALUATION, EvaluationLine)
     recorded = run_folder.recorded(folder)
+    of_tasks = 1 - run.subject.class_share
     return RunFacts(
         folder=folder,
         run=run,
         base=public_base(run.model, base),
         lora=public_name(run.model_lora or ""),
         tasks=tasks_of(folder),
-        shares=recorded.get("task_proportions", {}),
+        shares={n: of_tasks * p for n, p in recorded.get("task_proportions", {}).items()},
         steps=steps[-1]["step"],
         examples=steps[-1]["examples"],
         validation=[measured[0], measured[-1]] if measured else [],
@@ -103,6 +106,17 @@ def facts_of(folder: Path, *, base: str | None) -> RunFacts:
             if isinstance(version := recorded.get(name), str) and version != run_folder.MISSING
         },
     )
+
+
+def check_step(folder: Path, step: int) -> None:
+    """Raise `UserError` where the run in `folder` has gone on since it wrote its adapter: figures
+    and samples are of `step` then, and the adapter is not."""
+    told = read_metadata(folder / ADAPTER).get("step", "")
+    if told not in ("", str(step)):
+        raise UserError(
+            f"{folder}: its adapter is of step {told}, and the run has gone on to step {step}; "
+            f"finish it with 'vcdeft train --output {folder} --resume'"
+        )
 
 
 def tasks_of(folder: Path) -> list[Task]:
@@ -139,7 +153,12 @@ def settings_of(facts: RunFacts) -> list[tuple[str, str]]:
         ("text for CLIP", run.clip_text),
         ("seed", str(run.seed)),
     ]
+    subject = run.subject
+    class_share = f"{subject.class_share:.0%} of the examples"
     changed = {
+        "prior preservation": f"{name_and_place(subject.class_data)[0]}, {class_share}"
+        if subject.class_data
+        else None,
         "batches before a step": run.accumulate if run.accumulate > 1 else None,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout or None,

@@ -39,7 +39,7 @@ class PublishRequest:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     model: str | None = None
     lora: str | None = None
-    pictures: bool = True
+    pictures: bool = False
 
 
 def publish(asked: PublishRequest, *, into: Path | None = None) -> list[str]:
@@ -108,7 +108,9 @@ def about(facts: RunFacts, asked: PublishRequest, *, picture: bool) -> list[str]
         lines.append(f"figures  {measured}; --evaluation DIR adds those of vcdeft eval")
     if picture:
         assert facts.sheet is not None
-        lines.append(f"pictures {facts.sheet.name} of your data; --without-pictures leaves it out")
+        lines.append(f"pictures {facts.sheet.name}, which holds pictures of your data")
+    elif facts.sheet is not None:
+        lines.append("pictures none; --with-pictures shows samples, with pictures of your data")
     return lines
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from visualcloze_deft.adapters.export import export
+from visualcloze_deft.backbones.model_files import public_name
 from visualcloze_deft.backbones.peft_files import WEIGHTS, adapter_settings, read_metadata
 from visualcloze_deft.errors import writing
-from visualcloze_deft.publishing.bases import public_name
 from visualcloze_deft.publishing.facts import RunFacts
 from visualcloze_deft.storage.adapter_places import ADAPTER, CONFIG, TASKS
 from visualcloze_deft.storage.tensor_headers import copy_with_texts, read_texts
@@ -44,7 +44,9 @@ def copy_adapter(facts: RunFacts, folder: Path) -> list[str]:
 
 def export_to(path: Path, kind: Format, asked: PublishRequest, facts: RunFacts) -> list[str]:
     """Export the adapter to the file `path`, verified. Returns what the reader must know."""
-    with tempfile.TemporaryDirectory(prefix="vcdeft-export-", dir=path.parents[-2]) as name:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="vcdeft-export-", dir=path.parent) as name:
         exported = Path(name) / "lora.safetensors"
         report = export(
             facts.folder,
@@ -55,7 +57,6 @@ def export_to(path: Path, kind: Format, asked: PublishRequest, facts: RunFacts) 
             lora=asked.lora,
         )
         with writing(path):
-            path.parent.mkdir(exist_ok=True)
             copy_with_texts(exported, path, public_texts(read_texts(exported), facts))
     return list(report.notes)
 

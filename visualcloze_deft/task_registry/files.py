@@ -278,5 +278,5 @@ def _carried(folders: Iterable[Path], *, but: Collection[str]) -> dict[str, Task
 
 
 def is_same(task: Task, other: Task | None) -> bool:
-    """Whether two tasks say the same, whichever files declare them."""
-    return other is not None and task.as_file() == other.as_file()
+    """Whether two tasks say the same, their columns in one order, whichever files declare them."""
+    return other is not None and task.roles == other.roles and task.as_file() == other.as_file()

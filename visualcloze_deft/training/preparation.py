@@ -22,7 +22,14 @@ from visualcloze_deft.storage.step_names import by_step
 from visualcloze_deft.training import deepspeed_settings
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import newest
-from visualcloze_deft.training.resume import DECIDED, DIVIDED, check_resumed, check_tasks, divided
+from visualcloze_deft.training.resume import (
+    DECIDED,
+    DIVIDED,
+    check_items,
+    check_resumed,
+    check_tasks,
+    divided,
+)
 from visualcloze_deft.training.run_data import held_out_of, mixture_of
 from visualcloze_deft.training.run_folder import (
     INDEX,
@@ -111,6 +118,7 @@ def prepare(
         check_base(start.folder, run.model, lora=run.model_lora)
         if not any(name.startswith("data.") for name in allowed):
             check_tasks(mixture, output / TASKS)
+            check_items(mixture, output)
     describe(run, mixture, output)
     return mixture
 

@@ -13,10 +13,17 @@ from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.jsonl import step_of
 from visualcloze_deft.storage.text_files import read_text
-from visualcloze_deft.storage.toml_files import read_toml
+from visualcloze_deft.task_registry.files import is_same, read_tasks
 from visualcloze_deft.training.batch_schedule import BatchSchedule
 from visualcloze_deft.training.checkpoint import Progress, newest
-from visualcloze_deft.training.run_folder import EVALUATION, METRICS, SETTINGS, SKIPPED
+from visualcloze_deft.training.run_folder import (
+    EVALUATION,
+    METRICS,
+    SETTINGS,
+    SKIPPED,
+    items_of,
+    recorded,
+)
 
 DECIDED = (
     "zero",
@@ -92,10 +99,24 @@ def check_tasks(mixture: Mixture, before: Path) -> None:
         )
     for name, task in mixture.tasks.items():
         kept = before / f"{name}.toml"
-        if read_toml(kept) != task.as_file():
+        if not any(is_same(task, one) for one in read_tasks(kept)):
             raise UserError(
                 f"--resume: task {name} of {task.path} has changed since the run began ({kept}); "
                 "put it back or start another --output"
+            )
+
+
+def check_items(mixture: Mixture, output: Path) -> None:
+    """Raise `UserError` where a source has other items than when the run in `output` began: others
+    would be drawn, and those that it held out are trained on. Older runs do not say."""
+    before = recorded(output).get("items", [])
+    sources = [source for one in mixture.whole for source in one.sources]
+    for source, then, now in zip(sources, before, items_of(mixture), strict=False):
+        if then != now:
+            raise UserError(
+                f"--resume: {source.name} has {now} items, and had {then} when the run began; "
+                "put its files back, start another --output with adapter.init_from, or say "
+                "--allow-change data.sources"
             )
 
 

@@ -20,6 +20,7 @@ from visualcloze_deft.adapters.metadata import LORA_DIGEST
 from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.config.run_settings import Run, write_run
+from visualcloze_deft.data.base import Part
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import TASKS
@@ -126,6 +127,7 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "task_proportions": proportions,
+        "items": items_of(mixture),
         **({"class_share": mixture.prior.share} if mixture.prior else {}),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,12 @@ def describe(run: Run, mixture: Mixture, output: Path) -> None:
     write_run(run, output / SETTINGS)
 
 
+def items_of(mixture: Mixture) -> list[int]:
+    """How many items each source has, with those held out; sources of a subject's class last."""
+    sources = [source for one in mixture.whole for source in one.sources]
+    return [len(one.source if isinstance(one, Part) else one) for one in sources]
+
+
 class VersionsFile(SettingsFile):
     """What is read again of `VERSIONS`."""
 
@@ -146,6 +154,7 @@ class VersionsFile(SettingsFile):
     not_finite: Mapping[str, str] = Field(default_factory=dict)
     norms: str = ""
     task_proportions: dict[str, Share] = Field(default_factory=dict)
+    items: list[int] = Field(default_factory=list)
 
 
 def record(output: Path, facts: Mapping[str, object]) -> None:
@@ -197,6 +206,7 @@ def adapter_metadata(
         **base,
         "step": str(step),
         "tasks": run.data.tasks,
+        **({"trigger": run.subject.trigger} if run.subject.trigger else {}),
     }
 
 

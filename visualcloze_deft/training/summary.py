@@ -91,11 +91,7 @@ def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:
     """A group that has most of the examples, and tasks that are not drawn."""
     draws = draws_of(mixture)
     if len(draws) > 1 and draws[0].share >= MOST:
-        group = draws[0].group
-        yield (
-            f"{group} has most of it: --set 'data.weights={{{group} = 0.2}}' draws it less, "
-            f"--tasks all,-{group} leaves it out"
-        )
+        yield f"{draws[0].group} has most of it: {how_to_draw_less(draws[0], mixture)}"
     weights = weights_of(run, load_tasks(map(Path, run.data.task_folders)))
     if unweighted := sum(not weight for weight in weights.values()):
         yield f"{unweighted} more have weight 0 here; --tasks NAME trains one"
@@ -103,6 +99,17 @@ def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:
     if left_out:
         named = f": {', '.join(left_out)}" if len(left_out) < 5 else ""
         yield f"{len(left_out)} more are left out, for no data has their roles{named}"
+
+
+def how_to_draw_less(one: GroupDraws, mixture: Mixture) -> str:
+    """What to set for it. The name of a group that one of its tasks has, too, means that task."""
+    if one.group == PRIOR:
+        return "a lower subject.class_weight draws it less"
+    named = f"{one.group}/*" if one.tasks > 1 and one.group in mixture.tasks else one.group
+    key = named if named == one.group else f'"{named}"'
+    return (
+        f"--set 'data.weights={{{key} = 0.2}}' draws it less, --tasks 'all,-{named}' leaves it out"
+    )
 
 
 def hidden_cells(recipe: Recipe) -> str:

@@ -14,7 +14,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from visualcloze_deft.data.base import Item
 from visualcloze_deft.data.index import (
@@ -28,6 +36,7 @@ from visualcloze_deft.data.index import (
 from visualcloze_deft.data.sources.layouts import names, shards, subfolders, tables
 from visualcloze_deft.data.sources.layouts.reading import (
     TARGET,
+    TEXTS,
     Reading,
     places_of,
 )
@@ -85,6 +94,12 @@ class Folder(Indexed):
         self.by_name = layout.by_name
         self.notes = tuple(told.notes)
 
+    @cached_property
+    def units(self) -> NDArray[np.int64] | None:
+        """The unit of each row: rows of a table that share a picture are one, which is held out
+        whole. None where no two do."""
+        return None if self.by_name else units_in(self.table["paths"])
+
     def item(self, index: int) -> Item:
         """The item; a caption that its row lacks is read beside the target."""
         item = super().item(index)
@@ -105,6 +120,13 @@ class Folder(Indexed):
         beside = Path(path_inside(str(self.folder), place)).with_suffix(".txt")
         return [*(self.folder / name for name in named), beside]
 
+    def text_files(self, index: int) -> list[Path]:
+        """All files that may hold a text of an item."""
+        key, kind = (self.table[name][index].as_py() for name in ("key", "kind"))
+        named = [place for text in TEXTS for place in places_of(text, key)] if self.by_name else []
+        captions = self.caption_files(index) if TARGET in kind.split(SEPARATOR) else []
+        return [*(self.folder / name for name in named), *captions]
+
     def caption_name(self, index: int) -> str:
         """What the caption of an item with a target is called in a folder of captions alone."""
         key, place = self._target(index)
@@ -116,6 +138,24 @@ class Folder(Indexed):
         row = {name: self.table[name][index].as_py() for name in ("key", "kind", "paths")}
         place = row["paths"][row["kind"].split(SEPARATOR).index(TARGET)]
         return row["key"], os.fsdecode(place)
+
+
+def units_in(paths: pa.ChunkedArray) -> NDArray[np.int64] | None:
+    """Numbers of rows, equal where a way leads from one to the other by pictures that two rows
+    have; in the order of the rows. paths: those of each row."""
+    named = paths.combine_chunks()
+    encoded = named.flatten().dictionary_encode()
+    places = [os.path.normpath(os.fsdecode(path)) for path in encoded.dictionary.to_pylist()]
+    _, codes = np.unique(places, return_inverse=True)
+    pictures = codes[encoded.indices.to_numpy(zero_copy_only=False)]
+    rows = pa.compute.list_parent_indices(named).to_numpy(zero_copy_only=False)
+    count, most = len(paths), int(pictures.max(initial=-1)) + 1
+    if most == len(pictures):
+        return None
+    links = coo_array((np.ones(len(rows)), (rows, count + pictures)), shape=(count + most,) * 2)
+    _, labels = connected_components(links, directed=False)
+    _, first, units = np.unique(labels[:count], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[units]
 
 
 def layout_of(path: Path) -> Layout:

@@ -14,6 +14,7 @@ from visualcloze_deft.data.index import Row, key_of_states
 from visualcloze_deft.data.sources.layouts.reading import (
     TARGET,
     Reading,
+    as_role,
     check_role,
     with_target,
 )
@@ -86,7 +87,7 @@ def row_of(shard: Path, name: str, fields: Fields, reading: Reading) -> Row | No
             continue
         if not dot:
             reading.note(f"KEY.{ending}: read as target")
-        role = role or TARGET
+        role = as_role(role) or TARGET
         check_role(where, role)
         if role in paths:
             raise UserError(f"{where}: two pictures are its {role}; keep one of them")

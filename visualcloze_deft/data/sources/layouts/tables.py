@@ -18,6 +18,7 @@ from visualcloze_deft.data.sources.layouts.reading import (
     TARGET,
     TEXTS,
     Reading,
+    as_role,
     check_role,
     with_target,
 )
@@ -106,7 +107,10 @@ def row_of(path: Path, number: int, row: object, told: Reading) -> Row:
         names, texts = _roles(where, row)
     if not names:
         raise UserError(f"{where}: names no picture; expected e.g. {{'target': 'a.png'}}")
-    paths = {role: _picture(where, folder, role, names[role]) for role in names}
+    roles = {as_role(role): name for role, name in names.items()}
+    if len(roles) < len(names):
+        raise UserError(f"{where}: two of {', '.join(names)} are one role; keep one of them")
+    paths = {role: _picture(where, folder, role, name) for role, name in roles.items()}
     return Row(key=f"{path.name}:{number}", paths=with_target(paths, told), texts=texts)
 
 
