@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run
+from test_train import adapter_of, arguments, losses, plain_training
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,15 +22,17 @@ from visualcloze_deft.backbones.flops import forward_flops
 from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, predict
+from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.sampling.context import full_steps_of
 from visualcloze_deft.sampling.denoising import Conditions, conditions_of
-from visualcloze_deft.sampling.encoding import encode, fillers, is_isolated, kinds_in
+from visualcloze_deft.sampling.encoding import encode, filled, is_isolated, kinds_in
 from visualcloze_deft.training import run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.run_folder import SETTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
@@ -229,9 +234,36 @@ def test_fillers_bring_the_groups_of_both_kinds_to_the_same_number(
 ) -> None:
     groups = groups_of(models, micro_model, "context=mixed")
     full, isolated = kinds_in(groups)
-    more = [*groups, *fillers(groups, full + 2, isolated + 1)]
+    more = filled(groups, full + 2, isolated + 1)
     assert kinds_in(more) == (full + 2, isolated + 1)
+    assert [group for group in more if not group.filler] == sorted(
+        groups, key=lambda group: group.isolated
+    )
     assert GridLoss(models.transformer, context_weight=1.0, guidance=1.0)(more).isfinite().all()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--zero 2 --gradient-checkpointing all --set context=mixed",
+        "--zero 3 --set context=mixed",
+        "--zero 1 --set context=isolated --method lora",
+        "--zero 0 --set context=isolated --batch 1 --set accumulate=2",
+    ],
+)
+def test_runs_follow_plain_training_and_resume_to_the_same_adapter(
+    micro_model: Path, tmp_path: Path, options: str
+) -> None:
+    output = tmp_path / "run"
+    run([*arguments(micro_model, output), *options.split()])
+    assert losses(output) == pytest.approx(plain_training(output)[0], rel=1e-4)
+    adapter = adapter_of(output)
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "step-000006")
+    run(["train", "--output", output, "--resume"])
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in adapter_of(output).items())
+    assert read_metadata(output / "adapter")["context"] == load_run(str(output / SETTINGS)).context
 
 
 # ---- inference
@@ -310,7 +342,7 @@ def test_a_cache_of_diffusers_beside_it_is_refused(pipe: InContextPipeline) -> N
 
 
 @pytest.fixture
-def adapter_of(models: Models, micro_model: Path, tmp_path: Path) -> object:
+def adapter_with(models: Models, micro_model: Path, tmp_path: Path) -> object:
     """Writes an adapter that says it was trained with a context."""
     from visualcloze_deft.adapters import files
 
@@ -325,7 +357,7 @@ def adapter_of(models: Models, micro_model: Path, tmp_path: Path) -> object:
 
 
 def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
-    pipe: InContextPipeline, adapter_of
+    pipe: InContextPipeline, adapter_with
 ) -> None:
     for context, isolated in (
         (None, False),
@@ -333,35 +365,35 @@ def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
         ("mixed", False),
         ("isolated", True),
     ):
-        name = pipe.load_adapter(adapter_of(context))
+        name = pipe.load_adapter(adapter_with(context))
         assert pipe.context.isolated is isolated
         pipe.delete_adapters(name)
     assert not pipe.context.isolated
 
 
 def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
-    pipe: InContextPipeline, adapter_of
+    pipe: InContextPipeline, adapter_with
 ) -> None:
     pipe.set_context("isolated")
     with pytest.raises(UserError, match="the base alone was not trained with it"):
         images(pipe)
-    pipe.load_adapter(adapter_of("mixed"), "both")
+    pipe.load_adapter(adapter_with("mixed"), "both")
     assert pipe.context.isolated
-    pipe.load_adapter(adapter_of("full"), "one")
+    pipe.load_adapter(adapter_with("full"), "one")
     with pytest.raises(UserError, match="adapter-full was trained with 'full' alone"):
         images(pipe)
     pipe.set_context("isolated", untrained=True)
     assert pipe.context.isolated
     pipe.set_context()
     pipe.delete_adapters("both")
-    pipe.load_adapter(adapter_of("isolated"), "other")
+    pipe.load_adapter(adapter_with("isolated"), "other")
     with pytest.raises(UserError, match="adapters without a context in common"):
         images(pipe)
     with pytest.raises(UserError, match="context 'some': give full or isolated"):
         pipe.set_context("some")
 
 
-def test_a_context_of_a_later_version_is_refused(pipe: InContextPipeline, adapter_of) -> None:
-    pipe.load_adapter(adapter_of("causal"))
+def test_a_context_of_a_later_version_is_refused(pipe: InContextPipeline, adapter_with) -> None:
+    pipe.load_adapter(adapter_with("causal"))
     with pytest.raises(UserError, match="'causal', which this version does not know"):
         images(pipe)

@@ -5,9 +5,8 @@ Axes: b batch, n tokens, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ class PixelExample:
 class TokenBatch:
     """Samples of one grid shape. noise: (b, n, c); t, start: (b,). Where start is above t, the
     sample is a step of the model's own from there. isolated: whether what is known sees itself
-    alone; targets are then at the same places."""
+    alone; targets are then at the same places. filler: whether it is there for its calls alone."""
 
     indices: tuple[int, ...]
     latents: Latents
@@ -51,6 +50,7 @@ class TokenBatch:
     start: Tensor
     text: Text
     isolated: bool = False
+    filler: bool = False
 
     def some(self, places: Tensor) -> TokenBatch:
         """The samples at `places`, a tensor of whole numbers."""
@@ -151,9 +151,14 @@ def kinds_in(groups: Sequence[TokenBatch]) -> tuple[int, int]:
     return len(groups) - isolated, isolated
 
 
-def fillers(groups: Sequence[TokenBatch], full: int, isolated: int) -> Iterator[TokenBatch]:
-    """The first sample again, as often as groups of either kind are missing to these counts."""
-    one = groups[0].some(torch.zeros(1, dtype=torch.long))
-    own_full, own_isolated = kinds_in(groups)
-    yield from repeat(replace(one, isolated=False), full - own_full)
-    yield from repeat(replace(one, isolated=True), isolated - own_isolated)
+def filled(groups: Sequence[TokenBatch], full: int, isolated: int) -> list[TokenBatch]:
+    """`groups`, and the first sample as a filler as often as groups of either kind are missing to
+    these counts; all with a full context come first."""
+    one = replace(groups[0].some(torch.zeros(1, dtype=torch.long)), filler=True)
+    counts = zip(kinds_in(groups), (full, isolated), strict=True)
+    missing = [
+        replace(one, isolated=kind)
+        for kind, (own, wanted) in zip((False, True), counts, strict=True)
+        for _ in range(wanted - own)
+    ]
+    return sorted([*groups, *missing], key=lambda group: group.isolated)

@@ -26,14 +26,17 @@ from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents
 
 RESTING_GUIDANCE = 1.0  # that a context without noise is told, as in training without guidance
 KeysValues = tuple[Tensor, Tensor]  # (b, n, h, d) each
-Kept = Mapping[int, KeysValues]  # by layer
+Kept = Mapping[object, KeysValues]  # by layer, which is known by its processor
 
 
 class Context(Protocol):
     """What one call of the transformer does with the keys and values of its layers."""
 
-    def through(self, layer: int, keys: Tensor, values: Tensor) -> KeysValues:
-        """Told a layer's keys and values, returns those that its queries attend to."""
+    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
+        """Told a layer's keys and values, returns those that its queries attend to.
+
+        It is left out of compiled blocks: they would be compiled anew for each layer.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,10 @@ class Keep:
     """
 
     places: Tensor | slice
-    kept: dict[int, KeysValues] = field(default_factory=dict)
+    kept: dict[object, KeysValues] = field(default_factory=dict)
 
-    def through(self, layer: int, keys: Tensor, values: Tensor) -> KeysValues:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
         if layer not in self.kept:
             self.kept[layer] = keys[:, self.places], values[:, self.places]
         return keys, values
@@ -58,17 +62,14 @@ class Attend:
 
     kept: Kept
 
-    def through(self, layer: int, keys: Tensor, values: Tensor) -> KeysValues:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
         of_context = self.kept[layer]
         return torch.cat([of_context[0], keys], dim=1), torch.cat([of_context[1], values], dim=1)
 
 
 class ContextAttention(FluxAttnProcessor):  # type: ignore[misc]
     """FLUX's attention in one layer, with a context where a call has one; else diffusers' own."""
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
 
     def __call__(
         self,
@@ -93,7 +94,7 @@ class ContextAttention(FluxAttnProcessor):  # type: ignore[misc]
         if image_rotary_emb is not None:
             queries = apply_rotary_emb(queries, image_rotary_emb, sequence_dim=1)
             keys = apply_rotary_emb(keys, image_rotary_emb, sequence_dim=1)
-        keys, values = context.through(self.layer, keys, values)
+        keys, values = context.through(self, keys, values)
         mixed = dispatch_attention_fn(
             queries,
             keys,
@@ -136,7 +137,7 @@ def read_contexts(transformer: FluxTransformer2DModel) -> None:
     old = transformer.attn_processors
     if all(isinstance(one, ContextAttention) for one in old.values()):
         return
-    new = {name: ContextAttention(layer) for layer, name in enumerate(old)}
+    new = {name: ContextAttention() for name in old}
     for name, processor in new.items():
         processor._attention_backend = old[name]._attention_backend
         processor._parallel_config = old[name]._parallel_config
