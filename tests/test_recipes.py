@@ -67,9 +67,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for role in ("depth", "target"):
             (folder / "rooms" / role).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / "rooms" / role / f"{k:04}{path.suffix}")
-    photos = [f"photos/{path.name}" for path in sorted((folder / "photos").glob("*.jpg"))]
-    grid = {"task": "colourisation", "rows": [photos[:2], [photos[2], None]]}
-    (folder / "grid.json").write_text(json.dumps(grid))
     lora = "--tasks deblurring --method lora --rank 4 --output lora"
     vcdeft(folder, "train", *lora.split())
     vcdeft(folder, *"export lora --format diffusers --output my-lora.safetensors".split())
