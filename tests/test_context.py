@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_cont
 from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.backbones.flux_fill.model import Models, predict
 from visualcloze_deft.backbones.peft_files import read_metadata
+from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
@@ -336,6 +339,49 @@ def test_a_cache_of_diffusers_beside_it_is_refused(pipe: InContextPipeline) -> N
     pipe.enable_context_cache(2)
     with pytest.raises(UserError, match="not beside a cache of diffusers"):
         images(pipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--context-cache 5", "--context-cache 5: more than the 4 steps"),
+        ("--context-cache 0", "0 is not in the range"),
+        ("--context-cache 2 --cache first-block", "--cache first-block: not beside a context"),
+        ("--context isolated", "the base alone was not trained with it"),
+        (
+            "--context isolated --untrained-context --context-cache 2",
+            "--context-cache 2: this adapter's context is isolated",
+        ),
+        ("--context some", "'some' is not one of 'full', 'isolated'"),
+    ],
+)
+def test_what_the_command_line_cannot_do_with_a_context_is_one_line(
+    refused: Callable[..., str],
+    grid_file: Callable[..., Path],
+    micro_model: Path,
+    tmp_path: Path,
+    words: str,
+    said: str,
+) -> None:
+    told = ("infer", "--examples", grid_file(), "--model", micro_model, "--inference-steps", STEPS)
+    assert said in refused(*told, *words.split(), "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_record_says_which_context_made_an_image(
+    grid_file: Callable[..., Path],
+    micro_model: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = ["infer", "--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "o"]
+    words = [*map(str, told), "--inference-steps", str(STEPS)]
+    main([*words, "--context-cache", "2"])
+    (record,) = (tmp_path / "o").glob("*.json")
+    assert json.loads(record.read_text())["context_cache"] == 2
+    capsys.readouterr()
+    assert "context_cache" in refused(*words)
 
 
 # ---- adapters
