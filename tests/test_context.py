@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
 from processes import run
 from test_train import adapter_of, arguments, losses, plain_training
@@ -110,6 +111,27 @@ def test_layers_that_know_contexts_compute_as_diffusers_do(
     after = predict(models.transformer, given.latents, noisy, t, text=given.text, guidance=1.0)
     assert torch.equal(before, after)
     assert torch.equal(before, cache_of(models, given).full(noisy, t))
+
+
+def test_a_layer_with_attention_of_its_own_is_refused(models: Models, given: Conditions) -> None:
+    class Other(FluxAttnProcessor):
+        pass
+
+    models.transformer.set_attn_processor(Other())
+    with pytest.raises(UserError, match="is Other, which computes attention in a way of its own"):
+        cache_of(models, given)
+
+
+def test_fused_projections_and_another_kernel_are_used(models: Models, given: Conditions) -> None:
+    injection.detach(models.transformer)
+    noisy, t = noise_of(given), torch.tensor([0.6])
+    before = cache_of(models, given).full(noisy, t)
+    models.transformer.fuse_qkv_projections()
+    models.transformer.set_attention_backend("_native_math")
+    cache = cache_of(models, given)
+    torch.testing.assert_close(cache.full(noisy, t), before, rtol=1e-5, atol=1e-5)
+    active = cache.active(noisy, t)
+    torch.testing.assert_close(active, before[:, cache.targets], rtol=1e-5, atol=1e-5)
 
 
 def test_targets_alone_see_what_a_full_call_kept(models: Models, given: Conditions) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents
+from visualcloze_deft.errors import UserError
 
 RESTING_GUIDANCE = 1.0  # that a context without noise is told, as in training without guidance
 KeysValues = tuple[Tensor, Tensor]  # (b, n, h, d) each
@@ -133,14 +134,23 @@ def projected_text(attn: FluxAttention, hidden: Tensor) -> tuple[Tensor, Tensor,
 
 def read_contexts(transformer: FluxTransformer2DModel) -> None:
     """Give each layer of `transformer` a processor that knows contexts; they stay, and change
-    nothing where a call has none."""
+    nothing where a call has none.
+
+    Raises `UserError` where a layer has another processor than FLUX's own.
+    """
     old = transformer.attn_processors
     if all(isinstance(one, ContextAttention) for one in old.values()):
         return
+    for name, processor in old.items():
+        if type(processor) not in (FluxAttnProcessor, ContextAttention):
+            raise UserError(
+                f"context: {name} is {type(processor).__name__}, which computes attention in a way "
+                "of its own; unload what set it, or use a full context"
+            )
     new = {name: ContextAttention() for name in old}
-    for name, processor in new.items():
-        processor._attention_backend = old[name]._attention_backend
-        processor._parallel_config = old[name]._parallel_config
+    for name, own in new.items():
+        own._attention_backend = old[name]._attention_backend
+        own._parallel_config = old[name]._parallel_config
     transformer.set_attn_processor(new)
 
 
