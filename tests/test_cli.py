@@ -109,6 +109,22 @@ def train(refused: Refused, tmp_path: Path) -> Callable[..., str]:
             ["--set", "optimiser.lrr=1"],
             "unknown setting 'optimiser.lrr'; did you mean optimiser.lr",
         ),
+        (
+            ["--set", "learning_rate=1"],
+            "--set: unknown setting 'learning_rate'; did you mean optimis",
+        ),
+        (["--set", "lerning_rate=1"], "did you mean optimiser.lr (--lr)?"),
+        (["--set", "batch_size=1"], "did you mean batch?"),
+        (["--set", "epochs=3"], "did you mean steps?"),
+        (["--set", "rnak=3"], "did you mean adapter.rank (--rank)?"),
+        (
+            ["--set", "optimizer.lr=1"],
+            "--set: unknown setting 'optimizer'; did you mean optimiser?",
+        ),
+        (["--set", "xyz=1"], "unknown setting 'xyz'; 'vcdeft train --help'"),
+        (["--config", "tiny-photos", "--set", "batch=abc"], "vcdeft: --set: batch = 'abc': input"),
+        (["--config", "tiny", "--batch", "0"], "vcdeft: --batch: batch = 0"),
+        (["--batch", "4", "--set", "batch=0"], "vcdeft: --set: batch = 0"),
         (["--set", "save_every"], "--set 'save_every': expected NAME=VALUE"),
         (["--set", "save_every=often"], "save_every = 'often'"),
         (["--set", f"save_every={'9' * 5000}"], "save_every = '999"),
@@ -303,8 +319,8 @@ def test_a_missing_adapter_is_named_before_the_model_is_loaded(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for name in ("gone", "empty", "file"):
-        assert f"adapter {tmp_path / name}: no {CONFIG}" in infer("--adapter", tmp_path / name)
+    for name, fault in {"gone": "no such file", "empty": f"no {CONFIG}", "file": "a file"}.items():
+        assert f"adapter {tmp_path / name}: {fault}" in infer("--adapter", tmp_path / name)
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut"])

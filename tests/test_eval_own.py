@@ -88,14 +88,45 @@ def test_the_task_and_the_suite_may_be_named_instead(
 
 
 def test_pairs_that_were_trained_on_are_told_so(
-    micro_model: Path, trained: Path, pairs: Path, tmp_path: Path
+    micro_model: Path,
+    trained: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     text = (run / "settings.toml").read_text()
     (run / "settings.toml").write_text(text.replace("validation_every = 4", "validation_every = 0"))
     words = ("--suite", f"folder={pairs}", "--limit", 1, "--output", tmp_path / "out")
     evaluate(micro_model, run, *words)
-    assert "trained on these very items" in (tmp_path / "out" / "table.md").read_text()
+    line = "1 of 1 items were trained on, so that their figures show what the adapter remembers"
+    assert line in (tmp_path / "out" / "table.md").read_text()
+    said = capsys.readouterr().out
+    assert said.index(line) < said.index("| PSNR")
+    evaluate(micro_model, run, *words[:2], "--output", tmp_path / "dry", "--dry-run")
+    assert f"{ITEMS} of {ITEMS} items were trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("every", "trained_on"), [(2, 2), (3, 2), (8, 0)])
+def test_items_of_another_hold_out_are_counted_before_anything_is_generated(
+    micro_model: Path,
+    trained: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    every: int,
+    trained_on: int,
+) -> None:
+    output = tmp_path / "out"
+    words = ("--suite", f"folder={pairs}", "--validation-every", every, "--output", output)
+    evaluate(micro_model, trained, *words, "--dry-run")
+    said = capsys.readouterr().out
+    assert not output.exists()
+    if trained_on:
+        assert f"{trained_on} of {ITEMS // every} items were trained on" in said
+        assert f"training held out one in {EVERY}" in said
+    else:
+        assert "those that training left out" in said
 
 
 @pytest.mark.parametrize("every", [0, 2])
@@ -130,8 +161,17 @@ def test_items_that_one_of_several_runs_was_trained_on_are_not_held_out(
     kept = [k for k in range(100) if k % both == both - 1]
     assert kept == [k for k in range(100) if k % 4 == 3 and k % 6 == 5]
     assert held_out_by([four, none], spec) == 0
-    assert "it has seen some of them" in remarks_on(4, spec, 6)[0]
-    assert "those that training left out" in remarks_on(4, spec, 8)[0]
+
+    def remark(every: int) -> str:
+        tasks = (str(trained / "adapter" / "tasks"),)
+        making = GridSettings(
+            data={"folder": str(pairs)}, validation_every=every, task_folders=tasks
+        )
+        [line] = remarks_on(4, spec, every, rows_of("folder", making))
+        return line
+
+    assert "2 of 2 items were trained on" in remark(3)
+    assert "those that training left out" in remark(8)
 
 
 def test_a_pipeline_knows_the_tasks_of_a_run_that_it_loads(
@@ -154,6 +194,14 @@ def test_pairs_without_a_task_are_refused(
     line = refused(*words, "--suite", f"folder={pairs}")
     assert "vcdeft tasks new NAME --columns lit,unlit" in line
     assert "needs --data folder=PATH" in refused(*words, "--suite", "folder")
+    line = refused(*words, "--suite", f"photos={pairs}")
+    assert "vcdeft tasks example subject-driven --data photos=PATH" in line
+    photos = tmp_path / "photos"
+    shutil.copytree(pairs / "lit", photos)
+    line = refused(*words, "--suite", f"folder={photos}", "--tasks", "image-editing/*")
+    assert "folder, which has the roles target" in line
+    assert "image-editing lacks before" in line
+    assert "'vcdeft data check' lists" in line
     assert not (tmp_path / "out").exists()
 
 

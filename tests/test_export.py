@@ -339,6 +339,12 @@ def test_the_command_line_exports_and_imports(
     main(words)
     assert "read again by diffusers" in capsys.readouterr().out
     main(["import", str(file), "--output", str(folder), "--model", str(micro_model)])
+    start, command = capsys.readouterr().out.splitlines()
+    assert start == f"{folder}: an adapter of method lora, rank 3; train from it with"
+    assert command.split() == [
+        *f"vcdeft train --model {micro_model} --method lora --rank 3".split(),
+        *("--set", f"adapter.init_from={folder}"),
+    ]
     assert load_file(folder / WEIGHTS)
 
 
@@ -347,7 +353,7 @@ def test_mistakes_on_the_command_line_are_one_line(
 ) -> None:
     folder = saved_adapter(micro_model, tmp_path / "adapter", "deft")
     out = tmp_path / "out"
-    assert "no adapter_config.json" in refused(
+    assert "no such file or folder" in refused(
         "export", tmp_path / "no", "--format", "kohya", "--output", out
     )
     assert "'png' is not one of" in refused("export", folder, "--format", "png", "--output", out)
@@ -363,6 +369,10 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert "truncated" in refused("export", folder, "--format", "kohya", "--output", out)
     cut.unlink()
     assert "missing" in refused("export", folder, "--format", "kohya", "--output", out)
+    ours = refused("import", folder, "--output", out)
+    assert "a run or adapter folder, which needs no import; 'vcdeft export' writes its LoRA" in ours
+    (tmp_path / "pairs").mkdir()
+    assert "pairs: a folder; name the" in refused("import", tmp_path / "pairs", "--output", out)
     assert "no such file" in refused("import", tmp_path / "no.safetensors", "--output", out)
     (tmp_path / "text.safetensors").write_text("no tensors")
     assert "damaged" in refused("import", tmp_path / "text.safetensors", "--output", out)

@@ -22,12 +22,15 @@ from PIL import Image
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import load_run
 from visualcloze_deft.data.base import Part
+from visualcloze_deft.data.mixture import content
 from visualcloze_deft.data.sources import open_source
 from visualcloze_deft.data.sources.folder import Folder
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.tar_members import member_at, members_of
+from visualcloze_deft.task_registry.files import load_tasks
 from visualcloze_deft.task_registry.new_task import write_new_task
 from visualcloze_deft.training.run_data import mixture_of
+from visualcloze_deft.training.sample_sheets import item_sheet
 
 Pictures = Mapping[str, Mapping[str, int]]  # item -> role -> grey value
 Texts = Mapping[str, str]
@@ -479,6 +482,42 @@ def test_a_broken_picture_of_a_shard_is_named_and_a_link_is_no_picture(tmp_path:
         source.item(0).image("target")
 
 
+@every_layout
+def test_a_task_that_reads_the_instruction_takes_a_caption_where_there_is_none(
+    tmp_path: Path, layout: str
+) -> None:
+    pairs = {item: {"before": v["depth"], "after": v["target"]} for item, v in PAIRS.items()}
+    LAYOUTS[layout](tmp_path, pairs, CAPTIONS)
+    source, tasks = Folder(tmp_path), load_tasks()
+    items = [source.item(k) for k in range(len(source))]
+    for name in ("image-editing", "depth-to-image"):
+        assert {content(tasks[name], item) for item in items} == {*CAPTIONS.values()}
+    assert {content(tasks["image-to-depth"], item) for item in items} == {""}
+
+
+def test_an_instruction_stays_what_a_task_reads_that_names_it(tmp_path: Path) -> None:
+    for name in ("before/1", "after/1", "before/2", "after/2"):
+        put(tmp_path / f"{name}.png", png(1))
+    put(tmp_path / "1.txt", "a house at night")
+    put(tmp_path / "1_instruction.txt", "make it night")
+    put(tmp_path / "2_instruction.txt", "make it day")
+    source, tasks = Folder(tmp_path), load_tasks()
+    items = [source.item(k) for k in (0, 1)]
+    edits = [content(tasks["image-editing"], item) for item in items]
+    assert edits == ["make it night", "make it day"]
+    captions = [content(tasks["depth-to-image"], item) for item in items]
+    assert captions == ["a house at night", ""]
+
+
+def test_a_preview_shows_what_is_generated_last(tmp_path: Path) -> None:
+    put(tmp_path / "before" / "1.png", png(0))
+    put(tmp_path / "after" / "1.png", png(255))
+    put(tmp_path / "mark" / "1.png", png(0))
+    sheet = np.asarray(item_sheet(Folder(tmp_path), count=1, seed=0).convert("L"))
+    middle = sheet[sheet.shape[0] * 2 // 3]
+    assert [middle[len(middle) * k // 6] for k in (1, 3, 5)] == [0, 0, 255]
+
+
 def test_captions_of_a_shard_may_stand_in_a_folder_beside_it(tmp_path: Path) -> None:
     tar(tmp_path / "s.tar", [("x/a.jpg", png(1))])
     put(tmp_path / "caption" / "s" / "x" / "a.txt", "a wall")
@@ -566,6 +605,54 @@ def test_a_check_ends_with_the_command_that_trains_on_the_data(
     }
     told = [f"data.sources={json.dumps([options['--data']])}", f"data.tasks={tasks}"]
     assert len(mixture_of(load_run(None, told)).names) >= 1
+
+
+def test_a_check_tells_captions_that_stand_in_for_instructions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(3):
+        put(tmp_path / "before" / f"{k}.png", png(k))
+        put(tmp_path / "after" / f"{k}.png", png(k))
+        put(tmp_path / f"{k}.txt", f"make it {k}")
+    put(tmp_path / "2_instruction.txt", "paint it")
+    said, _, _ = checked(capsys, f"folder={tmp_path}")
+    line = "instruction: missing in 2 items; image-editing: the caption is read instead"
+    assert said.count(line) == 1
+    assert said.count("is read instead") == 1
+
+
+def test_a_check_counts_pairs_of_different_proportions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"1": (600, 400), "2": (320, 240), "3": (160, 120), "4": (161, 120), "5": (300, 300)}
+    for name, size in sizes.items():
+        for role, pixels in (("before", (320, 240)), ("after", size)):
+            (tmp_path / role).mkdir(exist_ok=True)
+            Image.new("RGB", pixels).save(tmp_path / role / f"{name}.png")
+    said, _, status = checked(capsys, f"folder={tmp_path}")
+    assert status == 0
+    assert "2 items with images of different proportions, first 1 (before 320 x 240, " in said
+
+
+@pytest.mark.parametrize(("count", "kept"), [(9, False), (10, True)])
+def test_the_command_of_a_check_holds_out_pairs_where_there_are_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, kept: bool
+) -> None:
+    for k in range(count):
+        put(tmp_path / "before" / f"{k}.png", png(k))
+        put(tmp_path / "after" / f"{k}.png", png(k))
+    said, _, _ = checked(capsys, f"folder={tmp_path}")
+    assert ("--validation-every 5" in said) == kept
+
+
+def test_rows_of_one_picture_are_not_held_out_by_the_command_of_a_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would be left to train on."""
+    put(tmp_path / "a.png", png(1))
+    put(tmp_path / "b.png", png(1))
+    put(tmp_path / "rows.jsonl", '{"before": "a.png", "target": "b.png"}\n' * 12)
+    assert "--validation-every" not in checked(capsys, f"folder={tmp_path}")[0]
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,9 @@ def test_several_adapters_and_scales(
     capsys.readouterr()
     given = (*words, "--inference-steps", 1, "--adapter", tmp_path / "one")
     output = tmp_path / "out-one"
+    other = (*words, "--inference-steps", 1, "--adapter", f"{tmp_path}/two=0.5")
+    line = refused("infer", *other, "--output", output)
+    assert f"made with adapters {tmp_path}/one=1.0, asked for is {tmp_path}/two=0.5; give" in line
     assert "made with adapters_config_sha256" in refused("infer", *given, "--output", output)
 
 
@@ -380,7 +383,7 @@ def test_several_adapters_and_scales(
         (("--cache", "taylorseer=x"), "'x' is no number"),
         (("--adapter", "gone=half"), "'half' is no number"),
         (("--adapter", "gone", "--adapter", "gone=2"), "named twice"),
-        (("--adapter", "gone"), "no adapter_config.json"),
+        (("--adapter", "gone"), "adapter gone: no such file or folder"),
         (("--seed", -1), "a seed is a whole number from 0"),
         (("--upsample", 1e308), "up to 64"),
         (("--attention", "flashy"), "--attention flashy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from visualcloze_deft.backbones import quantization
 from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.flux_fill.activations import activations_of
 from visualcloze_deft.backbones.flux_fill.context import ContextCache
-from visualcloze_deft.backbones.flux_fill.files import component_config
+from visualcloze_deft.backbones.flux_fill.files import PUBLISHED, component_config
 from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
@@ -35,6 +36,7 @@ from visualcloze_deft.backbones.flux_fill.sizes import (
     flux,
     parameters_in,
 )
+from visualcloze_deft.backbones.model_files import FILL
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Adapter, Bits, load_run, write_run
 from visualcloze_deft.planning.machine import RESERVE, main_memory, usable
@@ -100,33 +102,10 @@ def bytes_saved(model: nn.Module, load: Load) -> int:
     return sum(size for size, _ in found.values())
 
 
-FLUX = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # and diffusers' defaults
-T5_XXL = {
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-    "relative_attention_num_buckets": 32,
-}
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-}
-FLUX_VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+FLUX, FLUX_VAE, CLIP_L, T5_XXL = (
+    json.loads((PUBLISHED / part / "config.json").read_text())
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2")
+)
 
 
 @pytest.fixture
@@ -136,10 +115,7 @@ def flux_settings(tmp_path: Path) -> Path:
 
 def write_flux_settings(folder: Path) -> Path:
     """A folder with the settings of FLUX.1-Fill's networks and nothing else."""
-    parts = {"transformer": FLUX, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": FLUX_VAE}
-    for part, settings in parts.items():
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(settings))
+    shutil.copytree(PUBLISHED, folder)
     return folder
 
 
@@ -429,3 +405,17 @@ def test_steps_an_hour_are_those_of_an_earlier_run(
 def test_a_mistake_is_named(refused: Callable[..., str], words: list[str], message: str) -> None:
     grid = [] if "--grid" in words else ["--grid", "2x2"]
     assert message in refused("plan", *grid, *words)
+
+
+def test_a_plan_for_flux_fill_needs_no_hub(
+    capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    words = ["plan", "--config", "flux-1gpu", "--grid", "3x3", "--memory", "24GB", "--json"]
+    main([*words, "--revision", "gone", "--model", FILL])
+    told = capsys.readouterr()
+    plan = json.loads(told.out)
+    assert plan["parameters"] == pytest.approx(11.9e9, rel=0.01)
+    assert plan["model"] == f"{FILL}@gone"
+    line = f"{FILL}@gone: not here, and the hub is not reached; planned from its known sizes\n"
+    assert line in told.err
+    assert "not in the hub's cache" in refused(*words, "--model", "nobody/another")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hub_cache import COMMIT, in_hub_cache
+from hub_server import hub_server, use
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from visualcloze_deft.adapters.metadata import check_base
+from visualcloze_deft.adapters.places import adapter_at
 from visualcloze_deft.backbones.flux_fill.checks import check_weights
 from visualcloze_deft.backbones.flux_fill.files import check_folder
 from visualcloze_deft.backbones.flux_fill.loading import (
@@ -245,3 +249,38 @@ def test_every_command_with_a_model_takes_a_revision(
     assert not (tmp_path / "out").exists()
     wrong = refused(*command, *output, "--revision", "main")
     assert "--revision main: goes with --model and an id on the hub" in wrong
+
+
+def test_a_hub_that_is_not_reached_is_asked_once_and_one_line_says_so(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    line = refused("plan", "--model", "nobody/unreached")
+    assert "the hub cannot be reached (Connection refused); name a folder here" in line
+    assert "--model FOLDER; HF_HUB_OFFLINE=1" in line
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize("place", ["runs/nope", "./nope", "a/b/c", "nope"])
+def test_a_path_that_is_not_there_is_not_sought_on_the_hub(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with hub_server() as hub:
+        use(hub, monkeypatch)
+        with pytest.raises(UserError, match=rf"^adapter {Path(place)}: no such file or folder$"):
+            adapter_at(place, dict)
+        assert hub.asked == []
+
+
+def test_what_holds_no_adapter_is_told_from_what_is_not_there(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text("", encoding="utf-8")
+    line = partial(refused, "infer", "--examples", "grid.json", "--adapter")
+    assert "no adapter_config.json there; name the folder that holds it" in line(tmp_path)
+    assert "run.toml: a file; name an adapter's folder" in line(tmp_path / "run.toml")
+    assert "gone: no such file or folder" in line(tmp_path / "gone")

@@ -18,7 +18,7 @@ from visualcloze_deft.config.run_settings import Run, load_run, parse_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder, task_folders_of
 from visualcloze_deft.task_registry.files import is_same, load_tasks, read_tasks
-from visualcloze_deft.task_registry.new_task import write_new_task
+from visualcloze_deft.task_registry.new_task import PLACEHOLDER, write_new_task
 from visualcloze_deft.training.run_data import mixture_of
 from visualcloze_deft.training.summary import draws_of, remarks_on_tasks, summary_of
 
@@ -123,6 +123,25 @@ def test_pairs_that_no_task_names_are_met_with_the_task_to_write(
     assert way in refused("tasks", "example", "all", *data, "--output", tmp_path / "g")
 
 
+@pytest.mark.parametrize(("count", "every"), [(1, 0), (4, 4), (30, 10)])
+def test_a_run_says_how_pairs_of_ones_own_are_held_out(
+    tmp_path: Path, count: int, every: int
+) -> None:
+    folder = folder_of(tmp_path / "more", "before target", count)
+
+    def said(*sources: str, **data: object) -> list[str]:
+        run = run_of(*sources, tasks="image-editing", **data)
+        lines = summary_of(run, mixture_of(run), processes=1)
+        return [line.strip() for line in lines if "held out" in line]
+
+    way = f"nothing is held out: --validation-every {every} keeps one item in {every} for samples"
+    assert said(f"folder={folder}") == ([f"{way} and vcdeft eval"] if every else [])
+    assert said("scenes=9") == []
+    if every:
+        mixture_of(run_of(f"folder={folder}", validation_every=every), held_out=True)
+        assert said(f"folder={folder}", validation_every=every) == []
+
+
 def test_no_query_is_asked_twice(pairs: Path, tmp_path: Path) -> None:
     folder = write_new_task("relight", ["lit", "unlit"], tmp_path / "own").parent
     words = ["--data", f"folder={pairs}", "--task-folder", str(folder), "--count", "9"]
@@ -205,3 +224,17 @@ def test_a_run_folder_stands_for_its_adapter_and_before_for_its_newest_checkpoin
     assert adapter_folder(newest) == newest
     carried(run / "adapter")
     assert adapter_folder(run) == run / "adapter"
+
+
+def test_a_template_that_nobody_edited_is_remarked_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["tasks", "new", "relight", "--columns", "before,after"])
+    path = Path("my_tasks/relight.toml")
+    main(["tasks", "check", str(path)])
+    assert "the summary is still the template's: relight\n" in capsys.readouterr().out
+    path.write_text(path.read_text().replace(PLACEHOLDER, "Light from the left."))
+    capsys.readouterr()
+    main(["tasks", "check", str(path)])
+    assert capsys.readouterr().out.startswith("nothing wrong\n  relight: From the")

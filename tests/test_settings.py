@@ -121,10 +121,10 @@ def test_a_weight_is_set_by_the_name_of_its_task() -> None:
     [
         ("step=1", "unknown setting 'step'; did you mean steps"),
         ("optimiser.lrr=1", "unknown setting 'optimiser.lrr'; did you mean optimiser.lr"),
-        ("optimizer.lr=1", "unknown setting 'optimizer'; did you mean optimiser.lr"),
+        ("optimizer.lr=1", "unknown setting 'optimizer'; did you mean optimiser?"),
         ("data.recipe.hide_targets=1", "did you mean data.recipe.hide_target"),
         ("data.recipe.=1", "unknown setting 'data.recipe.'"),
-        ("=1", "unknown setting ''; known: "),
+        ("=1", "unknown setting ''; 'vcdeft train --help' tells"),
     ],
 )
 def test_an_unknown_setting_is_met_with_the_nearest(override: str, message: str) -> None:

@@ -426,7 +426,8 @@ def test_tasks_are_selected_by_name_by_group_and_all_at_once() -> None:
     [
         ("dept-to-image", "unknown task 'dept-to-image'; did you mean depth-to-image"),
         ("novel-view,restauration", "unknown task 'restauration'; did you mean restoration"),
-        ("xyz", "unknown task 'xyz'; known: all, background-"),
+        ("xyz", "unknown task 'xyz'; 'vcdeft tasks list' shows all; --task-folder DIR adds your"),
+        ("day-to-night", "unknown task 'day-to-night'; 'vcdeft tasks list'"),
         ("all,-nothing", "unknown task 'nothing'"),
         ("novel-view,-insdet", "no task named in 'novel-view,-insdet'"),
         ("novel-view=x", "give a weight of 0 or more behind '='"),

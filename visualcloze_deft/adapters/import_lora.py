@@ -16,8 +16,10 @@ from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.errors import UserError, writing
-from visualcloze_deft.storage.adapter_places import CONFIG
+from visualcloze_deft.storage.adapter_places import CONFIG, adapter_folder
 from visualcloze_deft.storage.atomic import output_folder, staged_at
+
+OURS = "a run or adapter folder, which needs no import; 'vcdeft export' writes its LoRA"
 
 
 def import_lora(
@@ -32,6 +34,9 @@ def import_lora(
     Training starts from it with `adapter.init_from`, `vcdeft infer --adapter` uses it, and
     `--model-lora`, too. text_encoders: see `lora_files.read`.
     """
+    if path.is_dir():
+        made = (adapter_folder(path) / CONFIG).is_file()
+        raise UserError(f"LoRA {path}: {OURS if made else 'a folder; name the file in it'}")
     if not path.is_file():
         raise UserError(f"LoRA {path}: no such file; name the .safetensors file itself")
     if output.exists():

@@ -14,7 +14,7 @@ from visualcloze_deft.backbones.lora_places import USUAL, lora_file
 from visualcloze_deft.backbones.peft_files import WEIGHTS, settings_file
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import ADAPTER, CHECKPOINTS, run_folder_of
-from visualcloze_deft.storage.hub import HUB_ID
+from visualcloze_deft.storage.hub import may_be_hub_id
 from visualcloze_deft.storage.text_files import brief
 
 SUFFIX = ".safetensors"
@@ -41,7 +41,7 @@ def found(place: str | Path) -> Path:
     if not isinstance(place, str | Path):
         raise UserError(f"adapter {brief(place)}: give a folder, a LoRA file, or a hub id")
     path = Path(place)
-    if isinstance(place, Path) or path.exists() or not HUB_ID.fullmatch(place):
+    if isinstance(place, Path) or path.exists() or not may_be_hub_id(place):
         return path
     try:
         return lora_file(place)

@@ -8,7 +8,7 @@ from visualcloze_deft.backbones.model_files import file_of, hub_files
 from visualcloze_deft.backbones.peft_files import WEIGHTS
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.storage.adapter_places import CONFIG
-from visualcloze_deft.storage.hub import HUB_ID
+from visualcloze_deft.storage.hub import may_be_hub_id
 
 USUAL = "pytorch_lora_weights.safetensors"  # diffusers' name
 
@@ -41,7 +41,7 @@ def lora_file(name: str, file: str | None = None) -> Path:
 
 def check_place(name: str) -> None:
     """Raise `UserError` where `name` is no folder and can be no hub id."""
-    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+    if not Path(name).is_dir() and not may_be_hub_id(name):
         raise UserError(f"LoRA {name!r}: no such file or folder, and no hub id")
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from visualcloze_deft.backbones.model_settings import IndexFile, ShardsFile
@@ -20,6 +20,7 @@ from visualcloze_deft.storage.hub import HUB_ID, UNREACHED, hub_errors, hub_id
 from visualcloze_deft.storage.settings_files import checked
 
 TINY = "tiny"
+PATIENCE = 10  # seconds for the hub to answer; asked once, where listing files asks six times
 FILL = "black-forest-labs/FLUX.1-Fill-dev"
 FOLDERS = (  # of parts, in diffusers' layout, of all families
     "transformer unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
@@ -84,7 +85,8 @@ def hub_files(name: str, token: str | None = None) -> frozenset[str]:
     repo, revision = hub_id(name)
     with hub_errors(f"hub id {name!r}"):
         try:
-            return frozenset(list_repo_files(repo, revision=revision, token=token))
+            told = HfApi().model_info(repo, revision=revision, token=token, timeout=PATIENCE)
+            return frozenset(file.rfilename for file in told.siblings or ())
         except HfHubHTTPError:
             raise
         except UNREACHED:

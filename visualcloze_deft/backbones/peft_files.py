@@ -17,6 +17,12 @@ WEIGHTS = "adapter_model.safetensors"  # peft's name for an adapter's tensors
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """What the settings file of the adapter in a folder says, see `settings_files.checked`."""
     path = folder / CONFIG
+    if not folder.exists():
+        raise UserError(f"adapter {folder}: no such file or folder")
+    if folder.is_file():
+        raise UserError(
+            f"adapter {folder}: a file; name an adapter's folder or a .safetensors file"
+        )
     if not path.is_file():
         raise UserError(f"adapter {folder}: no {CONFIG} there; name the folder that holds it")
     return checked(path, AdapterFile, "no settings of an adapter")

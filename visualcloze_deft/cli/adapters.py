@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,8 @@ def import_adapter(
     vcdeft train --method lora --rank 16 --set adapter.init_from=my-lora ...
     """
     from visualcloze_deft.adapters.import_lora import import_lora
-    from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.backbones.model_files import TINY, pinned
+    from visualcloze_deft.backbones.peft_files import adapter_settings
 
     base = pinned(model, revision)
     assert base is not None
@@ -132,4 +134,8 @@ def import_adapter(
         model=base,
         text_encoders="left out" if without_text_encoders else "refused",
     )
-    click.echo(written)
+    rank = adapter_settings(written)["r"]
+    click.echo(f"{written}: an adapter of method lora, rank {rank}; train from it with")
+    of_model = "" if base == TINY else f"--model {shlex.quote(base)} "
+    start = shlex.quote(f"adapter.init_from={written}")
+    click.echo(f"  vcdeft train {of_model}--method lora --rank {rank} --set {start}")

@@ -72,7 +72,8 @@ def check_data(
     if broken := sum(len(one.broken) for one in reports.values()):
         click.echo(f"{broken} pictures or rows are broken", err=True)
     kinds = {source: one.kinds for source, one in reports.items()}
-    if command := train_command(kinds, tasks, task_folders):
+    units = {source: one.units for source, one in reports.items()}
+    if command := train_command(kinds, tasks, task_folders, units=units):
         click.echo(f"\ntrain on it, here on the built-in model:\n  {command}")
     if unopened or broken:
         raise SystemExit(2 if unopened else 1)
@@ -82,6 +83,7 @@ def _checked(source: str, tasks: Mapping[str, Task], workers: int) -> SourceRepo
     """Say what there is to say of one source."""
     from tqdm import tqdm
 
+    from visualcloze_deft.data.base import unit_count
     from visualcloze_deft.data.check import look_at_all, report
     from visualcloze_deft.data.left_out import left_out
     from visualcloze_deft.data.sources import open_source
@@ -99,14 +101,16 @@ def _checked(source: str, tasks: Mapping[str, Task], workers: int) -> SourceRepo
             click.echo(f"broken: {fault}", err=True)
     items = look_at_all(opened, workers=workers)
     seen = tqdm(items, desc="reading", total=len(opened), unit="item")
-    found = report(seen, tasks, notes=opened.notes if isinstance(opened, Folder) else ())
+    notes = opened.notes if isinstance(opened, Folder) else ()
+    found = report(seen, tasks, source=opened.name, notes=notes)
     for line in [*found.lines, *missing_tasks_for(opened.name, found.kinds, tasks)]:
         click.echo(line)
     for line in left_out(opened):
         click.echo(f"left out: {line}", err=True)
     for line in found.broken:
         click.echo(f"broken: {line}", err=True)
-    return replace(found, broken=[*map(str, faults), *found.broken])
+    units = unit_count(opened) if isinstance(opened, Folder) else 0
+    return replace(found, broken=[*map(str, faults), *found.broken], units=units)
 
 
 @data.command("preview", context_settings=CONTEXT)

@@ -120,32 +120,29 @@ def run_of(
 ) -> Run:
     """The settings that `RUN_OPTIONS` say, over a run file."""
     from visualcloze_deft.backbones.model_files import pinned
+    from visualcloze_deft.config.near_settings import OPTIONS
     from visualcloze_deft.config.run_settings import config_for, load_run
 
     options = dict(options)
     options["model"] = pinned(options["model"], options.pop("revision", None))
     folders = options.pop("task_folders", ())
-    names = {
-        "tasks": "data.tasks",
-        "method": "adapter.method",
-        "rank": "adapter.rank",
-        "resolution": "data.resolution",
-        "validation_every": "data.validation_every",
-        "lr": "optimiser.lr",
-    }
-    given = [
-        f"{names.get(name, name)}="
-        f"{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-    if data:
-        given.append(f"data.sources={json.dumps(list(data), ensure_ascii=False)}")
-    if folders:
-        given.append(f"data.task_folders={json.dumps(list(folders), ensure_ascii=False)}")
-    for role, place in places(annotate).items():
-        given.append(f"data.annotate.{role}={json.dumps(place, ensure_ascii=False)}")
-    return load_run(config or config_for(options["model"], data), [*given, *overrides])
+    names = {option: setting for setting, option in OPTIONS.items()}
+    given: list[tuple[str, str, Any]] = []  # option, setting, value
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        given += [(option, names.get(option, name), value)] if value is not None else []
+    given += [("--data", "data.sources", list(data))] if data else []
+    given += [("--task-folder", "data.task_folders", list(folders))] if folders else []
+    given += [("--annotate", f"data.annotate.{r}", at) for r, at in places(annotate).items()]
+    return load_run(
+        config or config_for(options["model"], data),
+        overrides,
+        options=[(option, f"{name}={toml_value(value)}") for option, name, value in given],
+    )
+
+
+def toml_value(value: Any) -> str:
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def with_scales(given: Sequence[str]) -> dict[Path, float]:

@@ -25,7 +25,7 @@ from visualcloze_deft.cli.options import (
     png_path,
     preview_run,
 )
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import UserError
 
 if TYPE_CHECKING:
     from visualcloze_deft.data.example import Example
@@ -81,11 +81,12 @@ def show_task(
     from visualcloze_deft.data.derive import missing
     from visualcloze_deft.data.sources import ROLES_OF
     from visualcloze_deft.task_registry.files import load_tasks
+    from visualcloze_deft.task_registry.select import way_out
 
     model = pinned(model, revision)
     known = load_tasks(map(Path, task_folders))
     if name not in known:
-        raise UserError(f"unknown task {name!r}; {suggestion(name, known)}")
+        raise UserError(f"unknown task {name!r}; {way_out(name, known)}")
     task = known[name]
     click.echo(f"{click.style(name, bold=True)}, in {task.group}, from {task.path}")
     click.echo(task.summary)
@@ -169,6 +170,7 @@ def new_task(name: str, columns: str, targets: str, task_folder: str) -> None:
 def check_tasks(file: str | None, task_folders: tuple[str, ...]) -> None:
     """Say what is wrong with a task FILE, and where; without one, check all files."""
     from visualcloze_deft.task_registry.files import load_roles, load_tasks, read_tasks
+    from visualcloze_deft.task_registry.new_task import PLACEHOLDER
 
     if file is not None and not Path(file).is_file():
         raise UserError(f"{file}: no such file")
@@ -176,7 +178,10 @@ def check_tasks(file: str | None, task_folders: tuple[str, ...]) -> None:
         found = list(load_tasks(map(Path, task_folders)).values())
     else:
         found = read_tasks(Path(file), load_roles([*map(Path, task_folders), Path(file).parent]))
-    click.echo(f"{len(found)} tasks, nothing wrong" if len(found) > 3 else "nothing wrong")
+    unedited = [task.name for task in found if task.summary == PLACEHOLDER]
+    said = f"the summary is still the template's: {', '.join(unedited)}"
+    said = said if unedited else "nothing wrong"
+    click.echo(f"{len(found)} tasks, {said}" if len(found) > 3 else said)
     for task in found if len(found) <= 3 else ():
         click.echo(f"  {task.name}: {task.sentence()}")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,9 @@ from visualcloze_deft.cli.app import CONTEXT, cli
 from visualcloze_deft.cli.options import run_of, run_options, setting
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.training.files_needed import check_run
+
+if TYPE_CHECKING:
+    from visualcloze_deft.config.run_settings import Run
 
 
 @cli.command(context_settings=CONTEXT)
@@ -164,8 +168,30 @@ def plan(
     """
     from visualcloze_deft.training import memory_report
 
-    run = run_of(config, data, annotate, overrides, options)
+    asked = run_of(config, data, annotate, overrides, options)
+    run = with_published_sizes(asked)
     found = memory_report.memory_report_of(
         run, memory=memory, grid=grid, before=Path(before) if before else None
     )
+    found = replace(found, plan=replace(found.plan, run=asked))
     click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_table())
+
+
+def with_published_sizes(run: Run) -> Run:
+    """`run`, where the hub cannot be asked for FLUX.1-Fill with its sizes as they are known."""
+    from visualcloze_deft.backbones.flux_fill.files import PUBLISHED
+    from visualcloze_deft.backbones.model_files import FILL
+    from visualcloze_deft.backbones.table import backbone_of
+    from visualcloze_deft.storage.hub import Unreached, hub_id
+
+    try:
+        backbone_of(run.model)
+    except Unreached:
+        if hub_id(run.model)[0] != FILL:
+            raise
+        click.echo(
+            f"{run.model}: not here, and the hub is not reached; planned from its known sizes",
+            err=True,
+        )
+        return run.model_copy(update={"model": str(PUBLISHED)})
+    return run

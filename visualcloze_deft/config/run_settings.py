@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+from visualcloze_deft.config.near_settings import meant
 from visualcloze_deft.config.numbers import (
     HEAVIEST,
     LARGEST,
@@ -32,7 +33,7 @@ from visualcloze_deft.config.overrides import apply_override, find_config
 from visualcloze_deft.config.patterns import sound_pattern
 from visualcloze_deft.config.secrets import without_secrets
 from visualcloze_deft.config.source_specs import from_root, spec_from_root
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.storage.adapter_places import adapter_folder
@@ -415,12 +416,20 @@ class Run(Section):
     logging: Logging = Logging()
 
 
-def load_run(file: str | None, overrides: Sequence[str] = ()) -> Run:
-    """A run file (a path, or the name of a shipped one) with `a.b=value` overrides on top."""
+def load_run(
+    file: str | None, overrides: Sequence[str] = (), *, options: Sequence[tuple[str, str]] = ()
+) -> Run:
+    """A run file (a path, or the name of a shipped one) with `a.b=value` overrides on top.
+
+    options: overrides that go before, each behind the name of the option that stands for it.
+    """
     fields = read_toml(find_config(file)) if file else {}
-    for override in overrides:
+    given: dict[str, str] = {}
+    for option, override in [*options, *(("--set", override) for override in overrides)]:
         apply_override(fields, override)
-    return parse_run(fields, where=file or "command line")
+        given[override.partition("=")[0].strip()] = option
+    own = file is not None and Path(file).is_file()  # a shipped one is not at fault
+    return parse_run(fields, where=str(file) if own else "command line", given=given)
 
 
 RENAMED = {
@@ -447,7 +456,11 @@ EITHER = (
 )  # settings that are a number or a word
 
 
-def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
+def parse_run(
+    fields: Mapping[str, Any], *, where: str, given: Mapping[str, str] | None = None
+) -> Run:
+    """The settings in `fields`. Messages name the option in `given` that gave a setting, or
+    `where`."""
     try:
         return Run.model_validate(fields)
     except ValidationError as error:
@@ -455,13 +468,17 @@ def parse_run(fields: Mapping[str, Any], *, where: str) -> Run:
         loc = [str(part) for part in first["loc"]]
         one_of = next((p for p in EITHER if loc[: len(p)] == p), loc)  # without the kind tried
         place = ".".join(one_of)
+        for name, option in (given or {}).items():
+            unknown_section = first["type"] == "extra_forbidden" and name.startswith(f"{place}.")
+            if unknown_section or f"{place}.".startswith(f"{name}."):
+                where = option
         if first["type"] == "extra_forbidden":
             if place in RENAMED:
                 raise UserError(
                     f"{where}: the setting {place} is called {RENAMED[place]} now"
                 ) from None
             raise UserError(
-                f"{where}: unknown setting {place!r}; {suggestion(place, setting_names())}"
+                f"{where}: unknown setting {place!r}; {meant(place, setting_names())}"
             ) from None
         said = first["msg"].removeprefix("Value error, ").lower()
         raise UserError(f"{where}: {place} = {brief(first['input'])}: {said}") from None

@@ -19,6 +19,7 @@ class Item:
     images: for each role a function that makes or reads the RGB picture when it is needed.
     texts: "caption" (what `target` shows), "instruction" (what turns `before` into `target`), ...
     phrasings: of a text that can be said in several ways, all of them; the first is the usual one.
+    instead: of a text that the item lacks, the name of the one that is read in its place.
     key: a name for messages, unique within the source.
     """
 
@@ -26,6 +27,7 @@ class Item:
     images: Mapping[str, Callable[[], Image.Image]]
     texts: Mapping[str, str] = field(default_factory=dict)
     phrasings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     def image(self, role: str) -> Image.Image:
         return self.images[role]()
@@ -65,6 +67,19 @@ def units_of(source: Source) -> NDArray[np.intp] | None:
     photos = photos_of(source)
     found: Any = getattr(source, "units", None) if photos is None else photos[:, -1]
     return found if found is None else np.asarray(found)
+
+
+def unit_numbers(source: Source) -> NDArray[np.intp]:
+    """The number of each item by which `Part` keeps it, also of a part."""
+    units = units_of(source)
+    if units is None:
+        return source.own if isinstance(source, Part) else np.arange(len(source))
+    return units
+
+
+def unit_count(source: Source) -> int:
+    """How many units of a source may be held out, each whole."""
+    return len(np.unique(unit_numbers(source)))
 
 
 def photos_of(source: Source) -> NDArray[np.intp] | None:
@@ -108,8 +123,7 @@ class Part:
         self.source = source
         units, photos = units_of(source), photos_of(source)
         if photos is None:
-            numbers = np.arange(len(source)) if units is None else units
-            self.mine = (numbers % every == every - 1) == held_out
+            self.mine = (unit_numbers(source) % every == every - 1) == held_out
         else:
             every = min(every, int(photos.max()) + 1)
             kept = photos % every == every - 1

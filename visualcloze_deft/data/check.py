@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 
 from visualcloze_deft.data.base import Source
-from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits
-from visualcloze_deft.data.served import served
+from visualcloze_deft.data.derive import ALIGNED, ALIKE, misfits, missing
+from visualcloze_deft.data.served import Kinds, served
+from visualcloze_deft.data.unpaired import OWN
 from visualcloze_deft.errors import UserError, one_line
 from visualcloze_deft.images.depth import SPAN
 from visualcloze_deft.images.maps import MASKS, TURNED
 from visualcloze_deft.images.reading import READ_AS
+from visualcloze_deft.reporting.numbers import counted_as
 from visualcloze_deft.task_registry.task import Task
 
 PLAIN = 64  # of 255 levels: a role most of whose pictures use fewer is worth a look
@@ -38,12 +40,13 @@ class PictureReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemReport:
-    """One item: role -> what could be read, role -> what is wrong."""
+    """One item: role -> what could be read, role -> what is wrong. instead: see `Item`."""
 
     key: str
     pictures: Mapping[str, PictureReport]
     faults: Mapping[str, str] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
 
 
 def look(source: Source, index: int) -> ItemReport:
@@ -62,7 +65,9 @@ def look(source: Source, index: int) -> ItemReport:
         faults[role] = why
         del pictures[role]
     texts = tuple(name for name, text in item.texts.items() if text)
-    return ItemReport(key=item.key, pictures=pictures, faults=faults, texts=texts)
+    return ItemReport(
+        key=item.key, pictures=pictures, faults=faults, texts=texts, instead=item.instead
+    )
 
 
 def seen_in(image: Image.Image) -> PictureReport:
@@ -101,30 +106,37 @@ def _look(index: int) -> ItemReport:
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
     """A source that was read whole. lines: what there is; broken: what is not, and why. kinds: how
-    many items have which roles."""
+    many items have which roles. units: of a user's folder, see `units_of`."""
 
     lines: Sequence[str]
     broken: Sequence[str]
     kinds: Counter[frozenset[str]]
+    units: int = 0
 
 
 def report(
-    seen: Iterable[ItemReport], tasks: Mapping[str, Task], *, notes: Sequence[str] = ()
+    seen: Iterable[ItemReport], tasks: Mapping[str, Task], *, source: str, notes: Sequence[str] = ()
 ) -> SourceReport:
-    """What is told of a source. notes: how it was read, beside what its pictures tell."""
+    """What is told of a source, by its name. notes: how it was read, beside what its pictures
+    tell."""
     found: dict[str, list[PictureReport]] = defaultdict(list)
     texts: Counter[str] = Counter()
     broken: list[str] = []
     kinds: Counter[frozenset[str]] = Counter()
     unsure: Counter[str] = Counter()
+    instead: Counter[tuple[str, str]] = Counter()
+    uneven: list[ItemReport] = []
     for one in seen:
         unsure.update(doubtful(one.pictures))
+        instead.update(one.instead.items())
+        uneven += [one] if source == OWN and is_uneven(one.pictures) else []
         kinds[frozenset(one.pictures)] += 1
         texts.update(one.texts)
         for role, picture in one.pictures.items():
             found[role].append(picture)
         broken += [f"{one.key}{role and f', {role}'}: {why}" for role, why in one.faults.items()]
     remarks = [*notes, *remarks_on(found, unsure)]
+    remarks += [*texts_instead(instead, kinds, tasks), *cropped(uneven)]
     if remarks:
         remarks = ["", "how files were read", *(f"  {line}" for line in remarks)]
     lines = [*sizes_of(found, texts, sum(kinds.values())), *remarks, *served(kinds, tasks)]
@@ -171,6 +183,40 @@ def doubtful(pictures: Mapping[str, PictureReport]) -> list[str]:
     if target.turned not in (2, 3, 4) and abs(width / height - 1) > ALIKE:
         return []
     return [role for role in pictures if role in ALIGNED and pictures[role].turned == 1]
+
+
+def is_uneven(pictures: Mapping[str, PictureReport]) -> bool:
+    """Whether the pictures of an item have different proportions."""
+    shapes = [width / height for width, height in (one.size for one in pictures.values())]
+    return bool(shapes) and max(shapes) / min(shapes) - 1 > ALIKE
+
+
+def cropped(uneven: Sequence[ItemReport]) -> Iterator[str]:
+    """What becomes of the items whose pictures have different proportions."""
+    if uneven:
+        first = uneven[0]
+        sizes = [f"{role} {one.size[0]} x {one.size[1]}" for role, one in first.pictures.items()]
+        yield (
+            f"{counted_as(len(uneven), 'item')} with images of different proportions, first "
+            f"{first.key} ({', '.join(sizes)}): cropped to the shape of the first image of a row; "
+            "--set data.cells=own keeps the shape of each"
+        )
+
+
+def texts_instead(
+    instead: Mapping[tuple[str, str], int], kinds: Kinds, tasks: Mapping[str, Task]
+) -> Iterator[str]:
+    """The texts that tasks read in place of those that items lack. instead: how many items have
+    the second of two texts, but not the first."""
+    for (lacked, read), count in instead.items():
+        readers = [
+            task.name
+            for task in tasks.values()
+            if task.content == lacked and any(not missing(task.roles, roles) for roles in kinds)
+        ]
+        if readers:
+            told = f"{lacked}: missing in {counted_as(count, 'item')}"
+            yield f"{told}; {' and '.join(readers)}: the {read} is read instead"
 
 
 def noted(role: str, pictures: Sequence[PictureReport]) -> Iterator[str]:

@@ -243,4 +243,5 @@ def content(task: Task, item: Item, words: Words = first_phrase) -> str:
     """The content sentence of an item; words: chooses where it can be said in several ways."""
     if said := item.phrasings.get(task.content):
         return words(said)
-    return item.texts.get(task.content, "") if task.content else ""
+    read = item.texts.get(task.content) or item.texts.get(item.instead.get(task.content, ""))
+    return read or ""

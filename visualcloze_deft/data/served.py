@@ -15,6 +15,7 @@ from visualcloze_deft.task_registry.task import Task
 
 Kinds = Counter[frozenset[str]]  # how many items have just these roles
 WIDTH = 100  # characters of a line of names
+HELD_OUT, ENOUGH = 5, 10  # one in so many is held out of folders with so many units
 MOST_PARTS = 8  # names and groups that a command lists, before it says "all"
 
 
@@ -49,11 +50,16 @@ def counts_by_group(kinds: Kinds, tasks: Mapping[str, Task]) -> dict[str, dict[s
 
 
 def train_command(
-    kinds: Mapping[str, Kinds], tasks: Mapping[str, Task], folders: Iterable[str]
+    kinds: Mapping[str, Kinds],
+    tasks: Mapping[str, Task],
+    folders: Iterable[str],
+    *,
+    units: Mapping[str, int],
 ) -> str:
     """The command that trains on the data that serves a task; "" where none does.
 
-    kinds: of each NAME=PATH. folders: with task files of the user's own.
+    kinds: of each NAME=PATH. folders: with task files of the user's own. units: how many parts,
+    held out whole, a user's folders have.
     """
     useful = {spec: own for spec, own in kinds.items() if counts_by_group(own, tasks)}
     if not useful:
@@ -62,6 +68,8 @@ def train_command(
     if not all(map(is_of_photos, useful)):  # one thing's photos have a run file, which names tasks
         words += ["--tasks", tasks_for(sum(useful.values(), Counter()), tasks)]
     words += [word for folder in folders for word in ("--task-folder", folder)]
+    if all(units.get(spec, 0) >= ENOUGH for spec in useful):
+        words += ["--validation-every", str(HELD_OUT)]
     return shlex.join([*words, "--output", str(free_output(next(iter(useful))))])
 
 

@@ -93,16 +93,18 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
     check(asked.settings)
     check_processes(asked.processes)
     shared = shared_of(asked.settings)
-    making, remarks = making_of(asked, shared)
+    making, held_out = making_of(asked, shared)
     rows = rows_of(asked.suite, making)
+    spec = f"{OWN}={making.data.get(OWN, '')}"
+    remarks = remarks_on(held_out, spec, making.validation_every, rows)
     images = asked.images or SUITES[asked.suite].images
     made = request_facts(asked, making, rows, images, shared)
     check_same(output, made)
     check_scoring(asked.scoring)
     encoders = load_encoders(asked.scoring.encoders, output)
+    for line in (*(described(asked, rows, images) if dry_run else ()), *remarks):
+        tqdm.write(line)
     if dry_run:
-        for line in (*described(asked, rows, images), *remarks):
-            tqdm.write(line)
         return None
     with only_writer(output):
         write_text(output / SETTINGS, settings_text(made, asked.scoring, encoders, shared))
@@ -135,8 +137,8 @@ def evaluate_suite(asked: EvaluationRequest, output: Path, *, dry_run: bool = Fa
 
 def making_of(
     asked: EvaluationRequest, shared: Mapping[str, Any]
-) -> tuple[GridSettings, list[str]]:
-    """How grids are made, with what the model and the adapter's run say; and what to say of it."""
+) -> tuple[GridSettings, int | None]:
+    """How grids are made, with what the model and the adapter's run say; and `held_out_by` it."""
     making = replace(
         asked.making,
         resolution=shared["resolution"],
@@ -144,11 +146,10 @@ def making_of(
         task_folders=tuple(map(str, asked.settings.all_task_folders)),
     )
     if asked.suite != OWN:
-        return making, []
-    spec = f"{OWN}={making.data.get(OWN, '')}"
-    held_out = held_out_by(asked.settings.adapters, spec)
+        return making, None
+    held_out = held_out_by(asked.settings.adapters, f"{OWN}={making.data.get(OWN, '')}")
     every = making.validation_every or held_out or 0
-    return replace(making, validation_every=every), remarks_on(held_out, spec, every)
+    return replace(making, validation_every=every), held_out
 
 
 def described(asked: EvaluationRequest, rows: Sequence[Row], images: int) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from visualcloze_deft.config.run_settings import Data, load_run
 from visualcloze_deft.config.source_specs import spec_from_root
+from visualcloze_deft.data.base import unit_numbers
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.evaluation.suite_queries import Row, spread
 from visualcloze_deft.storage.adapter_places import run_folder_of
 from visualcloze_deft.training.run_folder import SETTINGS
 
@@ -35,15 +37,31 @@ def held_out_by(adapters: Iterable[Path], spec: str) -> int | None:
     return math.lcm(*found) if found else None
 
 
-def remarks_on(held_out: int | None, spec: str, every: int) -> list[str]:
+def remarks_on(held_out: int | None, spec: str, every: int, rows: Sequence[Row]) -> list[str]:
     """What to say of the data of an evaluation. held_out: see `held_out_by`; every: that is asked
     of, 0 for all items."""
     if held_out is None:
         return []
-    if held_out and every % held_out:
-        trained = f"training left out one in {held_out}, so that it has seen some of them"
-        return [f"{spec}: one item in {every} is asked, but {trained}."]
-    if held_out:
+    trained, asked = trained_on(held_out, rows)
+    if not trained:
         return [f"{spec}: one item in {every} is asked, those that training left out."]
-    trained = "the adapter was trained on these very items, so the figures show what it remembers"
-    return [f"{spec}: {trained}. Train with --validation-every 10 to hold some out."]
+    seen = (
+        f"{trained} of {asked} items were trained on, so that their figures show what the adapter "
+        "remembers"
+    )
+    if held_out:
+        kept = f"training held out one in {held_out}, which are asked without --validation-every"
+        return [f"{spec}: {seen}; {kept}."]
+    return [f"{spec}: {seen}. Train with --validation-every 10 to hold some out."]
+
+
+def trained_on(held_out: int, rows: Iterable[Row]) -> tuple[int, int]:
+    """How many of the items that `rows` ask for were trained on, and how many they ask for."""
+    units: dict[int, int] = {}  # of each item
+    for row in rows:
+        if row.items:
+            numbers = unit_numbers(row.items.source)
+            asked = [row.items.index(spread(k, row.items, row.count)) for k in range(row.count)]
+            units |= {index: int(numbers[index]) for index in asked}
+    kept = sum(unit % held_out == held_out - 1 for unit in units.values()) if held_out else 0
+    return len(units) - kept, len(units)

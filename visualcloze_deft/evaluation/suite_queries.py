@@ -11,6 +11,7 @@ from PIL import Image
 
 from visualcloze_deft.data.annotation.source import annotated, check_places, lacking
 from visualcloze_deft.data.base import Item, Part, Source
+from visualcloze_deft.data.eligible import EligibleItems
 from visualcloze_deft.data.example import Example
 from visualcloze_deft.data.queries import query_of_items
 from visualcloze_deft.data.sources import open_source
@@ -68,11 +69,18 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table: `count` grids, `make(k)` the k-th of them."""
+    """A row of the table: `count` grids, `make(k)` the k-th of them. items: those that its queries
+    are spread over, where they are items of data."""
 
     name: str
     count: int
     make: Callable[[int], Query]
+    items: EligibleItems | None = None
+
+
+def spread(index: int, items: EligibleItems, count: int) -> int:
+    """The place of query `index` of `count`, which are spread evenly over all `items`."""
+    return index * len(items) // count
 
 
 def opened(name: str, making: GridSettings, *, held_out: bool = True) -> list[Source]:

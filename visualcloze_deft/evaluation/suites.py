@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from visualcloze_deft.data.base import Source
+from visualcloze_deft.data.derive import missing
 from visualcloze_deft.data.eligible import EligibleItems, eligible, sources_for
 from visualcloze_deft.data.sources.dreambooth import CLASSES
 from visualcloze_deft.data.sources.scenes import SEGMENT_COLOURS
@@ -25,6 +27,7 @@ from visualcloze_deft.evaluation.suite_queries import (
     Row,
     example_of,
     opened,
+    spread,
 )
 from visualcloze_deft.storage.adapter_places import is_of_adapter
 from visualcloze_deft.task_registry.files import load_tasks
@@ -45,6 +48,7 @@ FAMILIES = (  # what the embedded base, its demo and its evaluation are about
     "subject-driven",
 )
 BY_TASK = ("scenes", "graph200k", "folder")  # suites with a row for each task
+MOST_NAMED = 3  # tasks in a message
 SCENES, ITEMS = 64, 100  # grids of each task, unless --limit says otherwise
 
 
@@ -84,6 +88,12 @@ def rows_of(name: str, making: GridSettings) -> list[Row]:
 
 
 def check_suite(name: str) -> None:
+    if name == "photos":
+        raise UserError(
+            "--suite photos: photos of one thing have no ground truth; generate "
+            "images (vcdeft tasks example subject-driven --data photos=PATH, then vcdeft infer), "
+            "and compare them with the photos: vcdeft eval --images DIR --against PATH --unpaired"
+        )
     if name not in SUITES:
         raise UserError(f"--suite {name!r}: no such suite; {suggestion(name, SUITES)}")
 
@@ -142,11 +152,24 @@ def by_task(
             count = min(making.limit or usual, len(found[0]))
             above = eligible(task.roles, shown)
             make = partial(known, task, found[0], making, count, above[0] if above else found[0])
-            rows.append(Row(name=name, count=count, make=make))
+            rows.append(Row(name=name, count=count, make=make, items=found[0]))
     if not rows:
-        has = ", ".join(sorted({role for source in sources for role in source.roles}))
-        raise UserError(f"none of the {len(tasks)} tasks has data here, which has the roles {has}")
+        raise UserError(no_data(tasks, sources))
     return rows
+
+
+def no_data(tasks: Mapping[str, Task], sources: Sequence[Source]) -> str:
+    """Which roles the first tasks need that `sources` lack, and what to do about it."""
+    lacks = []
+    for name, task in islice(tasks.items(), MOST_NAMED):
+        roles = min((missing(task.roles, source.roles) for source in sources), key=len)
+        lacks.append(f"{name} lacks {', '.join(sorted(roles)) or 'an item with all its roles'}")
+    more = f" and {len(tasks) - MOST_NAMED} more" if len(tasks) > MOST_NAMED else ""
+    has = ", ".join(sorted({role for source in sources for role in source.roles}))
+    return (
+        f"no task has data in {sources[0].name}, which has the roles {has}: {'; '.join(lacks)}"
+        f"{more}; give other data, or --tasks of those that 'vcdeft data check' lists"
+    )
 
 
 def known(
@@ -157,10 +180,10 @@ def known(
     above: EligibleItems,
     index: int,
 ) -> Query:
-    """Grid `index` of `count`, its queries spread evenly over all `items`, so that none comes
-    twice. The rows before it are of `above`."""
+    """Grid `index` of `count`, its queries spread over `items`, so that none comes twice. The rows
+    before it are of `above`."""
     rng = np.random.default_rng([making.seed, index])
-    place = index * len(items) // count
+    place = spread(index, items, count)
     others = above.choose(making.rows, rng)
     if above is items:
         others = [other for other in others if other != place]

@@ -22,7 +22,7 @@ from visualcloze_deft.backbones.model_files import index_of
 from visualcloze_deft.backbones.peft_files import read_metadata, settings_file, weights_file
 from visualcloze_deft.backbones.precision import default_dtype
 from visualcloze_deft.backbones.table import fingerprint
-from visualcloze_deft.config.sameness import MAY_DIFFER, differences
+from visualcloze_deft.config.sameness import MAY_DIFFER, Difference, differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
@@ -39,6 +39,12 @@ from visualcloze_deft.storage.text_files import read_object
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 SHEET = "-sheet.png"  # how the names of contact sheets end
+NAMED = {
+    "model_fingerprint": "model",
+    "model_lora_sha256": "model_lora",
+    "adapters_sha256": "adapters",
+    "adapters_config_sha256": "adapters",
+}  # keys of records that say whose hash it is
 WAY_OUT = "give --overwrite, or another --output"
 
 
@@ -220,11 +226,28 @@ def finished(output: Path, plan: GridJob, *, since: float) -> bool:
         return False
     for other in differences(compared(before), now):
         if other.name in now:  # what later versions say more counts for nothing
-            raise UserError(
-                f"{path}: made with {other.name} {shortly(other.before)}, asked for is "
-                f"{shortly(other.now)}; {WAY_OUT}"
-            )
+            raise UserError(f"{path}: made with {contrast(other, before, plan.record)}; {WAY_OUT}")
     return all((output / name).is_file() for name in plan.names)
+
+
+def contrast(other: Difference, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How two records differ: in the names of what their hashes are of, where these differ."""
+    name = NAMED.get(other.name, "")
+    was, wanted = (as_named(record.get(name)) for record in (before, now))
+    if was != wanted:
+        return f"{name} {was}, asked for is {wanted}"
+    return f"{other.name} {shortly(other.before)}, asked for is {shortly(other.now)}"
+
+
+def as_named(value: object) -> str:
+    """What a record names, adapters with their scales.
+
+    >>> as_named([{"path": "a", "scale": 1.0}, {"path": "b", "scale": 0.5}]), as_named(None)
+    ('a=1.0, b=0.5', 'none')
+    """
+    entries = value if isinstance(value, list) else [value] if value is not None else []
+    parts = [entry.values() if isinstance(entry, dict) else [entry] for entry in entries]
+    return ", ".join("=".join(map(str, part)) for part in parts) or "none"
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:

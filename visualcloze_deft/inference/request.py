@@ -9,12 +9,13 @@ from pathlib import Path
 from PIL import Image
 
 from visualcloze_deft.config.numbers import is_whole
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
 from visualcloze_deft.inference.pictures import picture
 from visualcloze_deft.inference.upsampling import Enlarging, Upsampling, each
 from visualcloze_deft.storage.text_files import brief, sound
+from visualcloze_deft.task_registry.select import way_out
 from visualcloze_deft.task_registry.task import Task
 
 MOST_SEED = 2**63 - 1
@@ -78,7 +79,7 @@ def request(
     seeds = seeds_of(seed, images)
     if task is not None:
         if task not in tasks:
-            raise UserError(f"unknown task {task!r}; {suggestion(task, tasks)}")
+            raise UserError(f"unknown task {task!r}; {way_out(task, tasks)}")
         roles = tasks[task].roles
         if len(roles) != len(rows[0]):
             raise UserError(

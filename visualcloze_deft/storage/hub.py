@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HFValidationError,
@@ -30,6 +31,10 @@ UNLOADABLE: tuple[type[Exception], ...] = (
 library `tokenizers` raises is an Exception and nothing more."""
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 UNREACHED = (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError)  # HTTPError: the client's
+
+
+class Unreached(UserError):
+    """A model is neither in the cache here, nor can the hub be asked for it."""
 
 
 def hub_id(name: str) -> tuple[str, str | None]:
@@ -60,6 +65,15 @@ def at_revision(place: str) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Whether `name` is written as an id on the hub, and its first part is no folder here.
+
+    >>> may_be_hub_id("someone/lora"), may_be_hub_id("./lora"), may_be_hub_id("a/b/c")
+    (True, False, False)
+    """
+    return HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
+
+
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """What the hub's client raises, as one line."""
@@ -69,10 +83,22 @@ def hub_errors(what: str) -> Iterator[None]:
         why = next(line for line in [*str(error).splitlines(), "no reason given"] if line.strip())
         raise UserError(f"{what}: cannot be had from the hub: {why[:200]}") from None
     except UNREACHED as error:
-        raise UserError(
-            f"{what}: not in the hub's cache on this machine, and the hub cannot be reached "
-            f"({str(error).splitlines()[0][:120]})"
+        if constants.HF_HUB_OFFLINE:
+            fault, more = "HF_HUB_OFFLINE is set", ""
+        else:
+            fault = f"the hub cannot be reached ({reason(error)})"
+            more = "; HF_HUB_OFFLINE=1 asks the cache alone"
+        raise Unreached(
+            f"{what}: not in the hub's cache on this machine, and {fault}; name a folder here "
+            f"instead, e.g. --model FOLDER{more}"
         ) from None
+
+
+def reason(error: BaseException) -> str:
+    """What the error says that `error` goes back to, shortly."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return why(error)[:80]
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from visualcloze_deft.storage.atomic import output_folder, write_text
 from visualcloze_deft.task_registry.files import load_tasks, read_tasks
 from visualcloze_deft.task_registry.task import NAME, ROLE
 
+PLACEHOLDER = "One line for 'vcdeft tasks list'."
 TEMPLATE = """\
 # The task {name}: vcdeft tasks check {path}
-summary = "One line for 'vcdeft tasks list'."
+summary = "{summary}"
 group = "own"  # tasks of one group are drawn as often as those of another
 
 # The task sentence. {{ROLE}} becomes the first phrase of that column and its place in the grid.
@@ -71,6 +72,7 @@ def text_of(name: str, columns: Sequence[str], targets: Sequence[str], path: Pat
     sentence = f"From the {listed(conditions)} to the {listed(targets)}."
     several = "those that `targets` names are generated" if len(targets) > 1 else ""
     return TEMPLATE.format(
+        summary=PLACEHOLDER,
         name=name,
         path=path,
         instruction=json.dumps(sentence),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.errors import UserError
 from visualcloze_deft.task_registry.task import Task
+
+NEAR = 0.75  # difflib's ratio; above its usual 0.6, as many names share "-to-image"
 
 
 def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, float]:
@@ -29,7 +32,7 @@ def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, float]:
         found = matching(tasks, pattern)
         if not found:
             known = {*tasks, *groups, "all"}
-            raise UserError(f"unknown task {pattern!r}; {suggestion(pattern, known)}")
+            raise UserError(f"unknown task {pattern!r}; {way_out(pattern, known)}")
         if part.startswith("-"):
             chosen = {name: weight for name, weight in chosen.items() if name not in found}
         else:
@@ -39,6 +42,19 @@ def select(tasks: Mapping[str, Task], wanted: str) -> dict[str, float]:
     if not chosen:
         raise UserError(f"no task named in {wanted!r}; 'vcdeft tasks list' shows them")
     return chosen
+
+
+def way_out(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown task: the one that was meant, and where tasks are found.
+
+    >>> way_out("dept-to-image", ["depth-to-image", "canny-to-image"])
+    "did you mean depth-to-image? 'vcdeft tasks list' shows all; --task-folder DIR adds your own"
+    >>> way_out("day-to-night", ["canny-to-image"])
+    "'vcdeft tasks list' shows all; --task-folder DIR adds your own"
+    """
+    close = get_close_matches(name, known, n=1, cutoff=NEAR)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}'vcdeft tasks list' shows all; --task-folder DIR adds your own"
 
 
 def matching(tasks: Mapping[str, Task], pattern: str) -> list[str]:

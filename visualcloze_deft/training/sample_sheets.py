@@ -16,6 +16,7 @@ from visualcloze_deft.data.example import Example
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.data.queries import queries
 from visualcloze_deft.data.query_sources import query_sources
+from visualcloze_deft.data.unpaired import place
 from visualcloze_deft.grids import grid
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
 from visualcloze_deft.sampling.context import FULL, Context
@@ -129,12 +130,13 @@ def example_sheet(examples: list[Example]) -> Image.Image:
 
 
 def item_sheet(source: Source, *, count: int, seed: int) -> Image.Image:
-    """Different items of a source drawn by `seed`, each with all its pictures and its caption."""
+    """Different items of a source drawn by `seed`, each with all its pictures, what sounds
+    generated last, and its texts."""
     rng = np.random.default_rng(seed)
     pages = []
     for index in np.sort(rng.choice(len(source), min(count, len(source)), replace=False)):
         item = source.item(int(index))
-        roles = sorted(item.images, key=lambda role: (role != "target", role))
+        roles = sorted(item.images, key=place)
         title = f"{item.key}: {', '.join(roles)}. {' / '.join(item.texts.values())}"
         pages.append(draw_grid([[item.image(role) for role in roles]], title=title))
     return draw_sheet(pages, columns=1 if max(page.width for page in pages) > 600 else 2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from visualcloze_deft.config.run_settings import Recipe, Run
+from visualcloze_deft.data.base import Source, unit_count
 from visualcloze_deft.data.eligible import unused_sources
 from visualcloze_deft.data.mixture import Mixture
-from visualcloze_deft.data.unpaired import missing_tasks
+from visualcloze_deft.data.unpaired import OWN, missing_tasks
 from visualcloze_deft.planning.machine import memory_here
 from visualcloze_deft.planning.memory import plan_here
 from visualcloze_deft.reporting.numbers import counted_as
@@ -22,6 +23,7 @@ from visualcloze_deft.training.subject import remarks_on_subject
 from visualcloze_deft.training.task_weights import weights_of
 
 PRIOR = "prior preservation"  # the group of examples of a subject's class
+USUAL = 10  # one item in so many is held out, where there are as many
 MOST = 0.6  # share of one group from which on a run is mostly about it
 
 
@@ -78,13 +80,25 @@ def table_of_draws(mixture: Mixture) -> Iterator[str]:
 
 
 def remarks_on_data(run: Run, mixture: Mixture) -> Iterator[str]:
-    """Sources that are of no use, and roles that no task pairs."""
+    """Sources that are of no use, roles that no task pairs, and that nothing is held out."""
     yield from remarks_on_subject(run, mixture)
     known = load_tasks(map(Path, run.data.task_folders))
     for source in unused_sources(mixture.tasks, mixture.sources):
         yield f"{source.name} has nothing that these tasks are trained on"
     for source in mixture.sources:
         yield from missing_tasks(source, known)
+    if not run.data.validation_every:
+        yield from how_to_hold_out([s for s in mixture.sources if s.name == OWN])
+
+
+def how_to_hold_out(folders: Sequence[Source]) -> Iterator[str]:
+    """What to set to keep items out of training, where a user's folders have some to spare."""
+    every = min([USUAL, *map(unit_count, folders)])
+    if folders and every > 1:
+        yield (
+            f"nothing is held out: --validation-every {every} keeps one item in {every} for "
+            "samples and vcdeft eval"
+        )
 
 
 def remarks_on_tasks(run: Run, mixture: Mixture) -> Iterator[str]:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from visualcloze_deft.config.run_settings import Data, Run
-from visualcloze_deft.errors import UserError, suggestion
-from visualcloze_deft.task_registry.select import matching, select
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.task_registry.select import matching, select, way_out
 from visualcloze_deft.task_registry.task import Task
 
 
@@ -22,7 +22,7 @@ def weights_of(run: Run, known: Mapping[str, Task]) -> dict[str, float]:
     for key, weight in run.data.weights.items():
         names = matching(known, key)
         if not names:
-            raise UserError(f"data.weights names {key!r}; {suggestion(key, known)}")
+            raise UserError(f"data.weights names {key!r}; {way_out(key, known)}")
         given |= {name: weight for name in names if name == key or name not in named}
     return {n: said * given.get(n, 1.0) for n, said in select(known, run.data.tasks).items()}
 

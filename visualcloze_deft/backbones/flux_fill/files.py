@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from visualcloze_deft.backbones.flux_fill.settings_files import KINDS, TransformerFile
@@ -22,8 +23,8 @@ from visualcloze_deft.storage.settings_files import checked
 FLUX_RESOLUTION = 384  # VisualCloze's first stage, for models that name none
 CHANNELS = (384, 64)  # in and out of FLUX.1-Fill's transformer
 PARTS = "transformer vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
-
-
+PUBLISHED = Path(__file__).parent / "published"
+"""Settings of its networks as their config.json on the hub say, which tell their sizes."""
 TOKENIZERS = {  # each is read from one of these sets of files
     "tokenizer": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
     "tokenizer_2": ({"tokenizer.json"}, {"spiece.model"}),

@@ -101,14 +101,15 @@ class Folder(Indexed):
         return None if self.by_name else units_in(self.table["paths"])
 
     def item(self, index: int) -> Item:
-        """The item; a caption that its row lacks is read beside the target."""
+        """The item; a caption that its row lacks is read beside the target. Tasks read it in place
+        of an instruction that the item lacks."""
         item = super().item(index)
-        if item.texts.get("caption") or TARGET not in item.images:
-            return item
-        path = self.caption_files(index)[-1]
-        if not path.is_file():
-            return item
-        return replace(item, texts={**item.texts, "caption": sound(read_text(path)).strip()})
+        texts = dict(item.texts)
+        if not texts.get("caption") and TARGET in item.images:
+            path = self.caption_files(index)[-1]
+            texts |= {"caption": sound(read_text(path)).strip()} if path.is_file() else {}
+        bare = texts.get("caption") and not texts.get("instruction")
+        return replace(item, texts=texts, instead={"instruction": "caption"} if bare else {})
 
     def caption_files(self, index: int) -> list[Path]:
         """The files that may hold the caption of an item with a target: the first that is there is
