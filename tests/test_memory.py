@@ -23,10 +23,12 @@ from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones import quantization
 from visualcloze_deft.backbones.base import Load
 from visualcloze_deft.backbones.flux_fill.activations import activations_of
+from visualcloze_deft.backbones.flux_fill.context import ContextCache
 from visualcloze_deft.backbones.flux_fill.files import PUBLISHED, component_config
 from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.flux_fill.loading import load_models, load_transformer
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
+from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents
 from visualcloze_deft.backbones.flux_fill.sizes import (
     ENCODERS,
     Flux,
@@ -65,6 +67,20 @@ def asked(model: nn.Module, load: Load) -> dict[str, Tensor]:
     }
 
 
+def isolated(
+    model: nn.Module, inputs: Tensor, t: Tensor, ids: Tensor, text: Tensor, pooled: Tensor
+) -> ContextCache:
+    """A call of an eighth of the tokens, which attends to the others; these see themselves."""
+    mask = torch.zeros(*inputs.shape[:2], 256)
+    mask[:, -inputs.shape[1] // 8 :] = 1
+    noisy, seen = inputs[..., :64], inputs[..., 64:128]
+    latents = Latents(clean=seen, seen=seen, mask=mask, ids=ids)
+    cache = ContextCache(model, latents, text=FluxText(text, pooled), guidance=1.0)
+    cache.prefill()
+    cache.active(noisy, t)
+    return cache
+
+
 def bytes_saved(model: nn.Module, load: Load) -> int:
     """What autograd keeps of one forward pass, without parameters: storages, each counted once."""
     ours = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -76,8 +92,13 @@ def bytes_saved(model: nn.Module, load: Load) -> int:
             found[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
+    given = asked(model, load)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        predict_velocity(model, **asked(model, load), guidance=1.0)
+        if load.isolated:
+            for pair in isolated(model, **given).kept.values():
+                [*map(keep, pair)]  # which a recomputed block has until its turn comes
+        else:
+            predict_velocity(model, **given, guidance=1.0)
     return sum(size for size, _ in found.values())
 
 
@@ -150,6 +171,17 @@ def test_what_autograd_keeps_is_as_planned(micro_model: Path, name: str, setting
         for blocks in (0, 1, len(sizes.blocks)):
             recompute(model, blocks)
             assert bytes_saved(model, load) == pytest.approx(plan.kept(blocks), rel=0.06)
+
+
+@pytest.mark.parametrize("settings", WAYS[:3], ids=lambda s: s.method)
+def test_what_autograd_keeps_of_an_isolated_context_is_as_planned(settings: Adapter) -> None:
+    model = adapted("tiny", settings)
+    sizes = flux(component_config("tiny", "transformer"))
+    load = Load(grids=2, image=96, text=40, isolated=True)
+    plan = activations_of(sizes, settings, layers_of(sizes, settings), load, 4)
+    for blocks in (0, 1, len(sizes.blocks)):
+        recompute(model, blocks)
+        assert bytes_saved(model, load) == pytest.approx(plan.kept(blocks), rel=0.1)
 
 
 def test_gradients_are_the_same_however_many_blocks_are_recomputed() -> None:

@@ -30,10 +30,11 @@ OPTIONS = {
     ),
     "import": "FILE --model --output --revision --without-text-encoders",
     "infer": (
-        "--adapter --attention --batch --cache --cells --clip-text --compile --dry-run "
-        "--embedding-cache --examples --guidance --images-per-grid --inference-steps --model "
-        "--model-lora --offload --output --overwrite --processes --quantise --resolution "
-        "--revision --seed --strength --task-folder --upsample --vae-tiling"
+        "--adapter --attention --batch --cache --cells --clip-text --compile --context "
+        "--context-cache --dry-run --embedding-cache --examples --guidance --images-per-grid "
+        "--inference-steps --model --model-lora --offload --output --overwrite --processes "
+        "--quantise --resolution --revision --seed --strength --task-folder --untrained-context "
+        "--upsample --vae-tiling"
     ),
     "plan": (
         "--annotate --batch --config --data --gradient-checkpointing --grid --json --lr "

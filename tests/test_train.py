@@ -90,7 +90,13 @@ def plain_training(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
             group["lr"] = rate * factor
         drawn = [draws[index] for index in range(step * 4, step * 4 + 4)]
         groups = encode(
-            models, drawn, seed=0, times="uniform", timestep_shift=2, scheduled_sampling=0.5
+            models,
+            drawn,
+            seed=0,
+            times="uniform",
+            timestep_shift=2,
+            scheduled_sampling=0.5,
+            context=run.context,
         )
         loss = loss_of(groups).mean()
         loss.backward()

@@ -10,6 +10,7 @@ from typing import Literal
 
 from peft import DeftConfig, PeftConfig
 
+from visualcloze_deft.adapters.contexts import BASE, KNOWN
 from visualcloze_deft.adapters.method_table import method_of
 from visualcloze_deft.errors import UserError
 
@@ -22,6 +23,11 @@ def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
     notes = []
     if kind != "merged" and (lora := told.get("base_lora")):
         notes.append(f"trained on a base with the LoRA {lora} merged: load that one, too")
+    if kind != "peft" and "full" not in KNOWN.get(told.get("context", "full"), BASE):
+        notes.append(
+            "trained with an isolated context: other tools compute a full one, in which images of "
+            "this adapter fall apart; train with --set context=mixed for them"
+        )
     if (bits := told.get("quantise", "none")) != "none":
         notes.append(f"trained on a base in {bits}, written for the one in full precision")
     return tuple(notes)

@@ -24,7 +24,8 @@ from visualcloze_deft.errors import UserError, suggestion
 
 
 class ActiveAdapters:
-    """The adapters of one transformer. scales: of those in use, by name.
+    """The adapters of one transformer. scales: of those in use, by name. places: the folder, or
+    LoRA file, of each that was added.
 
     While adapters are merged, the weights of their layers as they were rest in the host's memory:
     taking adapters off gives them back bit for bit.
@@ -35,6 +36,7 @@ class ActiveAdapters:
         self.transformer = transformer
         self.merge = merge
         self.scales: dict[str, float] = {}
+        self.places: dict[str, Path] = {}
         self.known: dict[str, dict[str, Change]] = {}
         self._originals: dict[str, Tensor] = {}
         self._beside: list[tuple[nn.Module, RemovableHandle]] = []
@@ -66,6 +68,7 @@ class ActiveAdapters:
                 for layer, (a, b) in injection.changes_of(self.transformer).items()
             }
             injection.detach(self.transformer)
+            self.places[name] = adapter if isinstance(adapter, Path) else adapter.folder
             if used:
                 wanted[name] = 1.0
         finally:
@@ -74,7 +77,7 @@ class ActiveAdapters:
     def delete(self, name: str) -> None:
         self._check_known(name)
         self.use({other: s for other, s in self.scales.items() if other != name})
-        del self.known[name]
+        del self.known[name], self.places[name]
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Use exactly these, each at its scale: 0 is the base, 1 the adapter as trained.

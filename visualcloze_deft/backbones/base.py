@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 SINGLE = 4  # bytes of float32
 Sides = tuple[int, int]  # inputs and outputs of a linear layer
-Feature = Literal["lora-files", "pipeline", "quantised", "scheduled-sampling"]
-"""What a family may have beside training and sampling: LoRA files of other tools, a pipeline for
-`vcdeft infer`, `eval` and `compare`, frozen weights in 8 or 4 bits, samples that a step of the
-model's own begins."""
+Feature = Literal["context-cache", "lora-files", "pipeline", "quantised", "scheduled-sampling"]
+"""What a family may have beside training and sampling: a context that is computed once, LoRA files
+of other tools, a pipeline for `vcdeft infer`, `eval` and `compare`, frozen weights in 8 or 4 bits,
+samples that a step of the model's own begins."""
 
 
 class Text(Protocol):
@@ -131,6 +131,30 @@ class Predict(Protocol):
     ) -> Tensor: ...
 
 
+class ContextCache(Protocol):
+    """The denoiser for samples of one shape whose targets are at the same places.
+
+    Tokens of text and known cells are context. What attention needs of them is kept, so that a call
+    may compute the m tokens of targets alone. Noisy tokens are (b, n, c), times t (b,) in 0..1.
+    """
+
+    @property
+    def targets(self) -> Tensor:
+        """(m,) the places of the targets' tokens."""
+
+    def some(self, places: Sequence[int]) -> Self:
+        """Of the samples at `places`, with what is kept of them."""
+
+    def full(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """The prediction (b, n, c) with full attention; keeps the context anew."""
+
+    def prefill(self) -> None:
+        """Keep a context that sees itself alone, without noise, at time 0."""
+
+    def active(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """The prediction (b, m, c) of the targets, which see the context that is kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Networks:
     """A family's functions on torch modules."""
@@ -153,6 +177,10 @@ class Networks:
     load_lora: Callable[[Path, Any], None] | None = None
     """Reads a LoRA file into a denoiser as diffusers' own loader does. None where the family has no
     "lora-files"."""
+
+    context_cache: Callable[..., ContextCache] | None = None
+    """A `ContextCache` of a denoiser and latents, told text and guidance by name. None where the
+    family has none."""
 
 
 class Sizes(Protocol):
@@ -179,13 +207,15 @@ class Sizes(Protocol):
 class Load:
     """What a process computes at once: so many grids of `image` and `text` tokens each.
 
-    strip: image tokens of the widest row of a grid; without, a grid is one row.
+    strip: image tokens of the widest row of a grid; without, a grid is one row. isolated: whether
+    what is known is a call of its own, whose keys and values the targets read.
     """
 
     grids: int
     image: int
     text: int
     strip: int | None = None
+    isolated: bool = False
 
     @property
     def widest(self) -> int:
@@ -279,6 +309,7 @@ class Backbone:
     networks: Callable[[], Networks]
     """Its functions on torch modules, imported when they are asked for."""
 
-    flops: Callable[[Any, int, int], float] | None = None
-    """Operations of a sample's training step: told the denoiser's settings, image tokens and text
-    tokens. None where they are not counted."""
+    flops: Callable[[Any, int, int, int | None], float] | None = None
+    """Operations of a sample's training step: told the denoiser's settings, image tokens, text
+    tokens, and how many of the image are targets where a context sees itself alone, else None. None
+    where operations are not counted."""

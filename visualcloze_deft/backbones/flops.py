@@ -31,18 +31,23 @@ def peak(device: str) -> float | None:
     return next((value for name, value in PEAKS.items() if name in device), None)
 
 
-def training_flops(config: Any, image_tokens: int, text_tokens: int) -> float:
+def training_flops(
+    config: Any, image_tokens: int, text_tokens: int, active_tokens: int | None = None
+) -> float:
     """Operations that one sample's forward and backward pass need, for a frozen base.
 
     The backward pass computes no gradients of weights: a linear layer counts twice its forward
     pass, attention three times. What checkpointing computes again, what `scheduled_sampling` adds,
     the adapter itself and the modulation by time are not counted. config: FluxTransformer2DModel's.
+    active_tokens: of the image, those that attend to a context which sees itself alone.
     """
-    linear, attention = forward_flops(config, image_tokens, text_tokens)
+    linear, attention = forward_flops(config, image_tokens, text_tokens, active_tokens)
     return 2 * linear + 3 * attention
 
 
-def forward_flops(config: Any, image_tokens: int, text_tokens: int) -> tuple[float, float]:
+def forward_flops(
+    config: Any, image_tokens: int, text_tokens: int, active_tokens: int | None = None
+) -> tuple[float, float]:
     """Operations of the linear layers and of attention. A block of either kind has 12 d^2 weights
     for each token: 4 d^2 of attention and 8 d^2 of feed-forward."""
     d = config.num_attention_heads * config.attention_head_dim
@@ -51,5 +56,7 @@ def forward_flops(config: Any, image_tokens: int, text_tokens: int) -> tuple[flo
     ends = image_tokens * (config.in_channels + (config.out_channels or config.in_channels))
     ends += text_tokens * config.joint_attention_dim
     linear = 2 * d * (12 * d * tokens * blocks + ends)
-    attention = 4 * tokens**2 * d * blocks
+    active = tokens if active_tokens is None else active_tokens
+    pairs = active * tokens + (tokens - active) ** 2
+    attention = 4 * pairs * d * blocks
     return float(linear), float(attention)

@@ -136,6 +136,24 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="Skips parts of steps: first-block or taylorseer. The images change a little.",
 )
 @click.option(
+    "--context-cache",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Computes examples, known cells and text in so many of the steps alone, e.g. 3: several "
+    "times faster. The images change a little.",
+)
+@click.option(
+    "--context",
+    type=click.Choice(["full", "isolated"]),
+    help="What examples and known cells see: all, in every step, or themselves alone, computed "
+    "once. The default is as the adapters were trained.",
+)
+@click.option(
+    "--untrained-context",
+    is_flag=True,
+    help="Allows a --context that an adapter was not trained with.",
+)
+@click.option(
     "--attention",
     default="auto",
     show_default=True,

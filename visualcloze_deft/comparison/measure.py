@@ -166,7 +166,9 @@ def measure(
     began = time.monotonic()
     examples = questions(one.mixture, one.task, one.grids)
     errors = errors_of(pipe.models, run, examples)
-    made = complete_examples(pipe.models, examples, steps=settings.steps, batch=settings.batch)
+    made = complete_examples(
+        pipe.models, examples, steps=settings.steps, batch=settings.batch, context=pipe.context
+    )
     answers = [Answer(example=e, made=m) for e, m in zip(examples, made, strict=True)]
     measured = Measured(
         errors=tuple(errors),

@@ -41,6 +41,7 @@ from visualcloze_deft.storage.atomic import write_text
 from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.storage.toml_files import read_toml
 
+ContextMode = Literal["full", "isolated", "mixed"]
 Times = Literal["logit-normal", "uniform"]
 Tracker = Literal[
     "tensorboard",
@@ -368,6 +369,10 @@ class Run(Section):
     compile: bool = False
     """Compile each block (torch.compile): some minutes at the start for faster steps. Under ZeRO-3
     weights come and go between the operations of a block: not there."""
+    context: ContextMode = "full"
+    """What known cells and text see: "full", all, with the noise of each step; "isolated",
+    themselves alone and without noise, so that inference computes them once; "mixed", an adapter
+    for both, each example one of them."""
     context_weight: Probability = 1.0
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
     clip_text: ClipText = "fit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 VAE_SCALE = 8  # pixels a side per latent, FLUX's autoencoder
@@ -32,14 +32,14 @@ def cell_size(image_size: tuple[int, int], resolution: int) -> tuple[int, int]:
     )
 
 
-def by_shape(shapes: Sequence[Shape]) -> list[list[int]]:
+def by_shape(shapes: Sequence[Hashable]) -> list[list[int]]:
     """The places of equal shapes together, in the order in which each shape comes first: grids of
     one shape share a batch. Padding would not do better: mixed lists have many of each shape.
 
     >>> by_shape([((16, 32),), ((32, 32),), ((16, 32),)])
     [[0, 2], [1]]
     """
-    places: dict[Shape, list[int]] = {}
+    places: dict[Hashable, list[int]] = {}
     for place, shape in enumerate(shapes):
         places.setdefault(shape, []).append(place)
     return list(places.values())

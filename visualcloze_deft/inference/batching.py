@@ -1,11 +1,11 @@
-"""Images to make, cut into batches of one grid shape."""
+"""Images to make, cut into batches of one kind of grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from visualcloze_deft.grids.cell_sizes import Shape, by_shape
+from visualcloze_deft.grids.cell_sizes import by_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Job:
     seed: int
 
 
-def batches_of(jobs: Sequence[Job], shapes: Sequence[Shape], size: int) -> list[list[Job]]:
-    """Jobs whose grids have one shape, at most `size` together. shapes: of each grid."""
+def batches_of(jobs: Sequence[Job], kinds: Sequence[Hashable], size: int) -> list[list[Job]]:
+    """Jobs whose grids are of one kind, at most `size` together. kinds: of each grid."""
     return [
         [jobs[place] for place in places[first : first + size]]
-        for places in by_shape([shapes[job.grid] for job in jobs])
+        for places in by_shape([kinds[job.grid] for job in jobs])
         for first in range(0, len(places), size)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visualcloze_deft.adapters.contexts import context_of
 from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import lora_files
@@ -48,9 +49,30 @@ def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
     if settings.lora is not None:
         lora_files.changes_of(settings.model, settings.lora)  # read whole, or refused
     adapters = stored_adapters(settings.adapters, settings.model)
+    check_context_cache(settings)
     for one in adapters:
         check_base(one.folder, settings.model, lora=settings.lora)
     return adapters
+
+
+def check_context_cache(settings: InferenceSettings) -> None:
+    """Raise `UserError` where the context cannot be used as it is asked for."""
+    seen = context_of(settings.adapters, settings.context, untrained=settings.untrained_context)
+    full = settings.context_cache
+    if full is not None and full > settings.steps:
+        raise UserError(
+            f"--context-cache {full}: more than the {settings.steps} steps; give fewer, e.g. 3"
+        )
+    if full is not None and seen == "isolated":
+        raise UserError(
+            f"--context-cache {full}: this adapter's context is isolated, and computed once "
+            "anyway; leave the option out"
+        )
+    if settings.cache is not None and (full is not None or seen == "isolated"):
+        raise UserError(
+            f"--cache {settings.cache}: not beside a context that is computed in some steps alone; "
+            "leave one out"
+        )
 
 
 def described(

@@ -5,14 +5,15 @@ Axes: b batch, n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from visualcloze_deft.backbones.base import ContextCache
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.config.numbers import is_number, is_whole
@@ -24,12 +25,14 @@ from visualcloze_deft.inference.batching import Job, batches_of
 from visualcloze_deft.inference.output import Answer, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
+from visualcloze_deft.sampling.context import FULL, Context
 from visualcloze_deft.sampling.denoising import (
     GUIDANCE,
     STEPS,
     AfterStep,
     Conditions,
     Prediction,
+    context_of,
     draw_of,
     tokens_of,
 )
@@ -75,7 +78,8 @@ class Generating:
 class Generation:
     """The images of a call, one for each seed of each grid.
 
-    after: called after each step, see `denoising.AfterStep`. interrupted: whether to leave what
+    after: called after each step, see `denoising.AfterStep`. prefilled: the latest isolated
+    context, by the numbers of its grids. interrupted: whether to leave what
     there is. at_time: told the time of a step, 1000 at noise, before it.
     """
 
@@ -87,9 +91,11 @@ class Generation:
     interrupted: Callable[[], bool]
     at_time: Callable[[Tensor], None]
     generator: Generators = None
+    context: Context = FULL
     latents: Tensor | Sequence[Tensor] | None = None
     prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
+    prefilled: dict[tuple[int, ...], ContextCache] = field(default_factory=dict)
 
     @property
     def side(self) -> int:
@@ -107,7 +113,15 @@ class Generation:
 
     @cached_property
     def batches(self) -> list[list[Job]]:
-        return batches_of(self.jobs, self.shapes, self.how.batch_size)
+        kinds: list[Hashable] = [*self.shapes]
+        if self.cached:  # whose targets must be at the same places
+            kinds = [(shape, one.targets) for shape, one in zip(kinds, self.asked, strict=True)]
+        return batches_of(self.jobs, kinds, self.how.batch_size)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the context of a grid is computed in some steps alone."""
+        return self.context.cached(self.how.steps)
 
     @property
     def total_steps(self) -> int:
@@ -121,7 +135,10 @@ class Generation:
         return len(self.batches) * self.how.steps + sum(upsampling)
 
     def check(self) -> None:
-        """Raise `UserError` where what is given does not fit the grids."""
+        """Raise `UserError` where what is given does not fit the grids, or the steps."""
+        full, steps = self.context.full_steps, self.how.steps
+        if full is not None and full > steps:
+            raise UserError(f"full_steps {full}: more than {steps} steps; give {steps} at most")
         _ = self.draws, self.noises, self.texts
 
     def answers(self) -> Iterator[tuple[int, Answer]]:
@@ -154,6 +171,7 @@ class Generation:
             noise=[self.noises[job.order] for job in jobs] if self.noises else None,
             watched=self.unless_interrupted,
             after=self.after,
+            context=self.context,
         )
 
     def unless_interrupted(self, predict: Prediction) -> Prediction:
@@ -176,7 +194,21 @@ class Generation:
         numbers = list(dict.fromkeys(job.grid for job in jobs))
         first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
         once = self.models.encode_grids([grids[k] for k in first], clean=False)
-        return Conditions(latents=once.some([numbers.index(job.grid) for job in jobs]), text=text)
+        places = [numbers.index(job.grid) for job in jobs]
+        given = Conditions(latents=once.some(places), text=text)
+        if not self.context.isolated:
+            return given
+        shown = Conditions(latents=once, text=text.some(first))
+        return replace(given, prefilled=self.prefilled_of(tuple(numbers), shown).some(places))
+
+    def prefilled_of(self, numbers: tuple[int, ...], shown: Conditions) -> ContextCache:
+        """The isolated context of grids, computed once for all their seeds. The latest is kept."""
+        if numbers not in self.prefilled:
+            self.prefilled.clear()
+            self.prefilled[numbers] = context_of(
+                self.models, shown, guidance=self.how.guidance, context=self.context
+            )
+        return self.prefilled[numbers]
 
     def text_of(self, jobs: Sequence[Job]) -> FluxText:
         if self.texts:

@@ -257,6 +257,9 @@ def load(settings: InferenceSettings, adapters: Mapping[StoredAdapter, float]) -
         task_folders=settings.all_task_folders,
         attention=NATIVE if offloaded else settings.attention,
     )
+    pipe.set_context(settings.context, untrained=settings.untrained_context)
+    if settings.context_cache is not None:
+        pipe.enable_context_cache(settings.context_cache)
     acceleration.enable(
         pipe,
         offload=settings.offload,

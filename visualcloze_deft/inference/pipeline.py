@@ -34,6 +34,7 @@ from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference.adapter_methods import AdapterMethods
 from visualcloze_deft.inference.arguments import TEXT_PARTS, folders_of, requests_of
+from visualcloze_deft.inference.context_methods import ContextMethods
 from visualcloze_deft.inference.generation import Generating, Generation, KnownCells, KnownLatents
 from visualcloze_deft.inference.loading import LoadingMethods
 from visualcloze_deft.inference.output import Completed, OutputType
@@ -50,6 +51,7 @@ StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], M
 
 
 class InContextPipeline(
+    ContextMethods,
     PartsMethods,
     AdapterMethods,
     SavingMethods,
@@ -276,6 +278,7 @@ class InContextPipeline(
             interrupted=lambda: self._interrupt,
             at_time=lambda t: setattr(self, "_current_timestep", t),
             generator=generator,
+            context=self.context_for(num_inference_steps),
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,

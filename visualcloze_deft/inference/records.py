@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import torch
 
+from visualcloze_deft.adapters.contexts import context_of
 from visualcloze_deft.backbones.attention import AUTO
 from visualcloze_deft.backbones.flux_fill.files import resolution_of
 from visualcloze_deft.backbones.lora_places import lora_file
@@ -78,6 +79,7 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
     for folder in list(settings.adapters)[:1]:
         told |= read_metadata(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    seen = context_of(settings.adapters, settings.context, untrained=settings.untrained_context)
     return {
         "model": settings.model,
         "model_lora": settings.lora,
@@ -95,6 +97,9 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "cache": settings.cache,
+        # null where all is computed in every step, as in records of before it
+        "context": None if seen == "full" else seen,
+        "context_cache": settings.context_cache,
         # null for "auto", as in records of before it; what it came to is not compared
         "attention": None if settings.attention == AUTO else settings.attention,
         "vae_tiling": settings.vae_tiling,

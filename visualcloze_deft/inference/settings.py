@@ -37,6 +37,9 @@ class InferenceSettings:
     encodings: Path | None = None
     offload: acceleration.Offload = "none"
     cache: str | None = None
+    context: str | None = None
+    untrained_context: bool = False
+    context_cache: int | None = None
     attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False

@@ -307,7 +307,7 @@ def load_of(run: Run, *, most: int, least: int, strip: int) -> Load:
     grids = max(run.batch_tokens // least, 1) if run.batch_tokens else run.batch
     image = run.batch_tokens // grids if run.batch_tokens else most
     text = backbone_of(run.model).text_tokens(run.model)
-    return Load(grids=grids, image=image, text=text, strip=strip)
+    return Load(grids=grids, image=image, text=text, strip=strip, isolated=run.context != "full")
 
 
 def decided(run: Run, load: Load, *, processes: int) -> Run:

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import Latents, Models, Text
+from visualcloze_deft.backbones.base import ContextCache, Latents, Models, Text
 from visualcloze_deft.diffusion.flow import FLOW
 from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.prompt import Prompt
+from visualcloze_deft.sampling.context import FULL, Context, ContextPredictor
 
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
 STEPS = 30
@@ -50,17 +51,31 @@ def denoise(
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What samples of one shape are generated from."""
+    """What samples of one shape are generated from. prefilled: their isolated context, where it is
+    computed already."""
 
     latents: Latents
     text: Text
+    prefilled: ContextCache | None = None
 
 
-def predictor(models: Models, given: Conditions, *, guidance: float, steps: int = 0) -> Prediction:
+def predictor(
+    models: Models,
+    given: Conditions,
+    *,
+    guidance: float,
+    steps: int = 0,
+    context: Context = FULL,
+) -> Prediction:
     """The denoiser for these conditions.
 
     steps: how often it will be asked, for what diffusers' step caches do at certain steps.
+    context: how it uses the tokens that are known; all targets must be at the same places unless
+    that is full.
     """
+    if context.cached(steps):
+        kept = given.prefilled or context_of(models, given, guidance=guidance, context=context)
+        return ContextPredictor(kept, given.latents, context, steps=steps)
     denoiser, asked = models.denoiser, 0
     cached = getattr(denoiser, "is_cache_enabled", False)
     if cached:
@@ -85,6 +100,19 @@ def predictor(models: Models, given: Conditions, *, guidance: float, steps: int 
     return predict
 
 
+def context_of(
+    models: Models, given: Conditions, *, guidance: float, context: Context
+) -> ContextCache:
+    """What the context of samples is kept in; an isolated one is computed here."""
+    assert models.networks.context_cache is not None  # of all families that have a pipeline
+    cache = models.networks.context_cache(
+        models.denoiser, given.latents, text=given.text, guidance=guidance
+    )
+    if context.isolated:
+        cache.prefill()
+    return cache
+
+
 def draw_of(seed: int) -> torch.Generator:
     """What draws an image's noise, from its seed alone and on the CPU: neither the batch nor the
     device decides what it shows."""
@@ -99,10 +127,12 @@ def generate(
     seeds: Sequence[int],
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    context: Context = FULL,
 ) -> list[list[Image.Image]]:
-    """The images of each grid's hidden cells, left to right; all grids must have one shape."""
+    """The images of each grid's hidden cells, left to right; all grids must have one shape, and
+    their targets one place unless `context` is full."""
     given, draws = conditions_of(models, grids, prompts), [draw_of(seed) for seed in seeds]
-    tokens = tokens_of(models, given, draws, steps=steps, guidance=guidance)
+    tokens = tokens_of(models, given, draws, steps=steps, guidance=guidance, context=context)
     return pictures_of(models, tokens, grids)
 
 
@@ -125,6 +155,7 @@ def tokens_of(
     noise: Sequence[Tensor] | None = None,
     watched: Callable[[Prediction], Prediction] = lambda predict: predict,
     after: AfterStep = go_on,
+    context: Context = FULL,
 ) -> Tensor:
     """The (b, n, c) clean tokens that the denoiser makes.
 
@@ -134,7 +165,7 @@ def tokens_of(
     like = given.latents.clean
     drawn = noise or [torch.randn(like.shape[1:], generator=d, device=d.device) for d in draws]
     x = torch.stack([one.to(like.device, torch.float32) for one in drawn])
-    predict = watched(predictor(models, given, guidance=guidance, steps=steps))
+    predict = watched(predictor(models, given, guidance=guidance, steps=steps, context=context))
     times = models.times(steps, x.shape[1]).to(x.device)
     return denoise(predict, x, times, process=models.process, after=after)
 

@@ -6,14 +6,14 @@ Axes: b batch, n tokens, c channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visualcloze_deft.backbones.base import Encoders, Latents, Text
-from visualcloze_deft.config.run_settings import Times
+from visualcloze_deft.config.run_settings import ContextMode, Times
 from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.grids import grid
@@ -23,6 +23,7 @@ from visualcloze_deft.grids.prompt import Prompt
 NEAREST = (
     0.1  # time below which no sample is a scheduled_sampling: an error there would be divided by t
 )
+ISOLATED = 0.7  # share of the examples of a "mixed" run whose context is isolated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class PixelExample:
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Samples of one grid shape. noise: (b, n, c); t, start: (b,). Where start is above t, the
-    sample is a step of the model's own from there."""
+    sample is a step of the model's own from there. isolated: whether what is known sees itself
+    alone; targets are then at the same places. filler: whether it is there for its calls alone."""
 
     indices: tuple[int, ...]
     latents: Latents
@@ -47,6 +49,8 @@ class TokenBatch:
     t: Tensor
     start: Tensor
     text: Text
+    isolated: bool = False
+    filler: bool = False
 
     def some(self, places: Tensor) -> TokenBatch:
         """The samples at `places`, a tensor of whole numbers."""
@@ -58,6 +62,7 @@ class TokenBatch:
             t=self.t[places],
             start=self.start[places],
             text=self.text.some(chosen),
+            isolated=self.isolated,
         )
 
 
@@ -80,14 +85,18 @@ def encode(
     times: Times = "logit-normal",
     timestep_shift: float = 1.0,
     scheduled_sampling: float = 0.0,
+    context: ContextMode = "full",
 ) -> list[TokenBatch]:
-    """Encode a batch. Noise and times of example i are a function of (seed, i) alone.
+    """Encode a batch. Noise, times and context of example i are a function of (seed, i) alone.
 
-    scheduled_sampling: how often a sample starts as a step of the model's own, see `Run`.
+    scheduled_sampling: how often a sample starts as a step of the model's own. context: what is
+    known sees. See `Run` for both.
     """
     text = models.encode_text([d.prompt for d in drawn])
     groups = []
-    for members in by_shape([d.grid.shape for d in drawn]):
+    alone = [is_isolated(context, seed, d.index) for d in drawn]
+    kinds = [(d.grid.shape, own and hidden(d)) for d, own in zip(drawn, alone, strict=True)]
+    for members in by_shape(kinds):
         latents = models.encode_grids([drawn[k].grid for k in members], clean=True)
         noise, t, uniform = zip(
             *(draw_noise(latents.clean.shape[1:], seed, drawn[k].index, times) for k in members),
@@ -104,6 +113,7 @@ def encode(
                 t=at.to(latents.clean.device),
                 start=start.to(latents.clean.device),
                 text=text.some(members),
+                isolated=alone[members[0]],
             )
         )
     return groups
@@ -119,3 +129,36 @@ def draw_noise(
     noise = torch.randn(tuple(shape), generator=generator)
     t = timesteps.draw_time(times, generator)
     return noise, t, torch.rand(3, generator=generator)
+
+
+def is_isolated(context: ContextMode, seed: int, index: int) -> bool:
+    """Whether what is known in example `index` sees itself alone."""
+    if context != "mixed":
+        return context == "isolated"
+    draw = np.random.default_rng([seed, index, *b"context"]).random()
+    return bool(draw < ISOLATED)
+
+
+def hidden(drawn: PixelExample) -> tuple[bool, ...]:
+    """Which cells of the last row are generated."""
+    cells = grid.cells(drawn.grid.hidden[-1], drawn.grid.widths[-1])
+    return tuple(bool(cell.any()) for cell in cells)
+
+
+def kinds_in(groups: Sequence[TokenBatch]) -> tuple[int, int]:
+    """How many groups have a full and an isolated context."""
+    isolated = sum(group.isolated for group in groups)
+    return len(groups) - isolated, isolated
+
+
+def filled(groups: Sequence[TokenBatch], full: int, isolated: int) -> list[TokenBatch]:
+    """`groups`, and the first sample as a filler as often as groups of either kind are missing to
+    these counts; all with a full context come first."""
+    one = replace(groups[0].some(torch.zeros(1, dtype=torch.long)), filler=True)
+    counts = zip(kinds_in(groups), (full, isolated), strict=True)
+    missing = [
+        replace(one, isolated=kind)
+        for kind, (own, wanted) in zip((False, True), counts, strict=True)
+        for _ in range(wanted - own)
+    ]
+    return sorted([*groups, *missing], key=lambda group: group.isolated)

@@ -10,19 +10,25 @@ from visualcloze_deft.backbones.base import Models
 from visualcloze_deft.data.example import Example
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import by_shape
+from visualcloze_deft.sampling.context import FULL, Context
 from visualcloze_deft.sampling.denoising import generate
 
 
 def complete_examples(
-    models: Models, examples: Sequence[Example], *, steps: int, batch: int
+    models: Models,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch: int,
+    context: Context = FULL,
 ) -> list[list[Image.Image]]:
     """What a model makes of each example's hidden cells; its index is the seed of its noise.
 
-    batch: grids of one shape that are made together.
+    batch: grids of one shape, with the same hidden cells, that are made together.
     """
     built = [grid.join(example.complete, hidden=example.hidden) for example in examples]
     made: dict[int, list[Image.Image]] = {}
-    for places in by_shape([one.shape for one in built]):
+    for places in by_shape([(one.shape, e.hidden) for one, e in zip(built, examples, strict=True)]):
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
             images = generate(
@@ -31,6 +37,7 @@ def complete_examples(
                 [examples[k].prompt for k in some],
                 seeds=[examples[k].index for k in some],
                 steps=steps,
+                context=context,
             )
             made |= dict(zip(some, images, strict=True))
     return [made[k] for k in range(len(examples))]

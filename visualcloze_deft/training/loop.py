@@ -25,7 +25,7 @@ from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.signals import StopRequest, exit_status, ignore_signals
 from visualcloze_deft.runtime.watchdog import Watchdog
-from visualcloze_deft.sampling.encoding import PixelExample, encode
+from visualcloze_deft.sampling.encoding import PixelExample, encode, filled, kinds_in
 from visualcloze_deft.training import (
     preparation,
     run_data,
@@ -181,7 +181,8 @@ class Loop:
         """The batches of a step, ready to compute; all processes raise what one could not draw.
 
         Under ZeRO-3 each call of the transformer gathers its weights from all processes: a batch
-        of fewer groups than another process's has its last one again.
+        of fewer groups than another process's, of either kind, has a sample of its own again, and
+        groups of one kind have the same places in all.
         """
         run = self.run
         self.agreed([one for part in parts for one in part])
@@ -194,15 +195,15 @@ class Loop:
                 times=run.timestep_sampling,
                 timestep_shift=run.timestep_shift,
                 scheduled_sampling=run.scheduled_sampling,
+                context=run.context,
             )
             for part in drawn
         ]
         if run.zero == 3 and self.world > 1:
-            most = torch.tensor([len(part) for part in groups], device=self.models.device)
+            most = torch.tensor([[*kinds_in(part)] for part in groups], device=self.models.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             groups = [
-                part + [part[-1]] * (count - len(part))
-                for part, count in zip(groups, most.tolist(), strict=True)
+                filled(part, *counts) for part, counts in zip(groups, most.tolist(), strict=True)
             ]
         return [Batch(drawn=d, groups=g) for d, g in zip(drawn, groups, strict=True)]
 

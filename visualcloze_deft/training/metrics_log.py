@@ -32,7 +32,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class ExampleLoss:
     """What became of one example: its task, loss and image tokens, and how many items it took.
-    exact: its weight in the loss without scheduled samples."""
+    exact: its weight in the loss without scheduled samples. active: tokens of targets where what
+    is known saw itself alone."""
 
     task: str
     error: float
@@ -40,6 +41,7 @@ class ExampleLoss:
     items: int
     skipped: tuple[Skipped, ...]
     exact: float = 1.0
+    active: int | None = None
 
 
 class OfTask(Protocol):
@@ -149,7 +151,7 @@ class MetricsLog:
             "tokens_per_second": sum(one.tokens for one in seen) / seconds,
         }
         if self.peak is not None and self.flops is not None:
-            needed = sum(self.flops(one.tokens) for one in seen)
+            needed = sum(self.flops(one) for one in seen)
             found["utilisation"] = needed / (seconds * self.world * self.peak)
         return {name: round(value, 4) for name, value in found.items()}
 
@@ -259,13 +261,13 @@ def memory_used(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def flops_of(run: Run, models: Models) -> Callable[[int], float] | None:
-    """Operations of a sample by its image tokens; None where they are not counted."""
+def flops_of(run: Run, models: Models) -> Callable[[ExampleLoss], float] | None:
+    """Operations of a sample; None where they are not counted."""
     backbone = backbone_of(run.model)
     if backbone.flops is None:
         return None
     count, text = backbone.flops, backbone.text_tokens(run.model)
-    return lambda tokens: count(models.denoiser.config, tokens, text)
+    return lambda one: count(models.denoiser.config, one.tokens, text, one.active)
 
 
 def peak_of(models: Models) -> float | None:

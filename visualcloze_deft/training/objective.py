@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from visualcloze_deft.backbones.base import ContextCache
 from visualcloze_deft.backbones.table import backbone_of_network
 from visualcloze_deft.diffusion import flow
 from visualcloze_deft.diffusion.flow import FLOW
 from visualcloze_deft.diffusion.process import Process
+from visualcloze_deft.sampling.context import with_targets
 from visualcloze_deft.sampling.encoding import NEAREST, TokenBatch
 
 
@@ -46,18 +48,20 @@ class GridLoss(nn.Module):
     def errors(self, group: TokenBatch) -> Tensor:
         latents, t, start = group.latents, group.t, group.start
         process = self.process
+        cache = self.isolated_context(group) if group.isolated else None
         noisy = process.corrupt(latents.clean, group.noise, start)
         target = process.target(latents.clean, group.noise, t)
         if self.scheduled_sampling and self.training and process.rolled_out is not None:
-            noisy = process.step(noisy, self.guess(group, noisy), start, t)
+            noisy = process.step(noisy, self.guess(group, noisy, cache), start, t)
             led = process.rolled_out(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)
-        predicted = self.predict(group, noisy, t)
-        weight = latents.is_target + self.context_weight * (1 - latents.is_target)
+        predicted = self.predict(group, noisy, t, cache)
+        of_context = 0.0 if group.isolated else self.context_weight  # which has no noise there
+        weight = latents.is_target + of_context * (1 - latents.is_target)
         return flow.velocity_error(predicted, target, weight)
 
     @torch.no_grad()
-    def guess(self, group: TokenBatch, noisy: Tensor) -> Tensor:
+    def guess(self, group: TokenBatch, noisy: Tensor, cache: ContextCache | None) -> Tensor:
         """What is predicted of samples that are led, 0 for the others.
 
         At least one is asked for: under ZeRO-3 the call gathers weights from every process.
@@ -66,10 +70,24 @@ class GridLoss(nn.Module):
         led = led if len(led) else led.new_zeros(1)
         some = group.some(led)
         guess = torch.zeros_like(noisy)
-        guess[led] = self.predict(some, noisy[led], some.start).to(guess)
+        own = cache and cache.some(led.tolist())
+        guess[led] = self.predict(some, noisy[led], some.start, own).to(guess)
         return guess
 
-    def predict(self, group: TokenBatch, noisy: Tensor, t: Tensor) -> Tensor:
-        return self.networks.predict(
-            self.denoiser, group.latents, noisy, t, text=group.text, guidance=self.guidance
+    def predict(
+        self, group: TokenBatch, noisy: Tensor, t: Tensor, cache: ContextCache | None
+    ) -> Tensor:
+        if cache is None:
+            return self.networks.predict(
+                self.denoiser, group.latents, noisy, t, text=group.text, guidance=self.guidance
+            )
+        return with_targets(torch.zeros_like(noisy), cache.active(noisy, t), cache.targets)
+
+    def isolated_context(self, group: TokenBatch) -> ContextCache:
+        """The cache of a group's context, which sees itself alone; gradients flow through it."""
+        assert self.networks.context_cache is not None  # `preparation` has refused the run
+        cache = self.networks.context_cache(
+            self.denoiser, group.latents, text=group.text, guidance=self.guidance
         )
+        cache.prefill()
+        return cache

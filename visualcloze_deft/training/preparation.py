@@ -129,6 +129,7 @@ def check_features(run: Run, backbone: Backbone) -> None:
         ("lora-files", "model_lora", run.model_lora is not None),
         ("quantised", "quantise", run.quantise != "none"),
         ("scheduled-sampling", "scheduled_sampling", run.scheduled_sampling > 0),
+        ("context-cache", "context", run.context != "full"),
     )
     for feature, setting, used in asked:
         if used and feature not in backbone.features:

@@ -197,6 +197,7 @@ def adapter_metadata(
         "alpha": str(alpha or ""),
         "layers": layers,
         "dropout": str(run.adapter.dropout),
+        "context": run.context,
         "quantise": run.quantise,
         "attention": attention,
         "clip_text": run.clip_text,

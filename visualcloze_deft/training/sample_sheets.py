@@ -19,6 +19,7 @@ from visualcloze_deft.data.query_sources import query_sources
 from visualcloze_deft.data.unpaired import place
 from visualcloze_deft.grids import grid
 from visualcloze_deft.reporting.contact_sheet import draw_grid, draw_sheet
+from visualcloze_deft.sampling.context import FULL, Context
 from visualcloze_deft.sampling.denoising import (
     conditions_of,
     draw_of,
@@ -68,13 +69,20 @@ class Sample:
     made: Mapping[str, Made | None]
 
 
-def answer(models: Models, example: Example, room: Room) -> list[Image.Image]:
+def answer(
+    models: Models, example: Example, room: Room, *, context: Context = FULL
+) -> list[Image.Image]:
     """The images that the model makes of the hidden cells. Raises `NoRoom`."""
     built = [grid.join(example.complete, hidden=example.hidden)]
     given = room.attempt(lambda: conditions_of(models, built, [example.prompt]))
     tokens = room.attempt(
         lambda: tokens_of(
-            models, given, [draw_of(example.index)], steps=STEPS, guidance=models.guidance
+            models,
+            given,
+            [draw_of(example.index)],
+            steps=STEPS,
+            guidance=models.guidance,
+            context=context,
         ),
         transformer=True,
     )

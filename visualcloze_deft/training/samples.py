@@ -31,6 +31,7 @@ from visualcloze_deft.data.queries import query_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.reading import read_image
 from visualcloze_deft.reporting.contact_sheet import image_metadata, metadata_text
+from visualcloze_deft.sampling.context import FULL, Context
 from visualcloze_deft.sampling.room import NoRoom, Room, put_back, short_of_memory
 from visualcloze_deft.storage.atomic import atomic_write, write_png
 from visualcloze_deft.storage.step_names import step_name
@@ -155,7 +156,8 @@ class SampleSheets:
             found = {BASE: self.of_base(examples, room, f"sheet of step {step}: base", doing)}
         if step or self.adapter_differs_at_start:
             what = f"sheet of step {step}: adapter"
-            found["adapter"] = self.made_of(examples, room, what, doing)
+            own = Context(isolated=self.run.context == "isolated")
+            found["adapter"] = self.made_of(examples, room, what, doing, context=own)
         return found
 
     @property
@@ -186,27 +188,35 @@ class SampleSheets:
                 self.base.keep(examples[k], made)
         return found
 
-    def made_of(self, examples: Sequence[Example], room: Room, what: str, doing: Doing) -> Answers:
+    def made_of(
+        self,
+        examples: Sequence[Example],
+        room: Room,
+        what: str,
+        doing: Doing,
+        *,
+        context: Context = FULL,
+    ) -> Answers:
         """What the model makes of the examples, which the processes share."""
         found: Answers = []
         for first in range(0, len(examples), self.world):
             some = examples[first : first + self.world]
             tasks = ", ".join(dict.fromkeys(one.task for one in some))
             doing(f"{what}, grid {first + 1} of {len(examples)}, {tasks}")
-            found += self.shared(some, room)
+            found += self.shared(some, room, context)
         return found
 
-    def shared(self, examples: Sequence[Example], room: Room) -> Answers:
+    def shared(self, examples: Sequence[Example], room: Room, context: Context) -> Answers:
         """Each process makes one of the examples. Where one has no memory for its own, all make
         each in turn, so that no other is left out."""
-        own = self.tried(examples[min(self.rank, len(examples) - 1)], room)
+        own = self.tried(examples[min(self.rank, len(examples) - 1)], room, context)
         if own is None:  # in all processes
-            return [self.tried(one, room) for one in examples] if len(examples) > 1 else [None]
+            return [self.tried(o, room, context) for o in examples] if len(examples) > 1 else [None]
         return [*gathered(own, self.world)[: len(examples)]]
 
-    def tried(self, example: Example, room: Room) -> Made | None:
+    def tried(self, example: Example, room: Room, context: Context) -> Made | None:
         try:
-            return answer(self.models, example, room)
+            return answer(self.models, example, room, context=context)
         except NoRoom:
             return None
 

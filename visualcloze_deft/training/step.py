@@ -32,7 +32,7 @@ FINITE, NOT_FINITE = "finite", "not finite"
 class Batch:
     """One of the batches of a process whose gradients a step sums, in pixels and encoded.
 
-    Under ZeRO-3 the last group may be there more than once: see `loop.Loop.encoded`.
+    Under ZeRO-3 some groups may be fillers, see `loop.Loop.encoded`.
     """
 
     drawn: Sequence[PixelExample]
@@ -41,7 +41,16 @@ class Batch:
     @property
     def indices(self) -> list[int]:
         """Of the examples, in the order of the losses."""
-        return [index for group in self.groups for index in group.indices][: len(self.drawn)]
+        return [index for group in self.groups if not group.filler for index in group.indices]
+
+    def split(self, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of the examples, and those of fillers. errors: of all groups, in order."""
+        parts = errors.split([len(group.indices) for group in self.groups])
+        kinds: tuple[list[Tensor], list[Tensor]] = ([], [errors[:0]])
+        for group, part in zip(self.groups, parts, strict=True):
+            kinds[group.filler].append(part)
+        own, fillers = map(torch.cat, kinds)
+        return own, fillers
 
 
 def seen_in(
@@ -52,6 +61,7 @@ def seen_in(
     error_of = dict(zip((i for batch in step for i in batch.indices), errors, strict=True))
     groups = [group for batch in step for group in batch.groups]
     tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
+    active_of = {i: active_tokens(group) for group in groups for i in group.indices}
     weight_of = exact_weights(groups, scheduled_sampling) if scheduled_sampling else {}
     return {
         one.index: ExampleLoss(
@@ -61,10 +71,16 @@ def seen_in(
             items=len(one.grid.strips),
             skipped=one.skipped,
             exact=weight_of.get(one.index, 1.0),
+            active=active_of[one.index],
         )
         for batch in step
         for one in batch.drawn
     }
+
+
+def active_tokens(group: TokenBatch) -> int | None:
+    """How many tokens of a sample are targets; None where all are computed together."""
+    return int((group.latents.is_target[0] > 0).sum()) if group.isolated else None
 
 
 def exact_weights(groups: Sequence[TokenBatch], scheduled_sampling: float) -> dict[int, float]:
@@ -164,11 +180,10 @@ class Stepper:
             self.engine.module
         ):  # until the last batch's engine.step
             for batch in step:
-                count = len(batch.drawn)
-                errors = self.engine(batch.groups)
-                self.engine.backward(share * errors[:count].sum() + 0 * errors[count:].sum())
+                errors, fillers = batch.split(self.engine(batch.groups))
+                self.engine.backward(share * errors.sum() + 0 * fillers.sum())
                 self.engine.step()
-                found.append(errors[:count].detach())
+                found.append(errors.detach())
         return found
 
     def explain(self, step: Sequence[Batch], share: float, errors: list[Tensor]) -> list[Tensor]:

@@ -94,7 +94,7 @@ def losses(
     found = {}
     for index in own:
         (drawn,) = agreed([draws[index]])
-        (group,) = encode(models, [drawn], seed=run.seed)
+        (group,) = encode(models, [drawn], seed=run.seed, context=run.context)
         errors = [loss_of([at(group, some)]) for some in times.split(run.batch)]
         found[index] = ValidationLosses(task=drawn.task, errors=tuple(torch.cat(errors).tolist()))
     return found

@@ -111,14 +111,16 @@ def activations_of(
         blocks.append(count(first=not reached) + factors[-1] if reached or own else 0)
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
+    # The keys and values of what is known: beside the context's own, joined to those of targets.
+    joined = 2 * tokens * width * size if load.isolated else 0
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
     # What a single block's backward holds at once beside what was kept: the gradients of its widest
     # tensors and their sums; LoRA's in float32. Followed tensor by tensor at FLUX's sizes.
     held = 15 if settings.method == "lora" and size < SINGLE else 13
     return Activations(
-        blocks=tuple(blocks),
+        blocks=tuple(kept and kept + joined for kept in blocks),
         factors=tuple(factors),
-        entry=tokens * width * size,
+        entry=tokens * width * size + joined,
         outside=tokens * width * size,  # the last norm reads a view of what the last block gave
         positions=2 * SINGLE * model.head * (load.image + load.text),
         batch=values * size,

@@ -57,7 +57,9 @@ FLUX_FILL = Backbone(
     encoders=encoders,
     vae=lambda name: component_config(name, "vae"),
     activations=activations_of,
-    features=frozenset({"lora-files", "pipeline", "quantised", "scheduled-sampling"}),
+    features=frozenset(
+        {"context-cache", "lora-files", "pipeline", "quantised", "scheduled-sampling"}
+    ),
     networks=networks,
     flops=training_flops,
 )

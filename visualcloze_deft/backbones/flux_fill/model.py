@@ -292,9 +292,10 @@ def predict_velocity(
     text: Tensor,
     pooled: Tensor,
     guidance: float,
+    context: Any = None,
 ) -> Tensor:
     """The transformer's velocity (b, n, 64) for inputs (b, n, 384) at times t (b,) in 0..1. text is
-    in the transformer's precision."""
+    in the transformer's precision. context: see `context.Context`."""
     predicted: Tensor = transformer(
         hidden_states=inputs.to(text.dtype),
         timestep=t.to(text.dtype),
@@ -303,6 +304,7 @@ def predict_velocity(
         encoder_hidden_states=text,
         txt_ids=torch.zeros(text.shape[1], 3, device=inputs.device),
         img_ids=ids,
+        joint_attention_kwargs=None if context is None else {"context": context},
         return_dict=False,
     )[0]
     return predicted

@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
 
 from visualcloze_deft.backbones.base import Networks
+from visualcloze_deft.backbones.flux_fill.context import ContextCache
 from visualcloze_deft.backbones.flux_fill.loading import (
     load_encoders,
     load_models,
@@ -29,4 +30,5 @@ NETWORKS = Networks(
     predict=predict,
     probe=probe,
     load_lora=load_lora,
+    context_cache=ContextCache,
 )

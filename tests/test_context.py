@@ -1,0 +1,467 @@
+"""The context of a grid: kept between steps, or computed once and alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from PIL import Image
+from processes import run
+from test_train import adapter_of, arguments, losses, plain_training
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from visualcloze_deft import InContextPipeline
+from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.flops import forward_flops
+from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
+from visualcloze_deft.backbones.flux_fill.loading import load_models
+from visualcloze_deft.backbones.flux_fill.model import Models, predict
+from visualcloze_deft.backbones.peft_files import read_metadata
+from visualcloze_deft.cli import main
+from visualcloze_deft.config.run_settings import Run, load_run
+from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids import grid
+from visualcloze_deft.sampling.context import full_steps_of
+from visualcloze_deft.sampling.denoising import Conditions, conditions_of
+from visualcloze_deft.sampling.encoding import encode, filled, is_isolated, kinds_in
+from visualcloze_deft.training import run_data
+from visualcloze_deft.training.datasets import PixelDataset
+from visualcloze_deft.training.objective import GridLoss
+from visualcloze_deft.training.run_folder import SETTINGS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 4
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (32, 32), colour)
+
+
+ROWS = [[picture("red"), picture("blue")], [picture("green"), None]]
+
+
+@pytest.fixture
+def models(micro_model: Path) -> Models:
+    loaded = load_models(str(micro_model))
+    injection.attach(loaded.transformer, Run().adapter, seed=0)
+    draws = torch.Generator().manual_seed(1)
+    for parameter in injection.trainable(loaded.transformer).values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=draws)  # else some have no gradient
+    return loaded
+
+
+@pytest.fixture
+def given(models: Models) -> Conditions:
+    built = [grid.build(ROWS, resolution=32, cells="row")]
+    return conditions_of(models, built, ["From the depth map to the photo."])
+
+
+def cache_of(models: Models, given: Conditions) -> ContextCache:
+    return ContextCache(models.transformer, given.latents, text=given.text, guidance=1.0)
+
+
+def noise_of(given: Conditions) -> Tensor:
+    return torch.randn(given.latents.clean.shape, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    named = injection.trainable(models.transformer)
+    found = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    models.transformer.zero_grad()
+    return found
+
+
+def masked(models: Models, given: Conditions, noisy: Tensor, targets: Tensor) -> Tensor:
+    """One call at time 0 in which text and known tokens do not see the targets."""
+    length = given.text.text.shape[1]
+    is_target = torch.zeros(length + noisy.shape[1], dtype=torch.bool)
+    is_target[length + targets] = True
+    sees = is_target[:, None] | ~is_target[None, :]
+    mixed = torch.where(is_target[length:, None], noisy, given.latents.seen)
+    found: Tensor = models.transformer(
+        hidden_states=given.latents.inputs(mixed),
+        timestep=torch.zeros(1),
+        guidance=torch.ones(1),
+        pooled_projections=given.text.pooled,
+        encoder_hidden_states=given.text.text,
+        txt_ids=torch.zeros(length, 3),
+        img_ids=given.latents.ids,
+        joint_attention_kwargs={"attention_mask": sees[None, None]},
+        return_dict=False,
+    )[0]
+    return found[:, targets]
+
+
+def test_layers_that_know_contexts_compute_as_diffusers_do(
+    models: Models, given: Conditions
+) -> None:
+    noisy, t = noise_of(given), torch.tensor([0.6])
+    before = predict(models.transformer, given.latents, noisy, t, text=given.text, guidance=1.0)
+    read_contexts(models.transformer)
+    after = predict(models.transformer, given.latents, noisy, t, text=given.text, guidance=1.0)
+    assert torch.equal(before, after)
+    assert torch.equal(before, cache_of(models, given).full(noisy, t))
+
+
+def test_a_layer_with_attention_of_its_own_is_refused(models: Models, given: Conditions) -> None:
+    class Other(FluxAttnProcessor):
+        pass
+
+    models.transformer.set_attn_processor(Other())
+    with pytest.raises(UserError, match="is Other, which computes attention in a way of its own"):
+        cache_of(models, given)
+
+
+def test_fused_projections_and_another_kernel_are_used(models: Models, given: Conditions) -> None:
+    injection.detach(models.transformer)
+    noisy, t = noise_of(given), torch.tensor([0.6])
+    before = cache_of(models, given).full(noisy, t)
+    models.transformer.fuse_qkv_projections()
+    models.transformer.set_attention_backend("_native_math")
+    cache = cache_of(models, given)
+    torch.testing.assert_close(cache.full(noisy, t), before, rtol=1e-5, atol=1e-5)
+    active = cache.active(noisy, t)
+    torch.testing.assert_close(active, before[:, cache.targets], rtol=1e-5, atol=1e-5)
+
+
+def test_targets_alone_see_what_a_full_call_kept(models: Models, given: Conditions) -> None:
+    noisy, t = noise_of(given), torch.tensor([0.6])
+    cache = cache_of(models, given)
+    full = cache.full(noisy, t)[:, cache.targets]
+    torch.testing.assert_close(cache.active(noisy, t), full, rtol=1e-5, atol=1e-5)
+
+
+def test_two_calls_are_one_call_with_a_block_mask(models: Models, given: Conditions) -> None:
+    """Forward and backward."""
+    noisy, cache = noise_of(given), cache_of(models, given)
+    cache.prefill()
+    once = masked(models, given, noisy, cache.targets)
+    twice = cache.active(noisy, torch.zeros(1))
+    torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-5)
+    of_once = gradients(models, once.square().sum())
+    of_twice = gradients(models, twice.square().sum())
+    assert of_once.keys() == of_twice.keys()
+    for name, gradient in of_once.items():
+        torch.testing.assert_close(of_twice[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputed_blocks_give_the_same_gradients(models: Models, given: Conditions) -> None:
+    def loss() -> Tensor:
+        cache = cache_of(models, given)
+        cache.prefill()
+        return cache.active(noise_of(given), torch.tensor([0.5])).square().sum()
+
+    plain = gradients(models, loss())
+    models.transformer.enable_gradient_checkpointing()
+    models.transformer.train()
+    again = gradients(models, loss())
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+
+
+def test_the_only_context_serves_several_samples(models: Models, given: Conditions) -> None:
+    cache, t = cache_of(models, given), torch.tensor([0.5])
+    cache.prefill()
+    noises = torch.cat([noise_of(given), -noise_of(given)])
+    together = cache.some([0, 0]).active(noises, t.expand(2))
+    for one, noisy in zip(together, noises, strict=True):
+        torch.testing.assert_close(one[None], cache.active(noisy[None], t), rtol=1e-5, atol=1e-5)
+
+
+def test_full_steps_are_evenly_spaced_from_the_first() -> None:
+    assert sorted(full_steps_of(1, 30)) == [0]
+    assert sorted(full_steps_of(4, 10)) == [0, 2, 5, 7]
+    assert full_steps_of(30, 30) == frozenset(range(30))
+
+
+def test_an_isolated_context_takes_the_operations_that_are_counted(
+    models: Models, given: Conditions
+) -> None:
+    """In the linear layers and attention of blocks, and at both ends."""
+    cache, noisy = cache_of(models, given), noise_of(given)
+    injection.detach(models.transformer)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        cache.prefill()
+        cache.active(noisy, torch.ones(1))
+    found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    text, targets = given.text.text.shape[1], len(cache.targets)
+    config = models.transformer.config
+    linear, attention = forward_flops(config, noisy.shape[1], text, targets)
+    assert found.pop("aten.bmm") == attention
+    # beside what reads the time and the pooled text in each of the two calls
+    assert sum(found.values()) == pytest.approx(linear, rel=0.1)
+
+
+# ---- training
+
+
+def groups_of(models: Models, micro_model: Path, *settings: str, count: int = 12) -> list:
+    run = load_run(None, [f"model={micro_model}", "data.recipe.hide_target=0.5", *settings])
+    draws = PixelDataset(run_data.mixture_of(run))
+    return encode(models, [draws[k] for k in range(count)], seed=0, context=run.context)
+
+
+def test_a_mixed_run_draws_the_context_of_each_example_from_seed_and_index(
+    models: Models, micro_model: Path
+) -> None:
+    groups = groups_of(models, micro_model, "context=mixed")
+    assert all(kinds_in(groups))
+    for group in groups:
+        assert {is_isolated("mixed", 0, i) for i in group.indices} == {group.isolated}
+    drawn = [is_isolated("mixed", 3, k) for k in range(2000)]
+    assert 0.66 < np.mean(drawn) < 0.74
+
+
+def test_samples_of_an_isolated_group_have_their_targets_at_the_same_places(
+    models: Models, micro_model: Path
+) -> None:
+    for group in groups_of(models, micro_model, "context=isolated"):
+        assert group.isolated
+        assert (group.latents.is_target == group.latents.is_target[:1]).all()
+
+
+def test_noise_and_times_are_those_of_a_full_run(models: Models, micro_model: Path) -> None:
+    found = []
+    for context in ("full", "mixed"):
+        groups = groups_of(models, micro_model, f"context={context}")
+        found.append({i: (g.noise[k], g.t[k]) for g in groups for k, i in enumerate(g.indices)})
+    for index, (noise, t) in found[0].items():
+        assert torch.equal(found[1][index][0], noise)
+        assert torch.equal(found[1][index][1], t)
+
+
+def test_what_is_known_counts_nothing_in_an_isolated_loss(
+    models: Models, micro_model: Path
+) -> None:
+    """The error of a known token does not reach the loss, whatever `context_weight` is."""
+    (group, *_) = groups_of(models, micro_model, "context=isolated", count=2)
+    told = {"guidance": 1.0, "scheduled_sampling": False}
+    losses = [GridLoss(models.transformer, context_weight=w, **told)([group]) for w in (0.0, 1.0)]
+    assert torch.equal(losses[0], losses[1])
+    full = replace(group, isolated=False)
+    losses = [GridLoss(models.transformer, context_weight=w, **told)([full]) for w in (0.0, 1.0)]
+    assert not torch.equal(losses[0], losses[1])
+
+
+def test_fillers_bring_the_groups_of_both_kinds_to_the_same_number(
+    models: Models, micro_model: Path
+) -> None:
+    groups = groups_of(models, micro_model, "context=mixed")
+    full, isolated = kinds_in(groups)
+    more = filled(groups, full + 2, isolated + 1)
+    assert kinds_in(more) == (full + 2, isolated + 1)
+    assert [group for group in more if not group.filler] == sorted(
+        groups, key=lambda group: group.isolated
+    )
+    assert GridLoss(models.transformer, context_weight=1.0, guidance=1.0)(more).isfinite().all()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--zero 2 --gradient-checkpointing all --set context=mixed",
+        "--zero 3 --set context=mixed",
+        "--zero 1 --set context=isolated --method lora",
+        "--zero 0 --set context=isolated --batch 1 --set accumulate=2",
+    ],
+)
+def test_runs_follow_plain_training_and_resume_to_the_same_adapter(
+    micro_model: Path, tmp_path: Path, options: str
+) -> None:
+    output = tmp_path / "run"
+    run([*arguments(micro_model, output), *options.split()])
+    assert losses(output) == pytest.approx(plain_training(output)[0], rel=1e-4)
+    adapter = adapter_of(output)
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "step-000006")
+    run(["train", "--output", output, "--resume"])
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in adapter_of(output).items())
+    assert read_metadata(output / "adapter")["context"] == load_run(str(output / SETTINGS)).context
+
+
+# ---- inference
+
+
+@pytest.fixture
+def pipe(micro_model: Path) -> InContextPipeline:
+    made = InContextPipeline.from_pretrained(micro_model)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def images(pipe: InContextPipeline, **options: object) -> list[bytes]:
+    told = {"task": "depth-to-image", "num_inference_steps": STEPS} | options
+    return [image.tobytes() for image in pipe(rows=ROWS, **told).images]
+
+
+def test_as_many_full_steps_as_steps_change_no_bit(pipe: InContextPipeline) -> None:
+    before = images(pipe)
+    pipe.enable_context_cache(STEPS)
+    assert images(pipe) == before
+    pipe.enable_context_cache(1)
+    cached = images(pipe)
+    assert cached != before
+    pipe.disable_context_cache()
+    assert images(pipe) == before
+
+
+def test_seeds_and_batches_share_a_context_and_stay_what_they_are_alone(
+    pipe: InContextPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.set_context("isolated", untrained=True)
+    alone = [images(pipe, seed=seed)[0] for seed in (0, 1, 2)]
+    prefills = []
+    original = ContextCache.prefill
+    monkeypatch.setattr(ContextCache, "prefill", lambda c: (prefills.append(c), original(c))[1])
+    assert images(pipe, seed=[0, 1, 2]) == alone
+    assert len(prefills) == 1
+
+
+def test_targets_at_other_places_are_computed_apart(pipe: InContextPipeline) -> None:
+    """A batch of grids of one shape that ask for different columns."""
+    other = [[picture("red"), picture("blue")], [None, picture("green")]]
+    asked = [{"task": "depth-to-image", "rows": ROWS}, {"task": "image-to-depth", "rows": other}]
+    pipe.enable_context_cache(2)
+    told = {"num_inference_steps": STEPS}
+    together = pipe(asked, batch_size=2, **told).images
+    apart = [pipe([one], **told).images[0] for one in asked]
+    assert [image.tobytes() for image in together] == [image.tobytes() for image in apart]
+
+
+@pytest.mark.parametrize("full_steps", [0, -1, 1.5, True, "3"])
+def test_full_steps_that_are_no_count_are_refused(
+    pipe: InContextPipeline, full_steps: object
+) -> None:
+    with pytest.raises(UserError, match="give a whole number, 1 or more"):
+        pipe.enable_context_cache(full_steps)  # type: ignore[arg-type]
+
+
+def test_more_full_steps_than_steps_are_refused(pipe: InContextPipeline) -> None:
+    pipe.enable_context_cache(STEPS + 1)
+    with pytest.raises(UserError, match="full_steps 5: more than 4 steps"):
+        images(pipe)
+
+
+def test_a_cache_of_diffusers_beside_it_is_refused(pipe: InContextPipeline) -> None:
+    from visualcloze_deft.inference.acceleration import cache_settings
+
+    pipe.transformer.enable_cache(cache_settings("first-block"))
+    pipe.enable_context_cache(2)
+    with pytest.raises(UserError, match="not beside a cache of diffusers"):
+        images(pipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--context-cache 5", "--context-cache 5: more than the 4 steps"),
+        ("--context-cache 0", "0 is not in the range"),
+        ("--context-cache 2 --cache first-block", "--cache first-block: not beside a context"),
+        ("--context isolated", "the base alone was not trained with it"),
+        (
+            "--context isolated --untrained-context --context-cache 2",
+            "--context-cache 2: this adapter's context is isolated",
+        ),
+        ("--context some", "'some' is not one of 'full', 'isolated'"),
+    ],
+)
+def test_what_the_command_line_cannot_do_with_a_context_is_one_line(
+    refused: Callable[..., str],
+    grid_file: Callable[..., Path],
+    micro_model: Path,
+    tmp_path: Path,
+    words: str,
+    said: str,
+) -> None:
+    told = ("infer", "--examples", grid_file(), "--model", micro_model, "--inference-steps", STEPS)
+    assert said in refused(*told, *words.split(), "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_record_says_which_context_made_an_image(
+    grid_file: Callable[..., Path],
+    micro_model: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = ["infer", "--examples", grid_file(), "--model", micro_model, "--output", tmp_path / "o"]
+    words = [*map(str, told), "--inference-steps", str(STEPS)]
+    main([*words, "--context-cache", "2"])
+    (record,) = (tmp_path / "o").glob("*.json")
+    assert json.loads(record.read_text())["context_cache"] == 2
+    capsys.readouterr()
+    assert "context_cache" in refused(*words)
+
+
+# ---- adapters
+
+
+@pytest.fixture
+def adapter_with(models: Models, micro_model: Path, tmp_path: Path) -> object:
+    """Writes an adapter that says it was trained with a context."""
+    from visualcloze_deft.adapters import files
+
+    def write(context: str | None) -> Path:
+        folder = tmp_path / f"adapter-{context}"
+        folder.mkdir()
+        told = {"context": context} if context else {}
+        files.save(models.transformer, folder, base=str(micro_model), metadata=told)
+        return folder
+
+    return write
+
+
+def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
+    pipe: InContextPipeline, adapter_with
+) -> None:
+    for context, isolated in (
+        (None, False),
+        ("full", False),
+        ("mixed", False),
+        ("isolated", True),
+    ):
+        name = pipe.load_adapter(adapter_with(context))
+        assert pipe.context.isolated is isolated
+        pipe.delete_adapters(name)
+    assert not pipe.context.isolated
+
+
+def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
+    pipe: InContextPipeline, adapter_with
+) -> None:
+    pipe.set_context("isolated")
+    with pytest.raises(UserError, match="the base alone was not trained with it"):
+        images(pipe)
+    pipe.load_adapter(adapter_with("mixed"), "both")
+    assert pipe.context.isolated
+    pipe.load_adapter(adapter_with("full"), "one")
+    with pytest.raises(UserError, match="adapter-full was trained with 'full' alone"):
+        images(pipe)
+    pipe.set_context("isolated", untrained=True)
+    assert pipe.context.isolated
+    pipe.set_context()
+    pipe.delete_adapters("both")
+    pipe.load_adapter(adapter_with("isolated"), "other")
+    with pytest.raises(UserError, match="adapters without a context in common"):
+        images(pipe)
+    with pytest.raises(UserError, match="context 'some': give full or isolated"):
+        pipe.set_context("some")
+
+
+def test_a_context_of_a_later_version_is_refused(pipe: InContextPipeline, adapter_with) -> None:
+    pipe.load_adapter(adapter_with("causal"))
+    with pytest.raises(UserError, match="'causal', which this version does not know"):
+        images(pipe)

@@ -1,0 +1,69 @@
+"""How sampling uses the context of a grid: computed in every step, in some, or once.
+
+Axes: b batch, n tokens, m tokens of targets, c channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from visualcloze_deft.backbones.base import ContextCache, Latents
+from visualcloze_deft.diffusion import flow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the tokens of examples, known cells and text are to a sampling.
+
+    isolated: they see themselves alone and are computed once, as in a training with
+    `context = "isolated"`. full_steps: in how many steps all tokens are computed; in the others
+    targets attend to what such a step kept. None: in all.
+    """
+
+    isolated: bool = False
+    full_steps: int | None = None
+
+    def cached(self, steps: int) -> bool:
+        """Whether some of `steps` steps compute targets alone."""
+        return self.isolated or (self.full_steps is not None and self.full_steps < steps)
+
+
+FULL = Context()
+
+
+def full_steps_of(count: int, steps: int) -> frozenset[int]:
+    """The numbers of `count` steps of `steps` that compute all tokens, evenly spaced from 0.
+
+    >>> sorted(full_steps_of(3, 30))
+    [0, 10, 20]
+    """
+    return frozenset(k * steps // count for k in range(count))
+
+
+class ContextPredictor:
+    """The denoiser as a function of noisy tokens (b, n, c) and one time, with a cached context."""
+
+    def __init__(
+        self, cache: ContextCache, latents: Latents, context: Context, *, steps: int
+    ) -> None:
+        self.cache = cache
+        self.latents = latents
+        self.full = (
+            frozenset[int]() if context.isolated else full_steps_of(context.full_steps or 1, steps)
+        )
+        self.asked = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        times = t.expand(len(x))
+        number, self.asked = self.asked, self.asked + 1
+        if number in self.full:
+            return self.cache.full(x, times).float()
+        straight = flow.velocity_to(self.latents.clean.float(), x, times)
+        return with_targets(straight, self.cache.active(x, times), self.cache.targets)
+
+
+def with_targets(all_tokens: Tensor, predicted: Tensor, targets: Tensor) -> Tensor:
+    """(b, n, c), of which the tokens at `targets` (m,) are those of `predicted` (b, m, c)."""
+    return all_tokens.index_copy(1, targets, predicted.to(all_tokens))
