@@ -115,6 +115,7 @@ def test_the_pages_with_python_are_known() -> None:
     assert {name.partition(":")[0] for name in blocks()} == {
         "README",
         "adapters",
+        "context-cache",
         "inference",
         "publish",
     }
