@@ -104,6 +104,24 @@ def test_the_start_bench_times_whole_commands(script: Script) -> None:
 
 
 @pytest.mark.scripts
+def test_the_context_cache_is_measured_beside_other_caches(
+    script: Script, micro_model: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- context:begin -->\nold\n<!-- context:end -->\nafter\n")
+    small = "--scenes 1 --seeds 1 --steps 5 --examples 1 --output out"
+    said = script("measure_context.py", "--model", micro_model, "--report", page, *small.split())
+    found = rows(said)
+    assert [row[0] for row in found[2:7]] == [
+        "none",
+        *(f"context cache, {full} full" for full in (1, 2, 3)),
+        "first-block=0.05",
+    ]
+    assert found[2][2] == ""
+    assert rows(page.read_text()) == found
+
+
+@pytest.mark.scripts
 def test_the_encodings_bench_tells_how_often_an_entry_is_met_again(
     script: Script, photos: str
 ) -> None:
