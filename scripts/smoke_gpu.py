@@ -136,7 +136,8 @@ class Stage:
         words: list[object] = ["--model", self.size.model, "--tasks", SCENES, "--rank", 8]
         words += ["--steps", steps or self.size.steps, "--batch", self.size.batch]
         words += ["--processes", self.size.processes]
-        return [*words, *settings("logging.trackers=[]", "scheduled_sampling=0")]
+        told = settings("logging.trackers=[]", "scheduled_sampling=0", "sample_grids=2")
+        return [*words, *told]
 
     @property
     def grids(self) -> Path:
