@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import injection
+from visualcloze_deft.backbones.attention import use
 from visualcloze_deft.backbones.flops import forward_flops
 from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
 from visualcloze_deft.backbones.flux_fill.loading import load_models
@@ -127,7 +129,7 @@ def test_fused_projections_and_another_kernel_are_used(models: Models, given: Co
     noisy, t = noise_of(given), torch.tensor([0.6])
     before = cache_of(models, given).full(noisy, t)
     models.transformer.fuse_qkv_projections()
-    models.transformer.set_attention_backend("_native_math")
+    use(models.transformer, "math")
     cache = cache_of(models, given)
     torch.testing.assert_close(cache.full(noisy, t), before, rtol=1e-5, atol=1e-5)
     active = cache.active(noisy, t)
@@ -201,6 +203,18 @@ def test_an_isolated_context_takes_the_operations_that_are_counted(
     assert found.pop("aten.bmm") == attention
     # beside what reads the time and the pooled text in each of the two calls
     assert sum(found.values()) == pytest.approx(linear, rel=0.1)
+
+
+def test_the_bench_counts_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At FLUX's size, on the meta device."""
+    scripts = Path(__file__).parents[1] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    bench_context = importlib.import_module("bench_context")
+    work = bench_context.counted(2, 2, 384)
+    assert work.full / work.active == pytest.approx(4.9, abs=0.05)
+    page = (scripts.parent / "docs" / "context-cache.md").read_text()
+    cached = " / ".join(f"{work.speed(full_steps=full):.2f}" for full in (1, 3, 6))
+    assert f"{work.speed():.2f}x | {work.speed(seeds=4):.2f}x | {cached}x" in page
 
 
 # ---- training

@@ -571,7 +571,7 @@ def test_an_adapter_says_of_itself_what_those_of_earlier_versions_say(tmp_path: 
     said = run_folder.adapter_metadata(Run(), 3, attention="native", base={"base_model": "tiny"})
     assert set(said) == set(
         "visualcloze_deft method rank alpha layers dropout quantise attention clip_text cells "
-        "resolution base_model step tasks".split()
+        "resolution base_model step tasks context".split()
     )
     assert set(run_folder.base_of(Run(model="tiny"))) == set(
         "base_model base_fingerprint base_lora base_lora_sha256".split()
