@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -37,8 +37,9 @@ class AdapterMethods:
     tasks: Mapping[str, Task]
     task_folders: list[Path]
 
-    def need(self, *parts: str) -> None:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the pipeline's other classes have
+
+        def need(self, *parts: str) -> None: ...
 
     def load_adapter(self, adapter: str | Path, adapter_name: str | None = None) -> str:
         """Use an adapter beside those in use; returns its name.

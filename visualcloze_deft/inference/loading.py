@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base
@@ -43,11 +43,11 @@ class LoadingMethods:
     lora: str | None
     register_to_config: Any
 
-    def set_attention(self, attention: str) -> None:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the pipeline's other classes have
 
-    def use_stored(self, adapters: Mapping[StoredAdapter, float]) -> None:
-        raise NotImplementedError
+        def set_attention(self, attention: str) -> None: ...
+
+        def use_stored(self, adapters: Mapping[StoredAdapter, float]) -> None: ...
 
     @classmethod
     def from_pretrained(
