@@ -476,6 +476,15 @@ def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
 
 
 def test_a_context_of_a_later_version_is_refused(pipe: InContextPipeline, adapter_with) -> None:
-    pipe.load_adapter(adapter_with("causal"))
     with pytest.raises(UserError, match="'causal', which this version does not know"):
-        images(pipe)
+        pipe.load_adapter(adapter_with("causal"))
+    assert pipe.get_active_adapters() == []
+
+
+def test_the_context_of_an_adapter_stays_when_its_files_are_gone(
+    pipe: InContextPipeline, adapter_with
+) -> None:
+    folder = adapter_with("isolated")
+    pipe.load_adapter(folder)
+    shutil.rmtree(folder)
+    assert pipe.context.isolated

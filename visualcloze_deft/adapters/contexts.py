@@ -6,7 +6,7 @@ Between training and inference only what known cells see may differ: "full" or "
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,15 +43,15 @@ def check_context(asked: str | None) -> None:
 
 
 def context_of(
-    adapters: Iterable[Path], asked: str | None = None, *, untrained: bool = False
+    known: Mapping[Path, Sequence[Seen]], asked: str | None = None, *, untrained: bool = False
 ) -> Seen:
     """The context to use with adapters: the one asked for, else the first that all know.
 
-    untrained: allows one that an adapter, or the base alone, was not trained with.
+    known: what each was trained with, see `known_to`. untrained: allows one that an adapter, or
+    the base alone, was not trained with.
     Raises `UserError` for such a context otherwise, and for adapters that have none in common.
     """
     check_context(asked)
-    known = {adapter: known_to(adapter) for adapter in adapters}
     wanted = [word for word in WORDS if asked in (word, None)]
     for word in wanted:
         if (untrained and asked) or all(word in own for own in [*known.values()] or [BASE]):

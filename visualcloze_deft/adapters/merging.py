@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visualcloze_deft.adapters import files, injection
+from visualcloze_deft.adapters.contexts import Seen, known_to
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.numbers import is_scale
@@ -25,7 +26,7 @@ from visualcloze_deft.errors import UserError, suggestion
 
 class ActiveAdapters:
     """The adapters of one transformer. scales: of those in use, by name. places: the folder, or
-    LoRA file, of each that was added.
+    LoRA file, of each that was added. contexts: those that each was trained with.
 
     While adapters are merged, the weights of their layers as they were rest in the host's memory:
     taking adapters off gives them back bit for bit.
@@ -37,6 +38,7 @@ class ActiveAdapters:
         self.merge = merge
         self.scales: dict[str, float] = {}
         self.places: dict[str, Path] = {}
+        self.contexts: dict[str, tuple[Seen, ...]] = {}
         self.known: dict[str, dict[str, Change]] = {}
         self._originals: dict[str, Tensor] = {}
         self._beside: list[tuple[nn.Module, RemovableHandle]] = []
@@ -59,6 +61,8 @@ class ActiveAdapters:
                 "or delete that one first"
             )
         self.check_reachable()
+        place = adapter if isinstance(adapter, Path) else adapter.folder
+        contexts = known_to(place)
         wanted = dict(self.scales)
         self.use({})
         try:
@@ -68,7 +72,7 @@ class ActiveAdapters:
                 for layer, (a, b) in injection.changes_of(self.transformer).items()
             }
             injection.detach(self.transformer)
-            self.places[name] = adapter if isinstance(adapter, Path) else adapter.folder
+            self.places[name], self.contexts[name] = place, contexts
             if used:
                 wanted[name] = 1.0
         finally:
@@ -77,7 +81,7 @@ class ActiveAdapters:
     def delete(self, name: str) -> None:
         self._check_known(name)
         self.use({other: s for other, s in self.scales.items() if other != name})
-        del self.known[name], self.places[name]
+        del self.known[name], self.places[name], self.contexts[name]
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Use exactly these, each at its scale: 0 is the base, 1 the adapter as trained.

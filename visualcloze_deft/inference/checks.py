@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from visualcloze_deft.adapters.contexts import context_of
 from visualcloze_deft.adapters.files import StoredAdapter
 from visualcloze_deft.adapters.metadata import check_base, lora_mismatch
 from visualcloze_deft.backbones import lora_files
@@ -57,7 +56,7 @@ def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
 
 def check_context_cache(settings: InferenceSettings) -> None:
     """Raise `UserError` where the context cannot be used as it is asked for."""
-    seen = context_of(settings.adapters, settings.context, untrained=settings.untrained_context)
+    seen = settings.seen
     full = settings.context_cache
     if full is not None and full > settings.steps:
         raise UserError(

@@ -48,7 +48,8 @@ class ContextMethods:
     @property
     def context(self) -> Context:
         """How the next call uses the tokens of examples, known cells and text."""
-        used = [self.blend.places[name] for name in self.blend.scales]
+        blend = self.blend
+        used = {blend.places[name]: blend.contexts[name] for name in blend.scales}
         seen = context_of(used, self._context, untrained=self._untrained)
         if seen == "full":
             return Context(full_steps=self._full_steps)
@@ -62,8 +63,9 @@ class ContextMethods:
     def context_for(self, steps: int) -> Context:
         """`context` for a call of so many steps. Raises `UserError` where a cache of diffusers is
         in its way."""
-        if self.context.cached(steps) and self.transformer.is_cache_enabled:
+        context = self.context
+        if context.cached(steps) and self.transformer.is_cache_enabled:
             raise UserError(
                 "context cache: not beside a cache of diffusers; call transformer.disable_cache()"
             )
-        return self.context
+        return context

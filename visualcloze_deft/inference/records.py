@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import torch
 
-from visualcloze_deft.adapters.contexts import context_of
 from visualcloze_deft.backbones.attention import AUTO
 from visualcloze_deft.backbones.flux_fill.files import resolution_of
 from visualcloze_deft.backbones.lora_places import lora_file
@@ -79,7 +78,7 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
     for folder in list(settings.adapters)[:1]:
         told |= read_metadata(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seen = context_of(settings.adapters, settings.context, untrained=settings.untrained_context)
+    seen = settings.seen
     return {
         "model": settings.model,
         "model_lora": settings.lora,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualcloze_deft.adapters.contexts import Seen, context_of, known_to
 from visualcloze_deft.backbones.attention import AUTO
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.grids.cell_sizes import Cells
@@ -43,6 +44,12 @@ class InferenceSettings:
     attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False
+
+    @property
+    def seen(self) -> Seen:
+        """What known cells see: as it is asked for, or as the adapters were trained."""
+        known = {adapter: known_to(adapter) for adapter in self.adapters}
+        return context_of(known, self.context, untrained=self.untrained_context)
 
     @property
     def all_task_folders(self) -> tuple[Path, ...]:
