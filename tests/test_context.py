@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.attention import use
+from visualcloze_deft.backbones.base import Split
 from visualcloze_deft.backbones.flops import forward_flops
 from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
 from visualcloze_deft.backbones.flux_fill.loading import load_models
@@ -34,7 +35,7 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
 from visualcloze_deft.sampling.context import full_steps_of
 from visualcloze_deft.sampling.denoising import Conditions, conditions_of
-from visualcloze_deft.sampling.encoding import encode, filled, is_isolated, kinds_in
+from visualcloze_deft.sampling.encoding import SEEN, encode, filled, kinds_in, seen_of
 from visualcloze_deft.training import run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
@@ -199,7 +200,7 @@ def test_an_isolated_context_takes_the_operations_that_are_counted(
     found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     text, targets = given.text.text.shape[1], len(cache.targets)
     config = models.transformer.config
-    linear, attention = forward_flops(config, noisy.shape[1], text, targets)
+    linear, attention = forward_flops(config, noisy.shape[1], text, Split(targets=targets))
     assert found.pop("aten.bmm") == attention
     # beside what reads the time and the pooled text in each of the two calls
     assert sum(found.values()) == pytest.approx(linear, rel=0.1)
@@ -230,10 +231,10 @@ def test_a_mixed_run_draws_the_context_of_each_example_from_seed_and_index(
     models: Models, micro_model: Path
 ) -> None:
     groups = groups_of(models, micro_model, "context=mixed")
-    assert all(kinds_in(groups))
+    assert {group.seen for group in groups} == {"full", "isolated"}
     for group in groups:
-        assert {is_isolated("mixed", 0, i) for i in group.indices} == {group.isolated}
-    drawn = [is_isolated("mixed", 3, k) for k in range(2000)]
+        assert {seen_of("mixed", 0, i) for i in group.indices} == {group.seen}
+    drawn = [seen_of("mixed", 3, k) == "isolated" for k in range(2000)]
     assert 0.66 < np.mean(drawn) < 0.74
 
 
@@ -241,7 +242,7 @@ def test_samples_of_an_isolated_group_have_their_targets_at_the_same_places(
     models: Models, micro_model: Path
 ) -> None:
     for group in groups_of(models, micro_model, "context=isolated"):
-        assert group.isolated
+        assert group.seen == "isolated"
         assert (group.latents.is_target == group.latents.is_target[:1]).all()
 
 
@@ -263,7 +264,7 @@ def test_what_is_known_counts_nothing_in_an_isolated_loss(
     told = {"guidance": 1.0, "scheduled_sampling": False}
     losses = [GridLoss(models.transformer, context_weight=w, **told)([group]) for w in (0.0, 1.0)]
     assert torch.equal(losses[0], losses[1])
-    full = replace(group, isolated=False)
+    full = replace(group, seen="full")
     losses = [GridLoss(models.transformer, context_weight=w, **told)([full]) for w in (0.0, 1.0)]
     assert not torch.equal(losses[0], losses[1])
 
@@ -272,11 +273,11 @@ def test_fillers_bring_the_groups_of_both_kinds_to_the_same_number(
     models: Models, micro_model: Path
 ) -> None:
     groups = groups_of(models, micro_model, "context=mixed")
-    full, isolated = kinds_in(groups)
-    more = filled(groups, full + 2, isolated + 1)
-    assert kinds_in(more) == (full + 2, isolated + 1)
+    full, isolated, causal = kinds_in(groups)
+    more = filled(groups, (full + 2, isolated + 1, causal))
+    assert kinds_in(more) == (full + 2, isolated + 1, 0)
     assert [group for group in more if not group.filler] == sorted(
-        groups, key=lambda group: group.isolated
+        groups, key=lambda group: SEEN.index(group.seen)
     )
     assert GridLoss(models.transformer, context_weight=1.0, guidance=1.0)(more).isfinite().all()
 
@@ -386,9 +387,9 @@ def test_a_cache_of_diffusers_beside_it_is_refused(pipe: InContextPipeline) -> N
         ("--context isolated", "the base alone was not trained with it"),
         (
             "--context isolated --untrained-context --context-cache 2",
-            "--context-cache 2: this adapter's context is isolated",
+            "--context-cache 2: the context here is 'isolated'",
         ),
-        ("--context some", "'some' is not one of 'full', 'isolated'"),
+        ("--context some", "'some' is not one of 'full', 'isolated', 'causal'"),
     ],
 )
 def test_what_the_command_line_cannot_do_with_a_context_is_one_line(
@@ -448,9 +449,9 @@ def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
         ("isolated", True),
     ):
         name = pipe.load_adapter(adapter_with(context))
-        assert pipe.context.isolated is isolated
+        assert pipe.context.once is isolated
         pipe.delete_adapters(name)
-    assert not pipe.context.isolated
+    assert not pipe.context.once
 
 
 def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
@@ -460,18 +461,18 @@ def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
     with pytest.raises(UserError, match="the base alone was not trained with it"):
         images(pipe)
     pipe.load_adapter(adapter_with("mixed"), "both")
-    assert pipe.context.isolated
+    assert pipe.context.seen == "isolated"
     pipe.load_adapter(adapter_with("full"), "one")
     with pytest.raises(UserError, match="adapter-full was trained with 'full' alone"):
         images(pipe)
     pipe.set_context("isolated", untrained=True)
-    assert pipe.context.isolated
+    assert pipe.context.seen == "isolated"
     pipe.set_context()
     pipe.delete_adapters("both")
     pipe.load_adapter(adapter_with("isolated"), "other")
     with pytest.raises(UserError, match="adapters without a context in common"):
         images(pipe)
-    with pytest.raises(UserError, match="context 'some': give full or isolated"):
+    with pytest.raises(UserError, match="context 'some': give one of full, isolated, causal"):
         pipe.set_context("some")
 
 
@@ -487,4 +488,4 @@ def test_the_context_of_an_adapter_stays_when_its_files_are_gone(
     folder = adapter_with("isolated")
     pipe.load_adapter(folder)
     shutil.rmtree(folder)
-    assert pipe.context.isolated
+    assert pipe.context.seen == "isolated"

@@ -1,23 +1,24 @@
 """The contexts that adapters were trained with, and the one that inference uses.
 
-Between training and inference only what known cells see may differ: "full" or "isolated", see
-`Run.context`. An adapter of a "mixed" run knows both.
+Between training and inference only what context sees may differ, see `base.Seen`. An adapter of a
+"mixed" run knows "full" and "isolated".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from visualcloze_deft.backbones.base import Seen
 from visualcloze_deft.backbones.peft_files import read_metadata, weights_file
 from visualcloze_deft.errors import UserError
 
-Seen = Literal["full", "isolated"]
 WORDS = get_args(Seen)
 KNOWN: Mapping[str, tuple[Seen, ...]] = {
     "full": ("full",),
     "isolated": ("isolated",),
+    "causal": ("causal",),
     "mixed": ("full", "isolated"),
 }
 BASE = KNOWN["full"]  # what the published weights were trained with
@@ -39,7 +40,7 @@ def known_to(adapter: Path) -> tuple[Seen, ...]:
 
 def check_context(asked: str | None) -> None:
     if asked is not None and asked not in WORDS:
-        raise UserError(f"context {asked!r}: give {' or '.join(WORDS)}, or none")
+        raise UserError(f"context {asked!r}: give one of {', '.join(WORDS)}, or none")
 
 
 def context_of(
@@ -59,7 +60,7 @@ def context_of(
     if not known:
         raise UserError(
             f"context {asked!r}: the base alone was not trained with it, and its images would fall "
-            "apart; train an adapter with --set context=isolated, or allow it with "
+            f"apart; train an adapter with --set context={asked}, or allow it with "
             "--untrained-context"
         )
     if asked is None:

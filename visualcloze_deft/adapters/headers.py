@@ -25,8 +25,8 @@ def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
         notes.append(f"trained on a base with the LoRA {lora} merged: load that one, too")
     if kind != "peft" and "full" not in KNOWN.get(told.get("context", "full"), BASE):
         notes.append(
-            "trained with an isolated context: other tools compute a full one, in which images of "
-            "this adapter fall apart; train with --set context=mixed for them"
+            f"trained with context={told['context']}: other tools compute a full one, in which "
+            "images of this adapter fall apart; train with --set context=mixed for them"
         )
     if (bits := told.get("quantise", "none")) != "none":
         notes.append(f"trained on a base in {bits}, written for the one in full precision")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visualcloze_deft.adapters import files, injection
-from visualcloze_deft.adapters.contexts import Seen, known_to
+from visualcloze_deft.adapters.contexts import known_to
+from visualcloze_deft.backbones.base import Seen
 from visualcloze_deft.backbones.lora_names import Change
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.numbers import is_scale

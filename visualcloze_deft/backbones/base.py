@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -131,12 +131,32 @@ class Predict(Protocol):
     ) -> Tensor: ...
 
 
+Seen = Literal["full", "isolated", "causal"]
+"""What context sees: "full", all tokens, in every step; "isolated", context alone, once; "causal",
+context alone, and of it examples see themselves and the text of their task only."""
+Part: TypeAlias = "Mapping[str, tuple[Tensor, Tensor]]"
+"""Keys and values (b, n, h, d) of some tokens in every layer, by its name; with b = 1 they serve
+any number of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Image tokens of a grid whose context is computed once. targets: what is generated. query: of
+    known cells beside them, in a causal context, whose examples do not see these; else None."""
+
+    targets: int
+    query: int | None = None
+
+
 class ContextCache(Protocol):
     """The denoiser for samples of one shape whose targets are at the same places.
 
     Tokens of text and known cells are context. What attention needs of them is kept, so that a call
     may compute the m tokens of targets alone. Noisy tokens are (b, n, c), times t (b,) in 0..1.
+    examples: what `prefill_examples` kept, or a part of an earlier cache of the same examples.
     """
+
+    examples: Part | None
 
     @property
     def targets(self) -> Tensor:
@@ -148,8 +168,13 @@ class ContextCache(Protocol):
     def full(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The prediction (b, n, c) with full attention; keeps the context anew."""
 
+    def prefill_examples(self, task: Any) -> None:
+        """Keep the examples, which see themselves and the text of their task alone, without noise,
+        at time 0."""
+
     def prefill(self) -> None:
-        """Keep a context that sees itself alone, without noise, at time 0."""
+        """Keep a context that sees itself alone, without noise, at time 0: all of it, or what
+        `examples` leaves, which sees these too."""
 
     def active(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The prediction (b, m, c) of the targets, which see the context that is kept."""
@@ -207,15 +232,15 @@ class Sizes(Protocol):
 class Load:
     """What a process computes at once: so many grids of `image` and `text` tokens each.
 
-    strip: image tokens of the widest row of a grid; without, a grid is one row. isolated: whether
-    what is known is a call of its own, whose keys and values the targets read.
+    strip: image tokens of the widest row of a grid; without, a grid is one row. seen: what
+    context sees; unless all, its calls are its own, and the targets read their keys and values.
     """
 
     grids: int
     image: int
     text: int
     strip: int | None = None
-    isolated: bool = False
+    seen: Seen = "full"
 
     @property
     def widest(self) -> int:
@@ -309,7 +334,7 @@ class Backbone:
     networks: Callable[[], Networks]
     """Its functions on torch modules, imported when they are asked for."""
 
-    flops: Callable[[Any, int, int, int | None], float] | None = None
+    flops: Callable[[Any, int, int, Split | None], float] | None = None
     """Operations of a sample's training step: told the denoiser's settings, image tokens, text
-    tokens, and how many of the image are targets where a context sees itself alone, else None. None
-    where operations are not counted."""
+    tokens, and how a context that is computed once splits them, else None. None where operations
+    are not counted."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from visualcloze_deft.backbones.base import Split
+
 PEAKS = {
     "H200 NVL": 835.5e12,
     "H200": 989.5e12,
@@ -32,31 +34,43 @@ def peak(device: str) -> float | None:
 
 
 def training_flops(
-    config: Any, image_tokens: int, text_tokens: int, active_tokens: int | None = None
+    config: Any, image_tokens: int, text_tokens: int, split: Split | None = None
 ) -> float:
     """Operations that one sample's forward and backward pass need, for a frozen base.
 
     The backward pass computes no gradients of weights: a linear layer counts twice its forward
     pass, attention three times. What checkpointing computes again, what `scheduled_sampling` adds,
     the adapter itself and the modulation by time are not counted. config: FluxTransformer2DModel's.
-    active_tokens: of the image, those that attend to a context which sees itself alone.
+    split: of the image, where its context is computed once.
     """
-    linear, attention = forward_flops(config, image_tokens, text_tokens, active_tokens)
+    linear, attention = forward_flops(config, image_tokens, text_tokens, split)
     return 2 * linear + 3 * attention
 
 
+def calls_of(image: int, text: int, split: Split | None) -> list[tuple[int, int, int]]:
+    """Of each call of the denoiser for a sample: its tokens of text and of the image, and how many
+    keys a query of it has."""
+    if split is None:
+        return [(text, image, text + image)]
+    active = (0, split.targets, text + image)
+    known = image - split.targets
+    if split.query is None:
+        return [(text, known, text + known), active]
+    examples = known - split.query
+    return [(text, examples, text + examples), (text, split.query, text + known), active]
+
+
 def forward_flops(
-    config: Any, image_tokens: int, text_tokens: int, active_tokens: int | None = None
+    config: Any, image_tokens: int, text_tokens: int, split: Split | None = None
 ) -> tuple[float, float]:
     """Operations of the linear layers and of attention. A block of either kind has 12 d^2 weights
     for each token: 4 d^2 of attention and 8 d^2 of feed-forward."""
     d = config.num_attention_heads * config.attention_head_dim
     blocks = config.num_layers + config.num_single_layers
-    tokens = image_tokens + text_tokens
-    ends = image_tokens * (config.in_channels + (config.out_channels or config.in_channels))
-    ends += text_tokens * config.joint_attention_dim
-    linear = 2 * d * (12 * d * tokens * blocks + ends)
-    active = tokens if active_tokens is None else active_tokens
-    pairs = active * tokens + (tokens - active) ** 2
-    attention = 4 * pairs * d * blocks
+    calls = calls_of(image_tokens, text_tokens, split)
+    texts, images = sum(text for text, _, _ in calls), sum(image for _, image, _ in calls)
+    ends = images * (config.in_channels + (config.out_channels or config.in_channels))
+    ends += texts * config.joint_attention_dim
+    linear = 2 * d * (12 * d * (texts + images) * blocks + ends)
+    attention = 4 * d * blocks * sum((text + image) * keys for text, image, keys in calls)
     return float(linear), float(attention)

@@ -144,9 +144,9 @@ from visualcloze_deft.runtime.open_files import check_handles
 )
 @click.option(
     "--context",
-    type=click.Choice(["full", "isolated"]),
-    help="What examples and known cells see: all, in every step, or themselves alone, computed "
-    "once. The default is as the adapters were trained.",
+    type=click.Choice(["full", "isolated", "causal"]),
+    help="What examples and known cells see: all, in every step; themselves alone, computed once; "
+    "or that, examples without the query. The default is as the adapters were trained.",
 )
 @click.option(
     "--untrained-context",

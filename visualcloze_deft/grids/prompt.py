@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 ClipText = Literal["fit", "original"]
@@ -39,6 +39,11 @@ class Prompt:
 
     def __str__(self) -> str:
         return joined(layout_sentence(self.rows, self.columns), self.task, self.of_content)
+
+
+def of_task(prompt: Prompt | str) -> Prompt | str:
+    """What all prompts of a task share: without the content. A text of one's own stays whole."""
+    return prompt if isinstance(prompt, str) else replace(prompt, content="")
 
 
 def joined(*sentences: str) -> str:

@@ -62,12 +62,12 @@ def check_context_cache(settings: InferenceSettings) -> None:
         raise UserError(
             f"--context-cache {full}: more than the {settings.steps} steps; give fewer, e.g. 3"
         )
-    if full is not None and seen == "isolated":
+    if full is not None and seen != "full":
         raise UserError(
-            f"--context-cache {full}: this adapter's context is isolated, and computed once "
-            "anyway; leave the option out"
+            f"--context-cache {full}: the context here is {seen!r}, and computed once anyway; "
+            "leave the option out"
         )
-    if settings.cache is not None and (full is not None or seen == "isolated"):
+    if settings.cache is not None and (full is not None or seen != "full"):
         raise UserError(
             f"--cache {settings.cache}: not beside a context that is computed in some steps alone; "
             "leave one out"

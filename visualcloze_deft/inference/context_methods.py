@@ -36,8 +36,9 @@ class ContextMethods:
         self._full_steps = None
 
     def set_context(self, context: str | None = None, *, untrained: bool = False) -> None:
-        """What known cells see: "full", all, in every step; "isolated", themselves alone, computed
-        once; None, as the adapters in use were trained, and full where they know both.
+        """What context sees: "full", all, in every step; "isolated", itself alone, computed once;
+        "causal", the same, its examples without the query; None, as the adapters in use were
+        trained, and full where they know several.
 
         untrained: allows one that they were not trained with. The next call raises `UserError`
         for such a context otherwise.
@@ -51,14 +52,12 @@ class ContextMethods:
         blend = self.blend
         used = {blend.places[name]: blend.contexts[name] for name in blend.scales}
         seen = context_of(used, self._context, untrained=self._untrained)
-        if seen == "full":
-            return Context(full_steps=self._full_steps)
-        if self._full_steps is not None:
+        if seen != "full" and self._full_steps is not None:
             raise UserError(
-                "context cache: an isolated context is computed once anyway; call "
+                f"context cache: with context={seen!r} it is computed once anyway; call "
                 "disable_context_cache(), or set_context('full')"
             )
-        return Context(isolated=True)
+        return Context(seen=seen, full_steps=self._full_steps)
 
     def context_for(self, steps: int) -> Context:
         """`context` for a call of so many steps. Raises `UserError` where a cache of diffusers is

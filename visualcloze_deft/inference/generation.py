@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import ContextCache
+from visualcloze_deft.backbones.base import ContextCache, Part
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.config.numbers import is_number, is_whole
@@ -22,6 +22,7 @@ from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
 from visualcloze_deft.inference.arguments import enough_memory, is_side
 from visualcloze_deft.inference.batching import Job, batches_of
+from visualcloze_deft.inference.example_parts import ExampleParts, key_of
 from visualcloze_deft.inference.output import Answer, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
@@ -34,6 +35,8 @@ from visualcloze_deft.sampling.denoising import (
     Prediction,
     context_of,
     draw_of,
+    examples_of,
+    task_text,
     tokens_of,
 )
 from visualcloze_deft.storage.text_files import brief
@@ -78,9 +81,10 @@ class Generating:
 class Generation:
     """The images of a call, one for each seed of each grid.
 
-    after: called after each step, see `denoising.AfterStep`. prefilled: the latest isolated
-    context, by the numbers of its grids. interrupted: whether to leave what
-    there is. at_time: told the time of a step, 1000 at noise, before it.
+    after: called after each step, see `denoising.AfterStep`. prefilled: the latest context that
+    is computed once, by the numbers of its grids. examples: those that it has in common with other
+    calls. interrupted: whether to leave what there is. at_time: told the time of a step, 1000 at
+    noise, before it.
     """
 
     models: Models
@@ -96,6 +100,7 @@ class Generation:
     prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
     prefilled: dict[tuple[int, ...], ContextCache] = field(default_factory=dict)
+    examples: ExampleParts = field(default_factory=ExampleParts)
 
     @property
     def side(self) -> int:
@@ -139,6 +144,10 @@ class Generation:
         full, steps = self.context.full_steps, self.how.steps
         if full is not None and full > steps:
             raise UserError(f"full_steps {full}: more than {steps} steps; give {steps} at most")
+        if self.context.seen == "causal" and self.prompt_embeds is not None:
+            raise UserError(
+                "prompt_embeds: a causal context also reads the text of the task alone; give words"
+            )
         _ = self.draws, self.noises, self.texts
 
     def answers(self) -> Iterator[tuple[int, Answer]]:
@@ -186,29 +195,48 @@ class Generation:
     def conditions(self, jobs: Sequence[Job], grids: Sequence[grid.Grid]) -> Conditions:
         """What the grids show, encoded once for all images of a grid unless it is drawn."""
         text = self.text_of(jobs)
+        prompts = [self.asked[job.grid].prompt for job in jobs]
+        task = task_text(self.models, prompts, self.context.seen)
         if self.how.known_latents == "sample":
             draws = [self.draws[job.order] for job in jobs]
-            return Conditions(
-                latents=self.models.encode_grids(grids, clean=False, draws=draws), text=text
-            )
+            latents = self.models.encode_grids(grids, clean=False, draws=draws)
+            return Conditions(latents=latents, text=text, task=task)
         numbers = list(dict.fromkeys(job.grid for job in jobs))
         first = [next(k for k, job in enumerate(jobs) if job.grid == n) for n in numbers]
         once = self.models.encode_grids([grids[k] for k in first], clean=False)
         places = [numbers.index(job.grid) for job in jobs]
-        given = Conditions(latents=once.some(places), text=text)
-        if not self.context.isolated:
+        given = Conditions(latents=once.some(places), text=text, task=task)
+        if not self.context.once:
             return given
-        shown = Conditions(latents=once, text=text.some(first))
-        return replace(given, prefilled=self.prefilled_of(tuple(numbers), shown).some(places))
+        cache = self.prefilled_of(tuple(numbers), given.some(first), [grids[k] for k in first])
+        return replace(given, prefilled=cache.some(places))
 
-    def prefilled_of(self, numbers: tuple[int, ...], shown: Conditions) -> ContextCache:
-        """The isolated context of grids, computed once for all their seeds. The latest is kept."""
+    def prefilled_of(
+        self, numbers: tuple[int, ...], shown: Conditions, built: Sequence[grid.Grid]
+    ) -> ContextCache:
+        """A context computed once for all seeds of its grids. The latest is kept."""
         if numbers not in self.prefilled:
             self.prefilled.clear()
+            causal = self.context.seen == "causal"
             self.prefilled[numbers] = context_of(
-                self.models, shown, guidance=self.how.guidance, context=self.context
+                self.models,
+                shown,
+                guidance=self.how.guidance,
+                context=self.context,
+                examples=self.examples_of(numbers, shown, built) if causal else None,
             )
         return self.prefilled[numbers]
+
+    def examples_of(
+        self, numbers: tuple[int, ...], shown: Conditions, built: Sequence[grid.Grid]
+    ) -> Part:
+        """What a causal context keeps of examples, once for all grids that have the same."""
+        prompts = [self.asked[number].prompt for number in numbers]
+        keys = [key_of(one, prompt) for one, prompt in zip(built, prompts, strict=True)]
+        return self.examples.of(
+            keys,
+            lambda k: examples_of(self.models, shown.some([k]), guidance=self.how.guidance),
+        )
 
     def text_of(self, jobs: Sequence[Job]) -> FluxText:
         if self.texts:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualcloze_deft.adapters.contexts import Seen, context_of, known_to
+from visualcloze_deft.adapters.contexts import context_of, known_to
 from visualcloze_deft.backbones.attention import AUTO
+from visualcloze_deft.backbones.base import Seen
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText

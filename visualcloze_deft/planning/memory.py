@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from visualcloze_deft.backbones.base import SINGLE, Activations, Backbone, Load, Sizes
+from visualcloze_deft.backbones.base import SINGLE, Activations, Backbone, Load, Seen, Sizes
 from visualcloze_deft.backbones.model_files import check_quantise
 from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import OFFLOADED, Run
@@ -307,7 +307,8 @@ def load_of(run: Run, *, most: int, least: int, strip: int) -> Load:
     grids = max(run.batch_tokens // least, 1) if run.batch_tokens else run.batch
     image = run.batch_tokens // grids if run.batch_tokens else most
     text = backbone_of(run.model).text_tokens(run.model)
-    return Load(grids=grids, image=image, text=text, strip=strip, isolated=run.context != "full")
+    seen: Seen = "isolated" if run.context == "mixed" else run.context
+    return Load(grids=grids, image=image, text=text, strip=strip, seen=seen)
 
 
 def decided(run: Run, load: Load, *, processes: int) -> Run:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import ContextCache, Latents
+from visualcloze_deft.backbones.base import ContextCache, Latents, Seen
 from visualcloze_deft.diffusion import flow
 
 
@@ -17,17 +17,21 @@ from visualcloze_deft.diffusion import flow
 class Context:
     """What the tokens of examples, known cells and text are to a sampling.
 
-    isolated: they see themselves alone and are computed once, as in a training with
-    `context = "isolated"`. full_steps: in how many steps all tokens are computed; in the others
-    targets attend to what such a step kept. None: in all.
+    seen: what they see; unless all, they are computed once. full_steps: in how many steps all
+    tokens are computed; in the others targets attend to what such a step kept. None: in all.
     """
 
-    isolated: bool = False
+    seen: Seen = "full"
     full_steps: int | None = None
 
     def cached(self, steps: int) -> bool:
         """Whether some of `steps` steps compute targets alone."""
-        return self.isolated or (self.full_steps is not None and self.full_steps < steps)
+        return self.once or (self.full_steps is not None and self.full_steps < steps)
+
+    @property
+    def once(self) -> bool:
+        """Whether context is computed once, before the first step."""
+        return self.seen != "full"
 
 
 FULL = Context()
@@ -51,7 +55,7 @@ class ContextPredictor:
         self.cache = cache
         self.latents = latents
         self.full = (
-            frozenset[int]() if context.isolated else full_steps_of(context.full_steps or 1, steps)
+            frozenset[int]() if context.once else full_steps_of(context.full_steps or 1, steps)
         )
         self.asked = 0
 

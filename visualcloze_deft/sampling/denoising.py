@@ -14,11 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import ContextCache, Latents, Models, Text
+from visualcloze_deft.backbones.base import (
+    ContextCache,
+    Encoders,
+    Latents,
+    Models,
+    Part,
+    Seen,
+    Text,
+)
 from visualcloze_deft.diffusion.flow import FLOW
 from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.grids import grid
-from visualcloze_deft.grids.prompt import Prompt
+from visualcloze_deft.grids.prompt import Prompt, of_task
 from visualcloze_deft.sampling.context import FULL, Context, ContextPredictor
 
 GUIDANCE = 30.0  # VisualCloze's sampling setting, as is the number of steps
@@ -51,12 +59,21 @@ def denoise(
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What samples of one shape are generated from. prefilled: their isolated context, where it is
-    computed already."""
+    """What samples of one shape are generated from. task: the text of their task alone, which a
+    causal context reads. prefilled: a context that is computed once, where it is already."""
 
     latents: Latents
     text: Text
+    task: Text | None = None
     prefilled: ContextCache | None = None
+
+    def some(self, places: Sequence[int]) -> Conditions:
+        return Conditions(
+            latents=self.latents.some(places),
+            text=self.text.some(places),
+            task=self.task and self.task.some(places),
+            prefilled=self.prefilled and self.prefilled.some(places),
+        )
 
 
 def predictor(
@@ -101,16 +118,48 @@ def predictor(
 
 
 def context_of(
-    models: Models, given: Conditions, *, guidance: float, context: Context
+    models: Models,
+    given: Conditions,
+    *,
+    guidance: float,
+    context: Context,
+    examples: Part | None = None,
 ) -> ContextCache:
-    """What the context of samples is kept in; an isolated one is computed here."""
+    """What the context of samples is kept in; one that is computed once is computed here.
+
+    examples: those of a causal one, where they are already.
+    """
+    cache = cache_of(models, given, guidance=guidance)
+    prefill(cache, context.seen, given.task, examples=examples)
+    return cache
+
+
+def cache_of(models: Models, given: Conditions, *, guidance: float) -> ContextCache:
+    """Nothing is kept in it yet."""
     assert models.networks.context_cache is not None  # of all families that have a pipeline
-    cache = models.networks.context_cache(
+    return models.networks.context_cache(
         models.denoiser, given.latents, text=given.text, guidance=guidance
     )
-    if context.isolated:
+
+
+def examples_of(models: Models, given: Conditions, *, guidance: float) -> Part:
+    """The keys and values of a causal context's examples."""
+    cache = cache_of(models, given, guidance=guidance)
+    cache.prefill_examples(given.task)
+    assert cache.examples is not None
+    return cache.examples
+
+
+def prefill(
+    cache: ContextCache, seen: Seen, task: Text | None, *, examples: Part | None = None
+) -> None:
+    """Compute a context that is computed once, see `base.Seen`."""
+    if seen == "causal":
+        cache.examples = examples
+        if examples is None:
+            cache.prefill_examples(task)
+    if seen != "full":
         cache.prefill()
-    return cache
 
 
 def draw_of(seed: int) -> torch.Generator:
@@ -131,17 +180,30 @@ def generate(
 ) -> list[list[Image.Image]]:
     """The images of each grid's hidden cells, left to right; all grids must have one shape, and
     their targets one place unless `context` is full."""
-    given, draws = conditions_of(models, grids, prompts), [draw_of(seed) for seed in seeds]
+    given = conditions_of(models, grids, prompts, seen=context.seen)
+    draws = [draw_of(seed) for seed in seeds]
     tokens = tokens_of(models, given, draws, steps=steps, guidance=guidance, context=context)
     return pictures_of(models, tokens, grids)
 
 
 def conditions_of(
-    models: Models, grids: Sequence[grid.Grid], prompts: Sequence[Prompt | str]
+    models: Models,
+    grids: Sequence[grid.Grid],
+    prompts: Sequence[Prompt | str],
+    *,
+    seen: Seen = "full",
 ) -> Conditions:
     """What the encoders make of grids of one shape; the denoiser is not called."""
-    text = models.encode_text(prompts)
-    return Conditions(latents=models.encode_grids(grids, clean=False), text=text)
+    return Conditions(
+        latents=models.encode_grids(grids, clean=False),
+        text=models.encode_text(prompts),
+        task=task_text(models, prompts, seen),
+    )
+
+
+def task_text(models: Encoders, prompts: Sequence[Prompt | str], seen: Seen) -> Text | None:
+    """What a context reads beside whole prompts, see `Conditions`."""
+    return models.encode_text([*map(of_task, prompts)]) if seen == "causal" else None
 
 
 @torch.no_grad()  # not inference_mode: under ZeRO-3 training goes on with what is gathered here

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import Encoders, Latents, Text
+from visualcloze_deft.backbones.base import Encoders, Latents, Seen, Text
 from visualcloze_deft.config.run_settings import ContextMode, Times
 from visualcloze_deft.data.example import Example, Skipped
 from visualcloze_deft.diffusion import timesteps
 from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import by_shape
 from visualcloze_deft.grids.prompt import Prompt
+from visualcloze_deft.sampling.denoising import task_text
 
 NEAREST = (
     0.1  # time below which no sample is a scheduled_sampling: an error there would be divided by t
 )
+SEEN = get_args(Seen)
 ISOLATED = 0.7  # share of the examples of a "mixed" run whose context is isolated
 
 
@@ -40,8 +43,8 @@ class PixelExample:
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Samples of one grid shape. noise: (b, n, c); t, start: (b,). Where start is above t, the
-    sample is a step of the model's own from there. isolated: whether what is known sees itself
-    alone; targets are then at the same places. filler: whether it is there for its calls alone."""
+    sample is a step of the model's own from there. seen: what context sees; unless all, targets are
+    at the same places. task: see `Conditions`. filler: whether it is there for its calls alone."""
 
     indices: tuple[int, ...]
     latents: Latents
@@ -49,7 +52,8 @@ class TokenBatch:
     t: Tensor
     start: Tensor
     text: Text
-    isolated: bool = False
+    task: Text | None = None
+    seen: Seen = "full"
     filler: bool = False
 
     def some(self, places: Tensor) -> TokenBatch:
@@ -62,7 +66,8 @@ class TokenBatch:
             t=self.t[places],
             start=self.start[places],
             text=self.text.some(chosen),
-            isolated=self.isolated,
+            task=self.task and self.task.some(chosen),
+            seen=self.seen,
         )
 
 
@@ -94,8 +99,12 @@ def encode(
     """
     text = models.encode_text([d.prompt for d in drawn])
     groups = []
-    alone = [is_isolated(context, seed, d.index) for d in drawn]
-    kinds = [(d.grid.shape, own and hidden(d)) for d, own in zip(drawn, alone, strict=True)]
+    seen = [seen_of(context, seed, d.index) for d in drawn]
+    task = task_text(models, [d.prompt for d in drawn], "causal") if "causal" in seen else None
+    kinds = [
+        (d.grid.shape, own, None if own == "full" else hidden(d))
+        for d, own in zip(drawn, seen, strict=True)
+    ]
     for members in by_shape(kinds):
         latents = models.encode_grids([drawn[k].grid for k in members], clean=True)
         noise, t, uniform = zip(
@@ -113,7 +122,8 @@ def encode(
                 t=at.to(latents.clean.device),
                 start=start.to(latents.clean.device),
                 text=text.some(members),
-                isolated=alone[members[0]],
+                task=task and task.some(members),
+                seen=seen[members[0]],
             )
         )
     return groups
@@ -131,12 +141,12 @@ def draw_noise(
     return noise, t, torch.rand(3, generator=generator)
 
 
-def is_isolated(context: ContextMode, seed: int, index: int) -> bool:
-    """Whether what is known in example `index` sees itself alone."""
+def seen_of(context: ContextMode, seed: int, index: int) -> Seen:
+    """What the context of example `index` sees."""
     if context != "mixed":
-        return context == "isolated"
+        return context
     draw = np.random.default_rng([seed, index, *b"context"]).random()
-    return bool(draw < ISOLATED)
+    return "isolated" if draw < ISOLATED else "full"
 
 
 def hidden(drawn: PixelExample) -> tuple[bool, ...]:
@@ -145,20 +155,18 @@ def hidden(drawn: PixelExample) -> tuple[bool, ...]:
     return tuple(bool(cell.any()) for cell in cells)
 
 
-def kinds_in(groups: Sequence[TokenBatch]) -> tuple[int, int]:
-    """How many groups have a full and an isolated context."""
-    isolated = sum(group.isolated for group in groups)
-    return len(groups) - isolated, isolated
+def kinds_in(groups: Sequence[TokenBatch]) -> tuple[int, ...]:
+    """How many groups have each kind of context, in the order of `SEEN`."""
+    return tuple(sum(group.seen == kind for group in groups) for kind in SEEN)
 
 
-def filled(groups: Sequence[TokenBatch], full: int, isolated: int) -> list[TokenBatch]:
-    """`groups`, and the first sample as a filler as often as groups of either kind are missing to
-    these counts; all with a full context come first."""
+def filled(groups: Sequence[TokenBatch], counts: Sequence[int]) -> list[TokenBatch]:
+    """`groups`, and the first sample as a filler as often as groups of a kind are missing to these
+    counts, see `kinds_in`; kind after kind."""
     one = replace(groups[0].some(torch.zeros(1, dtype=torch.long)), filler=True)
-    counts = zip(kinds_in(groups), (full, isolated), strict=True)
     missing = [
-        replace(one, isolated=kind)
-        for kind, (own, wanted) in zip((False, True), counts, strict=True)
+        replace(one, seen=kind)
+        for kind, own, wanted in zip(SEEN, kinds_in(groups), counts, strict=True)
         for _ in range(wanted - own)
     ]
-    return sorted([*groups, *missing], key=lambda group: group.isolated)
+    return sorted([*groups, *missing], key=lambda group: SEEN.index(group.seen))

@@ -203,7 +203,7 @@ class Loop:
             most = torch.tensor([[*kinds_in(part)] for part in groups], device=self.models.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             groups = [
-                filled(part, *counts) for part, counts in zip(groups, most.tolist(), strict=True)
+                filled(part, counts) for part, counts in zip(groups, most.tolist(), strict=True)
             ]
         return [Batch(drawn=d, groups=g) for d, g in zip(drawn, groups, strict=True)]
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
-from visualcloze_deft.backbones.base import Models
+from visualcloze_deft.backbones.base import Models, Split
 from visualcloze_deft.backbones.compiled import Compiling
 from visualcloze_deft.backbones.flops import peak
 from visualcloze_deft.backbones.table import backbone_of
@@ -32,8 +32,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class ExampleLoss:
     """What became of one example: its task, loss and image tokens, and how many items it took.
-    exact: its weight in the loss without scheduled samples. active: tokens of targets where what
-    is known saw itself alone."""
+    exact: its weight in the loss without scheduled samples. split: of its tokens, where its context
+    is computed once."""
 
     task: str
     error: float
@@ -41,7 +41,7 @@ class ExampleLoss:
     items: int
     skipped: tuple[Skipped, ...]
     exact: float = 1.0
-    active: int | None = None
+    split: Split | None = None
 
 
 class OfTask(Protocol):
@@ -267,7 +267,7 @@ def flops_of(run: Run, models: Models) -> Callable[[ExampleLoss], float] | None:
     if backbone.flops is None:
         return None
     count, text = backbone.flops, backbone.text_tokens(run.model)
-    return lambda one: count(models.denoiser.config, one.tokens, text, one.active)
+    return lambda one: count(models.denoiser.config, one.tokens, text, one.split)
 
 
 def peak_of(models: Models) -> float | None:

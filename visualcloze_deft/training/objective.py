@@ -16,6 +16,7 @@ from visualcloze_deft.diffusion import flow
 from visualcloze_deft.diffusion.flow import FLOW
 from visualcloze_deft.diffusion.process import Process
 from visualcloze_deft.sampling.context import with_targets
+from visualcloze_deft.sampling.denoising import prefill
 from visualcloze_deft.sampling.encoding import NEAREST, TokenBatch
 
 
@@ -48,7 +49,7 @@ class GridLoss(nn.Module):
     def errors(self, group: TokenBatch) -> Tensor:
         latents, t, start = group.latents, group.t, group.start
         process = self.process
-        cache = self.isolated_context(group) if group.isolated else None
+        cache = None if group.seen == "full" else self.context_of(group)
         noisy = process.corrupt(latents.clean, group.noise, start)
         target = process.target(latents.clean, group.noise, t)
         if self.scheduled_sampling and self.training and process.rolled_out is not None:
@@ -56,7 +57,7 @@ class GridLoss(nn.Module):
             led = process.rolled_out(latents.clean, noisy, t.clamp(min=NEAREST))
             target = torch.where((start > t)[:, None, None], led, target)
         predicted = self.predict(group, noisy, t, cache)
-        of_context = 0.0 if group.isolated else self.context_weight  # which has no noise there
+        of_context = self.context_weight if cache is None else 0.0  # which has no noise there
         weight = latents.is_target + of_context * (1 - latents.is_target)
         return flow.velocity_error(predicted, target, weight)
 
@@ -83,11 +84,11 @@ class GridLoss(nn.Module):
             )
         return with_targets(torch.zeros_like(noisy), cache.active(noisy, t), cache.targets)
 
-    def isolated_context(self, group: TokenBatch) -> ContextCache:
-        """The cache of a group's context, which sees itself alone; gradients flow through it."""
+    def context_of(self, group: TokenBatch) -> ContextCache:
+        """A group's context, computed once; gradients flow through it."""
         assert self.networks.context_cache is not None  # `preparation` has refused the run
         cache = self.networks.context_cache(
             self.denoiser, group.latents, text=group.text, guidance=self.guidance
         )
-        cache.prefill()
+        prefill(cache, group.seen, group.task)
         return cache

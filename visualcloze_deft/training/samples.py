@@ -156,7 +156,7 @@ class SampleSheets:
             found = {BASE: self.of_base(examples, room, f"sheet of step {step}: base", doing)}
         if step or self.adapter_differs_at_start:
             what = f"sheet of step {step}: adapter"
-            own = Context(isolated=self.run.context == "isolated")
+            own = Context(seen="full" if self.run.context == "mixed" else self.run.context)
             found["adapter"] = self.made_of(examples, room, what, doing, context=own)
         return found
 

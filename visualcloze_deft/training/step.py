@@ -17,8 +17,10 @@ from tqdm import tqdm
 from visualcloze_deft.adapters.deft import deft_linear
 from visualcloze_deft.backbones import attention, kernels
 from visualcloze_deft.backbones.attention_check import Shapes
+from visualcloze_deft.backbones.base import Seen, Split
 from visualcloze_deft.backbones.kernels import Kernels, Suspect
 from visualcloze_deft.config.run_settings import Run
+from visualcloze_deft.grids.grid import Grid
 from visualcloze_deft.sampling.encoding import NEAREST, PixelExample, TokenBatch
 from visualcloze_deft.training import run_folder
 from visualcloze_deft.training.checkpoint import Progress
@@ -61,7 +63,7 @@ def seen_in(
     error_of = dict(zip((i for batch in step for i in batch.indices), errors, strict=True))
     groups = [group for batch in step for group in batch.groups]
     tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
-    active_of = {i: active_tokens(group) for group in groups for i in group.indices}
+    seen_by = {i: group.seen for group in groups for i in group.indices}
     weight_of = exact_weights(groups, scheduled_sampling) if scheduled_sampling else {}
     return {
         one.index: ExampleLoss(
@@ -71,16 +73,21 @@ def seen_in(
             items=len(one.grid.strips),
             skipped=one.skipped,
             exact=weight_of.get(one.index, 1.0),
-            active=active_of[one.index],
+            split=split_of(one.grid, tokens_of[one.index], seen_by[one.index]),
         )
         for batch in step
         for one in batch.drawn
     }
 
 
-def active_tokens(group: TokenBatch) -> int | None:
-    """How many tokens of a sample are targets; None where all are computed together."""
-    return int((group.latents.is_target[0] > 0).sum()) if group.isolated else None
+def split_of(built: Grid, tokens: int, seen: Seen) -> Split | None:
+    """The tokens of a grid whose context is computed once; None where all are together."""
+    if seen == "full":
+        return None
+    pixels = sum(height * width for height, width in built.shape)
+    last, hidden = built.strips[-1][0].numel(), int(built.hidden[-1].sum())
+    query = tokens * (last - hidden) // pixels if seen == "causal" else None
+    return Split(targets=tokens * hidden // pixels, query=query)
 
 
 def exact_weights(groups: Sequence[TokenBatch], scheduled_sampling: float) -> dict[int, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from visualcloze_deft.backbones.base import SINGLE, Activations, Load
+from visualcloze_deft.backbones.base import SINGLE, Activations, Load, Seen
 from visualcloze_deft.backbones.flux_fill.layers import BLOCKS
 from visualcloze_deft.backbones.flux_fill.sizes import Flux
 from visualcloze_deft.config.run_settings import Adapter
 
+JOINED: dict[Seen, int] = {"full": 0, "isolated": 1, "causal": 2}  # calls that read kept keys
 IN_BLOCK = re.compile(rf"({BLOCKS})\.(.*)")
 
 
@@ -95,6 +96,8 @@ def activations_of(
 
     A block before the first adapter keeps nothing: no gradient reaches it.
     """
+    if load.seen == "causal":  # two calls read text: the task's, and the whole
+        load = replace(load, text=2 * load.text)
     wrapped: dict[str, set[str]] = {}
     for name in adapted:
         if inside := IN_BLOCK.fullmatch(name):
@@ -111,8 +114,9 @@ def activations_of(
         blocks.append(count(first=not reached) + factors[-1] if reached or own else 0)
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
-    # The keys and values of what is known: beside the context's own, joined to those of targets.
-    joined = 2 * tokens * width * size if load.isolated else 0
+    # Keys and values: those that are kept, and in each call that reads them, joined to its own.
+    cached = 2 * tokens * width * size if JOINED[load.seen] else 0
+    joined = JOINED[load.seen] * cached
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
     # What a single block's backward holds at once beside what was kept: the gradients of its widest
     # tensors and their sums; LoRA's in float32. Followed tensor by tensor at FLUX's sizes.
@@ -120,7 +124,7 @@ def activations_of(
     return Activations(
         blocks=tuple(kept and kept + joined for kept in blocks),
         factors=tuple(factors),
-        entry=tokens * width * size + joined,
+        entry=tokens * width * size + cached,
         outside=tokens * width * size,  # the last norm reads a view of what the last block gave
         positions=2 * SINGLE * model.head * (load.image + load.text),
         batch=values * size,

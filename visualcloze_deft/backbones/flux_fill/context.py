@@ -10,9 +10,9 @@ Axes: b batch, n tokens, m tokens of targets, l text tokens, h heads, d features
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -21,56 +21,52 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
+from visualcloze_deft.backbones.base import Part
 from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents
 from visualcloze_deft.errors import UserError
 
 RESTING_GUIDANCE = 1.0  # that a context without noise is told, as in training without guidance
-KeysValues = tuple[Tensor, Tensor]  # (b, n, h, d) each
-Kept = Mapping[object, KeysValues]  # by layer, which is known by its processor
-
-
-class Context(Protocol):
-    """What one call of the transformer does with the keys and values of its layers."""
-
-    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
-        """Told a layer's keys and values, returns those that its queries attend to.
-
-        It is left out of compiled blocks: they would be compiled anew for each layer.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Keeps the keys and values at `places`, of all layers in `kept`.
+class Context:
+    """What one call of the transformer does with the keys and values of its layers: its queries
+    also attend to those of the parts `before`; its own, at `places`, are put into `kept`.
 
     A layer that is computed again, as gradient checkpointing does, keeps its first ones.
     """
 
-    places: Tensor | slice
-    kept: dict[object, KeysValues] = field(default_factory=dict)
+    before: tuple[Part, ...] = ()
+    places: Tensor | slice | None = None
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    # Left out of compiled blocks: they would be compiled anew for each layer.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
-        if layer not in self.kept:
-            self.kept[layer] = keys[:, self.places], values[:, self.places]
-        return keys, values
+    def through(
+        self, layer: ContextAttention, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Told a layer's keys and values, returns those that its queries attend to."""
+        if self.places is not None and layer.name not in self.kept:
+            self.kept[layer.name] = keys[:, self.places], values[:, self.places]
+        parts = [part[layer.name] for part in self.before]
+        return joined([k for k, _ in parts], keys), joined([v for _, v in parts], values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attend:
-    """Attends to what was kept, and to the call's own tokens."""
-
-    kept: Kept
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def through(self, layer: object, keys: Tensor, values: Tensor) -> KeysValues:
-        of_context = self.kept[layer]
-        return torch.cat([of_context[0], keys], dim=1), torch.cat([of_context[1], values], dim=1)
+def joined(before: Sequence[Tensor], own: Tensor) -> Tensor:
+    """(b, n, h, d) one after the other; those of one sample serve all."""
+    if not before:
+        return own
+    return torch.cat([*(one.expand(len(own), -1, -1, -1) for one in before), own], dim=1)
 
 
 class ContextAttention(FluxAttnProcessor):  # type: ignore[misc]
     """FLUX's attention in one layer, with a context where a call has one; else diffusers' own."""
+
+    def __init__(self, name: str) -> None:
+        """name: of the layer."""
+        super().__init__()
+        self.name = name
 
     def __call__(
         self,
@@ -147,7 +143,7 @@ def read_contexts(transformer: FluxTransformer2DModel) -> None:
                 f"context: {name} is {type(processor).__name__}, which computes attention in a way "
                 "of its own; unload what set it, or use a full context"
             )
-    new = {name: ContextAttention() for name in old}
+    new = {name: ContextAttention(name) for name in old}
     for name, own in new.items():
         own._attention_backend = old[name]._attention_backend
         own._parallel_config = old[name]._parallel_config
@@ -165,9 +161,7 @@ class ContextCache:
         *,
         text: FluxText,
         guidance: float,
-        kept: Kept | None = None,
     ) -> None:
-        """kept: what a call before kept of the same samples."""
         hidden = latents.is_target[0] > 0
         if not torch.equal(latents.is_target > 0, hidden.expand(len(latents.clean), -1)):
             raise ValueError("samples with targets at different places")
@@ -178,44 +172,62 @@ class ContextCache:
         self.guidance = guidance
         self.targets = hidden.nonzero().flatten()
         self.known = (~hidden).nonzero().flatten()
-        self.kept = kept or {}
+        self.examples: Part | None = None
+        self.rest: Part | None = None
 
     def some(self, places: Sequence[int]) -> ContextCache:
         chosen = list(places)
-        return ContextCache(
-            self.transformer,
-            self.latents.some(chosen),
-            text=self.text.some(chosen),
-            guidance=self.guidance,
-            kept={layer: (pick(k, chosen), pick(v, chosen)) for layer, (k, v) in self.kept.items()},
-        )
+        found = copy(self)
+        found.latents, found.text = self.latents.some(chosen), self.text.some(chosen)
+        found.examples, found.rest = picked(self.examples, chosen), picked(self.rest, chosen)
+        return found
 
     def full(self, noisy: Tensor, t: Tensor) -> Tensor:
         length = self.text.text.shape[1]
         of_text = torch.arange(length, device=self.known.device)
-        context = Keep(places=torch.cat([of_text, self.known + length]))
+        context = Context(places=torch.cat([of_text, self.known + length]))
         everything = torch.arange(noisy.shape[1], device=noisy.device)
-        made = self._call(noisy, everything, t, self.text.text, context)
-        self.kept = context.kept
+        made = self._call(noisy, everything, t, self.text, context)
+        self.examples, self.rest = None, context.kept
         return made
 
+    def prefill_examples(self, task: FluxText) -> None:
+        context = Context(places=slice(task.text.shape[1], None))
+        self._prefill(self.known[self._of_example], task, context)
+        self.examples = context.kept
+
     def prefill(self) -> None:
-        seen = self.latents.seen
-        context = Keep(places=slice(None))
-        at_rest = seen.new_zeros(len(seen), dtype=torch.float32)
-        self._call(seen, self.known, at_rest, self.text.text, context, guidance=RESTING_GUIDANCE)
-        self.kept = context.kept
+        left = self.known if self.examples is None else self.known[~self._of_example]
+        context = Context(before=self._kept(self.examples), places=slice(None))
+        self._prefill(left, self.text, context)
+        self.rest = context.kept
 
     def active(self, noisy: Tensor, t: Tensor) -> Tensor:
-        nothing = self.text.text[:, :0]
-        return self._call(noisy, self.targets, t, nothing, Attend(kept=self.kept))
+        nothing = FluxText(self.text.text[:, :0], self.text.pooled)
+        context = Context(before=self._kept(self.examples, self.rest))
+        return self._call(noisy, self.targets, t, nothing, context)
+
+    @staticmethod
+    def _kept(*parts: Part | None) -> tuple[Part, ...]:
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def _of_example(self) -> Tensor:
+        """Which of the known tokens are of examples: of all rows but the last."""
+        rows = self.latents.ids[:, 0]
+        return rows[self.known] < rows[-1]
+
+    def _prefill(self, places: Tensor, text: FluxText, context: Context) -> None:
+        seen = self.latents.seen
+        at_rest = seen.new_zeros(len(seen), dtype=torch.float32)
+        self._call(seen, places, at_rest, text, context, guidance=RESTING_GUIDANCE)
 
     def _call(
         self,
         noisy: Tensor,
         places: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: FluxText,
         context: Context,
         *,
         guidance: float | None = None,
@@ -226,13 +238,17 @@ class ContextCache:
             self.latents.inputs(noisy)[:, places],
             t,
             ids=self.latents.ids[places],
-            text=text,
-            pooled=self.text.pooled,
+            **text._asdict(),
             guidance=self.guidance if guidance is None else guidance,
             context=context,
         )
 
 
-def pick(kept: Tensor, places: Sequence[int]) -> Tensor:
-    """Of (b, n, h, d) the samples at `places`; the only one several times takes no more memory."""
-    return kept.expand(len(places), -1, -1, -1) if len(kept) == 1 else kept[list(places)]
+def picked(part: Part | None, places: Sequence[int]) -> Part | None:
+    """The samples at `places`; the only one serves all, and takes no more memory."""
+    if part is None:
+        return None
+    return {
+        name: (keys, values) if len(keys) == 1 else (keys[places], values[places])
+        for name, (keys, values) in part.items()
+    }
