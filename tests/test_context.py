@@ -477,8 +477,8 @@ def test_a_context_that_an_adapter_does_not_know_is_refused_unless_allowed(
 
 
 def test_a_context_of_a_later_version_is_refused(pipe: InContextPipeline, adapter_with) -> None:
-    with pytest.raises(UserError, match="'causal', which this version does not know"):
-        pipe.load_adapter(adapter_with("causal"))
+    with pytest.raises(UserError, match="'sparse', which this version does not know"):
+        pipe.load_adapter(adapter_with("sparse"))
     assert pipe.get_active_adapters() == []
 
 

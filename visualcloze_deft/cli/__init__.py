@@ -15,6 +15,7 @@ import click
 from visualcloze_deft.cli import (  # noqa: F401  which register their commands
     adapters,
     compare,
+    compile,
     data,
     evaluate,
     infer,

@@ -17,9 +17,20 @@ from visualcloze_deft.runtime.open_files import check_handles
 @cli.command(context_settings=CONTEXT)
 @click.option(
     "--examples",
-    required=True,
     metavar="FILE",
     help="A grid file (JSON), or a folder of grid files.",
+)
+@click.option(
+    "--compiled",
+    metavar="FILE",
+    help="A file of 'vcdeft compile', in place of example rows: --examples has query rows alone.",
+)
+@click.option(
+    "--images",
+    "pictures",
+    metavar="DIR",
+    help="A folder of pictures, each the query of --compiled. A text file of the same name is its "
+    "content.",
 )
 @click.option(
     "--model",
@@ -167,7 +178,9 @@ from visualcloze_deft.runtime.open_files import check_handles
 def infer(
     arguments: Sequence[str],
     /,
-    examples: str,
+    examples: str | None,
+    compiled: str | None,
+    pictures: str | None,
     adapter: tuple[str, ...],
     output: str,
     overwrite: bool,
@@ -199,17 +212,23 @@ def infer(
     if strength is not None and upsample is None:
         raise UserError("--strength goes with --upsample, e.g. --upsample 2")
     options["model"] = pinned(options["model"], options.pop("revision"))
+    if (examples is None) == (pictures is None):
+        raise UserError("give --examples, a grid file; or --compiled with --images, a folder")
+    if pictures is not None and compiled is None:
+        raise UserError("--images goes with --compiled, a file of 'vcdeft compile'")
     chosen = STRENGTH if strength is None else strength
     written = run_infer(
-        Path(examples),
+        Path(examples or pictures or ""),
         Path(output),
         InferenceSettings(
             adapters=with_scales(adapter),
             upsampling=None if upsample is None else Upsampling(scale=upsample, strength=chosen),
+            compiled=Path(compiled) if compiled else None,
             encodings=Path(encodings) if encodings else None,
             **options,
         ),
         processes=processes or 0,
+        pictures=pictures is not None,
         overwrite=overwrite,
         dry_run=dry_run,
         arguments=arguments,

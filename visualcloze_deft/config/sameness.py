@@ -36,8 +36,8 @@ MAY_DIFFER: Mapping[Command, frozenset[str]] = MappingProxyType(
         ),
         # They leave an image as it is, or what counts of them stands beside as a hash.
         "infer": frozenset(
-            "images device dtype versions rows task adapters model model_lora batch of_seed "
-            "attention_used attention_check".split()
+            "images device dtype versions rows task adapters model model_lora compiled batch "
+            "of_seed attention_used attention_check".split()
         ),
     }
 )

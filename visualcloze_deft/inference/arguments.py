@@ -22,6 +22,7 @@ from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText
+from visualcloze_deft.inference.compiled import Compiled
 from visualcloze_deft.inference.grid_reading import read_requests
 from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request, request
@@ -133,9 +134,10 @@ def requests_of(
     seed: int | Sequence[int] | None,
     images: int,
     upsampling: Enlarging | Sequence[Enlarging | None] | None,
+    compiled: Compiled | None = None,
 ) -> list[Request]:
     """The grids of a call, checked, see `InContextPipeline.__call__`. own: task and prompts that go
-    with `rows`."""
+    with `rows`. compiled: examples that go before every row."""
     if (grids is None) == (rows is None):
         raise UserError(f"grids and rows: {'neither' if grids is None else 'both'} given; give one")
     beside = [name for name, value in own.items() if value is not None]
@@ -151,26 +153,30 @@ def requests_of(
             seed=seed if isinstance(seed, int) else None,
             images=images,
             upsampling=as_upsampling(upsampling),
+            compiled=compiled,
         )
     common = {"seed": seed, "images": images, "upsampling": upsampling}
     if grids is None:
-        return [one_request({"rows": rows, **own}, tasks, common)]
+        return [one_request({"rows": rows, **own}, tasks, common, compiled)]
     if not isinstance(grids, Mapping | list | tuple):
         raise UserError(f"grids {brief(grids)}: give a grid file, a folder or a list of grids")
     found = []
     for number, one in enumerate([grids] if isinstance(grids, Mapping) else grids, 1):
         try:
-            found.append(one_request(one, tasks, common))
+            found.append(one_request(one, tasks, common, compiled))
         except UserError as error:
             raise UserError(f"grid {number}: {error}") from None
     return found
 
 
 def one_request(
-    given: Mapping[str, Any], tasks: Mapping[str, Task], common: Mapping[str, Any]
+    given: Mapping[str, Any],
+    tasks: Mapping[str, Task],
+    common: Mapping[str, Any],
+    compiled: Compiled | None,
 ) -> Request:
     """One grid of a call, checked. common: `seed`, which replaces its own, `images` and
-    `upsampling`, for a grid without its own."""
+    `upsampling`, for a grid without its own. compiled: see `requests_of`."""
     if not isinstance(given, Mapping):
         raise UserError(f"{brief(given)}: expected an object such as {{'rows': ..., 'seed': 0}}")
     for key in given:
@@ -186,7 +192,10 @@ def one_request(
         keys.setdefault("images", common["images"])
     keys.setdefault("upsampling", common["upsampling"])
     keys = {key: value for key, value in keys.items() if value is not None}
-    return request(checked_rows(keys.pop("rows", None)), tasks, **keys)
+    shown = checked_rows(keys.pop("rows", None))
+    if compiled is not None:
+        shown, keys = compiled.before(shown, keys)
+    return request(shown, tasks, **keys)
 
 
 def checked_rows(rows: object) -> list[Sequence[object]]:

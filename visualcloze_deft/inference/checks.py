@@ -57,6 +57,11 @@ def check(settings: InferenceSettings) -> dict[StoredAdapter, float]:
 def check_context_cache(settings: InferenceSettings) -> None:
     """Raise `UserError` where the context cannot be used as it is asked for."""
     seen = settings.seen
+    if settings.compiled is not None and seen != "causal":
+        raise UserError(
+            f"--compiled {settings.compiled}: compiled examples need a causal context, and this is "
+            f"{seen!r}; give --context causal, and the adapter that they were compiled with"
+        )
     full = settings.context_cache
     if full is not None and full > settings.steps:
         raise UserError(

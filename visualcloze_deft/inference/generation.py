@@ -129,6 +129,11 @@ class Generation:
         return self.context.cached(self.how.steps)
 
     @property
+    def known_drawn(self) -> bool:
+        """Whether what is seen of known cells is drawn anew for each image."""
+        return self.how.known_latents == "sample"
+
+    @property
     def total_steps(self) -> int:
         """Calls of `after` in all."""
         upsampling = (
@@ -144,6 +149,11 @@ class Generation:
         full, steps = self.context.full_steps, self.how.steps
         if full is not None and full > steps:
             raise UserError(f"full_steps {full}: more than {steps} steps; give {steps} at most")
+        if self.examples.fixed and (self.context.seen != "causal" or self.known_drawn):
+            raise UserError(
+                "compiled examples: they need a causal context and known_latents='mode'; call "
+                "unload_compiled() for others"
+            )
         if self.context.seen == "causal" and self.prompt_embeds is not None:
             raise UserError(
                 "prompt_embeds: a causal context also reads the text of the task alone; give words"
@@ -197,7 +207,7 @@ class Generation:
         text = self.text_of(jobs)
         prompts = [self.asked[job.grid].prompt for job in jobs]
         task = task_text(self.models, prompts, self.context.seen)
-        if self.how.known_latents == "sample":
+        if self.known_drawn:
             draws = [self.draws[job.order] for job in jobs]
             latents = self.models.encode_grids(grids, clean=False, draws=draws)
             return Conditions(latents=latents, text=text, task=task)

@@ -3,19 +3,23 @@ such files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from visualcloze_deft.config.numbers import is_number
 from visualcloze_deft.errors import UserError, suggestion
 from visualcloze_deft.images.depth import declared
+from visualcloze_deft.images.reading import images_in
+from visualcloze_deft.inference.compiled import Compiled
 from visualcloze_deft.inference.pictures import read_once
 from visualcloze_deft.inference.request import Request, request, roles_of
 from visualcloze_deft.inference.upsampling import Upsampling
-from visualcloze_deft.storage.text_files import read_json, sound
+from visualcloze_deft.storage.text_files import read_json, read_text, sound
 from visualcloze_deft.task_registry.task import Task
 
 _KEYS: dict[str, tuple[type, ...]] = {
@@ -39,12 +43,13 @@ RECORDED = "rows_sha256"  # a key of the records of `vcdeft infer`, which say mo
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One grid of a file, its pictures not read yet. name: of what is made of it; where: in words.
-    folder: that its paths start from."""
+    folder: that its paths start from. compiled: examples that go before it, a query row."""
 
     name: str
     where: str
     folder: Path
     value: Any
+    compiled: Compiled | None = None
 
     def request(
         self,
@@ -68,12 +73,15 @@ class Entry:
             raise UserError(f"{self.where}: {error}") from None
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """All grids of a file, or of every .json file in a folder but for records of `vcdeft infer`."""
+def read_entries(path: Path, compiled: Compiled | None = None) -> list[Entry]:
+    """All grids of a file, or of every .json file in a folder but for records of `vcdeft infer`.
+
+    compiled: examples that go before each.
+    """
     if not path.is_dir():
-        return _entries_of(path, "")
+        return _entries_of(path, "", compiled)
     files = sorted(file for file in path.glob("*.json") if file.is_file())
-    every = [entry for file in files for entry in _entries_of(file, f"{file.stem}-")]
+    every = [entry for file in files for entry in _entries_of(file, f"{file.stem}-", compiled)]
     entries = [e for e in every if not (isinstance(e.value, dict) and RECORDED in e.value)]
     if not entries:
         raise UserError(f"examples {path}: no .json file of grids in this folder")
@@ -87,15 +95,51 @@ def read_requests(
     seed: int | None = None,
     images: int = 1,
     upsampling: Upsampling | None = None,
+    compiled: Compiled | None = None,
 ) -> list[Request]:
     """All grids of a file or folder with their pictures, see `Entry.request`."""
     return [
         entry.request(tasks, seed=seed, images=images, upsampling=upsampling)
-        for entry in read_entries(path)
+        for entry in read_entries(path, compiled)
     ]
 
 
-def _entries_of(path: Path, prefix: str) -> list[Entry]:
+def picture_entries(folder: Path, compiled: Compiled) -> list[Entry]:
+    """A grid for each picture in a folder: the query of compiled examples. A text file of the same
+    name is its content."""
+    if not folder.is_dir():
+        raise UserError(f"images {folder}: no folder")
+    columns = len(compiled.rows[0])
+    if columns - len(compiled.targets) != 1:
+        raise UserError(
+            f"images {folder}: a query of these examples has {columns} cells, of which "
+            f"{len(compiled.targets)} are asked for; give a grid file of query rows, --examples"
+        )
+    pictures = images_in(folder)
+    if not pictures:
+        raise UserError(f"images {folder}: no picture in this folder")
+    return [
+        Entry(
+            name=stem,
+            where=str(picture),
+            folder=folder,
+            value={
+                "rows": [[None if c in compiled.targets else picture.name for c in range(columns)]],
+                "content_prompt": caption_of(picture),
+            },
+            compiled=compiled,
+        )
+        for stem, picture in pictures.items()
+    ]
+
+
+def caption_of(picture: Path) -> str | None:
+    """What the text file beside a picture says."""
+    text = picture.with_suffix(".txt")
+    return read_text(text).strip() or None if text.is_file() else None
+
+
+def _entries_of(path: Path, prefix: str, compiled: Compiled | None) -> list[Entry]:
     try:
         content = read_json(path)
     except UserError as error:
@@ -109,6 +153,7 @@ def _entries_of(path: Path, prefix: str) -> list[Entry]:
             where=f"{path}, grid {number}" if isinstance(content, list) else str(path),
             folder=path.parent,
             value=value,
+            compiled=compiled,
         )
         for number, value in enumerate(values, 1)
     ]
@@ -152,7 +197,11 @@ def _read_entry(
         )
     own = value.get("seed")
     depth = declared(entry.folder)
-    task = value.get("task")
+    words = {name: value.get(name) for name in ("task", "task_prompt", "content_prompt")}
+    shown: list[Sequence[Image.Image | None]] = []
+    if entry.compiled is not None:
+        (*shown, _), words = entry.compiled.before(paths, words)
+    task = words["task"]
     read = [
         [
             (None, None) if path is None else read_once(role, path, depth)
@@ -161,11 +210,9 @@ def _read_entry(
         for row in paths
     ]
     asked = request(
-        [[image for image, _ in row] for row in read],
+        [*shown, *([image for image, _ in row] for row in read)],
         tasks,
-        task=task,
-        task_prompt=value.get("task_prompt"),
-        content_prompt=value.get("content_prompt"),
+        **words,
         seed=seed if seed is not None else own if own is not None else 0,
         images=images,
         upsampling=_upsampling(value.get("upsampling"), upsampling),

@@ -28,7 +28,9 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import grid_cells, strip_shapes
 from visualcloze_deft.inference import acceleration
 from visualcloze_deft.inference.checks import check, described, other_bases, unread_words
-from visualcloze_deft.inference.grid_reading import Entry, read_entries
+from visualcloze_deft.inference.compiled import read_compiled
+from visualcloze_deft.inference.example_parts import ExampleParts
+from visualcloze_deft.inference.grid_reading import Entry, picture_entries, read_entries
 from visualcloze_deft.inference.output import NotFinite
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.inference.records import (
@@ -58,18 +60,21 @@ MANY = 20  # grids from which on reading their pictures gets a bar
 
 
 def infer(
-    examples: Path,
+    source: Path,
     output: Path,
     settings: InferenceSettings,
     *,
     processes: int = 0,
+    pictures: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     arguments: Sequence[str] = (),
 ) -> list[Path]:
-    """Complete every grid of `examples` that is not finished in `output`; returns the images
+    """Complete every grid of `source` that is not finished in `output`; returns the images
     written.
 
+    source: a grid file, or a folder of them. pictures: it is a folder of pictures, each the query
+    of compiled examples.
     processes: 0 is one for each GPU, as far as there are grids, or one. arguments: the command
     line, with which further processes are started. overwrite: make anew what was there before.
     """
@@ -80,11 +85,11 @@ def infer(
     since = float(os.environ.get(SINCE, time.time())) if overwrite else 0.0
     tasks = load_tasks(settings.all_task_folders)
     shared = shared_of(settings)
-    entries = read_entries(examples)
+    entries = entries_of(source, settings, shared, pictures=pictures)
     plans = grid_jobs(entries, tasks, settings, shared, output)
     check_output(output)
     output_folder(output)
-    check_inputs_stay(examples, output, plans)
+    check_inputs_stay(source, output, plans)
     waiting = [plan for plan in plans if not finished(output, plan, since=since)]
     if not prepared():
         for line in (
@@ -104,6 +109,17 @@ def infer(
     elif waiting:
         work(output, waiting, tasks, settings, adapters, since=since)
     return [output / name for plan in waiting for name in plan.names if (output / name).is_file()]
+
+
+def entries_of(
+    source: Path, settings: InferenceSettings, shared: Mapping[str, Any], *, pictures: bool
+) -> list[Entry]:
+    """The grids to complete. Raises `UserError` where compiled examples are of another model."""
+    if settings.compiled is None:
+        return read_entries(source)
+    compiled = read_compiled(settings.compiled, whole=False)
+    compiled.check_made_with(shared, where=str(settings.compiled))
+    return picture_entries(source, compiled) if pictures else read_entries(source, compiled)
 
 
 def grid_jobs(
@@ -163,7 +179,7 @@ def work(
     make what they leave undone when they end."""
     if all(finished(output, plan, since=since) for plan in waiting):  # by others, meanwhile
         return
-    pipe, locks = load(settings, adapters), WorkLocks(output)
+    pipe, locks, examples = load(settings, adapters), WorkLocks(output), ExampleParts()
     adapters.clear()  # they are in the pipeline now
     check_unchanged(settings, waiting[0].record)
     if pipe.attention.line:
@@ -200,6 +216,7 @@ def work(
                     resolution=settings.resolution,
                     batch_size=settings.batch,
                     callback_on_step_end=step,
+                    examples=examples,
                 )
             except NotFinite as error:
                 raise UserError(f"{chunk[error.grid].entry.where}: {error.why}") from None
@@ -258,6 +275,8 @@ def load(settings: InferenceSettings, adapters: Mapping[StoredAdapter, float]) -
         attention=NATIVE if offloaded else settings.attention,
     )
     pipe.set_context(settings.context, untrained=settings.untrained_context)
+    if settings.compiled is not None:
+        pipe.load_compiled(settings.compiled)
     if settings.context_cache is not None:
         pipe.enable_context_cache(settings.context_cache)
     acceleration.enable(

@@ -41,6 +41,7 @@ class LoadingMethods:
     """How a pipeline of FLUX.1-Fill's parts, with adapters, comes to be."""
 
     lora: str | None
+    quantise: Bits
     register_to_config: Any
 
     if TYPE_CHECKING:  # what the pipeline's other classes have
@@ -142,7 +143,7 @@ class LoadingMethods:
             merge=merge,
         )
         pipe.register_to_config(_name_or_path=named)
-        pipe.lora = lora
+        pipe.lora, pipe.quantise = lora, quantise
         if whole:
             pipe.set_attention(attention)
         pipe.use_stored(wanted)

@@ -34,7 +34,9 @@ from visualcloze_deft.grids.cell_sizes import Cells
 from visualcloze_deft.grids.prompt import ClipText
 from visualcloze_deft.inference.adapter_methods import AdapterMethods
 from visualcloze_deft.inference.arguments import TEXT_PARTS, folders_of, requests_of
+from visualcloze_deft.inference.compiled_methods import CompiledMethods
 from visualcloze_deft.inference.context_methods import ContextMethods
+from visualcloze_deft.inference.example_parts import ExampleParts
 from visualcloze_deft.inference.generation import Generating, Generation, KnownCells, KnownLatents
 from visualcloze_deft.inference.loading import LoadingMethods
 from visualcloze_deft.inference.output import Completed, OutputType
@@ -52,6 +54,7 @@ StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], M
 
 class InContextPipeline(
     ContextMethods,
+    CompiledMethods,
     PartsMethods,
     AdapterMethods,
     SavingMethods,
@@ -189,6 +192,7 @@ class InContextPipeline(
             seed=seed,
             images=num_images_per_prompt,
             upsampling=upsampling,
+            compiled=self._compiled,
         )
         if prompt_embeds is None:
             self.need(*TEXT_PARTS)
@@ -230,6 +234,7 @@ class InContextPipeline(
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        examples: ExampleParts | None = None,
     ) -> Completed:
         """What `__call__` does, for checked grids.
 
@@ -243,7 +248,8 @@ class InContextPipeline(
         resized, or decoded.
         output_type: PIL images; "pt" (3, h, w) or "np" (h, w, 3) in 0..1; "latent" the (n, 64)
         tokens of the whole grid. callback_on_step_end: as in diffusers; setting `_interrupt` leaves
-        what there is.
+        what there is. examples: where a causal context keeps what it reads of examples, for
+        further calls of the same weights.
         """
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UserError(
@@ -282,6 +288,9 @@ class InContextPipeline(
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
+            examples=self.compiled_for(how.resolution or self.config.resolution)
+            or examples
+            or ExampleParts(),
         )
         call.check()
         self._interrupt = False

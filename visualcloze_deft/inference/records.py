@@ -26,14 +26,16 @@ from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 from visualcloze_deft.inference.arguments import known_or_default
+from visualcloze_deft.inference.compiled import HASH
 from visualcloze_deft.inference.grid_reading import Entry
 from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text
 from visualcloze_deft.storage.atomic import atomic_write, check_foreign, clear_parts, write_text
-from visualcloze_deft.storage.hashing import digest
+from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.locks import CLAIMS
+from visualcloze_deft.storage.tensor_headers import read_texts
 from visualcloze_deft.storage.text_files import read_object
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
@@ -86,7 +88,7 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
             {"path": str(folder.absolute()), "scale": scale}
             for folder, scale in settings.adapters.items()
         ],
-        **hashes_of(settings),
+        **hashes_of(settings.model, settings.lora, settings.adapters),
         "dtype": str(default_dtype(device)).removeprefix("torch."),
         "device": device,
         "quantise": settings.quantise,
@@ -99,6 +101,8 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
         # null where all is computed in every step, as in records of before it
         "context": None if seen == "full" else seen,
         "context_cache": settings.context_cache,
+        "compiled": settings.compiled and str(settings.compiled),
+        "compiled_sha256": settings.compiled and read_texts(settings.compiled).get(HASH),
         # null for "auto", as in records of before it; what it came to is not compared
         "attention": None if settings.attention == AUTO else settings.attention,
         "vae_tiling": settings.vae_tiling,
@@ -109,23 +113,23 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
     }
 
 
-def hashes_of(settings: InferenceSettings) -> dict[str, Any]:
+def hashes_of(model: str, lora: str | None, adapters: Mapping[Path, float]) -> dict[str, Any]:
     """What tells the weights that make the images from others under the same names."""
     return {
-        "model_fingerprint": fingerprint(settings.model) or settings.model,
-        "model_lora_sha256": settings.lora and digest(lora_file(settings.lora)),
+        "model_fingerprint": fingerprint(model) or model,
+        "model_lora_sha256": lora and digest_of(lora_file(lora)),
         "adapters_sha256": [
-            [digest(weights_file(path)), scale] for path, scale in settings.adapters.items()
+            [digest_of(weights_file(path)), scale] for path, scale in adapters.items()
         ],
         "adapters_config_sha256": [
-            told and digest(told) for told in map(settings_file, settings.adapters)
+            file and digest_of(file) for file in map(settings_file, adapters)
         ],
     }
 
 
 def check_unchanged(settings: InferenceSettings, record: Mapping[str, Any]) -> None:
     """Raise `UserError` where what was loaded is not what a record planned before says."""
-    for key, value in hashes_of(settings).items():
+    for key, value in hashes_of(settings.model, settings.lora, settings.adapters).items():
         if record[key] != value:
             raise UserError(
                 f"{key} is {shortly(value)}, and was {shortly(record[key])} when this command "

@@ -42,6 +42,7 @@ class InferenceSettings:
     context: str | None = None
     untrained_context: bool = False
     context_cache: int | None = None
+    compiled: Path | None = None
     attention: str = AUTO
     vae_tiling: bool = False
     compile_blocks: bool = False
