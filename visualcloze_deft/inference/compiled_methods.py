@@ -17,8 +17,8 @@ from visualcloze_deft.grids import grid
 from visualcloze_deft.inference.arguments import enough_memory, requests_of
 from visualcloze_deft.inference.compiled import Compiled, read_compiled
 from visualcloze_deft.inference.example_parts import ExampleParts, key_of
+from visualcloze_deft.inference.fingerprints import hashes_of
 from visualcloze_deft.inference.pictures import Picture
-from visualcloze_deft.inference.records import hashes_of
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.sampling.context import Context
 from visualcloze_deft.sampling.denoising import GUIDANCE, conditions_of, examples_of

@@ -43,13 +43,13 @@ def compile_file(
     shape = strip_shapes(asked.sizes, shared["resolution"], shared["cells"])[:-1]
     tokens = sum(h * w for h, w in shape) // CELL_STEP**2
     needed = bytes_of(tokens, settings.model, storage)
-    tqdm.write(f"{len(shape)} rows of examples, {tokens} tokens: {needed / 1e9:.3g} GB")
+    tqdm.write(f"{len(shape)} rows of examples, {tokens:,} tokens: {needed / 1e6:,.2f} MB")
     output_folder(output.parent)
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise UserError(
-            f"output {output}: {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB needed; make room, "
-            "or give --storage fp8"
+            f"output {output}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed; make room "
+            "there, or give --storage fp8"
         )
     if dry_run:
         return

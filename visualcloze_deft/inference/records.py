@@ -16,24 +16,22 @@ import torch
 
 from visualcloze_deft.backbones.attention import AUTO
 from visualcloze_deft.backbones.flux_fill.files import resolution_of
-from visualcloze_deft.backbones.lora_places import lora_file
 from visualcloze_deft.backbones.model_files import index_of
-from visualcloze_deft.backbones.peft_files import read_metadata, settings_file, weights_file
+from visualcloze_deft.backbones.peft_files import read_metadata
 from visualcloze_deft.backbones.precision import default_dtype
-from visualcloze_deft.backbones.table import fingerprint
 from visualcloze_deft.config.sameness import MAY_DIFFER, Difference, differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 from visualcloze_deft.inference.arguments import known_or_default
 from visualcloze_deft.inference.compiled import HASH
+from visualcloze_deft.inference.fingerprints import hashes_of
 from visualcloze_deft.inference.grid_reading import Entry
 from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.reporting.contact_sheet import draw_grid, image_metadata, metadata_text
 from visualcloze_deft.storage.atomic import atomic_write, check_foreign, clear_parts, write_text
-from visualcloze_deft.storage.hashing import digest_of
 from visualcloze_deft.storage.locks import CLAIMS
 from visualcloze_deft.storage.tensor_headers import read_texts
 from visualcloze_deft.storage.text_files import read_object
@@ -110,20 +108,6 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
         "batch": settings.batch,
         "resolution": settings.resolution or resolution_of(settings.model),
         "versions": {name: version(name) for name in VERSIONS},
-    }
-
-
-def hashes_of(model: str, lora: str | None, adapters: Mapping[Path, float]) -> dict[str, Any]:
-    """What tells the weights that make the images from others under the same names."""
-    return {
-        "model_fingerprint": fingerprint(model) or model,
-        "model_lora_sha256": lora and digest_of(lora_file(lora)),
-        "adapters_sha256": [
-            [digest_of(weights_file(path)), scale] for path, scale in adapters.items()
-        ],
-        "adapters_config_sha256": [
-            file and digest_of(file) for file in map(settings_file, adapters)
-        ],
     }
 
 
