@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from visualcloze_deft import InContextPipeline
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.backbones.attention import use
-from visualcloze_deft.backbones.base import Split
+from visualcloze_deft.backbones.base import Seen, Split
 from visualcloze_deft.backbones.flops import forward_flops
 from visualcloze_deft.backbones.flux_fill.context import ContextCache, read_contexts
 from visualcloze_deft.backbones.flux_fill.loading import load_models
@@ -33,8 +33,9 @@ from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Run, load_run
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
+from visualcloze_deft.grids.prompt import Prompt
 from visualcloze_deft.sampling.context import full_steps_of
-from visualcloze_deft.sampling.denoising import Conditions, conditions_of
+from visualcloze_deft.sampling.denoising import Conditions, conditions_of, prefill
 from visualcloze_deft.sampling.encoding import SEEN, encode, filled, kinds_in, seen_of
 from visualcloze_deft.training import run_data
 from visualcloze_deft.training.datasets import PixelDataset
@@ -65,7 +66,7 @@ def models(micro_model: Path) -> Models:
 @pytest.fixture
 def given(models: Models) -> Conditions:
     built = [grid.build(ROWS, resolution=32, cells="row")]
-    return conditions_of(models, built, ["From the depth map to the photo."])
+    return conditions_of(models, built, ["From the depth map to the photo."], seen="full")
 
 
 def cache_of(models: Models, given: Conditions) -> ContextCache:
@@ -98,6 +99,35 @@ def masked(models: Models, given: Conditions, noisy: Tensor, targets: Tensor) ->
         pooled_projections=given.text.pooled,
         encoder_hidden_states=given.text.text,
         txt_ids=torch.zeros(length, 3),
+        img_ids=given.latents.ids,
+        joint_attention_kwargs={"attention_mask": sees[None, None]},
+        return_dict=False,
+    )[0]
+    return found[:, targets]
+
+
+def causally_masked(models: Models, given: Conditions, noisy: Tensor, targets: Tensor) -> Tensor:
+    """One call at time 0 of the text twice, first as the examples' own: these and it see themselves
+    alone, the second and known tokens also the examples, and targets all but the first."""
+    length, count = given.text.text.shape[1], noisy.shape[1]
+    rows = given.latents.ids[:, 0]
+    kind = torch.cat(
+        [torch.zeros(length), torch.full((length,), 2), torch.where(rows < rows[-1], 1, 2)]
+    )  # text of the examples, examples, the other known tokens with the whole text, targets
+    kind[2 * length + targets] = 3
+    sees = kind[:, None] >= kind[None, :]
+    sees |= (kind[:, None] == 0) & (kind[None, :] == 1)
+    sees &= ~((kind[:, None] >= 2) & (kind[None, :] == 0))
+    is_target = torch.zeros(count, dtype=torch.bool)
+    is_target[targets] = True
+    mixed = torch.where(is_target[:, None], noisy, given.latents.seen)
+    found: Tensor = models.transformer(
+        hidden_states=given.latents.inputs(mixed),
+        timestep=torch.zeros(1),
+        guidance=torch.ones(1),
+        pooled_projections=given.text.pooled,
+        encoder_hidden_states=torch.cat([given.text.text, given.text.text], dim=1),
+        txt_ids=torch.zeros(2 * length, 3),
         img_ids=given.latents.ids,
         joint_attention_kwargs={"attention_mask": sees[None, None]},
         return_dict=False,
@@ -144,11 +174,18 @@ def test_targets_alone_see_what_a_full_call_kept(models: Models, given: Conditio
     torch.testing.assert_close(cache.active(noisy, t), full, rtol=1e-5, atol=1e-5)
 
 
-def test_two_calls_are_one_call_with_a_block_mask(models: Models, given: Conditions) -> None:
+@pytest.mark.parametrize(
+    ("seen", "one_call"),
+    [("isolated", masked), ("causal", causally_masked)],
+    ids=lambda x: str(x)[:8],
+)
+def test_calls_of_a_context_computed_once_are_one_call_with_a_block_mask(
+    models: Models, given: Conditions, seen: Seen, one_call: Callable[..., Tensor]
+) -> None:
     """Forward and backward."""
     noisy, cache = noise_of(given), cache_of(models, given)
-    cache.prefill()
-    once = masked(models, given, noisy, cache.targets)
+    prefill(cache, seen, given.text)
+    once = one_call(models, given, noisy, cache.targets)
     twice = cache.active(noisy, torch.zeros(1))
     torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-5)
     of_once = gradients(models, once.square().sum())
@@ -158,10 +195,13 @@ def test_two_calls_are_one_call_with_a_block_mask(models: Models, given: Conditi
         torch.testing.assert_close(of_twice[name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_recomputed_blocks_give_the_same_gradients(models: Models, given: Conditions) -> None:
+@pytest.mark.parametrize("seen", ["isolated", "causal"])
+def test_recomputed_blocks_give_the_same_gradients(
+    models: Models, given: Conditions, seen: Seen
+) -> None:
     def loss() -> Tensor:
         cache = cache_of(models, given)
-        cache.prefill()
+        prefill(cache, seen, given.text)
         return cache.active(noise_of(given), torch.tensor([0.5])).square().sum()
 
     plain = gradients(models, loss())
@@ -182,25 +222,58 @@ def test_the_only_context_serves_several_samples(models: Models, given: Conditio
         torch.testing.assert_close(one[None], cache.active(noisy[None], t), rtol=1e-5, atol=1e-5)
 
 
+def test_examples_of_a_causal_context_do_not_depend_on_the_query(
+    models: Models, given: Conditions
+) -> None:
+    other = grid.build([ROWS[0], [picture("white"), None]], resolution=32, cells="row")
+    query = conditions_of(
+        models, [other], [Prompt(rows=2, columns=2, content="a lamp")], seen="full"
+    )
+    parts = []
+    for one in (given, query):
+        cache = cache_of(models, one)
+        cache.prefill_examples(given.text)
+        assert cache.examples is not None
+        parts.append(cache.examples)
+    assert parts[0].keys() == parts[1].keys()
+    for layer, (keys, values) in parts[0].items():
+        assert torch.equal(keys, parts[1][layer][0])
+        assert torch.equal(values, parts[1][layer][1])
+
+
+def test_a_causal_grid_without_examples_is_an_isolated_one(models: Models) -> None:
+    alone = conditions_of(
+        models, [grid.build(ROWS[1:], resolution=32)], ["To the photo."], seen="full"
+    )
+    noisy, t, found = noise_of(alone), torch.tensor([0.5]), []
+    for seen in ("isolated", "causal"):
+        cache = cache_of(models, alone)
+        prefill(cache, seen, alone.text)
+        found.append(cache.active(noisy, t))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_full_steps_are_evenly_spaced_from_the_first() -> None:
     assert sorted(full_steps_of(1, 30)) == [0]
     assert sorted(full_steps_of(4, 10)) == [0, 2, 5, 7]
     assert full_steps_of(30, 30) == frozenset(range(30))
 
 
-def test_an_isolated_context_takes_the_operations_that_are_counted(
-    models: Models, given: Conditions
+@pytest.mark.parametrize("seen", ["isolated", "causal"])
+def test_a_context_computed_once_takes_the_operations_that_are_counted(
+    models: Models, given: Conditions, seen: Seen
 ) -> None:
     """In the linear layers and attention of blocks, and at both ends."""
     cache, noisy = cache_of(models, given), noise_of(given)
     injection.detach(models.transformer)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache.prefill()
+        prefill(cache, seen, given.text)
         cache.active(noisy, torch.ones(1))
     found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     text, targets = given.text.text.shape[1], len(cache.targets)
     config = models.transformer.config
-    linear, attention = forward_flops(config, noisy.shape[1], text, Split(targets=targets))
+    split = Split(targets=targets, query=targets if seen == "causal" else None)
+    linear, attention = forward_flops(config, noisy.shape[1], text, split)
     assert found.pop("aten.bmm") == attention
     # beside what reads the time and the pooled text in each of the two calls
     assert sum(found.values()) == pytest.approx(linear, rel=0.1)
@@ -244,6 +317,20 @@ def test_samples_of_an_isolated_group_have_their_targets_at_the_same_places(
     for group in groups_of(models, micro_model, "context=isolated"):
         assert group.seen == "isolated"
         assert (group.latents.is_target == group.latents.is_target[:1]).all()
+
+
+def test_examples_of_a_causal_run_read_the_task_without_the_content(
+    models: Models, micro_model: Path
+) -> None:
+    run = load_run(None, [f"model={micro_model}", "context=causal", "data.recipe.keep_content=1.0"])
+    draws = PixelDataset(run_data.mixture_of(run))
+    drawn = [draws[k] for k in range(12)]
+    assert any(one.prompt.content for one in drawn)
+    prompts = {one.index: replace(one.prompt, content="") for one in drawn}
+    for group in encode(models, drawn, seed=0, context="causal"):
+        wanted = models.encode_text([prompts[index] for index in group.indices])
+        assert group.task is not None
+        assert torch.equal(group.task.text, wanted.text)
 
 
 def test_noise_and_times_are_those_of_a_full_run(models: Models, micro_model: Path) -> None:
@@ -290,6 +377,8 @@ def test_fillers_bring_the_groups_of_both_kinds_to_the_same_number(
         "--zero 3 --set context=mixed",
         "--zero 1 --set context=isolated --method lora",
         "--zero 0 --set context=isolated --batch 1 --set accumulate=2",
+        "--zero 3 --set context=causal",
+        "--zero 2 --set context=causal --gradient-checkpointing 1 --method para",
     ],
 )
 def test_runs_follow_plain_training_and_resume_to_the_same_adapter(

@@ -191,7 +191,7 @@ def conditions_of(
     grids: Sequence[grid.Grid],
     prompts: Sequence[Prompt | str],
     *,
-    seen: Seen = "full",
+    seen: Seen,
 ) -> Conditions:
     """What the encoders make of grids of one shape; the denoiser is not called."""
     return Conditions(

@@ -74,7 +74,7 @@ def answer(
 ) -> list[Image.Image]:
     """The images that the model makes of the hidden cells. Raises `NoRoom`."""
     built = [grid.join(example.complete, hidden=example.hidden)]
-    given = room.attempt(lambda: conditions_of(models, built, [example.prompt]))
+    given = room.attempt(lambda: conditions_of(models, built, [example.prompt], seen=context.seen))
     tokens = room.attempt(
         lambda: tokens_of(
             models,
