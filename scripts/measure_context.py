@@ -182,11 +182,15 @@ def main() -> None:
     times = {way: own.seconds for way, own in found.items()}
     write_text(options.output / f"{name}.json", json.dumps(times))
     if options.report:
-        page = options.report.read_text(encoding="utf-8")
-        begin, end = MARKS
-        between = re.escape(begin) + ".*?" + re.escape(end)
-        page = re.sub(between, lambda _: f"{begin}{text}{end}", page, flags=re.DOTALL)
-        write_text(options.report, page)
+        put_between(options.report, MARKS, text)
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Write `text` between two lines of a page."""
+    begin, end = marks
+    between = re.escape(begin) + ".*?" + re.escape(end)
+    old = page.read_text(encoding="utf-8")
+    write_text(page, re.sub(between, lambda _: f"{begin}{text}{end}", old, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

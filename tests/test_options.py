@@ -10,6 +10,10 @@ from visualcloze_deft.cli import cli
 
 OPTIONS = {
     "compare": "CONFIG --dry-run --output --set",
+    "compile": (
+        "--adapter --dry-run --examples --model --model-lora --output --overwrite --quantise "
+        "--resolution --revision --storage --task-folder --untrained-context"
+    ),
     "data annotate": "SOURCE --annotate --output",
     "data cache": (
         "--annotate --attention --batch --config --data --examples --gradient-checkpointing "
@@ -30,8 +34,9 @@ OPTIONS = {
     ),
     "import": "FILE --model --output --revision --without-text-encoders",
     "infer": (
-        "--adapter --attention --batch --cache --cells --clip-text --compile --context "
-        "--context-cache --dry-run --embedding-cache --examples --guidance --images-per-grid "
+        "--adapter --attention --batch --cache --cells --clip-text --compile --compiled --context "
+        "--context-cache --dry-run --embedding-cache --examples --guidance --images "
+        "--images-per-grid "
         "--inference-steps --model --model-lora --offload --output --overwrite --processes "
         "--quantise --resolution --revision --seed --strength --task-folder --untrained-context "
         "--upsample --vae-tiling"

@@ -46,6 +46,9 @@ class Subject:
 CHECK = "data check {} --workers 0"
 PREVIEW = "data preview {} --count 2 --output new.png"
 INFER = "infer --examples grids/grid.json --model micro --inference-steps 1 --output new"
+COMPILE = (
+    "compile --examples grids/grid.json --model micro --untrained-context --output new.safetensors"
+)
 TRAIN = "train --config run.toml --dry-run"
 RESUME = "train --resume --output run --steps 3 --allow-change steps"
 SCENES = (
@@ -156,6 +159,13 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=own, files="run/adapter/tasks/*.toml", kind="toml")
     yield Subject(words=f"{own} --encoder none", files="photos/*/*", kind="bytes", whole=False)
     yield Subject(words=own, files="run/settings.toml", kind="toml", whole=False)
+    answered = (
+        "infer --compiled compiled.safetensors --images left --context causal --untrained-context "
+        "--model micro --inference-steps 1 --output new"
+    )
+    yield Subject(words=answered, files="compiled.safetensors", kind="weights", weight=3)
+    yield Subject(words=answered, files="left/*", kind="picture")
+    yield Subject(words=COMPILE, files="grids/grid.json", kind="json", typed=GRID_KEYS, weight=2)
     for name in ("lora", "kohya"):
         file = f"{name}.safetensors"
         yield Subject(words=f"{INFER} --model-lora {file}", files=file, kind="weights", weight=2)
@@ -366,6 +376,7 @@ SHORT = (  # commands that end soon whatever their numbers are
     "plan --config run.toml",
     f"{INFER} --dry-run",
     "compare compare.toml --dry-run",
+    f"{COMPILE} --dry-run",
     f"{SIDES} --dry-run",
     f"{SCENES.replace('evaluated', 'new')} --dry-run",
     "export run --format diffusers --output new.safetensors",

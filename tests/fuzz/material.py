@@ -106,6 +106,10 @@ def make(folder: Path) -> None:
             "--inference-steps 1 --output made"
         ),
         "train --config run.toml --output run",
+        (
+            "compile --examples grids/grid.json --model micro --untrained-context "
+            "--output compiled.safetensors"
+        ),
         "export run --format diffusers --output lora.safetensors --no-verify",
         "export run --format kohya --output kohya.safetensors --no-verify",
         SCENES,

@@ -16,6 +16,7 @@ NEEDS = {
     "compare.toml": ("micro",),
     "run": ("run.toml", "micro", "photos", "own"),
     "made": ("grids", "micro"),
+    "compiled.safetensors": ("micro",),
     "evaluated": ("run", "micro"),
     "annotated": ("listed", "depth-model"),
     "encodings": ("run.toml",),
@@ -38,10 +39,10 @@ def parts_in(words: Iterable[str]) -> set[str]:
 
 NAMES = frozenset(
     (
-        "annotated captioner compare.toml depth-model dreambench dreambooth encodings evaluated "
-        "graph grids imagefolder insdet kohya.safetensors left listed lora.safetensors made "
-        "micro named own photos prompts.json right run run.toml shards sheet table thing "
-        "thing.toml"
+        "annotated captioner compare.toml compiled.safetensors depth-model dreambench "
+        "dreambooth encodings evaluated graph grids imagefolder insdet kohya.safetensors left "
+        "listed lora.safetensors made micro named own photos prompts.json right run run.toml "
+        "shards sheet table thing thing.toml"
     ).split()
 )
 
