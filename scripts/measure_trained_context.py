@@ -21,6 +21,7 @@ from measure_context import put_between
 
 from visualcloze_deft.adapters.contexts import known_to
 from visualcloze_deft.backbones.base import Seen
+from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.config.run_settings import ContextMode, load_run
 from visualcloze_deft.data.example import Example
 from visualcloze_deft.evaluation.metrics.fidelity import psnr
@@ -52,7 +53,8 @@ class Way:
 def scores_of(
     folder: Path, seen: Seen, asked: Mapping[str, Sequence[Example]], steps: int
 ) -> Scores:
-    pipe = InContextPipeline.from_pretrained("tiny", adapter=folder / "adapter")
+    model = load_run(str(folder / SETTINGS)).model
+    pipe = InContextPipeline.from_pretrained(model, adapter=folder / "adapter")
     found = {}
     for name, examples in asked.items():
         with torch.no_grad():
@@ -68,7 +70,9 @@ def scores_of(
 
 def measured(options: argparse.Namespace) -> dict[tuple[Way, int], Scores]:
     """By way and seed."""
-    making = GridSettings(data={}, limit=options.scenes, rows=2, resolution=128)
+    model = load_run(str(options.runs[0] / SETTINGS)).model
+    side = backbone_of(model).resolution(model)
+    making = GridSettings(data={}, limit=options.scenes, rows=2, resolution=side)
     asked, found = examples_of(making), {}
     for folder in options.runs:
         run = load_run(str(folder / SETTINGS))

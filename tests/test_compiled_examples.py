@@ -110,7 +110,7 @@ def test_compiled_examples_answer_as_the_whole_grids_do(
 ) -> None:
     """Bit for bit: a folder of queries, and a grid file of a query row."""
     done(words("compile --examples examples.json --output a.safetensors"))
-    done(words("infer --compiled a.safetensors --images queries --output new"))
+    done(words("infer --compiled a.safetensors --queries queries --output new"))
     for colour in ("green", "purple"):
         done(words(f"infer --examples {colour}.json --output whole-{colour}"))
         assert pixels(folder / "new" / f"{colour}.png") == pixels(
@@ -162,7 +162,7 @@ def test_eight_bits_are_off_by_what_the_command_says(
     share = (off / size) ** 0.5
     assert 0 < share < most
     assert f"{storage}: keys and values are off by {share:.2%}" in said
-    done(words("infer --compiled b.safetensors --images queries --output new"))
+    done(words("infer --compiled b.safetensors --queries queries --output new"))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=str)
@@ -192,7 +192,7 @@ def test_damage_is_found_before_anything_is_made(
     }
     for name, data in spoiled.items():
         (folder / "b.safetensors").write_bytes(data)
-        said = refused(*words("infer --compiled b.safetensors --images queries --output new"))
+        said = refused(*words("infer --compiled b.safetensors --queries queries --output new"))
         assert "b.safetensors" in said, name
         assert not (folder / "new").exists()
 
@@ -203,7 +203,7 @@ def test_a_file_of_other_tensors_is_no_compiled_one_and_is_not_written_over(
     save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
     before = (folder / "a.safetensors").read_bytes()
     told = "no compiled examples of vcdeft"
-    assert told in refused(*words("infer --compiled a.safetensors --images queries --output new"))
+    assert told in refused(*words("infer --compiled a.safetensors --queries queries --output new"))
     compile_ = "compile --examples examples.json --output a.safetensors"
     assert "already there" in refused(*words(compile_))
     assert told in refused(*words(f"{compile_} --overwrite"))
@@ -215,7 +215,7 @@ def test_compiled_examples_are_written_over_when_asked_for(
 ) -> None:
     done(words("compile --examples examples.json --output a.safetensors"))
     done(words("compile --examples examples.json --output a.safetensors --overwrite --storage fp8"))
-    done(words("infer --compiled a.safetensors --images queries --output new"))
+    done(words("infer --compiled a.safetensors --queries queries --output new"))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_another_setting_than_that_of_compiling_is_refused(
     words: Words, done: Quietly, folder: Path, refused: Callable[..., str], more: str, said: str
 ) -> None:
     done(words("compile --examples examples.json --output a.safetensors"))
-    line = f"infer --compiled a.safetensors --images queries --output new {more}"
+    line = f"infer --compiled a.safetensors --queries queries --output new {more}"
     assert said in refused(*words(line))
     assert not (folder / "new").exists()
 
@@ -247,7 +247,7 @@ def test_another_adapter_or_base_than_that_of_compiling_is_refused(
 ) -> None:
     other = adapter_of("causal", micro_model, tmp_path / "other")
     done(words("compile --examples examples.json --output a.safetensors"))
-    line = words("infer --compiled a.safetensors --images queries --output new")
+    line = words("infer --compiled a.safetensors --queries queries --output new")
     tensors = load_file(other / "adapter_model.safetensors")
     changed = {name: tensor * 1.5 for name, tensor in tensors.items()}
     save_file(changed, other / "adapter_model.safetensors", metadata={"context": "causal"})
@@ -283,9 +283,9 @@ def test_a_grid_that_does_not_fit_compiled_examples_is_refused(
         ("compile --examples row.json --output a.safetensors", "there is no example to compile"),
         ("compile --examples several.json --output a.safetensors", "2 grids; give a file of one"),
         ("compile --examples none.json --output a.safetensors", "none.json"),
-        ("infer --images queries --output new", "--images goes with --compiled"),
+        ("infer --queries queries --output new", "--queries goes with --compiled"),
         ("infer --compiled a.safetensors --output new", "give --examples"),
-        ("infer --compiled none.safetensors --images queries --output new", "none.safetensors"),
+        ("infer --compiled none.safetensors --queries queries --output new", "none.safetensors"),
     ],
 )
 def test_what_cannot_be_compiled_or_answered_is_one_line(
@@ -302,7 +302,7 @@ def test_a_folder_of_queries_must_fit_the_examples(
     words: Words, done: Quietly, folder: Path, refused: Callable[..., str]
 ) -> None:
     done(words("compile --examples examples.json --output a.safetensors"))
-    line = words("infer --compiled a.safetensors --images queries --output new")
+    line = words("infer --compiled a.safetensors --queries queries --output new")
     picture("red").save(folder / "queries" / "green.jpg")
     assert "has the same stem" in refused(*line)
     (folder / "empty").mkdir()

@@ -35,11 +35,10 @@ OPTIONS = {
     "import": "FILE --model --output --revision --without-text-encoders",
     "infer": (
         "--adapter --attention --batch --cache --cells --clip-text --compile --compiled --context "
-        "--context-cache --dry-run --embedding-cache --examples --guidance --images "
-        "--images-per-grid "
+        "--context-cache --dry-run --embedding-cache --examples --guidance --images-per-grid "
         "--inference-steps --model --model-lora --offload --output --overwrite --processes "
-        "--quantise --resolution --revision --seed --strength --task-folder --untrained-context "
-        "--upsample --vae-tiling"
+        "--quantise --queries --resolution --revision --seed --strength --task-folder "
+        "--untrained-context --upsample --vae-tiling"
     ),
     "plan": (
         "--annotate --batch --config --data --gradient-checkpointing --grid --json --lr "

@@ -23,7 +23,8 @@ from test_compare import fields
 
 from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.backbones.flux_fill.loading import load_models
-from visualcloze_deft.config.run_settings import Adapter
+from visualcloze_deft.config.run_settings import Adapter, load_run, write_run
+from visualcloze_deft.training.run_folder import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -119,6 +120,26 @@ def test_the_context_cache_is_measured_beside_other_caches(
     ]
     assert found[2][2] == ""
     assert rows(page.read_text()) == found
+
+
+@pytest.mark.scripts
+def test_trained_contexts_are_compared_with_a_full_one(
+    script: Script, micro_model: Path, tmp_path: Path
+) -> None:
+    for context in ("full", "mixed"):
+        run = load_run(None, [f"model={micro_model}", f"context={context}", "adapter.rank=2"])
+        models = load_models(str(micro_model))
+        injection.attach(models.transformer, run.adapter, seed=3)
+        folder = tmp_path / context / "adapter"
+        folder.mkdir(parents=True)
+        files.save(models.transformer, folder, base="micro", metadata={"context": context})
+        write_run(run, folder.parent / SETTINGS)
+    said = script("measure_trained_context.py", "full", "mixed", "--scenes", 1, "--steps", 1)
+    found = rows(said)
+    assert [row[0] for row in found[2:]] == ["full", "mixed, run full", "mixed, run isolated"]
+    assert found[2][-1] == ""
+    assert found[3][-1].startswith("+0.00")  # the same untrained adapter, run the same way
+    assert rows((tmp_path / "runs" / "trained-context" / "table.md").read_text()) == found
 
 
 @pytest.mark.scripts

@@ -160,7 +160,7 @@ def subjects() -> Iterator[Subject]:
     yield Subject(words=f"{own} --encoder none", files="photos/*/*", kind="bytes", whole=False)
     yield Subject(words=own, files="run/settings.toml", kind="toml", whole=False)
     answered = (
-        "infer --compiled compiled.safetensors --images left --context causal --untrained-context "
+        "infer --compiled compiled.safetensors --queries left --context causal --untrained-context "
         "--model micro --inference-steps 1 --output new"
     )
     yield Subject(words=answered, files="compiled.safetensors", kind="weights", weight=3)

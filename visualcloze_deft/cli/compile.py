@@ -85,7 +85,7 @@ def compile_(
 
     \b
     vcdeft compile --examples grid.json --adapter runs/causal --output relight.safetensors
-    vcdeft infer --compiled relight.safetensors --adapter runs/causal --images photos/
+    vcdeft infer --compiled relight.safetensors --adapter runs/causal --queries photos/
     """
     from visualcloze_deft.backbones.model_files import pinned
     from visualcloze_deft.inference.compiling import compile_file

@@ -26,8 +26,7 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="A file of 'vcdeft compile', in place of example rows: --examples has query rows alone.",
 )
 @click.option(
-    "--images",
-    "pictures",
+    "--queries",
     metavar="DIR",
     help="A folder of pictures, each the query of --compiled. A text file of the same name is its "
     "content.",
@@ -180,7 +179,7 @@ def infer(
     /,
     examples: str | None,
     compiled: str | None,
-    pictures: str | None,
+    queries: str | None,
     adapter: tuple[str, ...],
     output: str,
     overwrite: bool,
@@ -212,13 +211,13 @@ def infer(
     if strength is not None and upsample is None:
         raise UserError("--strength goes with --upsample, e.g. --upsample 2")
     options["model"] = pinned(options["model"], options.pop("revision"))
-    if (examples is None) == (pictures is None):
-        raise UserError("give --examples, a grid file; or --compiled with --images, a folder")
-    if pictures is not None and compiled is None:
-        raise UserError("--images goes with --compiled, a file of 'vcdeft compile'")
+    if (examples is None) == (queries is None):
+        raise UserError("give --examples, a grid file; or --compiled with --queries, a folder")
+    if queries is not None and compiled is None:
+        raise UserError("--queries goes with --compiled, a file of 'vcdeft compile'")
     chosen = STRENGTH if strength is None else strength
     written = run_infer(
-        Path(examples or pictures or ""),
+        Path(examples or queries or ""),
         Path(output),
         InferenceSettings(
             adapters=with_scales(adapter),
@@ -228,7 +227,7 @@ def infer(
             **options,
         ),
         processes=processes or 0,
-        pictures=pictures is not None,
+        pictures=queries is not None,
         overwrite=overwrite,
         dry_run=dry_run,
         arguments=arguments,

@@ -108,16 +108,16 @@ def picture_entries(folder: Path, compiled: Compiled) -> list[Entry]:
     """A grid for each picture in a folder: the query of compiled examples. A text file of the same
     name is its content."""
     if not folder.is_dir():
-        raise UserError(f"images {folder}: no folder")
+        raise UserError(f"queries {folder}: no folder")
     columns = len(compiled.rows[0])
     if columns - len(compiled.targets) != 1:
         raise UserError(
-            f"images {folder}: a query of these examples has {columns} cells, of which "
+            f"queries {folder}: a query of these examples has {columns} cells, of which "
             f"{len(compiled.targets)} are asked for; give a grid file of query rows, --examples"
         )
     pictures = images_in(folder)
     if not pictures:
-        raise UserError(f"images {folder}: no picture in this folder")
+        raise UserError(f"queries {folder}: no picture in this folder")
     return [
         Entry(
             name=stem,
