@@ -190,7 +190,7 @@ def test_what_autograd_keeps_of_a_context_computed_once_is_as_planned(
 ) -> None:
     model = adapted("tiny", settings)
     sizes = flux(component_config("tiny", "transformer"))
-    load = Load(grids=2, image=96, text=40, seen=seen)
+    load = Load(grids=2, image=96, text=40, strip=12, seen=seen)
     plan = activations_of(sizes, settings, layers_of(sizes, settings), load, 4)
     for blocks in (0, 1, len(sizes.blocks)):
         recompute(model, blocks)

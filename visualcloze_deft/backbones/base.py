@@ -132,8 +132,9 @@ class Predict(Protocol):
 
 
 Seen = Literal["full", "isolated", "causal"]
-"""What context sees: "full", all tokens, in every step; "isolated", context alone, once; "causal",
-context alone, and of it examples see themselves and the text of their task only."""
+"""What context sees: "full", all tokens, in every step; "isolated", itself and a fixed noise in the
+place of targets, once; "causal", the same, but examples see themselves and the text of their task
+only."""
 Part: TypeAlias = "Mapping[str, tuple[Tensor, Tensor]]"
 """Keys and values (b, n, h, d) of some tokens in every layer, by its name; with b = 1 they serve
 any number of samples."""
@@ -169,12 +170,11 @@ class ContextCache(Protocol):
         """The prediction (b, n, c) with full attention; keeps the context anew."""
 
     def prefill_examples(self, task: Any) -> None:
-        """Keep the examples, which see themselves and the text of their task alone, without noise,
-        at time 0."""
+        """Keep the examples, which see themselves and the text of their task alone, at time 1."""
 
     def prefill(self) -> None:
-        """Keep a context that sees itself alone, without noise, at time 0: all of it, or what
-        `examples` leaves, which sees these too."""
+        """Keep a context that sees itself, and noise in the place of targets, at time 1: all of it,
+        or what `examples` leaves, which sees these too. The noise is the same for all samples."""
 
     def active(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The prediction (b, m, c) of the targets, which see the context that is kept."""

@@ -53,11 +53,11 @@ def calls_of(image: int, text: int, split: Split | None) -> list[tuple[int, int,
     if split is None:
         return [(text, image, text + image)]
     active = (0, split.targets, text + image)
-    known = image - split.targets
     if split.query is None:
-        return [(text, known, text + known), active]
-    examples = known - split.query
-    return [(text, examples, text + examples), (text, split.query, text + known), active]
+        return [(text, image, text + image), active]
+    query = split.query + split.targets
+    examples = image - query
+    return [(text, examples, text + examples), (text, query, text + image), active]
 
 
 def forward_flops(

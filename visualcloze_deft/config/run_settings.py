@@ -371,9 +371,10 @@ class Run(Section):
     weights come and go between the operations of a block: not there."""
     context: ContextMode = "full"
     """What known cells and text see: "full", all, with the noise of each step; "isolated",
-    themselves alone and without noise, so that inference computes them once; "causal", the same
-    with examples that do not see the query, so that one file of them serves all queries, see
-    `vcdeft compile`; "mixed", an adapter for "full" and "isolated", each example one of them."""
+    themselves, and one noise in the place of all targets, so that inference computes them once;
+    "causal", the same with examples that do not see the query, so that one file of them serves all
+    queries, see `vcdeft compile`; "mixed", an adapter for "full" and "isolated", each example one
+    of them."""
     context_weight: Probability = 1.0
     """What a token that is only to be copied counts in the loss; VisualCloze's 1."""
     clip_text: ClipText = "fit"

@@ -36,7 +36,7 @@ class ContextMethods:
         self._full_steps = None
 
     def set_context(self, context: str | None = None, *, untrained: bool = False) -> None:
-        """What context sees: "full", all, in every step; "isolated", itself alone, computed once;
+        """What context sees: "full", all, in every step; "isolated", itself, computed once;
         "causal", the same, its examples without the query; None, as the adapters in use were
         trained, and full where they know several.
 

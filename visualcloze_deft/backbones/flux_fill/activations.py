@@ -96,8 +96,10 @@ def activations_of(
 
     A block before the first adapter keeps nothing: no gradient reaches it.
     """
-    if load.seen == "causal":  # two calls read text: the task's, and the whole
-        load = replace(load, text=2 * load.text)
+    whole = load.tokens
+    if load.seen != "full":  # targets are computed twice, and a causal context reads two texts
+        texts = 2 if load.seen == "causal" else 1
+        load = replace(load, image=load.image + load.widest, text=texts * load.text)
     wrapped: dict[str, set[str]] = {}
     for name in adapted:
         if inside := IN_BLOCK.fullmatch(name):
@@ -115,7 +117,7 @@ def activations_of(
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
     # Keys and values: those that are kept, and in each call that reads them, joined to its own.
-    cached = 2 * tokens * width * size if JOINED[load.seen] else 0
+    cached = 2 * whole * width * size if JOINED[load.seen] else 0
     joined = JOINED[load.seen] * cached
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
     # What a single block's backward holds at once beside what was kept: the gradients of its widest

@@ -26,15 +26,14 @@ from visualcloze_deft.backbones.flux_fill.model import predict_velocity
 from visualcloze_deft.backbones.flux_fill.packing import FluxText, Latents
 from visualcloze_deft.errors import UserError
 
-RESTING_GUIDANCE = 1.0  # that a context without noise is told, as in training without guidance
-
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What one call of the transformer does with the keys and values of its layers: its queries
     also attend to those of the parts `before`; its own, at `places`, are put into `kept`.
 
-    A layer that is computed again, as gradient checkpointing does, keeps its first ones.
+    A layer that is computed again, as gradient checkpointing does, keeps its first ones; it must
+    do the same operations then.
     """
 
     before: tuple[Part, ...] = ()
@@ -47,8 +46,8 @@ class Context:
         self, layer: ContextAttention, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Told a layer's keys and values, returns those that its queries attend to."""
-        if self.places is not None and layer.name not in self.kept:
-            self.kept[layer.name] = keys[:, self.places], values[:, self.places]
+        if self.places is not None:
+            self.kept.setdefault(layer.name, (keys[:, self.places], values[:, self.places]))
         parts = [part[layer.name] for part in self.before]
         return joined([k for k, _ in parts], keys), joined([v for _, v in parts], values)
 
@@ -162,16 +161,19 @@ class ContextCache:
         text: FluxText,
         guidance: float,
     ) -> None:
-        hidden = latents.is_target[0] > 0
-        if not torch.equal(latents.is_target > 0, hidden.expand(len(latents.clean), -1)):
+        every = (latents.is_target > 0).cpu()  # asked once: a GPU would be waited for each time
+        hidden, rows = every[0], latents.ids[:, 0].cpu()
+        if not torch.equal(every, hidden.expand_as(every)):
             raise ValueError("samples with targets at different places")
         read_contexts(transformer)
         self.transformer = transformer
         self.latents = latents
         self.text = text
         self.guidance = guidance
-        self.targets = hidden.nonzero().flatten()
-        self.known = (~hidden).nonzero().flatten()
+        self.hidden = hidden
+        self.rows = rows
+        self.targets = places_of(hidden, latents.seen.device)
+        self.known = places_of(~hidden, latents.seen.device)
         self.examples: Part | None = None
         self.rest: Part | None = None
 
@@ -193,13 +195,18 @@ class ContextCache:
 
     def prefill_examples(self, task: FluxText) -> None:
         context = Context(places=slice(task.text.shape[1], None))
-        self._prefill(self.known[self._of_example], task, context)
+        self._prefill(self.rows < self.rows[-1], task, context)
         self.examples = context.kept
 
     def prefill(self) -> None:
-        left = self.known if self.examples is None else self.known[~self._of_example]
-        context = Context(before=self._kept(self.examples), places=slice(None))
-        self._prefill(left, self.text, context)
+        whole = self.examples is None
+        read = torch.ones_like(self.hidden) if whole else self.rows == self.rows[-1]
+        of_text = read.new_ones(self.text.text.shape[1])
+        context = Context(
+            before=self._kept(self.examples),
+            places=self._at(torch.cat([of_text, ~self.hidden[read]])),
+        )
+        self._prefill(read, self.text, context)
         self.rest = context.kept
 
     def active(self, noisy: Tensor, t: Tensor) -> Tensor:
@@ -211,26 +218,18 @@ class ContextCache:
     def _kept(*parts: Part | None) -> tuple[Part, ...]:
         return tuple(part for part in parts if part is not None)
 
-    @property
-    def _of_example(self) -> Tensor:
-        """Which of the known tokens are of examples: of all rows but the last."""
-        rows = self.latents.ids[:, 0]
-        return rows[self.known] < rows[-1]
+    def _at(self, marked: Tensor) -> Tensor:
+        return places_of(marked, self.latents.seen.device)
 
-    def _prefill(self, places: Tensor, text: FluxText, context: Context) -> None:
+    def _prefill(self, read: Tensor, text: FluxText, context: Context) -> None:
+        """A call of the tokens that `read` marks, at time 1, where all are noise."""
         seen = self.latents.seen
-        at_rest = seen.new_zeros(len(seen), dtype=torch.float32)
-        self._call(seen, places, at_rest, text, context, guidance=RESTING_GUIDANCE)
+        noise = noise_of(self.rows, seen.shape[-1]).to(seen).expand_as(seen)
+        start = seen.new_ones(len(seen), dtype=torch.float32)
+        self._call(noise, self._at(read), start, text, context)
 
     def _call(
-        self,
-        noisy: Tensor,
-        places: Tensor,
-        t: Tensor,
-        text: FluxText,
-        context: Context,
-        *,
-        guidance: float | None = None,
+        self, noisy: Tensor, places: Tensor, t: Tensor, text: FluxText, context: Context
     ) -> Tensor:
         """The velocity of the image tokens at `places`."""
         return predict_velocity(
@@ -239,9 +238,25 @@ class ContextCache:
             t,
             ids=self.latents.ids[places],
             **text._asdict(),
-            guidance=self.guidance if guidance is None else guidance,
+            guidance=self.guidance,
             context=context,
         )
+
+
+def places_of(marked: Tensor, device: torch.device) -> Tensor:
+    return marked.nonzero().flatten().to(device)
+
+
+def noise_of(rows: Tensor, channels: int) -> Tensor:
+    """(n, c) noise for tokens of these rows (n,), the same each time. That of a row depends on its
+    number and length alone, so that examples have theirs whatever the query is."""
+    numbers, lengths = rows.unique_consecutive(return_counts=True)
+    return torch.cat(
+        [
+            torch.randn(length, channels, generator=torch.Generator().manual_seed(row))
+            for row, length in zip(numbers.int().tolist(), lengths.tolist(), strict=True)
+        ]
+    )
 
 
 def picked(part: Part | None, places: Sequence[int]) -> Part | None:
