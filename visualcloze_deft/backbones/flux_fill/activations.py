@@ -6,12 +6,11 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from visualcloze_deft.backbones.base import SINGLE, Activations, Load, Seen
+from visualcloze_deft.backbones.base import SINGLE, Activations, Load
 from visualcloze_deft.backbones.flux_fill.layers import BLOCKS
 from visualcloze_deft.backbones.flux_fill.sizes import Flux
 from visualcloze_deft.config.run_settings import Adapter
 
-JOINED: dict[Seen, int] = {"full": 0, "isolated": 1, "causal": 2}  # calls that read kept keys
 IN_BLOCK = re.compile(rf"({BLOCKS})\.(.*)")
 
 
@@ -97,9 +96,9 @@ def activations_of(
     A block before the first adapter keeps nothing: no gradient reaches it.
     """
     whole = load.tokens
-    if load.seen != "full":  # targets are computed twice, and a causal context reads two texts
-        texts = 2 if load.seen == "causal" else 1
-        load = replace(load, image=load.image + load.widest, text=texts * load.text)
+    again = load.text if load.seen == "causal" else 0  # of the task, beside the whole
+    if load.seen != "full":  # targets are computed twice
+        load = replace(load, image=load.image + load.widest, text=load.text + again)
     wrapped: dict[str, set[str]] = {}
     for name in adapted:
         if inside := IN_BLOCK.fullmatch(name):
@@ -116,9 +115,11 @@ def activations_of(
         blocks.append(count(first=not reached) + factors[-1] if reached or own else 0)
         reached = reached or bool(own)
     tokens, width = load.tokens, model.width
-    # Keys and values: those that are kept, and in each call that reads them, joined to its own.
-    cached = 2 * whole * width * size if JOINED[load.seen] else 0
-    joined = JOINED[load.seen] * cached
+    # Keys and values of context: what stays until it is read, and, beside a call's own, those that
+    # are cut out of one call and joined to those of another.
+    once = load.seen != "full"
+    cached = 2 * once * (whole + load.grids * again) * width * size
+    joined = 4 * once * whole * width * size
     values = load.grids * (load.image * (model.inputs + 4 * model.outputs) + load.text * model.text)
     # What a single block's backward holds at once beside what was kept: the gradients of its widest
     # tensors and their sums; LoRA's in float32. Followed tensor by tensor at FLUX's sizes.
