@@ -53,7 +53,7 @@ def differences(one: Image.Image, other: Image.Image) -> np.ndarray:
     return np.abs(np.asarray(one).astype(int) - np.asarray(other))
 
 
-def write_adapter(folder: Path, *, seed: int) -> None:
+def write_adapter(folder: Path, *, seed: int, context: str = "full") -> None:
     """A run folder with a DEFT adapter that changes much."""
     transformer = load_models("tiny").transformer
     injection.attach(transformer, Adapter(rank=3), seed=0)
@@ -61,7 +61,7 @@ def write_adapter(folder: Path, *, seed: int) -> None:
     for parameter in injection.trainable(transformer).values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     (folder / "adapter").mkdir(parents=True)
-    files.save(transformer, folder / "adapter", base="tiny")
+    files.save(transformer, folder / "adapter", base="tiny", metadata={"context": context})
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     for seed, name in enumerate(("mine", "demo", "pairs", "a", "b", "c")):
         write_adapter(folder / "runs" / name, seed=seed)
+    write_adapter(folder / "runs" / "relight", seed=6, context="causal")
     export.export(folder / "runs" / "mine", folder / "my-lora.safetensors", "diffusers")
     (folder / "loras").mkdir()
     shutil.copy(folder / "my-lora.safetensors", folder / "loras" / "cups.safetensors")

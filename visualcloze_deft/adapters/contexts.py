@@ -59,8 +59,8 @@ def context_of(
             return word
     if not known:
         raise UserError(
-            f"context {asked!r}: the base alone was not trained with it, and its images would fall "
-            f"apart; train an adapter with --set context={asked}, or allow it with "
+            f"context {asked!r}: the base alone was not trained with it, and its images are "
+            f"worse; train an adapter with --set context={asked}, or allow it with "
             "--untrained-context"
         )
     if asked is None:
@@ -72,5 +72,5 @@ def context_of(
     adapter = next(adapter for adapter, own in known.items() if asked not in own)
     raise UserError(
         f"context {asked!r}: the adapter {adapter} was trained with {known[adapter][0]!r} alone, "
-        "and its images would fall apart; leave --context out, or allow it with --untrained-context"
+        "and its images are worse; leave --context out, or allow it with --untrained-context"
     )

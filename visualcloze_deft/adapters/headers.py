@@ -26,7 +26,7 @@ def notes_on(told: dict[str, str], kind: Format) -> tuple[str, ...]:
     if kind != "peft" and "full" not in KNOWN.get(told.get("context", "full"), BASE):
         notes.append(
             f"trained with context={told['context']}: other tools compute a full one, in which "
-            "images of this adapter fall apart; train with --set context=mixed for them"
+            "images of this adapter are worse; train with --set context=mixed for them"
         )
     if (bits := told.get("quantise", "none")) != "none":
         notes.append(f"trained on a base in {bits}, written for the one in full precision")
