@@ -123,6 +123,21 @@ def test_the_context_cache_is_measured_beside_other_caches(
 
 
 @pytest.mark.scripts
+def test_the_context_cache_is_timed_beside_diffusers_own_pipeline(
+    script: Script, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- peers:begin -->\nold\n<!-- peers:end -->\nafter\n")
+    small = "--resolution 32 --steps 3 --rounds 1 --output out"
+    found = rows(script("bench_peers.py", "--report", page, *small.split()))
+    assert found[2][:3] == ["diffusers", "none", "1.00"]
+    named = {row[1]: row for row in found}
+    assert "more than 3 steps" in named["`--context-cache 6`"][4]
+    assert named["`--context-cache 1`"][4].endswith(" dB")
+    assert rows(page.read_text()) == found
+
+
+@pytest.mark.scripts
 def test_trained_contexts_are_compared_with_a_full_one(
     script: Script, micro_model: Path, tmp_path: Path
 ) -> None:
