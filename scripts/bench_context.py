@@ -70,7 +70,9 @@ def flux(device: str, dtype: torch.dtype, double: int, single: int) -> FluxTrans
 class Inputs:
     """A cache for a grid whose last cell is generated, with random inputs."""
 
-    def __init__(self, net: FluxTransformer2DModel, rows: int, columns: int, side: int) -> None:
+    def __init__(
+        self, net: FluxTransformer2DModel, rows: int, columns: int, side: int, text: int = TEXT
+    ) -> None:
         ids = position_ids([(side, side * columns)] * rows)
         target = (ids[:, 0] == rows) & (ids[:, 2] >= (columns - 1) * side // CELL_STEP)
         mask = target[None, :, None].float().expand(1, -1, 256)
@@ -80,8 +82,9 @@ class Inputs:
             return torch.randn(*shape, device=device, dtype=dtype)
 
         shown = Latents(clean=random(1, count, 64), seen=random(1, count, 64), mask=mask, ids=ids)
-        text = FluxText(random(1, TEXT, 4096), random(1, 768))
-        self.cache = ContextCache(net, shown, text=text, guidance=30.0)
+        widths = net.config.joint_attention_dim, net.config.pooled_projection_dim
+        words = FluxText(random(1, text, widths[0]), random(1, widths[1]))
+        self.cache = ContextCache(net, shown, text=words, guidance=30.0)
         self.noisy, self.t = random(1, count, 64), torch.ones(1, device=device)
         self.cache.targets = self.cache.targets.to(device)  # were found where they can be read
         self.cache.known = self.cache.known.to(device)

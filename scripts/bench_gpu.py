@@ -111,6 +111,12 @@ def pipelines(model: str) -> Iterator[Case]:
         yield case("inference", name, "pipelines", model=model, grid=[side, side], steps=4)
 
 
+def contexts(model: str) -> Iterator[Case]:
+    for rows, columns in ((3, 3), (2, 2)):
+        name = f"{rows}x{columns}, all tokens and targets alone"
+        yield case("context", name, "context", model=model, rows=rows, columns=columns)
+
+
 def cases(*, small: bool) -> list[Case]:
     """All measurements, the most important first."""
     model = "small" if small else "flux"
@@ -121,6 +127,7 @@ def cases(*, small: bool) -> list[Case]:
         *attention(small=small),
         *main_steps(model),
         *pipelines(model),
+        *contexts(model),
         *further_steps(model),
         case("encoders", "T5-XXL and VAE", "encoders", model=model),
         step(model, "deft", "all", compiled=True),

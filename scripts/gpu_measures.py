@@ -17,6 +17,7 @@ from typing import Any
 import bench_infer
 import diffusers
 import torch
+from bench_context import Inputs
 from cost_model import FLUX
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from gpu_model import (
@@ -38,9 +39,9 @@ from transformers import T5Config, T5EncoderModel
 from visualcloze_deft.adapters import injection
 from visualcloze_deft.adapters.deft import factors, orthonormal
 from visualcloze_deft.backbones import attention, attention_check, kernels
-from visualcloze_deft.backbones.base import Load
+from visualcloze_deft.backbones.base import Load, Split
 from visualcloze_deft.backbones.compiled import Compiling
-from visualcloze_deft.backbones.flops import peak, training_flops
+from visualcloze_deft.backbones.flops import forward_flops, peak, training_flops
 from visualcloze_deft.backbones.flux_fill.layers import FLUX_LAYERS
 from visualcloze_deft.backbones.quantization import quantise
 from visualcloze_deft.config.run_settings import Run, load_run
@@ -327,6 +328,22 @@ def pipelines(*, model: str, grid: list[int], steps: int) -> Row:
     figures: Row = {f"{one['who']} s": one["seconds"] for one in images}
     figures |= {f"{one['who']} ratio": one["ratio"] for one in images[1:]}
     return figures | {f"{one['who']} GB": one["memory"] / 1e9 for one in images[:2]}
+
+
+@torch.no_grad()
+def context(*, model: str, rows: int, columns: int) -> Row:
+    """A sampling step of all tokens, and one of the last cell's alone, beside their FLOPs."""
+    cell, text = SIZES[model]
+    net = random_flux(MODELS[model], BFLOAT16)
+    if CUDA:
+        attention.use(net, "flash")
+    asked = Inputs(net, rows, columns, cell, text)
+    full, active = timed(asked.full), timed(asked.active)
+    tokens, targets = asked.noisy.shape[1], len(asked.cache.targets)
+    every = sum(forward_flops(net.config, tokens, text))
+    both = sum(forward_flops(net.config, tokens, text, Split(targets=targets)))
+    found = {"full ms": full["ms"], "active ms": active["ms"], "ratio": full["ms"] / active["ms"]}
+    return found | {"FLOP bound": every / (both - every)} | peaks()
 
 
 def parts_of(model: str) -> dict[str, Any]:

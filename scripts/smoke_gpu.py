@@ -250,6 +250,22 @@ def infer(stage: Stage, *, name: str, more: Sequence[object] = ()) -> Row:
     return {"pictures": len(list(stage.infer(name, *more).glob("*.png")))}
 
 
+def compiled_examples(stage: Stage) -> Row:
+    """Examples run once, and a folder of queries answered with them."""
+    file, output = stage.folder / "compiled.safetensors", stage.folder / "compiled-images"
+    one = json.loads(stage.grids.read_text("utf-8"))[0]
+    told = stage.grids.with_name("first.json")
+    told.write_text(json.dumps(one), encoding="utf-8")
+    queries = stage.folder / "queries"
+    queries.mkdir(exist_ok=True)
+    shutil.copy(stage.grids.with_name(one["rows"][-1][0]), queries)
+    model = ["--model", stage.size.model, "--untrained-context"]
+    stage.run("compile", "--examples", told, "--output", file, "--storage", "fp8", *model)
+    words = ["infer", "--compiled", file, "--queries", queries, "--context", "causal", *model]
+    stage.run(*words, "--inference-steps", 2, "--output", output)
+    return {"pictures": len(list(output.glob("*.png")))}
+
+
 def two_adapters(stage: Stage) -> Row:
     both = ["--adapter", stage.adapter, "--adapter", f"{stage.folder / 'lora' / 'adapter'}=0.5"]
     return infer(stage, name="two", more=both)
@@ -420,6 +436,8 @@ def trainings() -> list[Job]:
             "sheets and held-out losses", *settings("sample_every=2", "logging.validate_every=2")
         ),
         train("para", "--method", "para"),
+        train("isolated context", *settings("context=isolated")),
+        train("causal context, zero 3", "--zero", 3, *settings("context=causal")),
         train("deft-relaxed", "--method", "deft-relaxed"),
     ]
 
@@ -436,6 +454,9 @@ def others(*, gpu: bool) -> list[Job]:
         complete("upsampled", "--upsample", 2),
         complete("first-block cache", "--cache", "first-block"),
         complete("taylorseer cache", "--cache", "taylorseer"),
+        complete("context cache", "--context-cache", 1),
+        complete("isolated context, not trained", "--context", "isolated", "--untrained-context"),
+        job("infer", "compiled examples", compiled_examples, "tasks example"),
         complete("model offloaded", "--offload", "model", required=gpu),
         complete("fp8 weights", "--quantise", "fp8"),
         *(
