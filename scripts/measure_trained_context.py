@@ -76,7 +76,7 @@ def measured(options: argparse.Namespace) -> dict[tuple[Way, int], Scores]:
     asked, found = examples_of(making), {}
     for folder in options.runs:
         run = load_run(str(folder / SETTINGS))
-        for seen in known_to(folder / "adapter"):
+        for seen in dict.fromkeys([*known_to(folder / "adapter"), *options.also]):
             kept = options.output / f"{folder.name}-{seen}.json"
             if not kept.is_file():
                 scores = scores_of(folder, seen, asked, options.steps)
@@ -118,6 +118,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--scenes", type=int, default=64, help="grids of each family")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="contexts to run every adapter in, trained so or not"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/trained-context"))
     parser.add_argument("--report", type=Path, help="a page with the marks")
     options = parser.parse_args()

@@ -223,6 +223,7 @@ def test_compiled_examples_are_written_over_when_asked_for(
     [
         ("--resolution 48", "compiled with resolution 32, asked for is 48"),
         ("--quantise fp8", "compiled with quantise none, asked for is fp8"),
+        ("--guidance 5", "compiled with guidance 30.0, asked for is 5.0"),
         ("--cells square", "compiled with cells row, asked for is square"),
         ("--context full --untrained-context", "compiled examples need a causal context"),
         ("--context-cache 1", "the context here is 'causal'"),

@@ -11,8 +11,9 @@ from visualcloze_deft.cli import cli
 OPTIONS = {
     "compare": "CONFIG --dry-run --output --set",
     "compile": (
-        "--adapter --dry-run --examples --model --model-lora --output --overwrite --quantise "
-        "--resolution --revision --storage --task-folder --untrained-context"
+        "--adapter --attention --cells --clip-text --dry-run --examples --guidance --model "
+        "--model-lora --output --overwrite --quantise --resolution --revision --storage "
+        "--task-folder --untrained-context"
     ),
     "data annotate": "SOURCE --annotate --output",
     "data cache": (

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, cli
-from visualcloze_deft.cli.options import REVISION, TASK_FOLDERS, with_scales
+from visualcloze_deft.cli.options import pipeline_options, with_scales
 
 
 @cli.command("compile", context_settings=CONTEXT)
@@ -20,12 +20,6 @@ from visualcloze_deft.cli.options import REVISION, TASK_FOLDERS, with_scales
     "are not used.",
 )
 @click.option(
-    "--adapter",
-    multiple=True,
-    metavar="DIR[=SCALE]",
-    help="An adapter that was trained with context=causal, and its scale. Repeatable.",
-)
-@click.option(
     "--output", required=True, metavar="FILE", help="The file to write, NAME.safetensors."
 )
 @click.option(
@@ -35,37 +29,7 @@ from visualcloze_deft.cli.options import REVISION, TASK_FOLDERS, with_scales
     show_default=True,
     help="The precision of the file: the model's, or 8 bits, half of bfloat16.",
 )
-@click.option(
-    "--model",
-    default="tiny",
-    show_default=True,
-    help="A diffusers folder or a hub id of FLUX.1-Fill, or 'tiny'.",
-)
-@REVISION
-@click.option(
-    "--model-lora",
-    "lora",
-    metavar="PATH",
-    help="A FLUX LoRA that is merged into the base, e.g. VisualCloze's.",
-)
-@click.option(
-    "--quantise",
-    type=click.Choice(["none", "int8", "nf4", "fp8"]),
-    default="none",
-    show_default=True,
-    help="The precision of the frozen blocks. 'vcdeft infer' must name the same.",
-)
-@click.option(
-    "--resolution",
-    type=click.IntRange(32, 2048),
-    help="The side of a square cell in pixels. By default it is the model's.",
-)
-@click.option(
-    "--untrained-context",
-    is_flag=True,
-    help="Allows adapters that were trained with another context, and the base alone.",
-)
-@TASK_FOLDERS
+@pipeline_options
 @click.option("--overwrite", is_flag=True, help="Writes over compiled examples in --output.")
 @click.option("--dry-run", is_flag=True, help="Checks all and prints the size of the file.")
 def compile_(
@@ -90,7 +54,7 @@ def compile_(
     from visualcloze_deft.backbones.model_files import pinned
     from visualcloze_deft.inference.compiling import compile_file
     from visualcloze_deft.inference.settings import InferenceSettings
-    from visualcloze_deft.sampling.denoising import GUIDANCE, STEPS
+    from visualcloze_deft.sampling.denoising import STEPS
 
     options["model"] = pinned(options["model"], options.pop("revision"))
     compile_file(
@@ -100,7 +64,6 @@ def compile_(
             adapters=with_scales(adapter),
             context="causal",
             steps=STEPS,
-            guidance=GUIDANCE,
             **options,
         ),
         storage=storage,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from visualcloze_deft.cli.app import CONTEXT, cli
-from visualcloze_deft.cli.options import MOST_IMAGES, REVISION, TASK_FOLDERS, with_scales
+from visualcloze_deft.cli.options import MOST_IMAGES, pipeline_options, with_scales
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.runtime.open_files import check_handles
 
@@ -31,45 +31,7 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="A folder of pictures, each the query of --compiled. A text file of the same name is its "
     "content.",
 )
-@click.option(
-    "--model",
-    default="tiny",
-    show_default=True,
-    help="A diffusers folder or a hub id of FLUX.1-Fill, or 'tiny'.",
-)
-@REVISION
-@click.option(
-    "--model-lora",
-    "lora",
-    metavar="PATH",
-    help="A FLUX LoRA that is merged into the base, e.g. VisualCloze's.",
-)
-@click.option(
-    "--adapter",
-    "adapter",
-    multiple=True,
-    metavar="DIR[=SCALE]",
-    help="An adapter folder, e.g. runs/demo/adapter, and its scale. Repeatable: adapters add up.",
-)
-@click.option(
-    "--quantise",
-    type=click.Choice(["none", "int8", "nf4", "fp8"]),
-    default="none",
-    show_default=True,
-    help="The precision of the frozen blocks. int8 and nf4 need bitsandbytes.",
-)
-@click.option(
-    "--clip-text",
-    type=click.Choice(["fit", "original"]),
-    help="The part of a long text that CLIP reads. By default it is that of the adapter's "
-    "training.",
-)
-@click.option(
-    "--cells",
-    type=click.Choice(["row", "own", "square"]),
-    help="The shape of cells: that of the first image of the row, their own, or square. By "
-    "default it is that of the adapter's training.",
-)
+@pipeline_options
 @click.option(
     "--output", default="outputs", show_default=True, metavar="DIR", help="The folder to write."
 )
@@ -87,12 +49,6 @@ from visualcloze_deft.runtime.open_files import check_handles
 )
 @click.option(
     "--inference-steps", "steps", type=click.IntRange(1, 1000), default=30, show_default=True
-)
-@click.option("--guidance", type=float, default=30.0, show_default=True)
-@click.option(
-    "--resolution",
-    type=click.IntRange(32, 2048),
-    help="The side of a square cell in pixels. By default it is the model's.",
 )
 @click.option(
     "--upsample",
@@ -158,20 +114,6 @@ from visualcloze_deft.runtime.open_files import check_handles
     help="What examples and known cells see: all, in every step; themselves alone, computed once; "
     "or that, examples without the query. The default is as the adapters were trained.",
 )
-@click.option(
-    "--untrained-context",
-    is_flag=True,
-    help="Allows a --context that an adapter was not trained with.",
-)
-@click.option(
-    "--attention",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="The attention kernel: native, cudnn, flash, efficient, math or another backend of "
-    "diffusers. auto takes the fastest kernel of the GPU whose results are right.",
-)
-@TASK_FOLDERS
 @click.option("--dry-run", is_flag=True, help="Checks all grids and lists the images to make.")
 @click.pass_obj
 def infer(

@@ -111,6 +111,75 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+PIPELINE_OPTIONS = [
+    click.option(
+        "--model",
+        default="tiny",
+        show_default=True,
+        help="A diffusers folder or a hub id of FLUX.1-Fill, or 'tiny'.",
+    ),
+    REVISION,
+    click.option(
+        "--model-lora",
+        "lora",
+        metavar="PATH",
+        help="A FLUX LoRA that is merged into the base, e.g. VisualCloze's.",
+    ),
+    click.option(
+        "--adapter",
+        "adapter",
+        multiple=True,
+        metavar="DIR[=SCALE]",
+        help="An adapter folder, e.g. runs/demo/adapter, and its scale. Repeatable: they add up.",
+    ),
+    click.option(
+        "--quantise",
+        type=click.Choice(["none", "int8", "nf4", "fp8"]),
+        default="none",
+        show_default=True,
+        help="The precision of the frozen blocks. int8 and nf4 need bitsandbytes.",
+    ),
+    click.option(
+        "--clip-text",
+        type=click.Choice(["fit", "original"]),
+        help="The part of a long text that CLIP reads. By default it is that of the adapter's "
+        "training.",
+    ),
+    click.option(
+        "--cells",
+        type=click.Choice(["row", "own", "square"]),
+        help="The shape of cells: that of the first image of the row, their own, or square. By "
+        "default it is that of the adapter's training.",
+    ),
+    click.option(
+        "--resolution",
+        type=click.IntRange(32, 2048),
+        help="The side of a square cell in pixels. By default it is the model's.",
+    ),
+    click.option("--guidance", type=float, default=30.0, show_default=True),
+    click.option(
+        "--untrained-context",
+        is_flag=True,
+        help="Allows a --context that an adapter was not trained with.",
+    ),
+    click.option(
+        "--attention",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="The attention kernel: native, cudnn, flash, efficient, math or another backend of "
+        "diffusers. auto takes the fastest kernel of the GPU whose results are right.",
+    ),
+    TASK_FOLDERS,
+]  # of `infer` and `compile`
+
+
+def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(PIPELINE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def run_of(
     config: str | None,
     data: Sequence[str],

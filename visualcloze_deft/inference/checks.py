@@ -60,7 +60,7 @@ def check_context_cache(settings: InferenceSettings) -> None:
     if settings.compiled is not None and seen != "causal":
         raise UserError(
             f"--compiled {settings.compiled}: compiled examples need a causal context, and this is "
-            f"{seen!r}; give --context causal, and the adapter that they were compiled with"
+            f"{seen!r}; leave --context out"
         )
     full = settings.context_cache
     if full is not None and full > settings.steps:

@@ -45,7 +45,9 @@ COMPARED = {  # of `Compiled.made_with`: what a model must have in common, and h
     "clip_text": "clip_text",
     "cells": "cells",
     "resolution": "resolution",
+    "guidance": "guidance",
 }
+FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Compiled:
         tensors |= {name: as_bytes(image) for name, image in pictures.items()}
         about = json.dumps(
             {
+                "format": FORMAT,
                 "task": self.task,
                 "task_prompt": self.task_prompt,
                 "targets": self.targets,
@@ -179,24 +182,26 @@ def read_compiled(path: Path, *, whole: bool = True) -> Compiled:
         raise UserError(damaged(path))
     if tensor_files.content_hash(path) != found:
         raise UserError(damaged(path))
-    says = json.loads(about)
-    names = [[f"picture.{r}.{c}" for c in range(says["columns"])] for r in range(says["rows"])]
     try:
+        says = json.loads(about)
+        if says["format"] != FORMAT:
+            raise UserError(f"{path}: of another version of vcdeft; compile the examples anew")
+        names = [[f"picture.{r}.{c}" for c in range(says["columns"])] for r in range(says["rows"])]
         tensors = load_file(path) if whole else some_of(path, [n for row in names for n in row])
         rows = tuple(tuple(as_picture(tensors[name], path) for name in row) for row in names)
         part = part_of(tensors, says["layers"], says["dtype"]) if whole else None
-    except (OSError, SafetensorError, KeyError) as error:
+        return Compiled(
+            rows=rows,
+            task=says["task"],
+            task_prompt=says["task_prompt"],
+            targets=tuple(says["targets"]),
+            made_with=says["made_with"],
+            key=says["key"],
+            part=part,
+            sha256=found,
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{damaged(path)} ({error})") from None
-    return Compiled(
-        rows=rows,
-        task=says["task"],
-        task_prompt=says["task_prompt"],
-        targets=tuple(says["targets"]),
-        made_with=says["made_with"],
-        key=says["key"],
-        part=part,
-        sha256=found,
-    )
 
 
 def damaged(path: Path) -> str:

@@ -52,6 +52,7 @@ class CompiledMethods:
         task: str | None = None,
         task_prompt: str | None = None,
         resolution: int | None = None,
+        guidance_scale: float = GUIDANCE,
     ) -> Compiled:
         """Run examples once. `Compiled.save` writes the result, `load_compiled` uses it.
 
@@ -68,10 +69,12 @@ class CompiledMethods:
             images=1,
             upsampling=None,
         )
-        return self.compile_request(asked, resolution=resolution)
+        return self.compile_request(asked, resolution=resolution, guidance=guidance_scale)
 
     @torch.no_grad()
-    def compile_request(self, asked: Request, *, resolution: int | None = None) -> Compiled:
+    def compile_request(
+        self, asked: Request, *, resolution: int | None, guidance: float
+    ) -> Compiled:
         """`compile_examples` for a checked grid."""
         if self.context.seen != "causal":
             raise UserError(
@@ -83,14 +86,14 @@ class CompiledMethods:
         built = grid.build(asked.rows, resolution=side, cells=self.config.cells)
         given = conditions_of(models, [built], [asked.prompt], seen="causal")
         with enough_memory("running the examples"):
-            part = examples_of(models, given, guidance=GUIDANCE)
+            part = examples_of(models, given, guidance=guidance)
         return Compiled(
             rows=tuple(tuple(filter(None, row)) for row in asked.rows[:-1]),
             task=asked.task,
             task_prompt=asked.task_prompt,
             targets=asked.targets,
-            made_with=self.made_with(side),
-            key=key_of(built, asked.prompt),
+            made_with=self.made_with(side, guidance),
+            key=key_of(built, asked.prompt, guidance=guidance),
             part=part,
         )
 
@@ -100,7 +103,8 @@ class CompiledMethods:
         Raises `UserError` where they were compiled with another model, adapters or settings.
         """
         found = compiled if isinstance(compiled, Compiled) else read_compiled(Path(compiled))
-        found.check_made_with(self.made_with(found.made_with["resolution"]), where="compiled")
+        asked = found.made_with["resolution"], found.made_with["guidance"]
+        found.check_made_with(self.made_with(*asked), where="compiled")
         assert found.part is not None
         place, dtype = self.models.device, self.transformer.dtype
         moved = {
@@ -114,7 +118,7 @@ class CompiledMethods:
         """Take examples from the rows of calls again."""
         self._compiled = self._examples = None
 
-    def made_with(self, side: int) -> dict[str, Any]:
+    def made_with(self, side: int, guidance: float) -> dict[str, Any]:
         """What tells this pipeline from others, see `compiled.COMPARED`."""
         used = {self.blend.places[name]: scale for name, scale in self.blend.scales.items()}
         model = self.config.get("_name_or_path") or ""
@@ -129,13 +133,14 @@ class CompiledMethods:
             "clip_text": self.config.clip_text,
             "cells": self.config.cells,
             "resolution": side,
+            "guidance": guidance,
         }
 
-    def compiled_for(self, side: int) -> ExampleParts | None:
+    def compiled_for(self, side: int, guidance: float) -> ExampleParts | None:
         """The compiled examples in use, which must be this pipeline's as it is now."""
         if self._compiled is None:
             return None
-        self._compiled.check_made_with(self.made_with(side), where="compiled")
+        self._compiled.check_made_with(self.made_with(side, guidance), where="compiled")
         return self._examples
 
 

@@ -54,7 +54,9 @@ def compile_file(
     if dry_run:
         return
     pipe = load(settings, adapters)
-    compiled = pipe.compile_request(asked, resolution=settings.resolution)
+    compiled = pipe.compile_request(
+        asked, resolution=settings.resolution, guidance=settings.guidance
+    )
     off = compiled.save(output, storage=storage)
     if off:
         tqdm.write(f"{storage}: keys and values are off by {off:.2%} of their root mean square")

@@ -13,9 +13,9 @@ from visualcloze_deft.grids.grid import Grid
 from visualcloze_deft.grids.prompt import Prompt, of_task
 
 
-def key_of(built: Grid, prompt: Prompt) -> str:
+def key_of(built: Grid, prompt: Prompt, *, guidance: float) -> str:
     """What tells the examples of a grid, with the text of their task, from others."""
-    told = hashlib.sha256(str(of_task(prompt)).encode())
+    told = hashlib.sha256(f"{guidance} {of_task(prompt)}".encode())
     for strip in built.strips[:-1]:
         told.update(f" {tuple(strip.shape)} ".encode())
         told.update(strip.numpy().tobytes())

@@ -242,10 +242,13 @@ class Generation:
     ) -> Part:
         """What a causal context keeps of examples, once for all grids that have the same."""
         prompts = [self.asked[number].prompt for number in numbers]
-        keys = [key_of(one, prompt) for one, prompt in zip(built, prompts, strict=True)]
+        guidance = self.how.guidance
+        keys = [
+            key_of(one, prompt, guidance=guidance)
+            for one, prompt in zip(built, prompts, strict=True)
+        ]
         return self.examples.of(
-            keys,
-            lambda k: examples_of(self.models, shown.some([k]), guidance=self.how.guidance),
+            keys, lambda k: examples_of(self.models, shown.some([k]), guidance=guidance)
         )
 
     def text_of(self, jobs: Sequence[Job]) -> FluxText:

@@ -274,7 +274,7 @@ def load(settings: InferenceSettings, adapters: Mapping[StoredAdapter, float]) -
         task_folders=settings.all_task_folders,
         attention=NATIVE if offloaded else settings.attention,
     )
-    pipe.set_context(settings.context, untrained=settings.untrained_context)
+    pipe.set_context(settings.asked_context, untrained=settings.untrained_context)
     if settings.compiled is not None:
         pipe.load_compiled(settings.compiled)
     if settings.context_cache is not None:

@@ -288,7 +288,7 @@ class InContextPipeline(
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
-            examples=self.compiled_for(how.resolution or self.config.resolution)
+            examples=self.compiled_for(how.resolution or self.config.resolution, how.guidance)
             or examples
             or ExampleParts(),
         )

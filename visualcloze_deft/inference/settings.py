@@ -51,7 +51,12 @@ class InferenceSettings:
     def seen(self) -> Seen:
         """What known cells see: as it is asked for, or as the adapters were trained."""
         known = {adapter: known_to(adapter) for adapter in self.adapters}
-        return context_of(known, self.context, untrained=self.untrained_context)
+        return context_of(known, self.asked_context, untrained=self.untrained_context)
+
+    @property
+    def asked_context(self) -> str | None:
+        """What known cells are to see: compiled examples leave one answer."""
+        return self.context or ("causal" if self.compiled else None)
 
     @property
     def all_task_folders(self) -> tuple[Path, ...]:
