@@ -23,14 +23,13 @@ import diffusers
 import numpy as np
 import torch
 from bench_infer import CONTENT, TASK, rows_of
-from measure_context import CACHES, put_between
+from measure_context import CACHES, published
 from PIL import Image
 
 from visualcloze_deft.evaluation.metrics.fidelity import psnr
 from visualcloze_deft.inference.acceleration import cache_settings
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.paths import BASE
-from visualcloze_deft.storage.atomic import write_text
 
 MARKS = "<!-- peers:begin -->\n", "<!-- peers:end -->"
 THEIRS, OURS = "diffusers", "vcdeft"
@@ -182,11 +181,7 @@ def main() -> None:
         f"image at a time, diffusers {diffusers.__version__}, on a CPU. Medians of "
         f"{options.rounds} seeds; time is the share of diffusers' uncached one, seed by seed."
     )
-    text = "\n".join([*table(found), "", note, ""])
-    print(text)
-    write_text(options.output / "table.md", text)
-    if options.report:
-        put_between(options.report, MARKS, text)
+    published(table(found), note, options, MARKS)
 
 
 if __name__ == "__main__":

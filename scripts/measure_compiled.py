@@ -1,7 +1,7 @@
 """What 8 bits cost compiled examples: python scripts/measure_compiled.py --adapter runs/causal
 
-The adapter, trained with context=causal, answers held-out grids of the eleven families with their
-examples compiled and stored in each precision. Prints, and writes into --output and between the
+The adapter answers held-out grids of the eleven families with their examples compiled and stored in
+each precision. Prints, and writes into --output and between the
 marks of --report: bytes of a file, the error of keys and values, and PSNR of the images to those of
 the model's own precision and to the truth.
 """
@@ -16,7 +16,7 @@ from typing import get_args
 
 import numpy as np
 from evaluate_scenes import examples_of
-from measure_context import put_between
+from measure_context import published
 from PIL import Image
 
 from visualcloze_deft.data.example import Example
@@ -25,7 +25,6 @@ from visualcloze_deft.evaluation.suite_queries import GridSettings
 from visualcloze_deft.inference.compiled import Storage
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.sampling.examples import truths_of
-from visualcloze_deft.storage.atomic import write_text
 
 MARKS = "<!-- compiled:begin -->\n", "<!-- compiled:end -->"
 
@@ -96,6 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     pipe = InContextPipeline.from_pretrained(options.model, adapter=options.adapter)
+    pipe.set_context("causal", untrained=True)
     pipe.set_progress_bar_config(disable=True)
     making = GridSettings(data={}, limit=options.scenes, rows=2, resolution=pipe.config.resolution)
     found: dict[Storage, Stored] = {storage: Stored() for storage in get_args(Storage)}
@@ -114,11 +114,7 @@ def main() -> None:
         "an adapter of the demo's recipe. Sizes are shares of float32, which is the model's own "
         "precision here; of bfloat16 8 bits are half. Images: PSNR, the median and the least."
     )
-    text = "\n".join([*table(found, truths), "", note, ""])
-    print(text)
-    write_text(options.output / "table.md", text)
-    if options.report:
-        put_between(options.report, MARKS, text)
+    published(table(found, truths), note, options, MARKS)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,17 @@ def main() -> None:
         put_between(options.report, MARKS, text)
 
 
+def published(
+    lines: Sequence[str], note: str, options: argparse.Namespace, marks: tuple[str, str]
+) -> None:
+    """Print a table with its note, and write it into --output and between `marks` of --report."""
+    text = "\n".join([*lines, "", note, ""])
+    print(text)
+    write_text(options.output / "table.md", text)
+    if options.report:
+        put_between(options.report, marks, text)
+
+
 def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
     """Write `text` between two lines of a page."""
     begin, end = marks

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate_scenes import examples_of
-from measure_context import put_between
+from measure_context import published
 
 from visualcloze_deft.adapters.contexts import known_to
 from visualcloze_deft.backbones.base import Seen
@@ -129,11 +129,7 @@ def main() -> None:
         f"The demo's recipe on the embedded base. PSNR in dB to the truth of {options.scenes} "
         f"held-out grids of each family, one example, {options.steps} sampling steps."
     )
-    text = "\n".join([*table(measured(options)), "", note, ""])
-    print(text)
-    write_text(options.output / "table.md", text)
-    if options.report:
-        put_between(options.report, MARKS, text)
+    published(table(measured(options)), note, options, MARKS)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,21 @@ def test_the_context_cache_is_timed_beside_diffusers_own_pipeline(
 
 
 @pytest.mark.scripts
+def test_the_precisions_of_compiled_examples_are_compared(
+    script: Script, micro_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- compiled:begin -->\nold\n<!-- compiled:end -->\nafter\n")
+    small = "--scenes 1 --steps 1 --output out"
+    told = ("--model", micro_model, "--adapter", adapter, "--report", page, *small.split())
+    found = rows(script("measure_compiled.py", *told))
+    assert [row[0] for row in found[2:]] == ["model", "fp8", "int8"]
+    assert found[2][2] == "0.00%"
+    assert float(found[3][2].rstrip("%")) > float(found[4][2].rstrip("%")) > 0
+    assert rows(page.read_text()) == found
+
+
+@pytest.mark.scripts
 def test_trained_contexts_are_compared_with_a_full_one(
     script: Script, micro_model: Path, tmp_path: Path
 ) -> None:

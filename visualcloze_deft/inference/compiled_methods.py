@@ -79,7 +79,8 @@ class CompiledMethods:
         if self.context.seen != "causal":
             raise UserError(
                 "compile: examples see the query unless the context is causal; use an adapter "
-                "that was trained with context=causal"
+                "that was trained with context=causal, or allow others with "
+                "set_context('causal', untrained=True)"
             )
         check_examples(asked)
         models, side = self.models, resolution or self.config.resolution
