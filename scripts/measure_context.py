@@ -201,7 +201,10 @@ def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
     begin, end = marks
     between = re.escape(begin) + ".*?" + re.escape(end)
     old = page.read_text(encoding="utf-8")
-    write_text(page, re.sub(between, lambda _: f"{begin}{text}{end}", old, flags=re.DOTALL))
+    new, count = re.subn(between, lambda _: f"{begin}{text}{end}", old, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{page}: the marks {begin.strip()} and {end} are there {count} times")
+    write_text(page, new)
 
 
 if __name__ == "__main__":

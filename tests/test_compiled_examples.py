@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +22,7 @@ from visualcloze_deft.backbones.flux_fill.loading import load_models
 from visualcloze_deft.cli import main
 from visualcloze_deft.config.run_settings import Run
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.inference.acceleration import cache_settings
 from visualcloze_deft.inference.compiled import KINDS, as_bytes, reduced, restored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,6 +166,9 @@ def test_eight_bits_are_off_by_what_the_command_says(
     assert 0 < share < most
     assert f"{storage}: keys and values are off by {share:.2%}" in said
     done(words("infer --compiled b.safetensors --queries queries --output new"))
+    done(words("infer --compiled a.safetensors --queries queries --output exact"))
+    pair = [np.asarray(Image.open(folder / p / "green.png"), float) for p in ("new", "exact")]
+    assert 0 < np.abs(pair[0] - pair[1]).mean() < 5
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=str)
@@ -206,7 +212,7 @@ def test_a_file_of_other_tensors_is_no_compiled_one_and_is_not_written_over(
     assert told in refused(*words("infer --compiled a.safetensors --queries queries --output new"))
     compile_ = "compile --examples examples.json --output a.safetensors"
     assert "already there" in refused(*words(compile_))
-    assert told in refused(*words(f"{compile_} --overwrite"))
+    assert "holds no compiled examples" in refused(*words(f"{compile_} --overwrite"))
     assert (folder / "a.safetensors").read_bytes() == before
 
 
@@ -214,6 +220,8 @@ def test_compiled_examples_are_written_over_when_asked_for(
     words: Words, done: Quietly, folder: Path, refused: Callable[..., str]
 ) -> None:
     done(words("compile --examples examples.json --output a.safetensors"))
+    data = (folder / "a.safetensors").read_bytes()
+    (folder / "a.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # damaged
     done(words("compile --examples examples.json --output a.safetensors --overwrite --storage fp8"))
     done(words("infer --compiled a.safetensors --queries queries --output new"))
 
@@ -316,6 +324,16 @@ def test_a_folder_of_queries_must_fit_the_examples(
     assert "a query of these examples has 3 cells, of which 1 are asked for" in refused(*line)
 
 
+def test_queries_whose_images_would_have_one_name_are_refused(
+    words: Words, done: Quietly, folder: Path, refused: Callable[..., str]
+) -> None:
+    done(words("compile --examples examples.json --output a.safetensors"))
+    picture("red").save(folder / "queries" / "green-sheet.png")
+    line = words("infer --compiled a.safetensors --queries queries --output new --overwrite")
+    assert "green-sheet.png would also be written for" in refused(*line)
+    assert not (folder / "new").exists()
+
+
 def test_an_adapter_without_a_causal_context_is_refused(
     words: Words, done: Quietly, refused: Callable[..., str], micro_model: Path, tmp_path: Path
 ) -> None:
@@ -361,13 +379,14 @@ def test_a_pipeline_answers_query_rows_with_compiled_examples(
 ) -> None:
     query = [picture("green"), None]
     whole = answer(pipe, [*EXAMPLES, query], task=TASK, seed=[0, 1])
+    other = answer(pipe, [*EXAMPLES, query[::-1]], task=TASK)
     compiled = pipe.compile_examples(EXAMPLES, task=TASK)
     compiled.save(tmp_path / "a.safetensors")
     for given in (compiled, tmp_path / "a.safetensors"):
         pipe.load_compiled(given)
         assert answer(pipe, [query], seed=[0, 1]) == whole
         # the column that is asked for is the query's own affair
-        assert answer(pipe, [[None, picture("green")]]) != whole[:1]
+        assert answer(pipe, [[None, picture("green")]]) == other
         with pytest.raises(UserError, match="give the query row alone"):
             answer(pipe, [*EXAMPLES, query])
         pipe.unload_compiled()
@@ -391,6 +410,87 @@ def test_a_pipeline_that_changed_refuses_its_compiled_examples(pipe: InContextPi
     with pytest.raises(UserError, match="they need a causal context"):
         answer(pipe, query)
     with pytest.raises(UserError, match="use an adapter that was trained with context=causal"):
+        pipe.compile_examples(EXAMPLES, task=TASK)
+
+
+def test_an_adapter_that_was_replaced_since_it_was_loaded_is_another_one(
+    pipe: InContextPipeline, adapter: Path, micro_model: Path, tmp_path: Path
+) -> None:
+    """The file says what the keys and values were computed with."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    changed = {name: tensor * 1.5 for name, tensor in tensors.items()}
+    save_file(changed, adapter / "adapter_model.safetensors", metadata={"context": "causal"})
+    pipe.compile_examples(EXAMPLES, task=TASK).save(tmp_path / "a.safetensors")
+    new = InContextPipeline.from_pretrained(micro_model, adapter=adapter)
+    with pytest.raises(UserError, match=r"adapters .* has changed"):
+        new.load_compiled(tmp_path / "a.safetensors")
+    shutil.rmtree(adapter)
+    pipe.load_compiled(tmp_path / "a.safetensors")
+
+
+def test_another_part_of_a_pipeline_has_no_compiled_examples(
+    pipe: InContextPipeline, micro_model: Path
+) -> None:
+    pipe.load_compiled(pipe.compile_examples(EXAMPLES, task=TASK))
+    pipe.vae = load_models(str(micro_model)).vae
+    with pytest.raises(UserError, match="give at least one"):
+        answer(pipe, [[None, None]])
+
+
+def test_compiled_examples_follow_a_pipeline_to_another_precision(pipe: InContextPipeline) -> None:
+    query = [picture("green"), None]
+    pipe.load_compiled(pipe.compile_examples(EXAMPLES, task=TASK))
+    answer(pipe, [query])
+    pipe.to(torch.bfloat16)
+    low = answer(pipe, [query])
+    pipe.unload_compiled()
+    whole = answer(pipe, [*EXAMPLES, query], task=TASK)
+    apart = np.frombuffer(low[0], np.uint8).astype(float) - np.frombuffer(whole[0], np.uint8)
+    assert np.abs(apart).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"resolution": 100}, "give a multiple of 16"),
+        ({"guidance_scale": "x"}, "give a number"),
+        ({"rows": None}, "give a list of rows"),
+        ({"rows": [1]}, "row 1 is 1"),
+        ({"rows": [*EXAMPLES[:1], [picture("red")]]}, "rows differ in length"),
+    ],
+)
+def test_what_cannot_be_compiled_in_python_is_one_line(
+    pipe: InContextPipeline, given: dict, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        pipe.compile_examples(**{"rows": EXAMPLES, "task": TASK, **given})
+
+
+def test_what_cannot_be_saved_or_loaded_in_python_is_one_line(
+    pipe: InContextPipeline, tmp_path: Path
+) -> None:
+    compiled = pipe.compile_examples(EXAMPLES, task=TASK, guidance_scale=30)
+    pipe.load_compiled(compiled)
+    answer(pipe, [[picture("green"), None]], guidance_scale=30.0)
+    with pytest.raises(UserError, match="storage 'fp4'"):
+        compiled.save(tmp_path / "a.safetensors", storage="fp4")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="compiled 3: give a file"):
+        pipe.load_compiled(3)  # type: ignore[arg-type]
+    pipe.transformer.enable_cache(cache_settings("first-block"))
+    with pytest.raises(UserError, match="not beside a cache of diffusers"):
+        pipe.compile_examples(EXAMPLES, task=TASK)
+
+
+def test_an_adapter_without_a_file_cannot_be_told_from_others(
+    pipe: InContextPipeline, micro_model: Path
+) -> None:
+    shapes = pipe.transformer.transformer_blocks[0].attn.to_q.weight.shape
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
+    pipe.load_lora_weights(
+        {name.format("A"): torch.ones(2, shapes[1]), name.format("B"): torch.ones(shapes[0], 2)}
+    )
+    pipe.set_context("causal", untrained=True)
+    with pytest.raises(UserError, match="load it from a file"):
         pipe.compile_examples(EXAMPLES, task=TASK)
 
 

@@ -511,6 +511,7 @@ def test_an_adapter_is_run_with_the_context_that_it_was_trained_with(
         ("full", False),
         ("mixed", False),
         ("isolated", True),
+        ("causal", True),
     ):
         name = pipe.load_adapter(adapter_with(context))
         assert pipe.context.once is isolated

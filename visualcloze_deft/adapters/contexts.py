@@ -72,5 +72,6 @@ def context_of(
     adapter = next(adapter for adapter, own in known.items() if asked not in own)
     raise UserError(
         f"context {asked!r}: the adapter {adapter} was trained with {known[adapter][0]!r} alone, "
-        "and its images are worse; leave --context out, or allow it with --untrained-context"
+        "and its images are worse with another; use an adapter for it, or allow it with "
+        "--untrained-context"
     )

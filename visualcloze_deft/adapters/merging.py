@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -20,14 +20,29 @@ from visualcloze_deft.adapters import files, injection
 from visualcloze_deft.adapters.contexts import known_to
 from visualcloze_deft.backbones.base import Seen
 from visualcloze_deft.backbones.lora_names import Change
+from visualcloze_deft.backbones.peft_files import settings_file, weights_file
 from visualcloze_deft.backbones.quantization import is_quantised
 from visualcloze_deft.config.numbers import is_scale
 from visualcloze_deft.errors import UserError, suggestion
+from visualcloze_deft.storage.hashing import digest_of
+
+
+class Hashes(NamedTuple):
+    """SHA-256 of an adapter's files. config: None of a LoRA file, which has none."""
+
+    weights: str
+    config: str | None
+
+
+def hashes_of_files(folder: Path) -> Hashes:
+    config = settings_file(folder)
+    return Hashes(digest_of(weights_file(folder)), digest_of(config) if config else None)
 
 
 class ActiveAdapters:
     """The adapters of one transformer. scales: of those in use, by name. places: the folder, or
-    LoRA file, of each that was added. contexts: those that each was trained with.
+    LoRA file, of each that was added. hashes: of its files then, None where it came from none.
+    contexts: those that each was trained with.
 
     While adapters are merged, the weights of their layers as they were rest in the host's memory:
     taking adapters off gives them back bit for bit.
@@ -39,6 +54,7 @@ class ActiveAdapters:
         self.merge = merge
         self.scales: dict[str, float] = {}
         self.places: dict[str, Path] = {}
+        self.hashes: dict[str, Hashes | None] = {}
         self.contexts: dict[str, tuple[Seen, ...]] = {}
         self.known: dict[str, dict[str, Change]] = {}
         self._originals: dict[str, Tensor] = {}
@@ -64,6 +80,7 @@ class ActiveAdapters:
         self.check_reachable()
         place = adapter if isinstance(adapter, Path) else adapter.folder
         contexts = known_to(place)
+        hashes = hashes_of_files(place) if weights_file(place).is_file() else None
         wanted = dict(self.scales)
         self.use({})
         try:
@@ -74,6 +91,7 @@ class ActiveAdapters:
             }
             injection.detach(self.transformer)
             self.places[name], self.contexts[name] = place, contexts
+            self.hashes[name] = hashes
             if used:
                 wanted[name] = 1.0
         finally:
@@ -82,7 +100,7 @@ class ActiveAdapters:
     def delete(self, name: str) -> None:
         self._check_known(name)
         self.use({other: s for other, s in self.scales.items() if other != name})
-        del self.known[name], self.places[name], self.contexts[name]
+        del self.known[name], self.places[name], self.contexts[name], self.hashes[name]
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Use exactly these, each at its scale: 0 is the base, 1 the adapter as trained.

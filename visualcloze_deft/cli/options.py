@@ -160,7 +160,7 @@ PIPELINE_OPTIONS = [
     click.option(
         "--untrained-context",
         is_flag=True,
-        help="Allows a --context that an adapter was not trained with.",
+        help="Allows a context that an adapter, or the base alone, was not trained with.",
     ),
     click.option(
         "--attention",

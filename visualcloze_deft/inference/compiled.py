@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from visualcloze_deft.backbones.base import Part
 from visualcloze_deft.config.sameness import differences
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.images.reading import opened
+from visualcloze_deft.inference.fingerprints import NAMED, as_named
 from visualcloze_deft.storage.atomic import atomic_write
 from visualcloze_deft.storage.tensor_headers import read_texts
 
@@ -36,17 +37,8 @@ KINDS: Mapping[Storage, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torc
 SCALE_BYTES = 4
 SCALE = ".scale"  # after the names of tensors in 8 bits
 ABOUT, ABOUT_HASH, HASH = "vcdeft_compiled", "vcdeft_compiled_sha256", "sha256"  # header texts
-COMPARED = {  # of `Compiled.made_with`: what a model must have in common, and how it is asked for
-    "model_fingerprint": "model",
-    "model_lora_sha256": "model_lora",
-    "adapters_sha256": "adapters",
-    "adapters_config_sha256": "adapters",
-    "quantise": "quantise",
-    "clip_text": "clip_text",
-    "cells": "cells",
-    "resolution": "resolution",
-    "guidance": "guidance",
-}
+COMPARED = (*NAMED, "quantise", "clip_text", "cells", "resolution", "guidance")
+"""Of `Compiled.made_with`: what answers must have in common with it."""
 FORMAT = 1
 
 
@@ -68,8 +60,11 @@ class Compiled:
     def save(self, path: str | Path, *, storage: Storage = "model") -> float:
         """Write the file; returns how far keys and values in it are off, as a share of their root
         mean square. storage: "model", their own precision; "fp8" or "int8", with a scale for each
-        head of each token."""
-        assert self.part is not None
+        head of each token. Raises `UserError` where the file cannot be written."""
+        if storage not in get_args(Storage):
+            raise UserError(f"storage {storage!r}: give one of {', '.join(get_args(Storage))}")
+        if self.part is None:
+            raise UserError("compiled examples in use: save what compile_examples() gave")
         tensors: dict[str, Tensor] = {}
         off, size = 0.0, 0.0
         for layer, pair in self.part.items():
@@ -128,23 +123,16 @@ class Compiled:
         mine = {name: self.made_with.get(name) for name in COMPARED}
         theirs = {name: other.get(name) for name in COMPARED}
         for one in differences(mine, theirs):
-            name = COMPARED[one.name]
+            name = NAMED.get(one.name, one.name)
             was, now = self.made_with.get(name), other.get(name)
             if was == now:  # another file of the same name
                 raise UserError(
                     f"{where}: {name} {now} has changed since; compile the examples anew"
                 )
             raise UserError(
-                f"{where}: compiled with {name} {told(was)}, asked for is {told(now)}; give the "
-                "same, or compile the examples anew"
+                f"{where}: compiled with {name} {as_named(was)}, asked for is {as_named(now)}; "
+                "give the same, or compile the examples anew"
             )
-
-
-def told(value: object) -> str:
-    """A value for a message: adapters by their folders."""
-    several = value if isinstance(value, list) else [value]
-    names = [str(one["path"] if isinstance(one, dict) else one) for one in several if one]
-    return ", ".join(names) or "none"
 
 
 def reduced(tensor: Tensor, kind: torch.dtype) -> dict[str, Tensor]:
@@ -167,6 +155,11 @@ def as_bytes(image: Image.Image) -> Tensor:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return torch.from_numpy(np.frombuffer(file.getvalue(), np.uint8).copy())
+
+
+def is_compiled(path: Path) -> bool:
+    """Whether a file says that it is one of compiled examples, whole or not."""
+    return ABOUT in read_texts(path)
 
 
 def read_compiled(path: Path, *, whole: bool = True) -> Compiled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,16 @@ from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.config.run_settings import Bits
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids import grid
-from visualcloze_deft.inference.arguments import enough_memory, requests_of
+from visualcloze_deft.inference.arguments import checked_rows, enough_memory, requests_of
 from visualcloze_deft.inference.compiled import Compiled, read_compiled
 from visualcloze_deft.inference.example_parts import ExampleParts, key_of
-from visualcloze_deft.inference.fingerprints import hashes_of
+from visualcloze_deft.inference.fingerprints import Used, weights_of
+from visualcloze_deft.inference.generation import Generating
 from visualcloze_deft.inference.pictures import Picture
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.sampling.context import Context
 from visualcloze_deft.sampling.denoising import GUIDANCE, conditions_of, examples_of
+from visualcloze_deft.storage.text_files import brief
 from visualcloze_deft.task_registry.task import Task
 
 
@@ -39,8 +40,11 @@ class CompiledMethods:
 
     if TYPE_CHECKING:  # what the pipeline's other classes have
 
-        @property
-        def context(self) -> Context: ...
+        def context_for(self, steps: int) -> Context: ...
+
+        def check_parts(self, asked: Sequence[Request], *, with_text: bool) -> None: ...
+
+        def maybe_free_model_hooks(self) -> None: ...
 
         @property
         def models(self) -> Models: ...
@@ -63,7 +67,7 @@ class CompiledMethods:
         (asked,) = requests_of(
             None,
             self.tasks,
-            rows=with_query(rows),
+            rows=with_query(checked_rows(rows)),
             own=own,
             seed=None,
             images=1,
@@ -76,18 +80,21 @@ class CompiledMethods:
         self, asked: Request, *, resolution: int | None, guidance: float
     ) -> Compiled:
         """`compile_examples` for a checked grid."""
-        if self.context.seen != "causal":
+        if self.context_for(1).seen != "causal":
             raise UserError(
                 "compile: examples see the query unless the context is causal; use an adapter "
                 "that was trained with context=causal, or allow others with "
                 "set_context('causal', untrained=True)"
             )
         check_examples(asked)
-        models, side = self.models, resolution or self.config.resolution
+        how = Generating(guidance=guidance, resolution=resolution)
+        self.check_parts([asked], with_text=True)
+        models, side = self.models, how.resolution or self.config.resolution
         built = grid.build(asked.rows, resolution=side, cells=self.config.cells)
         given = conditions_of(models, [built], [asked.prompt], seen="causal")
         with enough_memory("running the examples"):
-            part = examples_of(models, given, guidance=guidance)
+            part = examples_of(models, given, guidance=how.guidance)
+        self.maybe_free_model_hooks()
         return Compiled(
             rows=tuple(tuple(filter(None, row)) for row in asked.rows[:-1]),
             task=asked.task,
@@ -103,17 +110,16 @@ class CompiledMethods:
 
         Raises `UserError` where they were compiled with another model, adapters or settings.
         """
+        if not isinstance(compiled, Compiled | str | Path):
+            raise UserError(f"compiled {brief(compiled)}: give a file of compiled examples")
         found = compiled if isinstance(compiled, Compiled) else read_compiled(Path(compiled))
         asked = found.made_with["resolution"], found.made_with["guidance"]
         found.check_made_with(self.made_with(*asked), where="compiled")
-        assert found.part is not None
-        place, dtype = self.models.device, self.transformer.dtype
-        moved = {
-            layer: (keys.to(place, dtype), values.to(place, dtype))
-            for layer, (keys, values) in found.part.items()
-        }
-        self._examples = ExampleParts((found.key, moved))
-        self._compiled = replace(found, part=None)
+        if found.part is None:
+            raise UserError(
+                "compiled examples in use already: load the file, or what compile_examples() gave"
+            )
+        self._compiled, self._examples = found, None
 
     def unload_compiled(self) -> None:
         """Take examples from the rows of calls again."""
@@ -121,20 +127,22 @@ class CompiledMethods:
 
     def made_with(self, side: int, guidance: float) -> dict[str, Any]:
         """What tells this pipeline from others, see `compiled.COMPARED`."""
-        used = {self.blend.places[name]: scale for name, scale in self.blend.scales.items()}
-        model = self.config.get("_name_or_path") or ""
+        used, model = [], self.config.get("_name_or_path") or ""
+        for name, scale in self.blend.scales.items():
+            hashes = self.blend.hashes[name]
+            if hashes is None:
+                raise UserError(
+                    f"adapter {name!r}: compiled examples hold the hash of its file, and it has "
+                    "none; load it from a file"
+                )
+            used.append(Used(folder=self.blend.places[name], scale=scale, **hashes._asdict()))
         return {
-            "model": model,
-            "model_lora": self.lora,
-            "adapters": [
-                {"path": str(path.absolute()), "scale": scale} for path, scale in used.items()
-            ],
-            **hashes_of(model, self.lora, used),
+            **weights_of(model, self.lora, used),
             "quantise": self.quantise,
             "clip_text": self.config.clip_text,
             "cells": self.config.cells,
             "resolution": side,
-            "guidance": guidance,
+            "guidance": float(guidance),
         }
 
     def compiled_for(self, side: int, guidance: float) -> ExampleParts | None:
@@ -142,6 +150,11 @@ class CompiledMethods:
         if self._compiled is None:
             return None
         self._compiled.check_made_with(self.made_with(side, guidance), where="compiled")
+        place, dtype = self.models.device, self.transformer.dtype
+        if self._examples is None or not self._examples.on(place, dtype):
+            assert self._compiled.part is not None
+            self._examples = ExampleParts((self._compiled.key, self._compiled.part))
+            self._examples.to(place, dtype)
         return self._examples
 
 

@@ -14,11 +14,11 @@ from visualcloze_deft.backbones.table import backbone_of
 from visualcloze_deft.errors import UserError
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, strip_shapes
 from visualcloze_deft.inference.checks import check
-from visualcloze_deft.inference.compiled import SCALE_BYTES, Storage, read_compiled
+from visualcloze_deft.inference.compiled import SCALE_BYTES, Storage, is_compiled
 from visualcloze_deft.inference.compiled_methods import check_examples, with_query
 from visualcloze_deft.inference.grid_reading import read_entries
 from visualcloze_deft.inference.infer import load
-from visualcloze_deft.inference.records import shared_of
+from visualcloze_deft.inference.records import check_unchanged, shared_of
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.settings import InferenceSettings
 from visualcloze_deft.storage.atomic import output_folder
@@ -54,6 +54,7 @@ def compile_file(
     if dry_run:
         return
     pipe = load(settings, adapters)
+    check_unchanged(settings, shared)
     compiled = pipe.compile_request(
         asked, resolution=settings.resolution, guidance=settings.guidance
     )
@@ -72,7 +73,8 @@ def check_place(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"output {output}: already there; give --overwrite, or another name")
-    read_compiled(output, whole=False)  # else it is somebody's weights
+    if not is_compiled(output):  # but somebody's weights
+        raise UserError(f"output {output}: holds no compiled examples; give another name")
 
 
 def asked_of(examples: Path, settings: InferenceSettings) -> Request:

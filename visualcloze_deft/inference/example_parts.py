@@ -15,7 +15,7 @@ from visualcloze_deft.grids.prompt import Prompt, of_task
 
 def key_of(built: Grid, prompt: Prompt, *, guidance: float) -> str:
     """What tells the examples of a grid, with the text of their task, from others."""
-    told = hashlib.sha256(f"{guidance} {of_task(prompt)}".encode())
+    told = hashlib.sha256(f"{float(guidance)} {of_task(prompt)}".encode())
     for strip in built.strips[:-1]:
         told.update(f" {tuple(strip.shape)} ".encode())
         told.update(strip.numpy().tobytes())
@@ -32,6 +32,22 @@ class ExampleParts:
     def __init__(self, given: tuple[str, Part] | None = None) -> None:
         self.fixed = given is not None
         self.known = dict([given] if given else [])
+
+    def on(self, place: torch.device, dtype: torch.dtype) -> bool:
+        """Whether what is known is there, in this precision."""
+        every = [keys for part in self.known.values() for keys, _ in part.values()]
+        there = {(keys.device.type, keys.device.index, keys.dtype) for keys in every}
+        index = place.index if place.index is not None else every[0].device.index
+        return there == {(place.type, index, dtype)}
+
+    def to(self, place: torch.device, dtype: torch.dtype) -> None:
+        self.known = {
+            key: {
+                layer: (keys.to(place, dtype), values.to(place, dtype))
+                for layer, (keys, values) in part.items()
+            }
+            for key, part in self.known.items()
+        }
 
     def of(self, keys: Sequence[str], compute: Callable[[int], Part]) -> Part:
         """Those of several grids, whose keys these are. compute: told the place of a grid, gives

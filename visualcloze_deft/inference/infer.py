@@ -35,6 +35,7 @@ from visualcloze_deft.inference.output import NotFinite
 from visualcloze_deft.inference.pipeline import InContextPipeline
 from visualcloze_deft.inference.records import (
     GridJob,
+    check_apart,
     check_inputs_stay,
     check_output,
     check_unchanged,
@@ -87,6 +88,7 @@ def infer(
     shared = shared_of(settings)
     entries = entries_of(source, settings, shared, pictures=pictures)
     plans = grid_jobs(entries, tasks, settings, shared, output)
+    check_apart(plans)
     check_output(output)
     output_folder(output)
     check_inputs_stay(source, output, plans)

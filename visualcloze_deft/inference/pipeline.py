@@ -49,6 +49,7 @@ from visualcloze_deft.sampling.denoising import GUIDANCE, STEPS
 from visualcloze_deft.task_registry.files import load_tasks
 
 logger = logging.getLogger(__name__)
+COMPUTING = ("transformer", "vae", "text_encoder", "text_encoder_2")
 StepCallback = Callable[["InContextPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -119,8 +120,11 @@ class InContextPipeline(
         self._guidance_scale = GUIDANCE
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As diffusers. Another transformer has no adapters, and torch's choice of attention."""
+        """As diffusers. Another transformer has no adapters, and torch's choice of attention; no
+        other part has the compiled examples."""
         super().__setattr__(name, value)
+        if name in COMPUTING and self._compiled is not None:
+            self.unload_compiled()
         if name == "transformer" and "blend" in vars(self):
             own = value._orig_mod if is_compiled_module(value) else value
             if own is not self.blend.transformer:
@@ -265,7 +269,7 @@ class InContextPipeline(
             known_cells=known_cells,
             output_type=output_type,
         )
-        self._check_parts(asked, with_text=prompt_embeds is None)
+        self.check_parts(asked, with_text=prompt_embeds is None)
 
         def after(number: int, t: Tensor, x: Tensor) -> Tensor:
             bar.update()
@@ -301,7 +305,7 @@ class InContextPipeline(
         self.maybe_free_model_hooks()
         return Completed([answers[order] for order in sorted(answers)])
 
-    def _check_parts(self, asked: Sequence[Request], *, with_text: bool) -> None:
+    def check_parts(self, asked: Sequence[Request], *, with_text: bool) -> None:
         """Raise `UserError` where the parts, as they are now, cannot make these grids."""
         self.need("transformer", "vae", "scheduler")
         check_grids(self.transformer, self.config.get("_name_or_path") or "here")

@@ -25,7 +25,7 @@ from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells
 from visualcloze_deft.grids.prompt import ClipText, Prompt
 from visualcloze_deft.inference.arguments import known_or_default
 from visualcloze_deft.inference.compiled import HASH
-from visualcloze_deft.inference.fingerprints import hashes_of
+from visualcloze_deft.inference.fingerprints import NAMED, as_named, in_files, weights_of
 from visualcloze_deft.inference.grid_reading import Entry
 from visualcloze_deft.inference.output import Answer
 from visualcloze_deft.inference.request import Request
@@ -38,12 +38,6 @@ from visualcloze_deft.storage.text_files import read_object
 
 VERSIONS = ("visualcloze-deft", "torch", "diffusers", "transformers", "peft")
 SHEET = "-sheet.png"  # how the names of contact sheets end
-NAMED = {
-    "model_fingerprint": "model",
-    "model_lora_sha256": "model_lora",
-    "adapters_sha256": "adapters",
-    "adapters_config_sha256": "adapters",
-}  # keys of records that say whose hash it is
 WAY_OUT = "give --overwrite, or another --output"
 
 
@@ -80,13 +74,7 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seen = settings.seen
     return {
-        "model": settings.model,
-        "model_lora": settings.lora,
-        "adapters": [
-            {"path": str(folder.absolute()), "scale": scale}
-            for folder, scale in settings.adapters.items()
-        ],
-        **hashes_of(settings.model, settings.lora, settings.adapters),
+        **weights_of(settings.model, settings.lora, in_files(settings.adapters)),
         "dtype": str(default_dtype(device)).removeprefix("torch."),
         "device": device,
         "quantise": settings.quantise,
@@ -113,7 +101,8 @@ def shared_of(settings: InferenceSettings) -> dict[str, Any]:
 
 def check_unchanged(settings: InferenceSettings, record: Mapping[str, Any]) -> None:
     """Raise `UserError` where what was loaded is not what a record planned before says."""
-    for key, value in hashes_of(settings.model, settings.lora, settings.adapters).items():
+    now = weights_of(settings.model, settings.lora, in_files(settings.adapters))
+    for key, value in now.items():
         if record[key] != value:
             raise UserError(
                 f"{key} is {shortly(value)}, and was {shortly(record[key])} when this command "
@@ -181,6 +170,19 @@ def check_inputs_stay(examples: Path, output: Path, plans: Sequence[GridJob]) ->
                 )
 
 
+def check_apart(plans: Sequence[GridJob]) -> None:
+    """Raise `UserError` where two grids would write a file of one name."""
+    whose: dict[str, GridJob] = {}
+    for plan in plans:
+        for name in files_of(plan):
+            other = whose.setdefault(name, plan)
+            if other is not plan:
+                raise UserError(
+                    f"{plan.entry.where}: {name} would also be written for {other.entry.where}; "
+                    "rename one of them"
+                )
+
+
 def files_of(plan: GridJob) -> tuple[str, ...]:
     """The names of all files that are made of a grid, the record last."""
     return (*plan.names, f"{plan.entry.name}{SHEET}", f"{plan.entry.name}.json")
@@ -224,17 +226,6 @@ def contrast(other: Difference, before: Mapping[str, Any], now: Mapping[str, Any
     if was != wanted:
         return f"{name} {was}, asked for is {wanted}"
     return f"{other.name} {shortly(other.before)}, asked for is {shortly(other.now)}"
-
-
-def as_named(value: object) -> str:
-    """What a record names, adapters with their scales.
-
-    >>> as_named([{"path": "a", "scale": 1.0}, {"path": "b", "scale": 0.5}]), as_named(None)
-    ('a=1.0, b=0.5', 'none')
-    """
-    entries = value if isinstance(value, list) else [value] if value is not None else []
-    parts = [entry.values() if isinstance(entry, dict) else [entry] for entry in entries]
-    return ", ".join("=".join(map(str, part)) for part in parts) or "none"
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class WorkLocks:
         if sys.platform == "win32":
             return True
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(name.encode()))
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(os.fsencode(name)))
         except (BlockingIOError, PermissionError):
             return False
         except OSError:  # a file system without locks: whoever comes works on it
@@ -52,7 +52,7 @@ class WorkLocks:
         if sys.platform == "win32":
             return
         with suppress(OSError):
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, zlib.crc32(name.encode()))
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, zlib.crc32(os.fsencode(name)))
 
 
 @contextmanager

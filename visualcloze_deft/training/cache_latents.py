@@ -15,9 +15,10 @@ from visualcloze_deft.backbones.base import Encoders
 from visualcloze_deft.backbones.embedding_cache import Encodings, entries
 from visualcloze_deft.backbones.precision import dtype_of
 from visualcloze_deft.backbones.table import backbone_of
-from visualcloze_deft.config.run_settings import Run
+from visualcloze_deft.config.run_settings import ContextMode, Run
 from visualcloze_deft.data.mixture import Mixture
 from visualcloze_deft.errors import UserError
+from visualcloze_deft.grids.prompt import of_task
 from visualcloze_deft.sampling.encoding import PixelExample
 from visualcloze_deft.storage.atomic import check_foreign, output_folder
 from visualcloze_deft.training import preparation, run_data, run_folder
@@ -69,7 +70,7 @@ def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool)
     )
     first = process.is_main_process
     bar = tqdm(loader, desc="encoding", unit="example", disable=not first)
-    encode_all(encoders, (drawn for (drawn,) in bar), text_only=text_only)
+    encode_all(encoders, (drawn for (drawn,) in bar), text_only=text_only, context=run.context)
     used = encodings.used_by_all()
     process.destroy_process_group()
     if first:
@@ -79,14 +80,19 @@ def encode_run(run: Run, folder: Path, *, examples: int | None, text_only: bool)
 
 
 def encode_all(
-    encoders: Encoders, examples: Iterable[PixelExample | UserError], *, text_only: bool
+    encoders: Encoders,
+    examples: Iterable[PixelExample | UserError],
+    *,
+    text_only: bool,
+    context: ContextMode = "full",
 ) -> None:
     """Encode examples for `encoders.encodings` alone, whatever it has already."""
     assert encoders.encodings is not None
     for drawn in examples:
         if isinstance(drawn, UserError):
             raise drawn
-        encoders.encode_text([drawn.prompt])
+        causal = context == "causal"  # whose examples read the text of the task alone
+        encoders.encode_text([drawn.prompt, *([of_task(drawn.prompt)] if causal else [])])
         if not text_only:
             encoders.encode_grids([drawn.grid], clean=True)
         if not encoders.encodings.storing:
