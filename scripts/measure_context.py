@@ -151,6 +151,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--examples", type=int, default=2, help="rows above the query")
+    parser.add_argument(
+        "--ways", nargs="*", default=[""], help="only those with such words in their names"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/context"))
     parser.add_argument("--report", type=Path, help="a page with the marks")
     options = parser.parse_args()
@@ -165,6 +168,8 @@ def main() -> None:
     began = time.monotonic()
     with torch.no_grad():
         for name, way in ways(pipe, options.steps).items():
+            if name != NONE and not any(word in name for word in options.ways):
+                continue
             with way() as context:
                 found[name] = answered(pipe, asked, context, options)
             print(f"{time.monotonic() - began:.0f} s: {name}", flush=True)

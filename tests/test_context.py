@@ -227,10 +227,16 @@ def test_a_causal_grid_without_examples_is_an_isolated_one(models: Models) -> No
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-def test_full_steps_are_evenly_spaced_from_the_first() -> None:
-    assert sorted(full_steps_of(1, 30)) == [0]
-    assert sorted(full_steps_of(4, 10)) == [0, 2, 5, 7]
-    assert full_steps_of(30, 30) == frozenset(range(30))
+def test_full_steps_are_evenly_spaced_in_time_from_the_first() -> None:
+    straight = [1 - k / 30 for k in range(30)]
+    assert sorted(full_steps_of(1, straight)) == [0]
+    assert sorted(full_steps_of(3, straight)) == [0, 10, 20]
+    late = [0.5 + t / 2 for t in straight]  # most steps near noise, as in a large grid
+    assert sorted(full_steps_of(2, late)) == [0, 29]
+    assert sorted(full_steps_of(4, late)) == [0, 15, 28, 29]
+    for count in range(1, 31):
+        assert len(full_steps_of(count, late)) == count
+    assert full_steps_of(30, late) == frozenset(range(30))
 
 
 @pytest.mark.parametrize("seen", ["isolated", "causal"])

@@ -22,8 +22,8 @@ class ContextMethods:
     _untrained: bool = False
 
     def enable_context_cache(self, full_steps: int = 3) -> None:
-        """Compute all tokens of a grid in `full_steps` evenly spaced sampling steps alone. In the
-        others the targets attend to what such a step kept of examples, known cells and text.
+        """Compute all tokens of a grid in `full_steps` sampling steps alone, evenly spaced in time.
+        In the others the targets attend to what such a step kept of examples, known cells and text.
 
         Any weights do; images change a little, see docs/context-cache.md. As many as there are
         steps change nothing. Upsampling has no context, and goes on as it is.

@@ -5,6 +5,7 @@ Axes: b batch, n tokens, m tokens of targets, c channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,25 +38,32 @@ class Context:
 FULL = Context()
 
 
-def full_steps_of(count: int, steps: int) -> frozenset[int]:
-    """The numbers of `count` steps of `steps` that compute all tokens, evenly spaced from 0.
+def full_steps_of(count: int, times: Sequence[float]) -> frozenset[int]:
+    """The numbers of `count` steps that compute all tokens: the first, and those nearest to times
+    that are evenly spaced. times: of all steps, from 1 down.
 
-    >>> sorted(full_steps_of(3, 30))
-    [0, 10, 20]
+    >>> sorted(full_steps_of(3, [1, 0.9, 0.8, 0.7, 0.6, 0.3]))
+    [0, 3, 5]
     """
-    return frozenset(k * steps // count for k in range(count))
+    chosen = [0]
+    for k in range(1, count):
+        left = range(chosen[-1] + 1, len(times) - (count - 1 - k))
+        wanted = 1 - k / count
+        chosen.append(min(left, key=lambda step: abs(times[step] - wanted)))
+    return frozenset(chosen)
 
 
 class ContextPredictor:
     """The denoiser as a function of noisy tokens (b, n, c) and one time, with a cached context."""
 
     def __init__(
-        self, cache: ContextCache, latents: Latents, context: Context, *, steps: int
+        self, cache: ContextCache, latents: Latents, context: Context, *, times: Sequence[float]
     ) -> None:
+        """times: of all steps."""
         self.cache = cache
         self.latents = latents
         self.full = (
-            frozenset[int]() if context.once else full_steps_of(context.full_steps or 1, steps)
+            frozenset[int]() if context.once else full_steps_of(context.full_steps or 1, times)
         )
         self.asked = 0
 

@@ -92,7 +92,8 @@ def predictor(
     """
     if context.cached(steps):
         kept = given.prefilled or context_of(models, given, guidance=guidance, context=context)
-        return ContextPredictor(kept, given.latents, context, steps=steps)
+        times = models.times(steps, given.latents.clean.shape[1])[:-1]
+        return ContextPredictor(kept, given.latents, context, times=times.tolist())
     denoiser, asked = models.denoiser, 0
     cached = getattr(denoiser, "is_cache_enabled", False)
     if cached:
