@@ -3,8 +3,8 @@
 The embedded base answers the same held-out grids of the eleven families: with all computed in every
 step, with the context cache, and with diffusers' step caches. Prints, and writes into --output and
 between the marks of --report, PSNR to the truth and to the image without a cache, and the share of
-time, which is of one grid at a time. --adapter: instead of the base alone, with the context
-that it was trained with.
+time, which is of one grid at a time. Calls of other --steps and --examples add their tables.
+--adapter: instead of the base alone, with the context that it was trained with.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,41 +107,66 @@ def answered(
     return Answers(images=images, seconds=seconds)
 
 
-def table(
+def rows_of(
     found: Mapping[str, Answers], asked: Mapping[str, Sequence[Example]], seeds: int
-) -> list[str]:
-    """A row for each way: the share of time, PSNR to the images without a cache, and in every
+) -> dict[str, dict[str, Any]]:
+    """Of each way: the share of time, the median PSNR to the images without a cache, and in every
     family PSNR to the truth."""
-    families = list(asked)
     plain = found[NONE]
-    lines = [
-        f"| way | time | to uncached | {' | '.join(families)} | mean |",
-        f"|---|---|---|{'---|' * (len(families) + 1)}",
-    ]
+    rows = {}
     for name, own in found.items():
-        share = statistics.median(np.divide(own.seconds, plain.seconds))
-        same = [
-            psnr(a, b)
-            for family in families
-            for a, b in zip(own.images[family], plain.images[family], strict=True)
-        ]
-        to_truth = [
-            float(
-                np.mean(
-                    [
-                        psnr(image, truths_of(example)[0])
-                        for image, example in zip(
-                            own.images[f], (e for e in asked[f] for _ in range(seeds)), strict=True
-                        )
-                    ]
-                )
+        pairs = [pair for f in asked for pair in zip(own.images[f], plain.images[f], strict=True)]
+        rows[name] = {
+            "time": statistics.median(np.divide(own.seconds, plain.seconds)),
+            "near": float(np.median([psnr(*pair) for pair in pairs])),
+            "truth": {f: to_truth(own.images[f], asked[f], seeds) for f in asked},
+        }
+    return rows
+
+
+def to_truth(images: Sequence[Image.Image], examples: Sequence[Example], seeds: int) -> float:
+    """Mean PSNR; `seeds` images of each example follow one another."""
+    truths = [truths_of(example)[0] for example in examples for _ in range(seeds)]
+    return float(np.mean([psnr(*pair) for pair in zip(images, truths, strict=True)]))
+
+
+def kept(options: argparse.Namespace, rows: Mapping[str, Any]) -> None:
+    """Write what was measured; of ways that were not asked for, what a call before found stays."""
+    path = options.output / f"steps-{options.steps}-examples-{options.examples}.json"
+    setting = {
+        name: getattr(options, name)
+        for name in ("model", "adapter", "scenes", "seeds", "steps", "examples")
+    }
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    old = before["rows"] if before.get("setting") == setting else {}
+    text = json.dumps({"setting": setting, "rows": {**old, **rows}}, indent=1)
+    write_text(path, text)
+
+
+def tables(folder: Path) -> list[str]:
+    """Of every setting that was measured: what each way loses."""
+    lines: list[str] = []
+    files = [json.loads(path.read_text("utf-8")) for path in folder.glob("steps-*.json")]
+    for one in sorted(files, key=lambda f: (-f["setting"]["steps"], -f["setting"]["examples"])):
+        told, rows = one["setting"], one["rows"]
+        plain = rows[NONE]["truth"]
+        size = f"{told['scenes']} grids of each family, {told['seeds']} seeds"
+        heads = "way", "time", "to uncached", "to the truth, mean of families", "loses most"
+        lines += ["", f"{told['steps']} steps, {told['examples']} examples, {size}:", ""]
+        lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        for name, row in rows.items():
+            lost = {family: value - plain[family] for family, value in row["truth"].items()}
+            worst = min(lost, key=lambda family: lost[family])
+            mean = np.mean([*row["truth"].values()])
+            if name == NONE:
+                lines.append(f"| {name} | 1.00 | | {mean:.2f} | |")
+                continue
+            change = np.mean([*lost.values()])
+            lines.append(
+                f"| {name} | {row['time']:.2f} | {row['near']:.1f} | {mean:.2f} ({change:+.2f}) "
+                f"| {worst} {lost[worst]:+.2f} |"
             )
-            for f in families
-        ]
-        uncached = "" if name == NONE else f"{np.median(same):.1f}"
-        values = " | ".join(f"{value:.2f}" for value in [*to_truth, float(np.mean(to_truth))])
-        lines.append(f"| {name} | {share:.2f} | {uncached} | {values} |")
-    return lines
+    return lines[1:]
 
 
 def main() -> None:
@@ -157,6 +183,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/context"))
     parser.add_argument("--report", type=Path, help="a page with the marks")
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     pipe = InContextPipeline.from_pretrained(options.model, adapter=options.adapter)
     making = GridSettings(
         data={},
@@ -173,21 +200,12 @@ def main() -> None:
             with way() as context:
                 found[name] = answered(pipe, asked, context, options)
             print(f"{time.monotonic() - began:.0f} s: {name}", flush=True)
+    kept(options, rows_of(found, asked, options.seeds))
     note = (
-        f"{options.model}, {options.scenes} held-out grids of each family, {options.seeds} seeds, "
-        f"{options.examples} examples, {options.steps} steps. PSNR in dB: to the truth, and the "
-        "median to the image without a cache. Time is a share of that without a cache, the median "
-        "of grids."
+        "PSNR in dB: to the image without a cache, the median; to the truth, the mean, in brackets "
+        "what it changes. Time is a share of that without a cache, the median of grids."
     )
-    text = "\n".join([*table(found, asked, options.seeds), "", note, ""])
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"steps-{options.steps}-examples-{options.examples}"
-    write_text(options.output / f"{name}.md", text)
-    times = {way: own.seconds for way, own in found.items()}
-    write_text(options.output / f"{name}.json", json.dumps(times))
-    if options.report:
-        put_between(options.report, MARKS, text)
+    published(tables(options.output), note, options, MARKS)
 
 
 def published(
