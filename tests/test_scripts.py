@@ -120,6 +120,9 @@ def test_the_context_cache_is_measured_beside_other_caches(
     ]
     assert found[2][2] == ""
     assert rows(page.read_text()) == found
+    told = ("--model", micro_model, "--ways", "2 full", *small.split())
+    again = rows(script("measure_context.py", *told))
+    assert [row[0] for row in again] == [row[0] for row in found]  # the others stay
 
 
 @pytest.mark.scripts
