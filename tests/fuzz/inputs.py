@@ -165,7 +165,8 @@ def subjects() -> Iterator[Subject]:
     )
     yield Subject(words=answered, files="compiled.safetensors", kind="weights", weight=3)
     yield Subject(words=answered, files="left/*", kind="picture")
-    yield Subject(words=COMPILE, files="grids/grid.json", kind="json", typed=GRID_KEYS, weight=2)
+    read = GRID_KEYS[:3]  # seeds and contents are a query's
+    yield Subject(words=COMPILE, files="grids/grid.json", kind="json", typed=read, weight=2)
     for name in ("lora", "kohya"):
         file = f"{name}.safetensors"
         yield Subject(words=f"{INFER} --model-lora {file}", files=file, kind="weights", weight=2)
