@@ -92,25 +92,28 @@ def every(scores: Scores) -> list[float]:
 
 
 def table(found: Mapping[tuple[Way, int], Scores]) -> list[str]:
+    """A column for each way, a row for each family."""
+    ways = list(dict.fromkeys(way for way, _ in found))
     families = list(next(iter(found.values())))
-    lines = [
-        f"| trained with | steps | seeds | {' | '.join(families)} | mean | to full (95 %) |",
-        f"|---|---|---|{'---|' * len(families)}---|---|",
-    ]
-    for way in dict.fromkeys(way for way, _ in found):
-        own = {seed: scores for (other, seed), scores in found.items() if other == way}
-        means = [np.mean([np.mean(scores[f]) for scores in own.values()]) for f in families]
-        full = replace(way, trained="full", run="full")
-        pairs = [(own[s], found[full, s]) for s in own if (full, s) in found]
-        apart = ""
-        if pairs and way != full:
-            gap = estimate(np.subtract(*([every(p[k]) for p in pairs] for k in (0, 1))))
-            apart = f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
-        values = " | ".join(f"{value:.1f}" for value in means)
-        lines.append(
-            f"| {way} | {way.steps} | {len(own)} | {values} | {np.mean(means):.2f} | {apart} |"
-        )
-    return lines
+    columns = [column(way, found, families) for way in ways]
+    heads = [f"{way}, {way.steps} steps" for way in ways]
+    names = [*families, "mean", "to full (95 %)", "seeds"]
+    lines = [f"| trained with | {' | '.join(heads)} |", f"|---|{'---|' * len(ways)}"]
+    rows = zip(names, *columns, strict=True)
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def column(way: Way, found: Mapping[tuple[Way, int], Scores], families: Sequence[str]) -> list[str]:
+    own = {seed: scores for (other, seed), scores in found.items() if other == way}
+    means = [np.mean([np.mean(scores[f]) for scores in own.values()]) for f in families]
+    full = replace(way, trained="full", run="full")
+    pairs = [(own[seed], found[full, seed]) for seed in own if (full, seed) in found]
+    apart = ""
+    if pairs and way != full:
+        gap = estimate(np.subtract(*([every(pair[k]) for pair in pairs] for k in (0, 1))))
+        apart = f"{gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
+    values = [f"{value:.1f}" for value in means]
+    return [*values, f"{np.mean(means):.2f}", apart, str(len(own))]
 
 
 def main() -> None:
