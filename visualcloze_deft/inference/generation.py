@@ -13,7 +13,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from visualcloze_deft.backbones.base import ContextCache, Part
 from visualcloze_deft.backbones.flux_fill.model import Models
 from visualcloze_deft.backbones.flux_fill.packing import FluxText
 from visualcloze_deft.config.numbers import is_number, is_whole
@@ -22,7 +21,8 @@ from visualcloze_deft.grids import grid
 from visualcloze_deft.grids.cell_sizes import CELL_STEP, Cells, Shape, strip_shapes
 from visualcloze_deft.inference.arguments import enough_memory, is_side
 from visualcloze_deft.inference.batching import Job, batches_of
-from visualcloze_deft.inference.example_parts import ExampleParts, key_of
+from visualcloze_deft.inference.contexts import Contexts, Shown
+from visualcloze_deft.inference.example_parts import ExampleParts
 from visualcloze_deft.inference.output import Answer, OutputType, check_finite, converted
 from visualcloze_deft.inference.request import Request
 from visualcloze_deft.inference.upsampling import Upsampling, enlarge, upsample
@@ -33,9 +33,7 @@ from visualcloze_deft.sampling.denoising import (
     AfterStep,
     Conditions,
     Prediction,
-    context_of,
     draw_of,
-    examples_of,
     task_text,
     tokens_of,
 )
@@ -81,10 +79,9 @@ class Generating:
 class Generation:
     """The images of a call, one for each seed of each grid.
 
-    after: called after each step, see `denoising.AfterStep`. prefilled: the latest context that
-    is computed once, by the numbers of its grids. examples: those that it has in common with other
-    calls. interrupted: whether to leave what there is. at_time: told the time of a step, 1000 at
-    noise, before it.
+    after: called after each step, see `denoising.AfterStep`. examples: what a causal context has in
+    common with other calls. interrupted: whether to leave what there is. at_time: told the time of
+    a step, 1000 at noise, before it.
     """
 
     models: Models
@@ -99,8 +96,11 @@ class Generation:
     latents: Tensor | Sequence[Tensor] | None = None
     prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
-    prefilled: dict[tuple[int, ...], ContextCache] = field(default_factory=dict)
     examples: ExampleParts = field(default_factory=ExampleParts)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        return Contexts(self.models, self.context, self.examples, guidance=self.how.guidance)
 
     @property
     def side(self) -> int:
@@ -218,38 +218,8 @@ class Generation:
         given = Conditions(latents=once.some(places), text=text, task=task)
         if not self.context.once:
             return given
-        cache = self.prefilled_of(tuple(numbers), given.some(first), [grids[k] for k in first])
-        return replace(given, prefilled=cache.some(places))
-
-    def prefilled_of(
-        self, numbers: tuple[int, ...], shown: Conditions, built: Sequence[grid.Grid]
-    ) -> ContextCache:
-        """A context computed once for all seeds of its grids. The latest is kept."""
-        if numbers not in self.prefilled:
-            self.prefilled.clear()
-            causal = self.context.seen == "causal"
-            self.prefilled[numbers] = context_of(
-                self.models,
-                shown,
-                guidance=self.how.guidance,
-                context=self.context,
-                examples=self.examples_of(numbers, shown, built) if causal else None,
-            )
-        return self.prefilled[numbers]
-
-    def examples_of(
-        self, numbers: tuple[int, ...], shown: Conditions, built: Sequence[grid.Grid]
-    ) -> Part:
-        """What a causal context keeps of examples, once for all grids that have the same."""
-        prompts = [self.asked[number].prompt for number in numbers]
-        guidance = self.how.guidance
-        keys = [
-            key_of(one, prompt, guidance=guidance)
-            for one, prompt in zip(built, prompts, strict=True)
-        ]
-        return self.examples.of(
-            keys, lambda k: examples_of(self.models, shown.some([k]), guidance=guidance)
-        )
+        shown = [Shown(grid=grids[k], prompt=prompts[k], number=jobs[k].grid) for k in first]
+        return replace(given, prefilled=self.contexts.of(shown, given.some(first)).some(places))
 
     def text_of(self, jobs: Sequence[Job]) -> FluxText:
         if self.texts:
