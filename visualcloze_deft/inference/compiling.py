@@ -43,7 +43,8 @@ def compile_file(
     shape = strip_shapes(asked.sizes, shared["resolution"], shared["cells"])[:-1]
     tokens = sum(h * w for h, w in shape) // CELL_STEP**2
     needed = bytes_of(tokens, settings.model, storage)
-    tqdm.write(f"{len(shape)} rows of examples, {tokens:,} tokens: {needed / 1e6:,.2f} MB")
+    rows = "1 row" if len(shape) == 1 else f"{len(shape)} rows"
+    tqdm.write(f"{rows} of examples, {tokens:,} tokens: {needed / 1e6:,.2f} MB")
     output_folder(output.parent)
     free = shutil.disk_usage(output.parent).free
     if free < needed:
