@@ -46,7 +46,7 @@ FORMAT = 1
 class Compiled:
     """rows: the pictures of the examples. targets: the columns that a query asks for unless it says
     others. made_with: see `COMPARED`, and the names of model and adapters. key: of the examples,
-    see `example_parts.key_of`. part: None where it is not read yet; sha256: of a file's."""
+    see `example_parts.key_of`. part: None where it is not read yet."""
 
     rows: tuple[tuple[Image.Image, ...], ...]
     task: str | None
@@ -55,7 +55,6 @@ class Compiled:
     made_with: Mapping[str, Any]
     key: str
     part: Part | None
-    sha256: str = ""
 
     def save(self, path: str | Path, *, storage: Storage = "model") -> float:
         """Write the file; returns how far keys and values in it are off, as a share of their root
@@ -70,10 +69,13 @@ class Compiled:
         for layer, pair in self.part.items():
             for name, tensor in zip(("keys", "values"), pair, strict=True):
                 kept = tensor.contiguous().cpu()
-                stored = {"": kept} if storage == "model" else reduced(kept, KINDS[storage])
+                if storage == "model":
+                    tensors[f"{layer}.{name}"] = kept
+                    continue
+                stored, exact = reduced(kept, KINDS[storage]), kept.float()
                 tensors |= {f"{layer}.{name}{more}": one for more, one in stored.items()}
-                off += float((restored(stored) - kept.float()).square().sum())
-                size += float(kept.float().square().sum())
+                off += float((restored(stored) - exact).square().sum())
+                size += float(exact.square().sum())
         pictures = {f"picture.{r}.{c}": image for r, c, image in self._pictures()}
         tensors |= {name: as_bytes(image) for name, image in pictures.items()}
         about = json.dumps(
@@ -127,7 +129,7 @@ class Compiled:
             was, now = self.made_with.get(name), other.get(name)
             if was == now:  # another file of the same name
                 raise UserError(
-                    f"{where}: {name} {now} has changed since; compile the examples anew"
+                    f"{where}: {name} {as_named(now)} has changed since; compile the examples anew"
                 )
             raise UserError(
                 f"{where}: compiled with {name} {as_named(was)}, asked for is {as_named(now)}; "
@@ -191,7 +193,6 @@ def read_compiled(path: Path, *, whole: bool = True) -> Compiled:
             made_with=says["made_with"],
             key=says["key"],
             part=part,
-            sha256=found,
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{damaged(path)} ({error})") from None

@@ -61,7 +61,7 @@ def seen_in(
     """What became of the examples of a step, by index; errors: their losses, batch after batch.
     scheduled_sampling: the run's."""
     error_of = dict(zip((i for batch in step for i in batch.indices), errors, strict=True))
-    groups = [group for batch in step for group in batch.groups]
+    groups = [group for batch in step for group in batch.groups if not group.filler]
     tokens_of = {i: group.noise.shape[1] for group in groups for i in group.indices}
     seen_by = {i: group.seen for group in groups for i in group.indices}
     weight_of = exact_weights(groups, scheduled_sampling) if scheduled_sampling else {}

@@ -28,7 +28,7 @@ from visualcloze_deft.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class CallContext:
     """What one call of the transformer does with the keys and values of its layers: its queries
     also attend to those of the parts `before`; its own, at `places`, are put into `kept`.
 
@@ -74,7 +74,7 @@ class ContextAttention(FluxAttnProcessor):  # type: ignore[misc]
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        context: Context | None = None,
+        context: CallContext | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states: (b, n, c) of images, in single blocks after those of text.
         encoder_hidden_states: (b, l, c) of text in double blocks."""
@@ -187,14 +187,14 @@ class ContextCache:
     def full(self, noisy: Tensor, t: Tensor) -> Tensor:
         length = self.text.text.shape[1]
         of_text = torch.arange(length, device=self.known.device)
-        context = Context(places=torch.cat([of_text, self.known + length]))
+        context = CallContext(places=torch.cat([of_text, self.known + length]))
         everything = torch.arange(noisy.shape[1], device=noisy.device)
         made = self._call(noisy, everything, t, self.text, context)
         self.examples, self.rest = None, context.kept
         return made
 
     def prefill_examples(self, task: FluxText) -> None:
-        context = Context(places=slice(task.text.shape[1], None))
+        context = CallContext(places=slice(task.text.shape[1], None))
         self._prefill(self.rows < self.rows[-1], task, context)
         self.examples = context.kept
 
@@ -202,7 +202,7 @@ class ContextCache:
         whole = self.examples is None
         read = torch.ones_like(self.hidden) if whole else self.rows == self.rows[-1]
         of_text = read.new_ones(self.text.text.shape[1])
-        context = Context(
+        context = CallContext(
             before=self._kept(self.examples),
             places=self._at(torch.cat([of_text, ~self.hidden[read]])),
         )
@@ -211,7 +211,7 @@ class ContextCache:
 
     def active(self, noisy: Tensor, t: Tensor) -> Tensor:
         nothing = FluxText(self.text.text[:, :0], self.text.pooled)
-        context = Context(before=self._kept(self.examples, self.rest))
+        context = CallContext(before=self._kept(self.examples, self.rest))
         return self._call(noisy, self.targets, t, nothing, context)
 
     @staticmethod
@@ -221,7 +221,7 @@ class ContextCache:
     def _at(self, marked: Tensor) -> Tensor:
         return places_of(marked, self.latents.seen.device)
 
-    def _prefill(self, read: Tensor, text: FluxText, context: Context) -> None:
+    def _prefill(self, read: Tensor, text: FluxText, context: CallContext) -> None:
         """A call of the tokens that `read` marks, at time 1, where all are noise."""
         seen = self.latents.seen
         noise = noise_of(self.rows, seen.shape[-1]).to(seen).expand_as(seen)
@@ -229,7 +229,7 @@ class ContextCache:
         self._call(noise, self._at(read), start, text, context)
 
     def _call(
-        self, noisy: Tensor, places: Tensor, t: Tensor, text: FluxText, context: Context
+        self, noisy: Tensor, places: Tensor, t: Tensor, text: FluxText, context: CallContext
     ) -> Tensor:
         """The velocity of the image tokens at `places`."""
         return predict_velocity(

@@ -295,7 +295,7 @@ def predict_velocity(
     context: Any = None,
 ) -> Tensor:
     """The transformer's velocity (b, n, 64) for inputs (b, n, 384) at times t (b,) in 0..1. text is
-    in the transformer's precision. context: see `context.Context`."""
+    in the transformer's precision. context: see `context.CallContext`."""
     predicted: Tensor = transformer(
         hidden_states=inputs.to(text.dtype),
         timestep=t.to(text.dtype),
