@@ -41,6 +41,7 @@ from visualcloze_deft.training import run_data
 from visualcloze_deft.training.datasets import PixelDataset
 from visualcloze_deft.training.objective import GridLoss
 from visualcloze_deft.training.run_folder import SETTINGS
+from visualcloze_deft.training.step import Batch, seen_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
@@ -348,6 +349,17 @@ def test_fillers_bring_the_groups_of_both_kinds_to_the_same_number(
         groups, key=lambda group: SEEN.index(group.seen)
     )
     assert GridLoss(models.transformer, context_weight=1.0, guidance=1.0)(more).isfinite().all()
+
+
+def test_a_filler_does_not_say_what_the_context_of_its_example_sees(
+    models: Models, micro_model: Path
+) -> None:
+    run = load_run(None, [f"model={micro_model}"])
+    draws = PixelDataset(run_data.mixture_of(run))
+    drawn = [draws[k] for k in range(6)]
+    groups = encode(models, drawn, seed=0, context="full")
+    batch = Batch(drawn=drawn, groups=filled(groups, (len(groups), 1, 0)))
+    assert all(one.split is None for one in seen_in([batch], [0.0] * len(drawn)).values())
 
 
 @pytest.mark.processes
